@@ -1,0 +1,30 @@
+# Each target does all of its own set-up in a virtual environment that it makes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# pre-commit's hooks and accelerate's workers find the environment's own python.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test test-fast lint clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --editable '.[test]'
+	touch $@
+
+demo: $(READY)  ## RandLoRA, LoRA and full fine-tuning of a small CLIP, side by side
+	$(BIN)/python train_scripts/compare_clip.py --output-dir runs/demo
+
+lint: $(READY)
+	$(BIN)/pre-commit run --all-files
+
+test: lint  ## the whole suite, slow tests included
+	$(BIN)/pytest -n 2
+
+test-fast: $(READY)  ## the default tier, about a minute
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,1 @@
+"""The small harness that every training script shares."""
