@@ -1,1 +1,49 @@
-"""RandLoRA (full-rank parameter-efficient fine-tuning, arXiv 2502.00987) for vision models."""
+"""RandLoRA (full-rank parameter-efficient fine-tuning, arXiv 2502.00987) for vision models.
+
+from randlora_vision import RandLoRAConfig, inject, save_adapter
+
+report = inject(model, RandLoRAConfig(rank=32, target_modules="all-linear"))
+print(report)
+...  # train: only lambda and gamma require gradients
+save_adapter(model, "adapter.safetensors")
+"""
+
+from randlora_vision.checkpoint import load_adapter as load_adapter
+from randlora_vision.checkpoint import save_adapter as save_adapter
+from randlora_vision.config import RandLoRAConfig as RandLoRAConfig
+from randlora_vision.control import adapter_parameters as adapter_parameters
+from randlora_vision.control import count_parameters as count_parameters
+from randlora_vision.control import disabled as disabled
+from randlora_vision.control import merge as merge
+from randlora_vision.control import set_active as set_active
+from randlora_vision.control import set_scale as set_scale
+from randlora_vision.control import unmerge as unmerge
+from randlora_vision.gradients import check_gradients as check_gradients
+from randlora_vision.inject import delete_adapter as delete_adapter
+from randlora_vision.inject import inject as inject
+from randlora_vision.inject import plan as plan
+from randlora_vision.inject import remove as remove
+from randlora_vision.report import InjectionReport as InjectionReport
+from randlora_vision.report import Target as Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InjectionReport",
+    "RandLoRAConfig",
+    "Target",
+    "adapter_parameters",
+    "check_gradients",
+    "count_parameters",
+    "delete_adapter",
+    "disabled",
+    "inject",
+    "load_adapter",
+    "merge",
+    "plan",
+    "remove",
+    "save_adapter",
+    "set_active",
+    "set_scale",
+    "unmerge",
+]

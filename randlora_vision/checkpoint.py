@@ -1,0 +1,145 @@
+"""Save an adapter to one small .safetensors file, and load it into a base model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from randlora_vision import fileformat
+from randlora_vision.bases import get_bases
+from randlora_vision.fileformat import AdapterFile
+from randlora_vision.inject import add_adapter, plan
+from randlora_vision.layers import AdaptedModule
+from randlora_vision.record import check_names, current_saved, find_saved, own_record, records, unwrap
+from randlora_vision.report import InjectionReport
+from randlora_vision.targets import candidates
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Write an adapter's lambda, gamma and `modules_to_save`; the bases are stored as their seed.
+
+    Args:
+        model: The module that `inject` was called on (bare, compiled, or in DistributedDataParallel).
+        path: A name ending in ``.safetensors``; missing folders are made. The file appears whole or not at all.
+        adapter_name: Which adapter.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the model has no such adapter or the name does not end in ``.safetensors``.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"an adapter is saved as one .safetensors file, got the name {str(path)!r}")
+    model = unwrap(model)
+    record = own_record(model)
+    if record is None:
+        where = records(model)[0][0]
+        raise ValueError(f"the adapters were injected at {where!r}: give save_adapter that module")
+    check_names(model, adapter_name)
+    adapter = record.adapters[adapter_name]
+    tensors = _adapter_tensors(model, adapter_name)
+    if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
+        raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
+    fileformat.write(
+        target,
+        adapter.config,
+        adapter.spec,
+        get_bases(adapter.spec).sha256,
+        adapter.targets,
+        tensors,
+        current_saved(model, record, adapter_name),
+    )
+    return target
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", trainable: bool = False
+) -> InjectionReport:
+    """Add the adapter in a file to its base model. Everything is checked before the model is touched.
+
+    Args:
+        model: The base model, or one that holds other adapters: the loaded one joins those that are active.
+        path: A file that `save_adapter` wrote.
+        adapter_name: Its name in this model.
+        trainable: True to train it further.
+
+    Returns:
+        What was adapted.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no adapter, damaged, altered or of a newer format, the model is not the one it
+            was made for, or the bases cannot be reproduced. The model is untouched then.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"no adapter file {str(path)!r}")
+    if source.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: give the .safetensors file in it")
+    model = unwrap(model)
+    content = fileformat.read(source)
+    _check_model(model, content, adapter_name, source)
+    report = add_adapter(model, content.config, adapter_name, trainable)
+    record = own_record(model)
+    assert record is not None
+    with torch.no_grad():
+        for name, pair in _adapter_tensors(model, adapter_name).items():
+            for tensor, value in zip(pair, content.trained[name], strict=True):
+                tensor.copy_(value)
+        for name, whole in current_saved(model, record, adapter_name).items():
+            whole.copy_(content.saved[name])
+    return report
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Target name -> (lambda, gamma)."""
+    record = own_record(model)
+    assert record is not None
+    owners = {candidate.name: candidate.owners[0] for candidate in candidates(model)}
+    found = {}
+    for target in record.adapters[adapter_name].targets:
+        module, param = owners[target.name]
+        assert isinstance(module, AdaptedModule)
+        found[target.name] = module.adapter_tensors(param, adapter_name)
+    return found
+
+
+def _check_model(model: nn.Module, content: AdapterFile, adapter_name: str, path: Path) -> None:
+    """Raise unless the model has exactly the targets of the file, and the bases come out the same."""
+    try:
+        report = plan(model, content.config, adapter_name)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    have = {target.name: (target.shape, target.rank, target.alpha) for target in report.targets}
+    want = {name: (shape, rank, alpha) for name, shape, rank, alpha in content.targets}
+    saved = {name: tuple(tensor.shape) for name, tensor in find_saved(model, content.config.modules_to_save).items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}
+    for present, expected in ((have, want), (saved, stored)):
+        _compare(present, expected, f"{path} does not fit this {type(model).__name__}")  # type: ignore[arg-type]
+    if get_bases(content.spec).sha256 != content.bases_sha256:
+        raise ValueError(
+            f"{path}: the bases made from seed {content.spec.seed} are not those that the adapter was trained with "
+            f"(SHA-256 {get_bases(content.spec).sha256[:12]}..., expected {content.bases_sha256[:12]}...)"
+        )
+
+
+def _compare(have: dict[str, object], want: dict[str, object], prefix: str) -> None:
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for names, what in (
+                (missing, "of the file's targets are not in the model"),
+                (extra, "of the model's are not in the file"),
+            )
+            if names
+        ]
+        raise ValueError(f"{prefix}: {' and '.join(parts)}")
+    for name, expected in want.items():
+        if have[name] != expected:
+            raise ValueError(f"{prefix}: {name} is {have[name]} in the model and {expected} in the file")

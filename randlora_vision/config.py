@@ -1,0 +1,208 @@
+"""The configuration of one adapter: frozen, checked once when built, and a JSON round trip.
+
+Notation used in every file that handles tensors: O out, I in, M = max(O, I) the wide side, m = min(O, I) the
+narrow side, R rank of one random base, N = ceil(m / R) number of bases, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+BASES_KINDS = ("uniform", "normal", "sparse", "very_sparse")
+INITS = ("lambda-zero", "gamma-zero")
+SCALING = 20.0
+"""alpha / rank when alpha is not given: the setting of PEFT's RandLora (alpha 640 at rank 32)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RandLoRAConfig:
+    """Settings of one RandLoRA adapter (arXiv 2502.00987).
+
+    The update of a frozen weight is ``delta W = (alpha / rank) * sum_n B_n diag(lambda_n) A diag(gamma_n)`` with
+    frozen random bases A and B_n. It reaches full rank whatever ``rank`` is.
+
+    Attributes:
+        rank: Rank R of ONE random base. Unlike LoRA's, a LARGER rank means FEWER trained numbers:
+            a weight with narrow side m trains ``R * N + N * m`` of them, N = ceil(m / R), about ``m * m / R``.
+        alpha: The update is scaled by ``alpha / rank``. ``None`` means ``20 * rank``.
+        dropout: Probability of zeroing an input element of the adapter branch while training. It acts where a
+            Linear layer is called; a weight that its host reads (attention's packed projection, convolutions)
+            has no separate adapter input and takes none.
+        target_modules: What to adapt. A list of names, each matching whole trailing components of a module's
+            path (``"attn.qkv"`` matches ``blocks.0.attn.qkv``) or of a parameter's (``"in_proj_weight"``);
+            or one string: ``"all-linear"`` (every nn.Linear and every attention projection, classifier heads
+            excluded), ``"all"`` (those, heads and convolutions), a preset of an integration such as
+            ``"open_clip:vision"``, or a regular expression that must match a whole path.
+        exclude_modules: Never adapted: a list of names (any run of whole components of a path, so that
+            ``"visual"`` excludes a whole tower) or a regular expression that must match a whole path.
+        layers_to_transform: Adapt only targets whose first numeric path component is one of these indices.
+        rank_pattern: Rank overrides by target name; keys match as in ``target_modules``, the first match wins.
+        alpha_pattern: Alpha overrides by target name, likewise.
+        bases: Distribution of the random bases, all of unit variance: ``"uniform"``, ``"normal"``, ``"sparse"``
+            (-1/0/+1 with probabilities 1/6, 2/3, 1/6) or ``"very_sparse"`` (non-zero with probability
+            1 / sqrt(m), m the largest narrow side).
+        seed: Seed of the bases, 0 <= seed < 2**64. The same seed gives the same bases on every machine.
+        init: ``"lambda-zero"`` (lambda = 0, gamma = 1 / max(N, m), as PEFT) or ``"gamma-zero"`` (gamma = 0,
+            lambda = 1 / max(R, N), as the paper's vision code; wants a smaller learning rate). Both start
+            from the unchanged base model.
+        modules_to_save: Modules or parameters trained in full and saved with the adapter, such as a new
+            classifier head or CLIP's ``logit_scale``; names match as in ``target_modules``.
+
+    Raises:
+        ValueError: If a value is out of range or of the wrong type; the message names the field.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bases: str = "uniform"
+    seed: int = 0
+    init: str = "lambda-zero"
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            object.__setattr__(self, name, _names(name, getattr(self, name), text=name != "modules_to_save"))
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: give names, a regular expression, 'all-linear' or 'all'")
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", _indices(self.layers_to_transform))
+        _check_int("rank", self.rank, 1)
+        _check_int("seed", self.seed, 0, 2**64 - 1)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        _check_choice("bases", self.bases, BASES_KINDS)
+        _check_choice("init", self.init, INITS)
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
+                raise ValueError(f"{name} must map target names to numbers, got {value!r}")
+            object.__setattr__(self, name, dict(value))
+        for key, rank in self.rank_pattern.items():
+            _check_int(f"rank_pattern[{key!r}]", rank, 1)
+        for key, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+
+    def rank_of(self, paths: tuple[str, ...]) -> int:
+        """Rank for a target known under these paths."""
+        return next((rank for key, rank in self.rank_pattern.items() if matches_any(key, paths)), self.rank)
+
+    def alpha_of(self, paths: tuple[str, ...]) -> float:
+        """Alpha for a target known under these paths."""
+        for key, alpha in self.alpha_pattern.items():
+            if matches_any(key, paths):
+                return float(alpha)
+        return SCALING * self.rank_of(paths) if self.alpha is None else float(self.alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RandLoRAConfig:
+        """Build from `to_dict`'s output.
+
+        Raises:
+            ValueError: On an unknown key (the nearest valid one is named) or a value out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a RandLoRA config must be a JSON object, got {type(values).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r} in a RandLoRA config{hint}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The configuration as one JSON object."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> RandLoRAConfig:
+        """Build from `to_json`'s output.
+
+        Raises:
+            ValueError: If the text is not a JSON object, or as `from_dict` does.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a RandLoRA config must be JSON: {error}") from None
+        return cls.from_dict(values)
+
+
+def matches_suffix(pattern: str, path: str) -> bool:
+    """True if `pattern` equals whole trailing components of the dotted `path`."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def matches_any(pattern: str, paths: tuple[str, ...]) -> bool:
+    """True if `pattern` matches one of a target's paths (module path, parameter path, aliases)."""
+    return any(matches_suffix(pattern, path) for path in paths)
+
+
+def _names(field: str, value: object, text: bool) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if not text:
+            raise ValueError(f"{field} must be a list of names, got the string {value!r}")
+        if value not in ("all-linear", "all") and not is_preset(value):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{field}={value!r} is not a valid regular expression: {error}") from None
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) and v for v in value):
+        raise ValueError(f"{field} must be a list of non-empty names{' or a string' if text else ''}, got {value!r}")
+    return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+
+
+def is_preset(target_modules: str) -> bool:
+    """True for the form ``integration:preset``."""
+    return re.fullmatch(r"[a-z_]+:[a-z0-9_-]+", target_modules) is not None
+
+
+def _indices(value: object) -> tuple[int, ...]:
+    items = (value,) if isinstance(value, int) else value
+    if not isinstance(items, (list, tuple, range, set)) or not items:
+        raise ValueError(f"layers_to_transform must be layer indices or None, got {value!r}")
+    for index in items:
+        _check_int("layers_to_transform", index, 0)
+    return tuple(items)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_alpha(field: str, value: object) -> None:
+    if not _is_number(value) or float(value) <= 0:  # type: ignore[arg-type]
+        raise ValueError(f"{field} must be a positive number, got {value!r}")
+
+
+def _check_int(field: str, value: object, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        limits = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{field} must be an integer {limits}, got {value!r}")
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}{hint}")

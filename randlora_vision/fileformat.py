@@ -1,0 +1,229 @@
+"""The adapter file: one .safetensors with lambda and gamma, and a seed in the place of the bases.
+
+Targets of equal (R, N, m) share two tensors, ``lambda.RxN.m`` (count, R, N) and ``gamma.RxN.m`` (count, N, m), in
+the order of the target list, which the metadata hold compressed: the header stays small however deep the model.
+Modules trained in full are stored as ``saved.PATH``. The metadata are strings:
+
+    format           "randlora_vision"
+    format_version   "1"
+    config           JSON of the RandLoRAConfig
+    bases            JSON of the BasesSpec and the SHA-256 of the bases in float32
+    targets          base64 of zlib of a JSON list of [name, O, I, R, alpha]
+    sha256           of the tensors and the entries above
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from randlora_vision.bases import BasesSpec
+from randlora_vision.config import RandLoRAConfig
+from randlora_vision.report import Target
+
+FORMAT = "randlora_vision"
+VERSION = 1
+_PLACEHOLDER = "0" * 64  # a digest, for the size estimate
+_TARGETS_LIMIT = 64 * 2**20  # bytes of target list that a file may unfold to
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """The content of an adapter file.
+
+    Attributes:
+        config: The adapter's configuration.
+        spec: Spec of its bases.
+        bases_sha256: Digest of the bases in float32.
+        targets: (name, (O, I), R, alpha) in the file's order.
+        trained: Target name -> (lambda (R, N), gamma (N, m)).
+        saved: Path -> tensor of a module trained in full.
+    """
+
+    config: RandLoRAConfig
+    spec: BasesSpec
+    bases_sha256: str
+    targets: tuple[tuple[str, tuple[int, int], int, float], ...]
+    trained: Mapping[str, tuple[Tensor, Tensor]]
+    saved: Mapping[str, Tensor]
+
+
+def write(
+    path: Path,
+    config: RandLoRAConfig,
+    spec: BasesSpec,
+    bases_sha256: str,
+    targets: tuple[Target, ...],
+    trained: Mapping[str, tuple[Tensor, Tensor]],
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Write an adapter file under a temporary name and rename it."""
+    tensors: dict[str, Tensor] = {}
+    for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
+        tensors[f"lambda.{group}"] = torch.stack([trained[name][0] for name in members])
+        tensors[f"gamma.{group}"] = torch.stack([trained[name][1] for name in members])
+    tensors.update({f"saved.{name}": tensor for name, tensor in saved.items()})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = _metadata(config, spec, bases_sha256, targets)
+    metadata["sha256"] = _digest(tensors, metadata)
+    _write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def read(path: Path) -> AdapterFile:
+    """Read and verify an adapter file. Nothing but safetensors and JSON is ever opened.
+
+    Raises:
+        ValueError: If the file is no adapter, truncated, altered, or of a newer format: one message each.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is no RandLoRA adapter: its metadata do not say format={FORMAT!r}")
+            _check_version(path, metadata.get("format_version", ""))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from None
+    if metadata.get("sha256") != _digest(tensors, metadata):
+        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
+    return _parse(path, metadata, tensors)
+
+
+def file_bytes(
+    config: RandLoRAConfig, spec: BasesSpec, targets: tuple[Target, ...], saved: Mapping[str, Tensor]
+) -> int:
+    """Size of the file that `write` makes of these, to the byte (for float32 lambda and gamma)."""
+    shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
+    for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
+        first = next(t for t in targets if t.name == members[0])
+        shapes[f"lambda.{group}"] = (torch.float32, [len(members), first.rank, first.bases])
+        shapes[f"gamma.{group}"] = (torch.float32, [len(members), first.bases, first.narrow])
+    shapes.update({f"saved.{name}": (tensor.dtype, list(tensor.shape)) for name, tensor in saved.items()})
+    metadata = {**_metadata(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = offset + dtype.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + offset
+
+
+def _groups(targets: list[tuple[str, tuple[int, int], int, float]]) -> dict[str, list[str]]:
+    """Group key -> target names, for targets whose lambda and gamma have equal shapes."""
+    groups: dict[str, list[str]] = {}
+    for name, shape, rank, _ in targets:
+        groups.setdefault(f"{rank}x{-(-min(shape) // rank)}.{min(shape)}", []).append(name)
+    return groups
+
+
+def _metadata(
+    config: RandLoRAConfig, spec: BasesSpec, bases_sha256: str, targets: tuple[Target, ...]
+) -> dict[str, str]:
+    listed = [[t.name, *t.shape, t.rank, t.alpha] for t in targets]
+    packed = zlib.compress(json.dumps(listed, separators=(",", ":")).encode(), 9)
+    return {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "config": config.to_json(),
+        "bases": json.dumps({**dataclasses.asdict(spec), "sha256": bases_sha256}),
+        "targets": base64.b64encode(packed).decode(),
+    }
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in ("format", "format_version", "config", "bases", "targets"):
+        digest.update(f"{key}={metadata.get(key)}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_version(path: Path, version: str) -> None:
+    if not version.isdecimal():
+        raise ValueError(f"{path} names no valid format_version: {version!r}")
+    if int(version) > VERSION:
+        raise ValueError(f"{path} has format version {version}, newer than this library's {VERSION}: upgrade it")
+
+
+def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AdapterFile:
+    try:
+        config = RandLoRAConfig.from_json(metadata["config"])
+        bases = json.loads(metadata["bases"])
+        sha256 = bases.pop("sha256")
+        spec = BasesSpec(**bases)
+        unfold = zlib.decompressobj()
+        listed = json.loads(unfold.decompress(base64.b64decode(metadata["targets"], validate=True), _TARGETS_LIMIT))
+        targets = tuple((str(n), (int(o), int(i)), int(r), float(alpha)) for n, o, i, r, alpha in listed)
+    except (KeyError, TypeError, ValueError, zlib.error, binascii.Error) as error:
+        raise ValueError(f"{path} has malformed metadata: {error}") from None
+    groups = _groups(list(targets))
+    expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
+    present = {name for name in tensors if not name.startswith("saved.")}
+    if expected != present:
+        missing, extra = sorted(expected - present), sorted(present - expected)
+        raise ValueError(f"{path} does not hold what it lists: missing {missing}, unexpected {extra}")
+    trained: dict[str, tuple[Tensor, Tensor]] = {}
+    for group, members in groups.items():
+        lam, gamma = tensors[f"lambda.{group}"], tensors[f"gamma.{group}"]
+        size, narrow = group.split(".")
+        rank, count = (int(part) for part in size.split("x"))
+        shapes = ((len(members), rank, count), (len(members), count, int(narrow)))
+        if (tuple(lam.shape), tuple(gamma.shape)) != shapes:
+            raise ValueError(f"{path}: tensors of group {group} have shapes {lam.shape}, {gamma.shape}, not {shapes}")
+        trained.update({name: (lam[i], gamma[i]) for i, name in enumerate(members)})
+    prefix = len("saved.")
+    saved = {name[prefix:]: tensor for name, tensor in tensors.items() if name.startswith("saved.")}
+    return AdapterFile(config, spec, sha256, targets, trained, saved)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask: mkstemp makes files that only their owner reads."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

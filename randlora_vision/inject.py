@@ -1,0 +1,249 @@
+"""Plan first, change second: `plan` says what would be adapted, `inject` does it, `remove` takes it back."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+
+import torch
+from torch import nn
+
+from randlora_vision.bases import BasesSpec, get_bases
+from randlora_vision.config import RandLoRAConfig
+from randlora_vision.fileformat import file_bytes
+from randlora_vision.layers import (
+    PARTS,
+    AdaptedModule,
+    ParameterState,
+    Slot,
+    adapt_module,
+    adapted_modules,
+    parameter_name,
+    restore_module,
+)
+from randlora_vision.record import (
+    AdapterRecord,
+    ModelRecord,
+    drop_record,
+    find_saved,
+    install_saved,
+    make_record,
+    own_record,
+    own_saved,
+    records,
+    unwrap,
+)
+from randlora_vision.report import InjectionReport, Target
+from randlora_vision.targets import Candidate, select
+
+
+def plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default") -> InjectionReport:
+    """What `inject` would adapt, without touching the model.
+
+    Raises:
+        ValueError: As `inject` does.
+    """
+    return _plan(unwrap(model), config, adapter_name)[0]
+
+
+def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default") -> InjectionReport:
+    """Add an adapter to a model, in place. The model's output does not change until the adapter is trained.
+
+    Every parameter is frozen except lambda and gamma of the trainable active adapters and `modules_to_save`;
+    `remove` restores the flags. The new adapter joins those that are active: with `set_active` choose others.
+
+    Args:
+        model: Any module. Inject before wrapping it in DistributedDataParallel.
+        config: The adapter's settings.
+        adapter_name: Letters, digits, ``_`` and ``-``.
+
+    Returns:
+        What was adapted, what was skipped and why, trained numbers, and the size of the file to come.
+
+    Raises:
+        ValueError: If the name is taken or malformed, nothing matches (the message lists what the model has), a
+            named layer is narrower than its rank, or `modules_to_save` names something that is not there. The
+            model is untouched then.
+    """
+    return add_adapter(model, config, adapter_name, trainable=True)
+
+
+def add_adapter(model: nn.Module, config: RandLoRAConfig, adapter_name: str, trainable: bool) -> InjectionReport:
+    """`inject`, with lambda and gamma frozen unless `trainable`."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("inject before wrapping the model in DistributedDataParallel: it has registered its gradients")
+    model = unwrap(model)
+    report, chosen, spec = _plan(model, config, adapter_name)
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=3)
+
+    record = make_record(model)
+    for parameter_path, parameter in model.named_parameters():
+        if "_randlora_" not in parameter_path.rpartition(".")[2] and not _in_training(record, parameter_path):
+            parameter.requires_grad_(False)
+    bases = get_bases(spec)
+    for candidate, target in zip(chosen, report.targets, strict=True):
+        slot = Slot(target.rank, target.bases, target.alpha, config.dropout, bases, trainable)
+        _add_slot(candidate, target, slot, config.init, adapter_name)
+    adapter = record.adapters[adapter_name] = AdapterRecord(config, spec, report.targets, trainable)
+    own_saved(model, record, adapter)
+    record.active = (*record.active, adapter_name)
+    install_saved(model, record)
+    return report
+
+
+def remove(model: nn.Module) -> None:
+    """Take every adapter off a model and give parameters their `requires_grad` back.
+
+    Unless adapters are merged, the model is bit for bit what it was before `inject`, modules trained in full
+    (`modules_to_save`) included. Merged adapters stay in the weights, as do the modules trained with them: `merge`
+    then `remove` leaves a plain model without any trace of this library.
+
+    Raises:
+        ValueError: If the model has no adapters.
+    """
+    model = unwrap(model)
+    for _, root, record in records(model):
+        record.active, record.enabled = (), True
+        install_saved(root, record)
+        for name in list(record.adapters):
+            _drop_slots(root, name)
+        for path, parameter in root.named_parameters():
+            parameter.requires_grad_(record.requires_grad.get(path, parameter.requires_grad))
+        drop_record(root)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter off a model. Deleting the last one is `remove`.
+
+    Raises:
+        ValueError: If there is no such adapter or it is merged.
+    """
+    model = unwrap(model)
+    owners = [(root, record) for _, root, record in records(model) if adapter_name in record.adapters]
+    if not owners:
+        known = {name for _, _, record in records(model) for name in record.adapters}
+        raise ValueError(f"no adapter {adapter_name!r}; this model has: {', '.join(sorted(known))}")
+    for root, record in owners:
+        if adapter_name in record.merged:
+            raise ValueError(f"adapter {adapter_name!r} is merged into the weights: unmerge it first")
+        if len(record.adapters) == 1:
+            remove(root)
+            continue
+        record.active = tuple(name for name in record.active if name != adapter_name)
+        install_saved(root, record)
+        _drop_slots(root, adapter_name)
+        del record.adapters[adapter_name]
+
+
+def _plan(
+    model: nn.Module, config: RandLoRAConfig, adapter_name: str
+) -> tuple[InjectionReport, list[Candidate], BasesSpec]:
+    if not isinstance(config, RandLoRAConfig):
+        raise ValueError(f"config must be a RandLoRAConfig, got {type(config).__name__}")
+    if not isinstance(adapter_name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name):
+        raise ValueError(f"adapter_name must consist of letters, digits, '_' and '-', got {adapter_name!r}")
+    record = own_record(model)
+    if record is not None and adapter_name in record.adapters:
+        raise ValueError(f"the model already has an adapter {adapter_name!r}: choose another name or delete it first")
+    chosen, skipped, notes = select(model, config)
+    for candidate in chosen:
+        module, param = candidate.owners[0]
+        if isinstance(module, AdaptedModule) and adapter_name in getattr(module._randlora.get(param), "slots", ()):
+            raise ValueError(f"{candidate.name} already has an adapter {adapter_name!r}, injected at another module")
+    targets = tuple(_target(candidate, config) for candidate in chosen)
+    _check_ranks(targets)
+    if config.dropout:
+        deaf = [target.name for target in targets if target.kind not in ("linear", "quantized")]
+        if deaf:
+            notes.append(f"dropout does not act on weights that are read, not called: {', '.join(deaf[:3])}, ...")
+    spec = BasesSpec(
+        config.bases,
+        config.seed,
+        rank=max(target.rank for target in targets),
+        narrow=max(target.narrow for target in targets),
+        wide=max(max(target.shape) for target in targets),
+        columns=max(target.rank * target.bases for target in targets),
+    )
+    saved = {path: tensor for path, tensor in find_saved(model, config.modules_to_save).items()}
+    report = InjectionReport(
+        adapter_name=adapter_name,
+        config=config,
+        targets=targets,
+        skipped=tuple(skipped),
+        saved=tuple((path, tensor.numel()) for path, tensor in saved.items()),
+        warnings=tuple(notes),
+        base_parameters=sum(p.numel() for path, p in model.named_parameters() if "_randlora_" not in path),
+        bases_bytes=get_bases(spec).nbytes,
+        file_bytes=file_bytes(config, spec, targets, saved),
+    )
+    return report, chosen, spec
+
+
+def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
+    assert candidate.shape is not None
+    rank = config.rank_of(candidate.paths)
+    bases = math.ceil(min(candidate.shape) / rank)
+    names = (f"{name}" for name in candidate.paths if name != candidate.name)
+    aliases = tuple(names) if len(candidate.owners) > 1 else ()
+    return Target(
+        candidate.name,
+        candidate.kind,
+        candidate.shape,
+        rank,
+        config.alpha_of(candidate.paths),
+        bases,
+        aliases,
+    )
+
+
+def _check_ranks(targets: tuple[Target, ...]) -> None:
+    wrong = [target for target in targets if target.rank > target.narrow]
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f"rank {first.rank} is above the narrow side {first.narrow} of {first.name!r} "
+            f"{first.shape[0]} x {first.shape[1]} ({len(wrong)} such targets): lower the rank, exclude them with "
+            "exclude_modules, or give them a smaller one in rank_pattern"
+        )
+
+
+def _add_slot(candidate: Candidate, target: Target, slot: Slot, init: str, adapter_name: str) -> None:
+    first, param = candidate.owners[0]
+    state = first._randlora.get(param) if isinstance(first, AdaptedModule) else None
+    if state is None:
+        state = ParameterState(*target.shape)
+    state.slots[adapter_name] = slot
+    state.active = (*state.active, adapter_name)
+    weight = first._parameters.get(param)
+    if weight is None:  # parametrised: take any of its own tensors for the device
+        weight = next(first.parameters())
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    zeros, ones = (0.0, 1 / max(target.bases, target.narrow))
+    start = (zeros, ones) if init == "lambda-zero" else (1 / max(target.rank, target.bases), 0.0)
+    shapes = ((target.rank, target.bases), (target.bases, target.narrow))
+    tensors = [
+        nn.Parameter(torch.full(shape, value, dtype=dtype, device=weight.device), requires_grad=slot.trainable)
+        for shape, value in zip(shapes, start, strict=True)
+    ]
+    for module, owned in candidate.owners:
+        adapt_module(module, owned, state)
+        for part, tensor in zip(PARTS, tensors, strict=True):
+            module.register_parameter(parameter_name(owned, part, adapter_name), tensor)
+
+
+def _drop_slots(root: nn.Module, adapter_name: str) -> None:
+    for _, module, param, state in list(adapted_modules(root)):
+        for part in PARTS:
+            module._parameters.pop(parameter_name(param, part, adapter_name), None)
+        state.active = tuple(name for name in state.active if name != adapter_name)
+        if not set(state.slots) - {adapter_name}:
+            restore_module(module, param)
+    for _, _, _, state in adapted_modules(root):
+        state.slots.pop(adapter_name, None)
+
+
+def _in_training(record: ModelRecord, path: str) -> bool:
+    """True for a module trained in full by an adapter that is already there."""
+    return record.installed.get(path) is not None

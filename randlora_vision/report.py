@@ -1,0 +1,118 @@
+"""What an injection did, or would do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from randlora_vision.config import RandLoRAConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adapted parameter.
+
+    Attributes:
+        name: Module path for a layer's ``weight``, else the parameter's path.
+        kind: "linear", "attention", "convolution", "parameter" or "quantized".
+        shape: (O, I), convolution kernels flattened into I.
+        rank: R.
+        alpha: The update is scaled by alpha / R.
+        bases: N, the number of bases.
+        aliases: Other names of the same (tied or shared) parameter.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    bases: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def narrow(self) -> int:
+        """The narrow side m."""
+        return min(self.shape)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers: R * N + N * m."""
+        return self.bases * (self.rank + self.narrow)
+
+
+@dataclasses.dataclass(frozen=True)
+class InjectionReport:
+    """Result of `plan` and `inject`; ``str(report)`` is a table.
+
+    Attributes:
+        adapter_name: The adapter's name.
+        config: Its configuration.
+        targets: What is adapted.
+        skipped: (name, reason) of what was asked for, or belongs to the preset, and is left alone.
+        saved: Paths of the tensors trained in full (`modules_to_save`) and their numbers of elements.
+        warnings: Patterns that matched nothing.
+        base_parameters: Numbers in the base model.
+        bases_bytes: Memory of the shared random bases in float32 (they are not stored in the file).
+        file_bytes: Size of the file that `save_adapter` writes.
+    """
+
+    adapter_name: str
+    config: RandLoRAConfig
+    targets: tuple[Target, ...]
+    skipped: tuple[tuple[str, str], ...]
+    saved: tuple[tuple[str, int], ...]
+    warnings: tuple[str, ...]
+    base_parameters: int
+    bases_bytes: int
+    file_bytes: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers, `modules_to_save` included."""
+        return sum(target.num_parameters for target in self.targets) + sum(count for _, count in self.saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dataclasses.asdict(self)
+        values["config"] = self.config.to_dict()
+        values["num_parameters"] = self.num_parameters
+        return values
+
+    def __str__(self) -> str:
+        rows = [("target", "kind", "shape", "rank", "bases", "trained")]
+        groups: dict[tuple[str, ...], list[Target]] = {}
+        for target in self.targets:
+            out_features, in_features = target.shape
+            pattern = ".".join("*" if part.isdecimal() else part for part in target.name.split("."))
+            shape = f"{out_features} x {in_features}"
+            groups.setdefault((pattern, target.kind, shape, str(target.rank), str(target.bases)), []).append(target)
+        for (pattern, *rest), members in groups.items():
+            count = f" (x{len(members)})" if len(members) > 1 else ""
+            trained = sum(target.num_parameters for target in members)
+            rows.append((pattern + count, *rest, f"{trained:,}"))  # type: ignore[arg-type]
+        rows += [(name, "saved whole", "", "", "", f"{count:,}") for name, count in self.saved]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        share = 100 * self.num_parameters / max(1, self.base_parameters)
+        lines += [
+            "",
+            f"adapter {self.adapter_name!r}: {len(self.targets)} targets, {self.num_parameters:,} trained numbers "
+            f"({share:.2f}% of the base's {self.base_parameters:,})",
+            f"file: {self.file_bytes:,} bytes; bases: {self.bases_bytes:,} bytes in memory, 0 in the file "
+            f"(seed {self.config.seed}). A larger rank trains fewer numbers.",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            lines.append(f"skipped ({reason}): {shown}")
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])

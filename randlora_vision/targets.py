@@ -1,0 +1,331 @@
+"""What can be adapted in a model, and what a configuration asks for.
+
+A target is a (module, parameter) pair, or several when the parameter is tied. It is called by the path of its
+module if the parameter is a layer's ``weight``, else by the parameter's own path
+(``visual.transformer.resblocks.0.attn.in_proj_weight``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import re
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from randlora_vision.config import RandLoRAConfig, is_preset, matches_any
+from randlora_vision.layers import is_quantized
+
+LINEAR, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
+    "linear",
+    "attention",
+    "convolution",
+    "parameter",
+    "quantized",
+)
+_LINEAR_KINDS = (LINEAR, ATTENTION, QUANTIZED)
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+# Components of a path that mean the classifier or a task head in timm, torchvision, transformers and open_clip.
+_HEAD_NAMES = frozenset(
+    "head heads head_dist classifier cls_classifier distillation_classifier classification_head lm_head "
+    "score class_labels_classifier bbox_predictor qa_outputs pre_logits decode_head auxiliary_head".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A parameter that could be adapted, or the reason why it cannot.
+
+    Attributes:
+        name: Its canonical name.
+        paths: Every path that a pattern may match: of the module, of the parameter, aliases of both.
+        owners: (module, parameter name) pairs: more than one when the parameter is tied.
+        kind: What holds it.
+        shape: (O, I), convolution kernels flattened into I; None when unknown.
+        problem: Why it cannot be adapted, or None.
+        head: True for a classifier or task head.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    owners: tuple[tuple[nn.Module, str], ...]
+    kind: str
+    shape: tuple[int, int] | None
+    problem: str | None
+    head: bool
+
+
+class _Tree:
+    """What candidates are found by: modules by path and by identity, the holders of every parameter, the heads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_path = dict(model.named_modules(remove_duplicate=False))
+        self.paths: dict[int, list[str]] = {}
+        for path, module in self.by_path.items():
+            self.paths.setdefault(id(module), []).append(path)
+        self.modules = list(model.modules())
+        self.uses: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.uses.setdefault(id(parameter), []).append((module, name))
+        self.heads = self._head_roots()
+
+    def _head_roots(self) -> set[str]:
+        """Paths of classifiers and task heads: by name, and by what timm's `get_classifier` returns."""
+        roots = {path for path in self.by_path if path.rpartition(".")[2] in _HEAD_NAMES or path == "fc"}
+        # SigLIP's pooling is called `head`, but an attention is no classifier.
+        attentions = [path for path, module in self.by_path.items() if _holds_attention(module)]
+        roots = {root for root in roots if not any(f"{path}.".startswith(f"{root}.") for path in attentions)}
+        for module in self.modules:
+            try:
+                classifier = module.get_classifier()  # type: ignore[operator]
+            except (AttributeError, NotImplementedError, TypeError):
+                continue
+            found = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+            for head in found:
+                roots.update(path for path in self.paths.get(id(head), ()) if path)
+        return roots
+
+    def in_head(self, path: str) -> bool:
+        """True for a head and for everything under one."""
+        return any(parent in self.heads for parent in with_parents((path,)))
+
+    def in_attention(self, path: str) -> bool:
+        """True for the output projection of an attention that holds its own packed projection."""
+        parent, _, last = path.rpartition(".")
+        return last == "out_proj" and _holds_attention(self.by_path[parent])
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Every candidate of a model in module order, tied parameters once."""
+    tree = _Tree(model)
+    found: list[Candidate] = []
+    seen: set[int] = set()
+    for module in tree.modules:
+        for param, kind in _own_parameters(module):
+            raw = module._parameters.get(param)
+            if raw is None or id(raw) not in seen:
+                seen.add(id(raw))
+                found.append(_candidate(module, param, kind, tree))
+    return found
+
+
+def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
+    """The candidates that a configuration asks for.
+
+    Returns:
+        The candidates to adapt, (name, reason) of those that were asked for or would be but are left out, and
+        warnings about patterns that match nothing.
+
+    Raises:
+        ValueError: If nothing matches, saying what the model has.
+    """
+    everything = candidates(model)
+    wanted, warnings = _wanted(model, everything, config)
+    chosen, skipped = [], []
+    for candidate in everything:
+        reason = wanted.get(candidate.name)
+        if reason is None:
+            continue
+        reason = reason or _left_out(candidate, config)
+        if reason:
+            skipped.append((candidate.name, reason))
+        else:
+            chosen.append(candidate)
+    if not chosen:
+        raise ValueError(_nothing(config, everything, skipped))
+    return chosen, skipped, warnings
+
+
+def is_preset_choice(config: RandLoRAConfig) -> bool:
+    """True if the targets come from a preset, which passes over layers narrower than the rank.
+
+    The user who names layers is told instead.
+    """
+    asked = config.target_modules
+    return isinstance(asked, str) and (asked in ("all", "all-linear") or is_preset(asked))
+
+
+def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfig) -> tuple[dict[str, str], list[str]]:
+    """Name -> "" (wanted) or the reason why a preset passes it over, and warnings."""
+    asked = config.target_modules
+    if asked in ("all", "all-linear"):
+        kinds = (*_LINEAR_KINDS, CONVOLUTION) if asked == "all" else _LINEAR_KINDS
+        wanted = {c.name: "" for c in everything if c.kind in kinds}
+        if asked == "all-linear":
+            wanted.update({c.name: "classifier head" for c in everything if c.name in wanted and c.head})
+        return wanted, []
+    if isinstance(asked, str) and is_preset(asked):
+        return {name: "" for name in preset_names(model, asked)}, []
+    if isinstance(asked, str):
+        pattern = re.compile(asked)
+        return {c.name: "" for c in everything if any(pattern.fullmatch(path) for path in c.paths)}, []
+    hits = {name: [c for c in everything if matches_any(name, c.paths)] for name in asked}
+    warnings = [f"target_modules: {name!r} matches nothing in the model" for name, found in hits.items() if not found]
+    return {c.name: "" for found in hits.values() for c in found}, warnings
+
+
+def preset_names(model: nn.Module, preset: str) -> list[str]:
+    """Target names that ``integration:preset`` chooses in this model.
+
+    Raises:
+        ValueError: If the integration or the preset does not exist, or does not fit the model.
+    """
+    integration, _, name = preset.partition(":")
+    module_name = f"randlora_vision.integrations.{integration}"
+    try:
+        presets = importlib.import_module(module_name).PRESETS
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module_name:
+            raise
+        raise ValueError(f"target_modules={preset!r}: there is no integration {integration!r} with presets") from None
+    if name not in presets:
+        raise ValueError(f"target_modules={preset!r}: {integration} has the presets {', '.join(sorted(presets))}")
+    return list(presets[name](model))
+
+
+def _left_out(candidate: Candidate, config: RandLoRAConfig) -> str | None:
+    if _excluded(candidate.paths, config.exclude_modules):
+        return "exclude_modules"
+    if any(matches_any(name, with_parents(candidate.paths)) for name in config.modules_to_save):
+        return "trained in full (modules_to_save)"
+    layers = config.layers_to_transform
+    if layers is not None and _layer_index(candidate.name) not in layers:
+        return f"not in layers_to_transform={list(layers)}"
+    if candidate.problem:
+        return candidate.problem
+    narrow = min(candidate.shape or (0, 0))
+    if narrow < config.rank_of(candidate.paths) and is_preset_choice(config):
+        return f"its narrow side {narrow} is below rank {config.rank_of(candidate.paths)}"
+    return None
+
+
+def _excluded(paths: tuple[str, ...], exclude: str | tuple[str, ...]) -> bool:
+    if isinstance(exclude, str):
+        return any(re.fullmatch(exclude, path) for path in paths)
+    return any(f".{name}." in f".{path}." for name in exclude for path in paths)
+
+
+def with_parents(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths and every module path above them."""
+    return tuple(path.rsplit(".", i)[0] for path in paths for i in range(path.count(".") + 1))
+
+
+def _layer_index(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _candidate(module: nn.Module, param: str, kind: str, tree: _Tree) -> Candidate:
+    raw = module._parameters.get(param)
+    owners = [(module, param)] if raw is None else tree.uses[id(raw)]
+    names: list[str] = []
+    for owner, owned in owners:
+        for path in tree.paths[id(owner)]:
+            full = f"{path}.{owned}" if path else owned
+            names += [path, full] if owned == "weight" else [full]
+            if kind == ATTENTION:
+                names.append(path)
+            elif tree.in_attention(path):
+                names.append(path.rpartition(".")[0])
+    shape, problem = _shape_and_problem(module, param, kind, raw)
+    strangers = [owner for owner, owned in owners if owned not in dict(_own_parameters(owner))]
+    if strangers and problem is None:
+        path = tree.paths[id(strangers[0])][0]
+        problem = f"tied to {path!r} ({type(strangers[0]).__name__}), which cannot be adapted with it"
+    ordered = tuple(dict.fromkeys(name for name in names if name))
+    head = all(tree.in_head(path) for owner, _ in owners for path in tree.paths[id(owner)])
+    return Candidate(ordered[0], ordered, tuple(owners), kind, shape, problem, head)
+
+
+def _shape_and_problem(
+    module: nn.Module, param: str, kind: str, raw: nn.Parameter | None
+) -> tuple[tuple[int, int] | None, str | None]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, "a TorchScript module cannot be changed"
+    if kind == QUANTIZED:
+        return (int(module.out_features), int(module.in_features)), None  # type: ignore[arg-type]
+    if isinstance(raw, nn.parameter.UninitializedParameter):
+        return None, "its weight is not initialised yet: run one batch through the lazy module first"
+    tensor = raw
+    if tensor is None:
+        if not parametrize.is_parametrized(module, param):
+            return None, f"it has no parameter {param!r} (old-style weight_norm or pruning?)"
+        with torch.no_grad():
+            tensor = getattr(module, param)
+    assert tensor is not None
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        return None, f"its {param} of shape {tuple(tensor.shape)} is no matrix"
+    if not tensor.is_floating_point():
+        return None, f"its {param} has dtype {tensor.dtype}"
+    return (tensor.shape[0], math.prod(tensor.shape[1:])), None
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(parameter name, kind) of what a module itself holds that could be adapted."""
+    if isinstance(module, nn.Linear):
+        yield "weight", QUANTIZED if is_quantized(module) else LINEAR
+    elif isinstance(module, _transformers_conv1d()):
+        yield "weight", LINEAR
+    elif isinstance(module, _CONVOLUTIONS):
+        yield "weight", CONVOLUTION
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):
+        return
+    else:
+        own = list(module._parameters) + list(getattr(module, "parametrizations", ()))
+        for name in own:
+            if name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if module._parameters.get(name) is not None or name not in module._parameters:
+                    yield name, ATTENTION
+            elif getattr(module._parameters.get(name), "ndim", 0) == 2 and "_randlora_" not in name:
+                yield name, PARAMETER
+
+
+def _transformers_conv1d() -> tuple[type, ...]:
+    """Conv1D of transformers, a linear layer with its weight transposed, if transformers is loaded at all."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return (loaded.Conv1D,) if loaded is not None else ()
+
+
+def _holds_attention(module: nn.Module) -> bool:
+    """True for a module with a packed or separate attention projection of its own."""
+    return any(kind == ATTENTION for _, kind in _own_parameters(module))
+
+
+def _nothing(config: RandLoRAConfig, everything: list[Candidate], skipped: list[tuple[str, str]]) -> str:
+    asked = config.target_modules
+    message = f"target_modules={asked if isinstance(asked, str) else list(asked)!r} leaves nothing to adapt"
+    if skipped:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        return f"{message}: every match was skipped ({shown}{more})"
+    groups = summarise([candidate.name for candidate in everything if candidate.kind != PARAMETER])
+    if not groups:
+        return f"{message}: the model has no linear layer, attention projection or convolution"
+    components = {part for group in groups for part in group.split(" ")[0].split(".")}
+    words = (asked,) if isinstance(asked, str) else asked
+    close = [c for word in words for c in difflib.get_close_matches(word.split(".")[-1], components, n=2)]
+    hint = f"; did you mean {' or '.join(repr(c) for c in dict.fromkeys(close))}?" if close else ""
+    return f"{message}{hint}; the model has: {', '.join(groups[:12])}{', ...' if len(groups) > 12 else ''}"
+
+
+def summarise(names: list[str]) -> list[str]:
+    """Names that differ in their numbers alone as one: ``blocks.*.attn.qkv (x12)``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        group = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        counts[group] = counts.get(group, 0) + 1
+    return [f"{group} (x{count})" if count > 1 else group for group, count in counts.items()]
