@@ -73,17 +73,18 @@ def randlora_linear(
     return _RandLoRALinear.apply(x.to(dtype), weight, bias, call, *frozen, *trained)
 
 
-def effective_weight(weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    """``W + sum of the updates``, differentiable in lambda, gamma and W, in W's shape and dtype.
+def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """``W + sum of the updates``, differentiable in lambda, gamma and W, in W's shape.
 
     Args:
         weight: (O, ...); beyond two dimensions (convolutions) it is seen as (O, I).
         terms: The active adapters' parts; their B may be of a lower precision than W (autocast).
+        dtype: Of the result; None means W's.
     """
-    scales = tuple(term.scale for term in terms)
+    call = (tuple(term.scale for term in terms), weight.dtype if dtype is None else dtype)
     frozen = [tensor for term in terms for tensor in (term.a, term.b)]
     trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
-    return _EffectiveWeight.apply(weight, scales, *frozen, *trained)
+    return _EffectiveWeight.apply(weight, call, *frozen, *trained)
 
 
 def scaled_a(term: Term, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -258,20 +259,21 @@ def _adapter_gradients(
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """See `effective_weight`. Arguments: weight, scales, then every a and b, then every lambda and gamma."""
+    """See `effective_weight`. Arguments: weight, (scales, dtype), then every a and b, every lambda and gamma."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, scales: tuple[float, ...], *tensors: Tensor) -> Tensor:
-        flat = weight.reshape(weight.shape[0], -1)
+    def forward(weight: Tensor, call: tuple[tuple[float, ...], torch.dtype], *tensors: Tensor) -> Tensor:
+        scales, dtype = call
+        flat = weight.reshape(weight.shape[0], -1).to(dtype)
         return _updated(flat, _terms(scales, tensors), flat.shape[0] >= flat.shape[1]).reshape(weight.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, scales, *tensors = inputs
+        weight, (scales, _), *tensors = inputs
         half = 2 * len(scales)
-        ctx.scales, ctx.frozen = scales, tuple(tensors[:half])
+        ctx.scales, ctx.frozen, ctx.dtype = scales, tuple(tensors[:half]), weight.dtype
         ctx.need_terms = any(ctx.needs_input_grad[2 + half :])
         ctx.save_for_backward(*tensors[half:])
 
@@ -281,7 +283,8 @@ class _EffectiveWeight(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * (2 * len(terms))
         if ctx.need_terms:
             flat = grad.reshape(grad.shape[0], -1)
-            tall = flat.shape[0] >= flat.shape[1]
-            d_afs = [torch.mm(term.b.t(), (flat if tall else flat.t()).to(term.b.dtype)) for term in terms]
+            wide_first = flat if flat.shape[0] >= flat.shape[1] else flat.t()
+            d_afs = [torch.mm(term.b.t(), wide_first.to(term.b.dtype)) for term in terms]
             gradients = [d for term, d_af in zip(terms, d_afs, strict=True) for d in _trained_gradients(term, d_af)]
-        return (grad if ctx.needs_input_grad[0] else None, None, *(None for _ in ctx.frozen), *gradients)
+        d_weight = grad.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return (d_weight, None, *(None for _ in ctx.frozen), *gradients)

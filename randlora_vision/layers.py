@@ -21,8 +21,20 @@ from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
 from randlora_vision.functional import Term, effective_weight, randlora_linear
+from randlora_vision.scope import Recipe, current_scope, scope
 
 PARTS = ("lambda", "gamma")
+ATTENTION_PARAMETERS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
+"""Modules whose forward reads its weight for a matrix product."""
 
 
 @dataclasses.dataclass
@@ -83,8 +95,6 @@ class AdaptedModule(_Mixin):
     """The class before the swap."""
     _randlora: dict[str, ParameterState]
     """Adapted parameter names and their adapters."""
-    _randlora_cache: dict[tuple[str, bool], Tensor] | None
-    """Effective weights by (parameter, grad mode) for the span of one forward."""
     _randlora_quantized: bool
 
     def base_weight(self, param: str = "weight") -> Tensor:
@@ -99,8 +109,8 @@ class AdaptedModule(_Mixin):
 
     def adapter_tensors(self, param: str, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Lambda (R, N) and gamma (N, m) of an adapter."""
-        parameters = self._parameters
-        lam, gamma = (parameters[parameter_name(param, part, adapter_name)] for part in PARTS)
+        lam, gamma = (self._parameters[parameter_name(param, part, adapter_name)] for part in PARTS)
+        assert lam is not None and gamma is not None
         return lam, gamma
 
     def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
@@ -121,14 +131,13 @@ class AdaptedModule(_Mixin):
         # FSDP2 reads sharded parameters by attribute: it must find its own objects.
         if not names or _is_sharded(base):
             return base
-        cache, key = self._randlora_cache, (param, torch.is_grad_enabled())
-        if cache is not None and key in cache:
-            return cache[key]
-        dtype = autocast_dtype(base) or base.dtype
-        weight = effective_weight(base, self._terms(param, names, dtype))
-        if cache is not None:
-            cache[key] = weight
-        return weight
+        low = autocast_dtype(base)
+        terms = self._terms(param, names, low or base.dtype)
+        opened = current_scope()
+        if opened is None:
+            return effective_weight(base, terms)
+        # Inside a scope the reader is a matrix product, which autocast would round the weight for anyway.
+        return opened.weight((id(self), param), Recipe(base, terms, low or base.dtype))
 
     def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool) -> Tensor | None:
         """The named adapters' part of a linear layer's output (..., O), or None; `drop` applies dropout."""
@@ -232,12 +241,11 @@ def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
     base, quantized = base_class(module), is_quantized(module)
     if states:
         module.__dict__["_randlora"] = states
-        module.__dict__.setdefault("_randlora_cache", None)
         swapped = adapted_class(base, tuple(sorted(states)), quantized)
     else:
-        del module.__dict__["_randlora"], module.__dict__["_randlora_cache"]
+        del module.__dict__["_randlora"]
         swapped = base
-    module.__class__ = swapped  # type: ignore[assignment]
+    module.__class__ = swapped
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str, ParameterState]]:
@@ -276,12 +284,17 @@ def _make_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool)
     names = ("__module__", "__qualname__", "__doc__")
     namespace: dict[str, Any] = {name: getattr(base, name) for name in names}
     namespace.update(_randlora_base=base, _randlora_quantized=quantized)
+    forward: Callable[..., Any] | None = None
     if quantized:
-        forward: Callable[..., Any] = _quantized_forward(base)
+        forward = _quantized_forward(base)
     else:
         namespace.update({param: _weight_property(param) for param in params})
-        forward = _linear_forward if base.forward is nn.Linear.forward else _caching_forward(base)
-    namespace["forward"] = functools.wraps(base.forward)(forward)
+        if base.forward is nn.Linear.forward:
+            forward = _linear_forward
+        elif issubclass(base, WEIGHT_READERS) or ATTENTION_PARAMETERS & set(params):
+            forward = _scoped_forward(base)
+    if forward is not None:
+        namespace["forward"] = functools.wraps(base.forward)(forward)
     metaclass: Any = type(base)
     return metaclass(base.__name__, (AdaptedModule, base), namespace)
 
@@ -328,16 +341,14 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _caching_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The base's forward; a weight that it reads several times (attention does) is built once a call."""
+def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The base's forward, for modules that read their weights and hand them to a matrix product."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer = self._randlora_cache
-        self._randlora_cache = {}
-        try:
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
             return base.forward(self, *args, **kwargs)
-        finally:
-            self._randlora_cache = outer
+        with scope():
+            return base.forward(self, *args, **kwargs)
 
     return forward
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from randlora_vision.config import RandLoRAConfig, is_preset, matches_any
-from randlora_vision.layers import is_quantized
+from randlora_vision.layers import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized
 
 LINEAR, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "linear",
@@ -30,14 +30,6 @@ LINEAR, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "quantized",
 )
 _LINEAR_KINDS = (LINEAR, ATTENTION, QUANTIZED)
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 # Components of a path that mean the classifier or a task head in timm, torchvision, transformers and open_clip.
 _HEAD_NAMES = frozenset(
     "head heads head_dist classifier cls_classifier distillation_classifier classification_head lm_head "
@@ -280,14 +272,14 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield "weight", QUANTIZED if is_quantized(module) else LINEAR
     elif isinstance(module, _transformers_conv1d()):
         yield "weight", LINEAR
-    elif isinstance(module, _CONVOLUTIONS):
+    elif isinstance(module, CONVOLUTIONS):
         yield "weight", CONVOLUTION
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):
         return
     else:
         own = list(module._parameters) + list(getattr(module, "parametrizations", ()))
         for name in own:
-            if name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if name in ATTENTION_PARAMETERS:
                 if module._parameters.get(name) is not None or name not in module._parameters:
                     yield name, ATTENTION
             elif getattr(module._parameters.get(name), "ndim", 0) == 2 and "_randlora_" not in name:
