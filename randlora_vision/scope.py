@@ -55,7 +55,8 @@ class _View(NamedTuple):
 class Scope:
     """The effective weights that one forward has read."""
 
-    def __init__(self) -> None:
+    def __init__(self, hooked: bool) -> None:
+        self.hooked = hooked
         self._weights: dict[Hashable, Tensor] = {}
         self._recipes: dict[int, Recipe] = {}
 
@@ -64,7 +65,8 @@ class Scope:
         full_key = (key, torch.is_grad_enabled())
         if full_key not in self._weights:
             weight = self._weights[full_key] = recipe.build()
-            self._recipes[weight.untyped_storage()._cdata] = recipe
+            if self.hooked:
+                self._recipes[weight.untyped_storage()._cdata] = recipe
         return self._weights[full_key]
 
     def pack(self, tensor: Tensor) -> _Kept | _View:
@@ -103,15 +105,24 @@ def current_scope() -> Scope | None:
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Open a scope for the span of one module's forward."""
-    opened = Scope()
-    # Gradient checkpointing and offloading have hooks of their own, which inner ones would hide tensors from; they
-    # keep no weight either.
-    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    plain = top is None and torch.is_grad_enabled()
-    hooks = torch.autograd.graph.saved_tensors_hooks(opened.pack, _unpack) if plain else contextlib.nullcontext()
+    opened = Scope(hooked=torch.is_grad_enabled() and _may_hook())
+    hooks: Any = contextlib.nullcontext()
+    if opened.hooked:
+        hooks = torch.autograd.graph.saved_tensors_hooks(opened.pack, _unpack)
     _SCOPES.stack.append(opened)
     try:
         with hooks:
             yield
     finally:
         _SCOPES.stack.pop()
+
+
+def _may_hook() -> bool:
+    """False under hooks of others, and where torch forbids them (torch.func).
+
+    Gradient checkpointing and offloading have hooks of their own, which inner ones would hide tensors from; they keep
+    no weight either.
+    """
+    autograd = torch._C._autograd
+    forbidden = autograd._saved_tensors_hooks_get_disabled_error_message()
+    return forbidden is None and autograd._top_saved_tensors_default_hooks(True) is None
