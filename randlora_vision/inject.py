@@ -185,8 +185,6 @@ def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
     assert candidate.shape is not None
     rank = config.rank_of(candidate.paths)
     bases = math.ceil(min(candidate.shape) / rank)
-    names = (f"{name}" for name in candidate.paths if name != candidate.name)
-    aliases = tuple(names) if len(candidate.owners) > 1 else ()
     return Target(
         candidate.name,
         candidate.kind,
@@ -194,7 +192,7 @@ def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
         rank,
         config.alpha_of(candidate.paths),
         bases,
-        aliases,
+        candidate.aliases,
     )
 
 

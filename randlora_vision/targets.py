@@ -43,6 +43,7 @@ class Candidate:
 
     Attributes:
         name: Its canonical name.
+        aliases: Its names under other parents, and those of tied parameters.
         paths: Every path that a pattern may match: of the module, of the parameter, aliases of both.
         owners: (module, parameter name) pairs: more than one when the parameter is tied.
         kind: What holds it.
@@ -52,6 +53,7 @@ class Candidate:
     """
 
     name: str
+    aliases: tuple[str, ...]
     paths: tuple[str, ...]
     owners: tuple[tuple[nn.Module, str], ...]
     kind: str
@@ -223,24 +225,27 @@ def _layer_index(name: str) -> int | None:
 
 def _candidate(module: nn.Module, param: str, kind: str, tree: _Tree) -> Candidate:
     raw = module._parameters.get(param)
-    owners = [(module, param)] if raw is None else tree.uses[id(raw)]
+    others = [] if raw is None else [use for use in tree.uses[id(raw)] if use != (module, param)]
+    owners = [(module, param), *others]
     names: list[str] = []
+    patterns: list[str] = []
     for owner, owned in owners:
         for path in tree.paths[id(owner)]:
             full = f"{path}.{owned}" if path else owned
-            names += [path, full] if owned == "weight" else [full]
+            names.append(path if owned == "weight" and path else full)
+            patterns.append(full)
             if kind == ATTENTION:
-                names.append(path)
+                patterns.append(path)
             elif tree.in_attention(path):
-                names.append(path.rpartition(".")[0])
+                patterns.append(path.rpartition(".")[0])
     shape, problem = _shape_and_problem(module, param, kind, raw)
-    strangers = [owner for owner, owned in owners if owned not in dict(_own_parameters(owner))]
+    strangers = [owner for owner, owned in others if owned not in dict(_own_parameters(owner))]
     if strangers and problem is None:
         path = tree.paths[id(strangers[0])][0]
         problem = f"tied to {path!r} ({type(strangers[0]).__name__}), which cannot be adapted with it"
-    ordered = tuple(dict.fromkeys(name for name in names if name))
-    head = all(tree.in_head(path) for owner, _ in owners for path in tree.paths[id(owner)])
-    return Candidate(ordered[0], ordered, tuple(owners), kind, shape, problem, head)
+    paths = tuple(dict.fromkeys(name for name in (*names, *patterns) if name))
+    head = all(tree.in_head(path) for path in tree.paths[id(module)])
+    return Candidate(names[0], tuple(names[1:]), paths, tuple(owners), kind, shape, problem, head)
 
 
 def _shape_and_problem(
