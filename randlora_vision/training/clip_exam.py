@@ -1,0 +1,84 @@
+"""What is measured before and after training: accuracy on the task, and on what the model could do before."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from randlora_vision.training.clip_classifier import ClipClassifier
+from randlora_vision.training.clip_models import LoadedClip
+from randlora_vision.training.clip_options import ClipOptions
+from randlora_vision.training.images import ImageSplits, SkipList, evaluation_batches
+from randlora_vision.training.plots import Prediction
+
+_PICTURES = 32
+
+Results = dict[str, dict[str, float]]  # by the name of the test: top1, top5, loss
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier makes of the test images."""
+
+    results: Results
+    logits: Tensor  # of the sample of pictures (P, C)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{name} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}" for name, values in self.results.items()
+        )
+
+
+class Exam:
+    """The test split, a sample of its pictures, and where there is one the test split of the original task."""
+
+    def __init__(
+        self,
+        clip: LoadedClip,
+        splits: ImageSplits,
+        original: ImageSplits | None,
+        options: ClipOptions,
+        skipped: SkipList,
+    ) -> None:
+        self.clip = clip
+        self.skipped = skipped
+        self.original = original
+        self.class_names = splits.class_names
+        self.templates = options.images.templates
+        batch_size, workers = options.training.batch_size, options.training.workers
+        test = splits.select("test", clip.eval_transform, skipped)
+        self._test = evaluation_batches(test, batch_size, workers)
+        if original:
+            kept = original.select("test", clip.eval_transform, skipped)
+            self._original = evaluation_batches(kept, batch_size, workers)
+        order = random.Random(0).sample(range(len(test)), len(test))
+        readable = ((test.picture(index), test.labels[index]) for index in order)
+        chosen = [(picture, label) for picture, label in readable if picture is not None][:_PICTURES]
+        self.pictures = [picture for picture, _ in chosen]
+        self.truths = [label for _, label in chosen]
+        self.images = torch.stack([clip.eval_transform(picture) for picture in self.pictures])
+
+    def take(self, classifier: ClipClassifier | None = None) -> Answers:
+        """Measure a classifier over the model, by default the zero-shot one."""
+        classifier = classifier or ClipClassifier(self.clip, self.class_names, self.templates)
+        results = {"test": classifier.evaluate(self._test)}
+        if self.original:
+            prompted = ClipClassifier(self.clip, self.original.class_names, self.templates)
+            results["original"] = prompted.evaluate(self._original)
+        return Answers(results, classifier.predict(self.images))
+
+    def predictions(self, before: Answers, after: Answers) -> Sequence[Prediction]:
+        """Return the sample of pictures with both answers."""
+        names = self.class_names
+        return [
+            Prediction(picture, names[truth], names[was], names[now])
+            for picture, truth, was, now in zip(
+                self.pictures,
+                self.truths,
+                before.logits.argmax(dim=1).tolist(),
+                after.logits.argmax(dim=1).tolist(),
+                strict=True,
+            )
+        ]

@@ -1,0 +1,152 @@
+"""The options that every training script shares, and how a command line becomes one object of them.
+
+Each group is a frozen dataclass, checked when built; its field docstrings are the help texts.
+A script nests the groups that it needs in a dataclass of its own and calls `parse`.
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from randlora_vision.training.errors import one_line
+
+Method = Literal["randlora", "lora", "full", "linear-probe"]
+
+_Options = TypeVar("_Options")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is trained."""
+
+    method: Method = "randlora"
+    """RandLoRA, LoRA on the same weights, full fine-tuning, or a linear classifier on frozen features."""
+    rank: int | None = None
+    """RandLoRA: the rank of one random base; a LARGER rank means FEWER trained numbers, the opposite of
+    LoRA. Left out: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
+    alpha: float | None = None
+    """Numerator of the scale alpha / rank. Left out: 20 * rank for RandLoRA, 2 * rank for LoRA."""
+    budget: int | None = None
+    """LoRA, instead of --rank: the number of trained numbers to come nearest to."""
+    dropout: float = 0.0
+    """RandLoRA: dropout on the adapter's input."""
+    bases: Literal["uniform", "normal", "sparse", "very_sparse"] = "uniform"
+    """RandLoRA: the distribution of the random bases."""
+    init: Literal["lambda-zero", "gamma-zero"] = "lambda-zero"
+    """RandLoRA: which factor starts at zero (PEFT's choice, or the paper's vision code's)."""
+    target_modules: tuple[str, ...] = ()
+    """Which weights are adapted: one preset or regular expression, or several name suffixes.
+    Left out: the attention and MLP weights of the chosen towers."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank is None or self.rank >= 1, "--rank must be 1 or more", self.rank)
+        _require(self.alpha is None or self.alpha > 0, "--alpha must be above 0", self.alpha)
+        _require(self.budget is None or self.budget >= 1, "--budget must be 1 or more", self.budget)
+        _require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1", self.dropout)
+        if self.budget is not None and self.method != "lora":
+            raise ValueError(f"--budget chooses the rank of --method lora, not of --method {self.method}")
+        if self.budget is not None and self.rank is not None:
+            raise ValueError("--budget and --rank both choose LoRA's rank: give one")
+        if self.dropout and self.method != "randlora":
+            raise ValueError(f"--dropout is RandLoRA's; --method {self.method} has none")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How it is trained."""
+
+    steps: int | None = None
+    """Optimiser steps. Left out: 1000 (250 on the embedded digits)."""
+    batch_size: int = 64
+    """Images in one forward call of one process; one optimiser step sees this times the accumulation
+    steps times the processes."""
+    gradient_accumulation_steps: int = 1
+    """Forward calls whose gradients are averaged into one optimiser step."""
+    lr: float | None = None
+    """Peak learning rate of AdamW. Left out: the method's own default (in config.yaml after the run)."""
+    weight_decay: float = 0.01
+    """AdamW's decay of matrices; vectors and scalars are never decayed."""
+    warmup_fraction: float = 0.1
+    """Part of the steps over which the learning rate rises; a cosine brings it down afterwards."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm when it is longer; 0 switches that off."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward and backward passes; trained numbers stay float32."""
+    seed: int = 0
+    """Seed of the bases, the order of the images, augmentation and dropout."""
+    eval_every: int = 25
+    """Steps between two evaluations on the validation split; there is always one before the first
+    step and one after the last."""
+    log_every: int = 5
+    """Steps between two lines of training values in metrics.jsonl."""
+    workers: int = 0
+    """Processes that decode images (0: the training process does)."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.steps >= 1, "--steps must be 1 or more", self.steps)
+        _require(self.lr is None or self.lr > 0, "--lr must be above 0", self.lr)
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
+            _require(getattr(self, name) >= 1, f"{_flag(name)} must be 1 or more", getattr(self, name))
+        for name in ("weight_decay", "max_grad_norm", "workers", "seed"):
+            _require(getattr(self, name) >= 0, f"{_flag(name)} must be 0 or more", getattr(self, name))
+        warmup = self.warmup_fraction
+        _require(0 <= warmup < 1, "--warmup-fraction must be at least 0 and below 1", warmup)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the results go."""
+
+    output_dir: str | None = None
+    """The run folder. Left out: runs/<script>-<date and time>."""
+    overwrite: bool = False
+    """Replace the run that the folder already holds (only a run's own files); refused otherwise."""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require(condition: bool, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{expected}, got {got}")
+
+
+def parse(options: type[_Options], argv: Sequence[str] | None, description: str) -> _Options:
+    """Build `options` (a dataclass of option groups) from a command line.
+
+    A mistake in it raises ValueError with one line; `--help` prints and exits. The groups' own
+    names are no part of a flag: `training.lr` is `--lr`.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, args=argv, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as error:
+        if error.code:
+            raise ValueError(_one_line_complaint(complaint.getvalue())) from None
+        raise
+
+
+def _one_line_complaint(box: str) -> str:
+    """Turn tyro's framed message into one line: what is wrong, then the flags that come close."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = [one_line(section) for section in re.split("(?:─|-){10,}", "\n".join(lines))]
+    if "╭" not in box:  # drawn without a frame, where the terminal has no UTF-8: the title is a section
+        del sections[0]
+    what, *rest = sections
+    what = re.sub(r"^Error parsing (?!--)\S+: ", "", what).rstrip(".")  # an option group's name says nothing
+    similar = [
+        flag
+        for section in rest
+        if section.startswith(("Perhaps you meant", "Arguments similar to"))
+        for flag in re.findall(r"(?<= )--(?!no-)[\w-]+", section.partition(":")[2])
+    ]
+    suggestion = f" Perhaps you meant {' or '.join(sorted(set(similar)))}." if similar else ""
+    return f"{what}.{suggestion} (--help lists every option)"

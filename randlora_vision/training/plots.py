@@ -1,0 +1,147 @@
+"""The pictures of a run: curves, predictions before and after, and methods side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
+
+from randlora_vision.training.files import replacing
+
+Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
+
+_RIGHT, _WRONG = "#1a7f37", "#c62828"
+_COLOURS = ("#1f5fbf", "#d9822b", "#4c9f50", "#8e4fa8", "#7f7f7f")
+_DPI = 150
+
+
+def series(metrics: Metrics, split: str, name: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of one measurement."""
+    lines = [line for line in metrics if line["split"] == split and name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def plot_curves(metrics: Metrics, title: str, path: Path) -> None:
+    """Draw loss, accuracy on the validation split, and learning rate over the steps."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    loss.plot(*series(metrics, "train", "loss"), color=_COLOURS[0], alpha=0.6, label="training batches")
+    loss.plot(*series(metrics, "val", "loss"), color=_COLOURS[1], marker="o", markersize=4, label="validation")
+    loss.set(title="Loss", ylabel="cross entropy")
+    loss.set_ylim(bottom=0)
+    for name, label, colour in (("top1", "top-1", _COLOURS[0]), ("top5", "top-5", _COLOURS[2])):
+        steps, values = series(metrics, "val", name)
+        accuracy.plot(steps, values, color=colour, marker="o", markersize=4, label=label)
+        if name == "top1" and values:
+            accuracy.axhline(values[0], color=colour, linestyle=":", label=f"before training, top-1 {values[0]:.1%}")
+    _percent(accuracy, "Validation accuracy")
+    steps, values = series(metrics, "train", "lr")
+    rate.plot(steps, values, color=_COLOURS[4])
+    rate.set(title="Learning rate", ylabel="AdamW learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (loss, accuracy, rate):
+        _over_steps(axes)
+    for axes in (loss, accuracy):
+        axes.legend(fontsize=8)
+    _save(figure, title, path)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image with its class and what the model answered before and after training."""
+
+    picture: Image.Image
+    truth: str
+    before: str
+    after: str
+
+
+def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, columns: int = 8) -> None:
+    """Draw a grid of images, each with its class and the two answers, green where right and red where wrong."""
+    rows = -(-len(predictions) // columns)
+    height = 2.15 * rows + 0.7
+    # Placed by hand: laying out this many labels automatically takes seconds.
+    figure = Figure(figsize=(1.6 * columns, height))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.75 / height, bottom=0.5 / height, hspace=0.55, wspace=0.1)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, item in zip(grid.flat, predictions, strict=False):
+        axes.imshow(item.picture)
+        axes.set_title(_shortened(item.truth), fontsize=10, fontweight="bold")
+        for line, (when, answer) in enumerate((("before", item.before), ("after", item.after))):
+            right = answer == item.truth
+            axes.text(
+                0.5,
+                -0.10 - 0.15 * line,
+                f"{when}: {_shortened(answer)} {'✓' if right else '✗'}",
+                transform=axes.transAxes,
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=_RIGHT if right else _WRONG,
+            )
+    _save(figure, title, path)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method's run, for the comparison."""
+
+    label: str
+    metrics: Metrics
+    accuracies: Mapping[str, tuple[float, float]]  # of each measured task: before, after
+
+
+def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
+    """Draw validation accuracy over the steps, a line for each method, and test accuracies before and after."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    for run, colour in zip(runs, _COLOURS, strict=False):
+        steps, values = series(run.metrics, "val", "top1")
+        curves.plot(steps, values, color=colour, marker="o", markersize=4, label=run.label)
+    _percent(curves, "Accuracy while training (validation images)")
+    _over_steps(curves)
+    curves.legend(loc="lower right", fontsize=9)
+    _before_and_after(bars, runs)
+    _save(figure, title, path)
+
+
+def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
+    """Draw for every task a grey bar for the base and one bar for each method."""
+    tasks = list(runs[0].accuracies)
+    width = 0.8 / (len(runs) + 1)
+    bars = [("before", [runs[0].accuracies[task][0] for task in tasks], "#bbbbbb")]
+    for run, colour in zip(runs, _COLOURS, strict=False):
+        bars.append((run.label, [run.accuracies[task][1] for task in tasks], colour))
+    for position, (_, heights, colour) in enumerate(bars):
+        places = [number + position * width for number in range(len(tasks))]
+        drawn = axes.bar(places, heights, width * 0.92, color=colour)
+        axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=8)
+    axes.set_xticks([number + width * len(runs) / 2 for number in range(len(tasks))], tasks)
+    _percent(axes, "Test accuracy (grey: before training)")
+
+
+def _over_steps(axes: Axes) -> None:
+    axes.set_xlabel("optimiser step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def _percent(axes: Axes, title: str) -> None:
+    axes.set(title=title, ylabel="images classified correctly", ylim=(0, 1.06))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _shortened(name: str, most: int = 16) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _save(figure: Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, fontweight="bold")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI)

@@ -1,0 +1,114 @@
+"""The folder of one run: refused when it holds another, filled file by file, each written whole."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from randlora_vision.training.files import write_json, write_text
+from randlora_vision.training.options import RunOptions
+
+_PACKAGES = (
+    "randlora_vision",
+    "torch",
+    "torchvision",
+    "numpy",
+    "open_clip_torch",
+    "timm",
+    "accelerate",
+    "safetensors",
+)
+
+
+class RunFolder:
+    """Paths and writers of one run's files.
+
+    A process that must not write (any but the first of a distributed run) passes `writing=False`:
+    it gets the same paths, and its calls do nothing.
+    """
+
+    def __init__(self, path: Path, writing: bool = True) -> None:
+        self.path = path
+        self.writing = writing
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.curves = path / "curves.png"
+        self.predictions = path / "predictions.png"
+        self.adapter = path / "adapter.safetensors"
+        self.split = path / "split.json"
+        self.skipped = path / "skipped.txt"
+        self.summary = path / "summary.json"
+
+    def files(self) -> list[Path]:
+        """Return every path that a run may write."""
+        return [value for value in vars(self).values() if isinstance(value, Path) and value != self.path]
+
+    def write_config(self, options: Any) -> None:
+        """Write the resolved options (a dataclass) as YAML."""
+        import yaml
+
+        assert is_dataclass(options) and not isinstance(options, type)
+        # Through JSON, so that tuples become lists: YAML has no plain tuple.
+        plain = json.loads(json.dumps(asdict(options)))
+        if self.writing:
+            write_text(self.config, yaml.safe_dump(plain, sort_keys=False))
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl: the step, the split and the values."""
+        if self.writing:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl written so far."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def write(self, path: Path, value: Any) -> None:
+        """Write a JSON file of the folder."""
+        if self.writing:
+            write_json(path, value)
+
+
+def open_run_folder(options: RunOptions, script: str, writing: bool = True) -> RunFolder:
+    """Make the run folder, or raise ValueError when it holds a run and `--overwrite` was not given.
+
+    Overwriting removes the files that a run writes and nothing else.
+    """
+    default = Path("runs") / f"{script}-{datetime.now():%Y%m%d-%H%M%S}"
+    run = RunFolder(Path(options.output_dir) if options.output_dir else default, writing)
+    if not writing:
+        return run
+    existing = [path for path in run.files() if path.exists()]
+    if existing and not options.overwrite:
+        raise ValueError(
+            f"{run.path} already holds a run ({existing[0].name}): "
+            "choose another --output-dir, or give --overwrite to replace it"
+        )
+    for path in existing:
+        path.unlink()
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.environment, environment())
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions that a result depends on, and the command."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

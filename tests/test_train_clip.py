@@ -1,0 +1,259 @@
+"""train_clip.py and compare_clip.py as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+from randlora_vision import load_adapter
+from randlora_vision.training.clip_classifier import ClipClassifier
+from tests.training_helpers import tiny_clip, write_class_folders, write_tiny_clip
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1"]
+RUN_FILES = {
+    "adapter.safetensors",
+    "config.yaml",
+    "curves.png",
+    "environment.json",
+    "metrics.jsonl",
+    "predictions.png",
+    "split.json",
+    "summary.json",
+}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture
+def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
+    """train_clip.main on the tiny model and folder; a flag given again counts instead. Returns the run folder."""
+
+    def main(*argv: str) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+            state._shared_state.clear()
+        folder = tmp_path / "run"
+        defaults = {
+            "--model": f"local-dir:{tiny}",
+            "--data": str(images),
+            "--output-dir": str(folder),
+            "--rank": "4",
+        }
+        given = [word for name, value in defaults.items() if name not in argv for word in (name, value)]
+        script("train_clip").main(
+            [*given, "--rank", "4", *QUICK, *argv] if "--rank" not in argv else [*given, *QUICK, *argv]
+        )
+        return folder
+
+    return main
+
+
+def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("--bases", "normal")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+    printed = capsys.readouterr().out
+    assert "attn.in_proj_weight" in printed  # the injection report
+    assert "equal outputs (largest difference of a logit: 0.0e+00)" in printed
+    assert f"load_adapter(model, '{folder}/adapter.safetensors')" in printed
+    assert f"results: {folder}" in printed
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == "randlora" and summary["steps"] == 3
+    assert summary["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
+    assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
+    assert set(summary["before"]["test"]) == set(summary["after"]["test"]) == {"top1", "top5", "loss"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["adapter"]["bases"] == "normal"
+    assert json.loads((folder / "split.json").read_text())["class_names"] == ["one", "two", "zero"]
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = {split: [line["step"] for line in lines if line["split"] == split] for split in ("train", "val", "test")}
+    assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "test": [0, 3]}
+
+
+def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, images: Path) -> None:
+    folder = train()
+    summary = json.loads((folder / "summary.json").read_text())
+    clip = tiny_clip(tiny)
+    load_adapter(clip.model, folder / "adapter.safetensors")
+    held_out = [Path(name) for name in json.loads((folder / "split.json").read_text())["held_out"]["val"]]
+    labels = [["one", "two", "zero"].index(path.parent.name) for path in held_out]
+    pictures = torch.stack([clip.eval_transform(Image.open(path)) for path in held_out])
+    classifier = ClipClassifier(clip, ["one", "two", "zero"], ["a photo of a {}."])
+    accuracy = classifier.evaluate([{"images": pictures, "labels": torch.tensor(labels)}])
+    assert accuracy["top1"] == summary["after"]["test"]["top1"]
+    assert accuracy["loss"] == pytest.approx(summary["after"]["test"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "towers"), [("lora", "vision"), ("full", "text"), ("full", "both"), ("linear-probe", "both")]
+)
+def test_every_method_ends_with_a_file_that_loads(train: Any, method: str, towers: str) -> None:
+    folder = train("--method", method, "--towers", towers)
+    assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
+
+
+def test_the_same_seed_gives_the_same_adapter(train: Any) -> None:
+    def trained(*argv: str) -> dict[str, torch.Tensor]:
+        return load_file(train("--overwrite", *argv) / "adapter.safetensors")
+
+    first, again, other = trained(), trained(), trained("--seed", "1")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--mixed-precision", "bf16", "--gradient-accumulation-steps", "2", "--max-grad-norm", "0"],
+        ["--workers", "1", "--val-fraction", "0.3", "--split-seed", "4"],
+        ["--dropout", "0.1", "--init", "gamma-zero", "--bases", "sparse", "--alpha", "8"],
+        ["--target-modules", "c_fc", "c_proj", "--weight-decay", "0", "--warmup-fraction", "0.5"],
+        ["--target-modules", "all-linear", "--templates", "a {}", "the {}", "--prompts", "average"],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python, for loader processes
+def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
+    assert (train(*argv) / "summary.json").exists()
+
+
+def test_unreadable_images_are_counted_and_listed(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_class_folders(tmp_path / "data")
+    (data / "one" / "000.png").write_bytes(b"no image")
+    folder = train("--data", str(data))
+    assert "1 unreadable ones skipped" in capsys.readouterr().out
+    assert (folder / "skipped.txt").read_text().startswith(f"{data}/one/000.png\t")
+    assert json.loads((folder / "summary.json").read_text())["skipped_images"] == 1
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown model": (["--model", "ViT-B-33"], "open_clip has no model 'ViT-B-33'; close matches: ViT-B-32"),
+    "unknown tag": (["--model", "RN50", "--pretrained", "opnai"], "close matches: openai"),
+    "unknown flag": (["--rnak", "3"], "Perhaps you meant --rank"),
+    "no folder": (["--data", "{tmp}/nowhere"], "does not exist"),
+    "no images": (["--data", "{tmp}/empty"], "no readable images"),
+    "one class": (["--data", "{tmp}/one"], "only one class with images"),
+    "corrupt image, strict": (["--data", "{tmp}/corrupt", "--strict-data"], "cannot read the image"),
+    "no target": (["--target-modules", "no_such_layer"], "no_such_layer"),
+    "rank above m": (["--rank", "4096"], "4096"),
+    "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),
+    "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
+    "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_class_folders(tmp_path / "one", classes=(1,))
+    corrupt = write_class_folders(tmp_path / "corrupt")
+    (corrupt / "one" / "000.png").write_bytes(b"no image")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    argv, expected = BAD[case]
+    with pytest.raises(SystemExit) as stopped:
+        train(*[word.format(tmp=tmp_path) for word in argv])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    *_, last = error.strip().splitlines()
+    assert last.startswith("error: ") and expected in last
+    assert "Traceback" not in error and error.count("error: ") == 1
+
+
+def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train("--lr", "1e30", "--max-grad-norm", "0", "--steps", "20")
+    model = tiny_clip(tiny).model
+    load_adapter(model, tmp_path / "run" / "adapter.safetensors")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# As processes of their own
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def launch(command: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RANDLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [[], ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "2"]])
+def test_the_embedded_default_from_start_to_end(start: list[str], cache: Path, tmp_path: Path) -> None:
+    argv = ["--steps", "30", "--eval-every", "15", "--output-dir", str(tmp_path / "run")]
+    done = launch([sys.executable, *start, str(SCRIPTS / "train_clip.py"), *argv], cache)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["original"]["top1"] > 0.95  # what the base was taught
+    assert summary["before"]["test"]["top1"] < 0.2
+    assert summary["after"]["test"]["top1"] > summary["before"]["test"]["top1"] + 0.2
+    assert summary["reload_difference"] == 0
+
+
+@pytest.mark.slow
+def test_bad_input_in_a_process_of_its_own(cache: Path, tmp_path: Path) -> None:
+    done = launch([sys.executable, str(SCRIPTS / "train_clip.py"), "--model", "ViT-B-33"], cache)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: open_clip has no model")
+
+
+@pytest.mark.slow
+def test_the_comparison_twice_into_one_folder(cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "compare_clip.py"), "--output-dir", str(tmp_path), "--steps", "5"]
+    for _ in range(2):
+        done = launch(command, cache)
+        assert done.returncode == 0, done.stderr
+    summaries = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(summaries) == ["randlora", "lora", "full"]
+    numbers = {method: summary["trained_numbers"] for method, summary in summaries.items()}
+    assert abs(numbers["lora"] - numbers["randlora"]) < 0.25 * numbers["randlora"]
+    for method in summaries:
+        assert {path.name for path in (tmp_path / method).iterdir()} == RUN_FILES
+    table = (tmp_path / "comparison.md").read_text()
+    assert all(label in table and label in done.stdout for label in ("RandLoRA", "LoRA", "full fine-tuning"))
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert f"{tmp_path}/comparison.png" in done.stdout
+
+
+def test_the_comparison_refuses_a_method_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script("compare_clip").main(["--method", "lora"])
+    assert stopped.value.code == 2
+    assert "leave --method and --lr out" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""What the training tests need on disk and in memory: class folders of real digits, and a tiny CLIP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from randlora_vision.training import digits
+from randlora_vision.training.clip_models import LoadedClip, load_clip
+from randlora_vision.training.images import SkipList
+
+TINY_CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+NO_SKIPS = SkipList()
+
+
+def write_class_folders(root: Path, per_class: int = 6, classes: Sequence[int] = (0, 1, 2)) -> Path:
+    """Write `root/<class name>/<number>.png`, real digits."""
+    splits = digits.read_digits(classes)
+    for label, name in enumerate(splits.class_names):
+        (root / name).mkdir(parents=True)
+        chosen = [i for i, other in enumerate(splits.labels["train"]) if other == label][:per_class]
+        for number, index in enumerate(chosen):
+            splits.images["train"][index].save(root / name / f"{number:03}.png")
+    return root
+
+
+def write_tiny_clip(folder: Path) -> Path:
+    """Write a random tiny CLIP as a folder for open_clip's `local-dir:`, and its parts for --model/--pretrained."""
+    import open_clip
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**TINY_CONFIG)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": TINY_CONFIG, "preprocess_cfg": {"interpolation": "bilinear"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "tiny-test-clip.json").write_text(json.dumps(TINY_CONFIG))
+    return folder
+
+
+def tiny_clip(folder: Path) -> LoadedClip:
+    """Load a tiny CLIP, written to `folder` at the first call."""
+    if not folder.exists():
+        write_tiny_clip(folder)
+    return load_clip(f"local-dir:{folder}", None, seed=0)
