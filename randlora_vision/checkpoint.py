@@ -11,9 +11,9 @@ from torch import nn
 from randlora_vision import fileformat
 from randlora_vision.bases import get_bases
 from randlora_vision.fileformat import AdapterFile
-from randlora_vision.inject import add_adapter, plan
+from randlora_vision.inject import add_adapter, plan_adapter
 from randlora_vision.layers import AdaptedModule
-from randlora_vision.record import check_names, current_saved, find_saved, own_record, records, unwrap
+from randlora_vision.record import check_names, check_root, current_saved, find_saved, own_record, records, unwrap
 from randlora_vision.report import InjectionReport
 from randlora_vision.targets import candidates
 
@@ -112,19 +112,24 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.
 def _check_model(model: nn.Module, content: AdapterFile, adapter_name: str, path: Path) -> None:
     """Raise unless the model has exactly the targets of the file, and the bases come out the same."""
     try:
-        report = plan(model, content.config, adapter_name)
+        check_root(model)
+        report, chosen, spec = plan_adapter(model, content.config, adapter_name)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    if any(tensor.is_meta for candidate in chosen for module, _ in candidate.owners for tensor in module.parameters()):
+        raise ValueError(f"{path} cannot be loaded on the meta device, where its numbers would be lost")
     have = {target.name: (target.shape, target.rank, target.alpha) for target in report.targets}
     want = {name: (shape, rank, alpha) for name, shape, rank, alpha in content.targets}
     saved = {name: tuple(tensor.shape) for name, tensor in find_saved(model, content.config.modules_to_save).items()}
     stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}
     for present, expected in ((have, want), (saved, stored)):
         _compare(present, expected, f"{path} does not fit this {type(model).__name__}")  # type: ignore[arg-type]
-    if get_bases(content.spec).sha256 != content.bases_sha256:
+    if content.spec != spec:
+        raise ValueError(f"{path}: its bases are {content.spec}, but this model and its configuration need {spec}")
+    if get_bases(spec).sha256 != content.bases_sha256:
         raise ValueError(
-            f"{path}: the bases made from seed {content.spec.seed} are not those that the adapter was trained with "
-            f"(SHA-256 {get_bases(content.spec).sha256[:12]}..., expected {content.bases_sha256[:12]}...)"
+            f"{path}: the bases made from seed {spec.seed} are not those that the adapter was trained with "
+            f"(SHA-256 {get_bases(spec).sha256[:12]}..., expected {content.bases_sha256[:12]}...)"
         )
 
 

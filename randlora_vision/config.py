@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 BASES_KINDS = ("uniform", "normal", "sparse", "very_sparse")
@@ -61,15 +61,15 @@ class RandLoRAConfig:
     rank: int = 32
     alpha: float | None = None
     dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    layers_to_transform: Sequence[int] | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bases: str = "uniform"
     seed: int = 0
     init: str = "lambda-zero"
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -142,7 +142,7 @@ class RandLoRAConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"a RandLoRA config must be JSON: {error}") from None
         return cls.from_dict(values)
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.functional import effective_weight
 from randlora_vision.layers import AdaptedModule, ParameterState, adapted_modules
-from randlora_vision.record import ModelRecord, check_names, install_saved, records, unwrap
+from randlora_vision.record import ModelRecord, check_names, count_base, install_saved, records, unwrap
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -38,7 +38,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(numbers that require a gradient, numbers of the model without its adapters)."""
     model = unwrap(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for name, p in model.named_parameters() if "_randlora_" not in name)
+    return trained, count_base(model)
 
 
 def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...]) -> None:
@@ -160,6 +160,7 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     install_saved(root, record)
 
 
+@torch.inference_mode(False)  # a weight made in inference mode could not be trained with afterwards
 @torch.no_grad()
 def _merged_weight(
     path: str, module: AdaptedModule, param: str, state: ParameterState, names: tuple[str, ...], safe: bool

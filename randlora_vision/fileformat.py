@@ -2,7 +2,7 @@
 
 Targets of equal (R, N, m) share two tensors, ``lambda.RxN.m`` (count, R, N) and ``gamma.RxN.m`` (count, N, m), in
 the order of the target list, which the metadata hold compressed: the header stays small however deep the model.
-Modules trained in full are stored as ``saved.PATH``. The metadata are strings:
+Modules trained in full are stored as ``saved.PATH``. Equal content gives equal bytes. The metadata are strings:
 
     format           "randlora_vision"
     format_version   "1"
@@ -19,8 +19,6 @@ import binascii
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch import Tensor
 
 from randlora_vision.bases import BasesSpec
 from randlora_vision.config import RandLoRAConfig
+from randlora_vision.files import replacing
 from randlora_vision.report import Target
 
 FORMAT = "randlora_vision"
@@ -48,7 +47,13 @@ _DTYPES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
 
@@ -84,15 +89,17 @@ def write(
     saved: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter file under a temporary name and rename it."""
+    values = {name: [tensor.detach().cpu() for tensor in pair] for name, pair in trained.items()}
+    widest = max((tensor.dtype for pair in values.values() for tensor in pair), key=lambda dtype: dtype.itemsize)
     tensors: dict[str, Tensor] = {}
     for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
-        tensors[f"lambda.{group}"] = torch.stack([trained[name][0] for name in members])
-        tensors[f"gamma.{group}"] = torch.stack([trained[name][1] for name in members])
-    tensors.update({f"saved.{name}": tensor for name, tensor in saved.items()})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors[f"lambda.{group}"] = torch.stack([values[name][0] for name in members]).to(widest)
+        tensors[f"gamma.{group}"] = torch.stack([values[name][1] for name in members]).to(widest)
+    tensors.update({f"saved.{name}": tensor.detach().cpu().contiguous() for name, tensor in saved.items()})
     metadata = _metadata(config, spec, bases_sha256, targets)
     metadata["sha256"] = _digest(tensors, metadata)
-    _write_atomically(path, safetensors.torch.save(tensors, metadata))
+    with replacing(path) as temporary:
+        temporary.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
 
 
 def read(path: Path) -> AdapterFile:
@@ -116,24 +123,42 @@ def read(path: Path) -> AdapterFile:
 
 
 def file_bytes(
-    config: RandLoRAConfig, spec: BasesSpec, targets: tuple[Target, ...], saved: Mapping[str, Tensor]
+    config: RandLoRAConfig,
+    spec: BasesSpec,
+    targets: tuple[Target, ...],
+    dtype: torch.dtype,
+    saved: Mapping[str, Tensor],
 ) -> int:
-    """Size of the file that `write` makes of these, to the byte (for float32 lambda and gamma)."""
+    """Size of the file that `write` makes of these, to the byte; `dtype` is lambda's and gamma's."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
     for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
         first = next(t for t in targets if t.name == members[0])
-        shapes[f"lambda.{group}"] = (torch.float32, [len(members), first.rank, first.bases])
-        shapes[f"gamma.{group}"] = (torch.float32, [len(members), first.bases, first.narrow])
+        shapes[f"lambda.{group}"] = (dtype, [len(members), first.rank, first.bases])
+        shapes[f"gamma.{group}"] = (dtype, [len(members), first.bases, first.narrow])
     shapes.update({f"saved.{name}": (tensor.dtype, list(tensor.shape)) for name, tensor in saved.items()})
     metadata = {**_metadata(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
-    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        end = offset + dtype.itemsize * int(torch.Size(shape).numel())
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
+    for name, (kind, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = offset + kind.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": _DTYPES[kind], "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-text // 8) * 8 + offset
+    return 8 + len(_header_text(header)) + offset
+
+
+def _header_text(header: Mapping[str, Any]) -> bytes:
+    """The header of a safetensors file: compact JSON, filled with spaces to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the library writes them in a random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = _header_text(header)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _groups(targets: list[tuple[str, tuple[int, int], int, float]]) -> dict[str, list[str]]:
@@ -180,13 +205,15 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
     try:
         config = RandLoRAConfig.from_json(metadata["config"])
         bases = json.loads(metadata["bases"])
-        sha256 = bases.pop("sha256")
+        sha256 = str(bases.pop("sha256"))
         spec = BasesSpec(**bases)
         unfold = zlib.decompressobj()
         listed = json.loads(unfold.decompress(base64.b64decode(metadata["targets"], validate=True), _TARGETS_LIMIT))
         targets = tuple((str(n), (int(o), int(i)), int(r), float(alpha)) for n, o, i, r, alpha in listed)
-    except (KeyError, TypeError, ValueError, zlib.error, binascii.Error) as error:
-        raise ValueError(f"{path} has malformed metadata: {error}") from None
+        if any(min(o, i, r) < 1 for _, (o, i), r, _ in targets):
+            raise ValueError("a target has a size or rank below 1")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, zlib.error, binascii.Error) as error:
+        raise ValueError(f"{path} has malformed metadata (config, bases or targets): {error}") from None
     groups = _groups(list(targets))
     expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
     present = {name for name in tensors if not name.startswith("saved.")}
@@ -201,29 +228,9 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         shapes = ((len(members), rank, count), (len(members), count, int(narrow)))
         if (tuple(lam.shape), tuple(gamma.shape)) != shapes:
             raise ValueError(f"{path}: tensors of group {group} have shapes {lam.shape}, {gamma.shape}, not {shapes}")
+        if not (lam.is_floating_point() and gamma.is_floating_point()):
+            raise ValueError(f"{path}: tensors of group {group} have dtypes {lam.dtype}, {gamma.dtype}, not floats")
         trained.update({name: (lam[i], gamma[i]) for i, name in enumerate(members)})
     prefix = len("saved.")
     saved = {name[prefix:]: tensor for name, tensor in tensors.items() if name.startswith("saved.")}
     return AdapterFile(config, spec, sha256, targets, trained, saved)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The process's umask: mkstemp makes files that only their owner reads."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

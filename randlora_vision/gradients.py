@@ -35,7 +35,7 @@ def check_gradients(model: nn.Module) -> list[str]:
             pair = module.adapter_tensors(param, name)
             gradients = [tensor.grad for tensor in pair if tensor.grad is not None]
             full = f"{path}.{param}".lstrip(".")
-            group = ".".join("*" if part.isdecimal() else part for part in full.split("."))
+            group = ".".join([name, *("*" if part.isdecimal() else part for part in full.split("."))])
             if any(not torch.isfinite(gradient).all() for gradient in gradients):
                 broken.append(full)
             learns = len(gradients) == 2 and any(gradient.any() for gradient in gradients)

@@ -7,7 +7,7 @@ import re
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.config import RandLoRAConfig
@@ -18,13 +18,19 @@ from randlora_vision.layers import (
     ParameterState,
     Slot,
     adapt_module,
+    adapted_class,
     adapted_modules,
+    base_class,
+    is_adapter_name,
+    is_quantized,
     parameter_name,
     restore_module,
 )
 from randlora_vision.record import (
     AdapterRecord,
     ModelRecord,
+    check_root,
+    count_base,
     drop_record,
     find_saved,
     install_saved,
@@ -44,7 +50,8 @@ def plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default"
     Raises:
         ValueError: As `inject` does.
     """
-    return _plan(unwrap(model), config, adapter_name)[0]
+    check_root(model)
+    return plan_adapter(unwrap(model), config, adapter_name)[0]
 
 
 def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default") -> InjectionReport:
@@ -71,21 +78,21 @@ def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "defaul
 
 def add_adapter(model: nn.Module, config: RandLoRAConfig, adapter_name: str, trainable: bool) -> InjectionReport:
     """`inject`, with lambda and gamma frozen unless `trainable`."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("inject before wrapping the model in DistributedDataParallel: it has registered its gradients")
+    check_root(model)
     model = unwrap(model)
-    report, chosen, spec = _plan(model, config, adapter_name)
+    report, chosen, spec = plan_adapter(model, config, adapter_name)
+    _check_classes(chosen)
     for warning in report.warnings:
         warnings.warn(warning, stacklevel=3)
 
     record = make_record(model)
     for parameter_path, parameter in model.named_parameters():
-        if "_randlora_" not in parameter_path.rpartition(".")[2] and not _in_training(record, parameter_path):
-            parameter.requires_grad_(False)
+        if not is_adapter_name(parameter_path) and not _in_training(record, parameter_path):
+            parameter.requires_grad = False  # lazy parameters know no requires_grad_
     bases = get_bases(spec)
     for candidate, target in zip(chosen, report.targets, strict=True):
         slot = Slot(target.rank, target.bases, target.alpha, config.dropout, bases, trainable)
-        _add_slot(candidate, target, slot, config.init, adapter_name)
+        _add_slot(candidate, target, slot, config.init, adapter_name, record.enabled)
     adapter = record.adapters[adapter_name] = AdapterRecord(config, spec, report.targets, trainable)
     own_saved(model, record, adapter)
     record.active = (*record.active, adapter_name)
@@ -110,7 +117,7 @@ def remove(model: nn.Module) -> None:
         for name in list(record.adapters):
             _drop_slots(root, name)
         for path, parameter in root.named_parameters():
-            parameter.requires_grad_(record.requires_grad.get(path, parameter.requires_grad))
+            parameter.requires_grad = record.requires_grad.get(path, parameter.requires_grad)
         drop_record(root)
 
 
@@ -137,9 +144,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         del record.adapters[adapter_name]
 
 
-def _plan(
+def plan_adapter(
     model: nn.Module, config: RandLoRAConfig, adapter_name: str
 ) -> tuple[InjectionReport, list[Candidate], BasesSpec]:
+    """The report, the candidates behind its targets in the same order, and the bases they need."""
     if not isinstance(config, RandLoRAConfig):
         raise ValueError(f"config must be a RandLoRAConfig, got {type(config).__name__}")
     if not isinstance(adapter_name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name):
@@ -148,10 +156,6 @@ def _plan(
     if record is not None and adapter_name in record.adapters:
         raise ValueError(f"the model already has an adapter {adapter_name!r}: choose another name or delete it first")
     chosen, skipped, notes = select(model, config)
-    for candidate in chosen:
-        module, param = candidate.owners[0]
-        if isinstance(module, AdaptedModule) and adapter_name in getattr(module._randlora.get(param), "slots", ()):
-            raise ValueError(f"{candidate.name} already has an adapter {adapter_name!r}, injected at another module")
     targets = tuple(_target(candidate, config) for candidate in chosen)
     _check_ranks(targets)
     if config.dropout:
@@ -166,17 +170,18 @@ def _plan(
         wide=max(max(target.shape) for target in targets),
         columns=max(target.rank * target.bases for target in targets),
     )
-    saved = {path: tensor for path, tensor in find_saved(model, config.modules_to_save).items()}
+    saved = find_saved(model, config.modules_to_save)
     report = InjectionReport(
         adapter_name=adapter_name,
         config=config,
         targets=targets,
         skipped=tuple(skipped),
         saved=tuple((path, tensor.numel()) for path, tensor in saved.items()),
+        saved_parameters=sum(tensor.numel() for tensor in saved.values() if isinstance(tensor, nn.Parameter)),
         warnings=tuple(notes),
-        base_parameters=sum(p.numel() for path, p in model.named_parameters() if "_randlora_" not in path),
+        base_parameters=count_base(model),
         bases_bytes=get_bases(spec).nbytes,
-        file_bytes=file_bytes(config, spec, targets, saved),
+        file_bytes=file_bytes(config, spec, targets, _file_dtype(chosen), saved),
     )
     return report, chosen, spec
 
@@ -207,28 +212,56 @@ def _check_ranks(targets: tuple[Target, ...]) -> None:
         )
 
 
-def _add_slot(candidate: Candidate, target: Target, slot: Slot, init: str, adapter_name: str) -> None:
+def _add_slot(candidate: Candidate, target: Target, slot: Slot, init: str, adapter_name: str, enabled: bool) -> None:
     first, param = candidate.owners[0]
     state = first._randlora.get(param) if isinstance(first, AdaptedModule) else None
     if state is None:
-        state = ParameterState(*target.shape)
+        state = ParameterState(*target.shape, enabled=enabled)
     state.slots[adapter_name] = slot
     state.active = (*state.active, adapter_name)
-    weight = first._parameters.get(param)
-    if weight is None:  # parametrised: take any of its own tensors for the device
-        weight = next(first.parameters())
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    zeros, ones = (0.0, 1 / max(target.bases, target.narrow))
-    start = (zeros, ones) if init == "lambda-zero" else (1 / max(target.rank, target.bases), 0.0)
+    weight = _weight(candidate)
+    start = (0.0, 1 / max(target.bases, target.narrow))
+    if init == "gamma-zero":
+        start = (1 / max(target.rank, target.bases), 0.0)
     shapes = ((target.rank, target.bases), (target.bases, target.narrow))
     tensors = [
-        nn.Parameter(torch.full(shape, value, dtype=dtype, device=weight.device), requires_grad=slot.trainable)
+        nn.Parameter(torch.full(shape, value, dtype=_master(weight), device=weight.device), slot.trainable)
         for shape, value in zip(shapes, start, strict=True)
     ]
     for module, owned in candidate.owners:
         adapt_module(module, owned, state)
         for part, tensor in zip(PARTS, tensors, strict=True):
             module.register_parameter(parameter_name(owned, part, adapter_name), tensor)
+
+
+def _weight(candidate: Candidate) -> Tensor:
+    """The frozen weight; of a parametrised one, any tensor that it is computed from."""
+    module, param = candidate.owners[0]
+    weight = module._parameters.get(param)
+    return next(module.parameters()) if weight is None else weight
+
+
+def _master(weight: Tensor) -> torch.dtype:
+    """Dtype of lambda and gamma: float32 whatever the base's, float64 for a float64 base."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _file_dtype(chosen: list[Candidate]) -> torch.dtype:
+    """Dtype of lambda and gamma in the file, where all have one."""
+    dtypes = {_master(_weight(candidate)) for candidate in chosen}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _check_classes(chosen: list[Candidate]) -> None:
+    """Make every class that the injection will need; raise ValueError for one that cannot be extended."""
+    for candidate in chosen:
+        for module, param in candidate.owners:
+            params = tuple(sorted({*module.__dict__.get("_randlora", ()), param}))
+            try:
+                adapted_class(base_class(module), params, is_quantized(module))
+            except TypeError as error:
+                name = type(module).__name__
+                raise ValueError(f"{candidate.name}: its class {name} cannot be extended ({error})") from error
 
 
 def _drop_slots(root: nn.Module, adapter_name: str) -> None:

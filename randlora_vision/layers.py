@@ -82,6 +82,11 @@ def parameter_name(param: str, part: str, adapter_name: str) -> str:
     return f"{param}_randlora_{part}_{adapter_name}"
 
 
+def is_adapter_name(path: str) -> bool:
+    """True for the path of a lambda or gamma."""
+    return "_randlora_" in path.rpartition(".")[2]
+
+
 if TYPE_CHECKING:
     _Mixin = nn.Module
 else:  # the adapted class inherits nn.Module from its own base
@@ -206,7 +211,7 @@ class AdaptedModule(_Mixin):
 
     def __delattr__(self, name: str) -> None:
         if name in self._randlora:
-            raise RuntimeError(_replaced(self, name))
+            raise RuntimeError(_replaced(type(self).__name__, name))
         super().__delattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -238,6 +243,11 @@ def restore_module(module: AdaptedModule, param: str) -> None:
 
 
 def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
+    if isinstance(module, AdaptedModule) and type(module) not in _CLASSES.values():
+        raise RuntimeError(
+            f"an adapted {type(module).__name__} was given a parametrization after inject: take it off first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     base, quantized = base_class(module), is_quantized(module)
     if states:
         module.__dict__["_randlora"] = states
@@ -264,7 +274,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def is_quantized(module: nn.Module) -> bool:
     """True for a linear layer whose weight is packed: integers, or a tensor subclass of a quantisation library."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-    if weight is None or _is_sharded(weight):
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or _is_sharded(weight):
         return False
     return not weight.is_floating_point() or type(weight.detach()) is not Tensor
 
@@ -296,6 +306,9 @@ def _make_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool)
     if forward is not None:
         namespace["forward"] = functools.wraps(base.forward)(forward)
     metaclass: Any = type(base)
+    if any(isinstance(getattr(base, param, None), property) for param in params):
+        # remove_parametrizations would delete the property from this shared class.
+        metaclass = type(metaclass.__name__, (metaclass,), {"__delattr__": _refuse_delete})
     return metaclass(base.__name__, (AdaptedModule, base), namespace)
 
 
@@ -359,14 +372,18 @@ def _weight_property(param: str) -> property:
 
     def set_(self: Any, value: object) -> None:
         # nn.Module sends Parameters to its own table; only a plain tensor in a Parameter's place arrives here.
-        raise RuntimeError(_replaced(self, param))
+        raise RuntimeError(_replaced(type(self).__name__, param))
 
     return property(get, set_, doc=f"Effective {param}: the frozen one plus the active adapters' updates.")
 
 
-def _replaced(module: object, param: str) -> str:
+def _refuse_delete(cls: type, name: str) -> None:
+    raise RuntimeError(_replaced(cls.__name__, name))
+
+
+def _replaced(type_name: str, param: str) -> str:
     return (
-        f"{param!r} of an adapted {type(module).__name__} cannot be replaced or deleted (weight norm, pruning and "
+        f"{param!r} of an adapted {type_name} cannot be replaced or deleted (weight norm, pruning and "
         "parametrizations do that): apply them before inject, or merge and remove the adapters first"
     )
 

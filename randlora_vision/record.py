@@ -8,12 +8,15 @@ Parameter objects are kept, and the module holds whichever is in force under the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from randlora_vision.bases import BasesSpec
 from randlora_vision.config import RandLoRAConfig, matches_suffix
+from randlora_vision.layers import AdaptedModule, is_adapter_name
 from randlora_vision.report import Target
 from randlora_vision.targets import with_parents
 
@@ -46,6 +49,8 @@ class ModelRecord:
     """Path -> the base's tensor of a module trained in full."""
     installed: dict[str, str | None] = dataclasses.field(default_factory=dict)
     """Path -> the adapter whose tensor the module holds now, None for the base's."""
+    half_loaded: list[str] = dataclasses.field(default_factory=list)
+    """Adapter keys that the state dict being loaded lacks although it has others."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -70,12 +75,53 @@ def make_record(model: nn.Module) -> ModelRecord:
     if record is None:
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         record = model.__dict__[_KEY] = ModelRecord(flags)
+        model.register_load_state_dict_pre_hook(_before_load)
+        model.register_load_state_dict_post_hook(_after_load)
     return record
 
 
 def drop_record(model: nn.Module) -> None:
     """Forget the module's record."""
     del model.__dict__[_KEY]
+    for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_before_load, _after_load):
+                del hooks[key]
+
+
+def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Note which adapter keys are absent from a state dict that has others: it is no base checkpoint."""
+    record = own_record(module)
+    assert record is not None
+    own = [prefix + name for name, _ in module.named_parameters(remove_duplicate=False) if is_adapter_name(name)]
+    absent = [name for name in own if name not in state_dict]
+    record.half_loaded = absent if len(absent) < len(own) else []
+
+
+def _after_load(module: nn.Module, incompatible: Any) -> None:
+    """Count them as missing: every layer alone takes its own absence for a base checkpoint's."""
+    record = own_record(module)
+    assert record is not None
+    incompatible.missing_keys.extend(name for name in record.half_loaded if name not in incompatible.missing_keys)
+    record.half_loaded = []
+
+
+def check_root(model: nn.Module) -> None:
+    """Raise ValueError unless adapters may be injected at this module: a model has one place for all of them."""
+    wrapped: object = model
+    while isinstance(wrapped, nn.Module):
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            raise ValueError("inject before wrapping the model in DistributedDataParallel, which knows its parameters")
+        wrapped = getattr(wrapped, "_orig_mod", None)
+    model = unwrap(model)
+    inner = [path for path, module in model.named_modules() if path and _KEY in module.__dict__]
+    if inner:
+        raise ValueError(f"adapters were injected at {inner[0]!r}: inject there, or remove them first")
+    if own_record(model) is None and any(isinstance(module, AdaptedModule) for module in model.modules()):
+        raise ValueError(
+            f"this {type(model).__name__} is part of a model that adapters were injected at: inject there (with "
+            "target_modules that name this part), or remove them first"
+        )
 
 
 def records(model: nn.Module) -> list[tuple[str, nn.Module, ModelRecord]]:
@@ -92,6 +138,13 @@ def records(model: nn.Module) -> list[tuple[str, nn.Module, ModelRecord]]:
     return found
 
 
+def count_base(model: nn.Module) -> int:
+    """Numbers in the model without its adapters; lazy parameters, whose size is not known yet, left out."""
+    lazy = nn.parameter.UninitializedParameter
+    own = (p for path, p in model.named_parameters() if not is_adapter_name(path))
+    return sum(p.numel() for p in own if not isinstance(p, lazy))
+
+
 def check_names(model: nn.Module, names: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
     """The given adapter names as a tuple, all of the model's for None.
 
@@ -106,15 +159,16 @@ def check_names(model: nn.Module, names: str | list[str] | tuple[str, ...] | Non
     return wanted
 
 
-def find_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Path -> parameter or persistent buffer under the modules or parameters that `names` match.
+def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Path -> parameter or persistent buffer under the modules or parameters that `names` match, tied ones once.
 
     Raises:
         ValueError: If a name matches nothing.
     """
     found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name in names:
-        before = len(found)
+        before = len(seen)
         for path, module in model.named_modules():
             own = [
                 *module._parameters,
@@ -124,8 +178,10 @@ def find_saved(model: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
                 full = f"{path}.{tensor_name}" if path else tensor_name
                 tensor = _get(model, full)
                 if tensor is not None and any(matches_suffix(name, part) for part in with_parents((full,))):
-                    found[full] = tensor
-        if len(found) == before:
+                    if id(tensor) not in seen:
+                        found[full] = tensor
+                        seen.add(id(tensor))
+        if len(seen) == before:
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"modules_to_save: {name!r} matches nothing; the model's top level has: {children}")
     return found

@@ -50,7 +50,8 @@ class InjectionReport:
         config: Its configuration.
         targets: What is adapted.
         skipped: (name, reason) of what was asked for, or belongs to the preset, and is left alone.
-        saved: Paths of the tensors trained in full (`modules_to_save`) and their numbers of elements.
+        saved: (path, numbers) of the parameters trained in full (`modules_to_save`) and of their modules' buffers.
+        saved_parameters: Numbers of these parameters.
         warnings: Patterns that matched nothing.
         base_parameters: Numbers in the base model.
         bases_bytes: Memory of the shared random bases in float32 (they are not stored in the file).
@@ -62,6 +63,7 @@ class InjectionReport:
     targets: tuple[Target, ...]
     skipped: tuple[tuple[str, str], ...]
     saved: tuple[tuple[str, int], ...]
+    saved_parameters: int
     warnings: tuple[str, ...]
     base_parameters: int
     bases_bytes: int
@@ -70,7 +72,7 @@ class InjectionReport:
     @property
     def num_parameters(self) -> int:
         """Trained numbers, `modules_to_save` included."""
-        return sum(target.num_parameters for target in self.targets) + sum(count for _, count in self.saved)
+        return sum(target.num_parameters for target in self.targets) + self.saved_parameters
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

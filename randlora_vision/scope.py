@@ -61,13 +61,18 @@ class Scope:
         self._recipes: dict[int, Recipe] = {}
 
     def weight(self, key: Hashable, recipe: Recipe) -> Tensor:
-        """The weight of this key and grad mode, built on its first read."""
-        full_key = (key, torch.is_grad_enabled())
+        """The weight of this key, dtype and grad mode, built on its first read."""
+        full_key = (key, recipe.dtype, torch.is_grad_enabled())
         if full_key not in self._weights:
             weight = self._weights[full_key] = recipe.build()
             if self.hooked:
                 self._recipes[weight.untyped_storage()._cdata] = recipe
         return self._weights[full_key]
+
+    def close(self) -> None:
+        """Let go of the weights: the graph holds `pack`, and with it this object, until the backward pass."""
+        self._weights.clear()
+        self._recipes.clear()
 
     def pack(self, tensor: Tensor) -> _Kept | _View:
         """Autograd saves a tensor: a view of an effective weight becomes its recipe."""
@@ -115,6 +120,7 @@ def scope() -> Iterator[None]:
             yield
     finally:
         _SCOPES.stack.pop()
+        opened.close()
 
 
 def _may_hook() -> bool:

@@ -13,14 +13,14 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from randlora_vision.config import RandLoRAConfig, is_preset, matches_any
-from randlora_vision.layers import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized
+from randlora_vision.layers import ATTENTION_PARAMETERS, CONVOLUTIONS, is_adapter_name, is_quantized
 
 LINEAR, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "linear",
@@ -73,7 +73,7 @@ class _Tree:
         self.modules = list(model.modules())
         self.uses: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.modules:
-            for name, parameter in module._parameters.items():
+            for name, parameter in _parameters(module).items():
                 if parameter is not None:
                     self.uses.setdefault(id(parameter), []).append((module, name))
         self.heads = self._head_roots()
@@ -111,7 +111,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
     seen: set[int] = set()
     for module in tree.modules:
         for param, kind in _own_parameters(module):
-            raw = module._parameters.get(param)
+            raw = _parameters(module).get(param)
             if raw is None or id(raw) not in seen:
                 seen.add(id(raw))
                 found.append(_candidate(module, param, kind, tree))
@@ -130,6 +130,7 @@ def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], l
     """
     everything = candidates(model)
     wanted, warnings = _wanted(model, everything, config)
+    warnings += _unmatched(everything, config)
     chosen, skipped = [], []
     for candidate in everything:
         reason = wanted.get(candidate.name)
@@ -173,6 +174,22 @@ def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfi
     return {c.name: "" for found in hits.values() for c in found}, warnings
 
 
+def _unmatched(everything: list[Candidate], config: RandLoRAConfig) -> list[str]:
+    """Warnings about names in the other options that match nothing."""
+    excluded = config.exclude_modules
+    rules: list[tuple[str, str, str | Sequence[str]]] = (
+        [("exclude_modules", excluded, excluded)]
+        if isinstance(excluded, str)
+        else [("exclude_modules", name, (name,)) for name in excluded]
+    )
+    unmatched = [
+        (option, name) for option, name, rule in rules if not any(_excluded(c.paths, rule) for c in everything)
+    ]
+    for option, names in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        unmatched += [(option, name) for name in names if not any(matches_any(name, c.paths) for c in everything)]
+    return [f"{option}: {name!r} matches nothing in the model" for option, name in unmatched]
+
+
 def preset_names(model: nn.Module, preset: str) -> list[str]:
     """Target names that ``integration:preset`` chooses in this model.
 
@@ -208,7 +225,7 @@ def _left_out(candidate: Candidate, config: RandLoRAConfig) -> str | None:
     return None
 
 
-def _excluded(paths: tuple[str, ...], exclude: str | tuple[str, ...]) -> bool:
+def _excluded(paths: tuple[str, ...], exclude: str | Sequence[str]) -> bool:
     if isinstance(exclude, str):
         return any(re.fullmatch(exclude, path) for path in paths)
     return any(f".{name}." in f".{path}." for name in exclude for path in paths)
@@ -224,7 +241,7 @@ def _layer_index(name: str) -> int | None:
 
 
 def _candidate(module: nn.Module, param: str, kind: str, tree: _Tree) -> Candidate:
-    raw = module._parameters.get(param)
+    raw = _parameters(module).get(param)
     others = [] if raw is None else [use for use in tree.uses[id(raw)] if use != (module, param)]
     owners = [(module, param), *others]
     names: list[str] = []
@@ -273,7 +290,10 @@ def _shape_and_problem(
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(parameter name, kind) of what a module itself holds that could be adapted."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, torch.jit.ScriptModule):
+        if module.original_name == "Linear":
+            yield "weight", LINEAR
+    elif isinstance(module, nn.Linear):
         yield "weight", QUANTIZED if is_quantized(module) else LINEAR
     elif isinstance(module, _transformers_conv1d()):
         yield "weight", LINEAR
@@ -287,8 +307,13 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
             if name in ATTENTION_PARAMETERS:
                 if module._parameters.get(name) is not None or name not in module._parameters:
                     yield name, ATTENTION
-            elif getattr(module._parameters.get(name), "ndim", 0) == 2 and "_randlora_" not in name:
+            elif getattr(module._parameters.get(name), "ndim", 0) == 2 and not is_adapter_name(name):
                 yield name, PARAMETER
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters; a TorchScript module has no table of them."""
+    return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters
 
 
 def _transformers_conv1d() -> tuple[type, ...]:

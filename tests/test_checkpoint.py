@@ -123,6 +123,20 @@ def test_saving_an_inactive_or_merged_adapter_saves_its_own_numbers(tmp_path: Pa
         assert torch.equal(fresh(x), outs[name])
 
 
+def test_saving_takes_buffers_as_they_are_now(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).double()
+
+    model, fresh = make().float(), make()
+    inject(model, RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    randomize(model)
+    model.double().train()(X.double())  # the move makes new buffers, the step moves them on
+    load_adapter(fresh, save_adapter(model, tmp_path / "adapter.safetensors"))
+    assert int(fresh[1].num_batches_tracked) == 1
+    assert torch.equal(fresh[1].running_mean, model[1].running_mean)
+
+
 def test_wrapped_models_are_saved_and_loaded(tmp_path: Path) -> None:
     model = mlp()
     path = saved(tmp_path, model)

@@ -136,6 +136,18 @@ def test_all_linear_leaves_classifier_heads_alone(host: str) -> None:
     assert {name for name, reason in report.skipped if reason == "classifier head"} == heads
 
 
+def test_what_a_model_calls_its_classifier_is_a_head() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def get_classifier(self) -> nn.Module:
+            return self.last
+
+    assert chosen(Model()) == {"body"}
+
+
 # Ranks, alphas and the numbers of the report.
 
 
@@ -319,15 +331,17 @@ def test_only_the_adapter_trains_and_remove_restores_mixed_flags() -> None:
 
 
 @pytest.mark.parametrize("inner_first", [True, False])
-def test_adapters_injected_at_a_tower_and_at_the_whole_model(inner_first: bool) -> None:
+def test_a_model_has_one_place_for_its_adapters(inner_first: bool) -> None:
     model = nn.ModuleDict({"vision": mlp(), "text": mlp()})
     before = snapshot(model)
     config = RandLoRAConfig(rank=2, target_modules=["0", "2"])
-    for root, name in ((model["vision"], "inner"), (model, "outer"))[:: 1 if inner_first else -1]:
-        inject(root, config, name)
-    assert sum(isinstance(module, AdaptedModule) for module in model.modules()) == 4
-    assert len(list(adapter_parameters(model))) == 2 * (2 + 4)
-    remove(model)
+    first, second = (model["vision"], model)[:: 1 if inner_first else -1]
+    inject(first, config)
+    adapted = snapshot(model)
+    with pytest.raises(ValueError, match="injected at 'vision'" if inner_first else "part of a model"):
+        inject(second, config, "other")
+    assert snapshot(model) == adapted
+    remove(first)
     assert snapshot(model) == before
 
 

@@ -151,7 +151,7 @@ def test_unreadable_images_are_counted_and_listed(
     data = write_class_folders(tmp_path / "data")
     (data / "one" / "000.png").write_bytes(b"no image")
     folder = train("--data", str(data))
-    assert "1 unreadable ones skipped" in capsys.readouterr().out
+    assert "skipped 1 unreadable ones" in capsys.readouterr().out
     assert (folder / "skipped.txt").read_text().startswith(f"{data}/one/000.png\t")
     assert json.loads((folder / "summary.json").read_text())["skipped_images"] == 1
 

@@ -15,7 +15,7 @@ from randlora_vision.training import demo_clip, digits
 from randlora_vision.training.clip_classifier import ClassPromptLoss, ClipClassifier, text_tower_learns
 from randlora_vision.training.clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip_options import ClipOptions, ImageOptions, ModelOptions, Towers, resolve
-from randlora_vision.training.clip_task import adapt, reload
+from randlora_vision.training.clip_task import adapt, reload, resolve_budget
 from randlora_vision.training.demo_clip import cache_root, contrastive_loss, demo_model_folder
 from randlora_vision.training.images import evaluation_batches
 from randlora_vision.training.options import AdapterOptions
@@ -189,7 +189,10 @@ def test_token_tables_are_not_fine_tuned(clip: LoadedClip) -> None:
 
 def test_loras_budget_is_met_as_nearly_as_its_rank_allows(folder: Path) -> None:
     def numbers(**adapter: Any) -> int:
-        _, adaptation = adapt(tiny_clip(folder), NAMES, resolve(ClipOptions(adapter=AdapterOptions(**adapter))))
+        clip = tiny_clip(folder)
+        options = resolve_budget(resolve(ClipOptions(adapter=AdapterOptions(**adapter))), clip.model)
+        assert options.adapter.rank is not None and options.adapter.budget is None
+        _, adaptation = adapt(clip, NAMES, options)
         return sum(p.numel() for _, p in adaptation.parameters())
 
     one = numbers(method="lora", rank=1)

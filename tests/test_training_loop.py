@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from randlora_vision.training.loop import Trainer, train_mode
+from randlora_vision.training.loop import Trainer, make_accelerator, train_mode
 from randlora_vision.training.optim import adamw, warmup_cosine_factor
 from randlora_vision.training.options import TrainingOptions
 
@@ -72,12 +71,13 @@ def trainer(task: FitTask, log: Log | None = None, **options: Any) -> Trainer:
     settings = TrainingOptions(**{"lr": 0.1, "steps": 4, "batch_size": 4, "warmup_fraction": 0.0, **options})
     for state in (AcceleratorState, GradientState, PartialState):  # process-wide, with other settings in it
         state._shared_state.clear()
-    accelerator = Accelerator(
-        cpu=True,
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    )
-    return Trainer(task, settings, accelerator, Log() if log is None else log)
+    return Trainer(task, settings, make_accelerator(settings), Log() if log is None else log)
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started but accelerate sees 1: .*ACCELERATE_USE_CPU"):
+        trainer(FitTask(batch_size=4, batches=4))
 
 
 def test_training_lowers_the_loss_and_logs_it(capsys: pytest.CaptureFixture[str]) -> None:

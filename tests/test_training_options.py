@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(argv: list[str], expected: str, terminal: bool, m
 def test_resolving_fills_in_what_depends_on_method_and_data() -> None:
     demo = resolve(ClipOptions())
     assert demo.adapter.rank == 16 and demo.adapter.alpha == 320
-    assert demo.training.steps == 250 and demo.training.lr == 1e-3
+    assert demo.training.steps == 250 and demo.training.lr == 2e-3
     assert len(demo.images.templates) == 5
     assert demo.clip.model is None
 

@@ -10,9 +10,10 @@ import torch
 import yaml
 from PIL import Image
 
+from randlora_vision.files import replacing
 from randlora_vision.training.clip_exam import Exam
 from randlora_vision.training.clip_options import ClipOptions, resolve
-from randlora_vision.training.files import fingerprint, replacing, write_json
+from randlora_vision.training.files import fingerprint, write_json
 from randlora_vision.training.images import ImageSplits
 from randlora_vision.training.methods import TrainedTensors, finite_gradients
 from randlora_vision.training.options import RunOptions
@@ -41,7 +42,8 @@ def test_a_new_folder_knows_its_environment(tmp_path: Path) -> None:
 
 def test_a_run_is_refused_or_replaced_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    run = opened(tmp_path)  # a folder with other files in it is no run
+    opened(tmp_path)  # a folder with other files in it is no run
+    run = opened(tmp_path)  # nor is one that came to nothing
     run.log(3, "val", {"top1": 0.5})
     with pytest.raises(ValueError, match=r"already holds a run \(.*--overwrite"):
         opened(tmp_path)
@@ -70,7 +72,7 @@ def test_the_configuration_is_written_resolved(tmp_path: Path) -> None:
     run.write_config(resolve(ClipOptions()))
     written = yaml.safe_load(run.config.read_text())
     assert written["adapter"]["rank"] == 16
-    assert written["training"]["lr"] == 1e-3
+    assert written["training"]["lr"] == 2e-3
     assert len(written["images"]["templates"]) == 5
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from randlora_vision.training import demo_clip, digits
@@ -23,10 +22,10 @@ from randlora_vision.training.clip_exam import Answers, Exam
 from randlora_vision.training.clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip_options import ClipOptions, resolve
 from randlora_vision.training.clip_results import closing_words, write_results
-from randlora_vision.training.clip_task import ClassPromptTask, adapt, reload
+from randlora_vision.training.clip_task import ClassPromptTask, adapt, reload, resolve_budget
 from randlora_vision.training.errors import user_errors
 from randlora_vision.training.images import ImageSplits, SkipList
-from randlora_vision.training.loop import Trainer
+from randlora_vision.training.loop import Trainer, make_accelerator
 from randlora_vision.training.methods import Adaptation
 from randlora_vision.training.options import parse
 from randlora_vision.training.run_folder import RunFolder, open_run_folder
@@ -41,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(options: ClipOptions) -> dict[str, Any]:
     """Measure, adapt, train, measure again, save, reload; return what summary.json holds."""
     options = resolve(options)
-    accelerator = Accelerator(
-        mixed_precision=options.training.mixed_precision,
-        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-    )
+    accelerator = make_accelerator(options.training)
     say = accelerator.print
     run = open_run_folder(options.run, "clip", writing=accelerator.is_main_process)
     skipped = SkipList(run.skipped if run.writing else None, options.images.strict_data)
@@ -54,11 +50,12 @@ def train(options: ClipOptions) -> dict[str, Any]:
         options = with_demo_model(options)
         clip = load(options, accelerator.device)
     say(f"model: {options.clip.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
-    say(f"images: {splits}; {skipped.count()} unreadable ones skipped")
+    say(f"images: {splits}" + (f"; skipped {skipped.count()} unreadable ones" if skipped.count() else ""))
 
     set_seed(options.training.seed)
     exam = Exam(clip, splits, original, options, skipped)
     before = exam.take()
+    options = resolve_budget(options, clip.model)
     classifier, adaptation = adapt(clip, splits.class_names, options)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n")
     run.write_config(options)

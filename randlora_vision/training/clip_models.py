@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from randlora_vision.training.errors import one_line
 from randlora_vision.training.images import Transform
 
 
@@ -57,7 +57,7 @@ def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
             tokenize = open_clip.get_tokenizer(known)
     except Exception as error:  # of whatever library reads the file or asks the network
         weights = f" with weights {pretrained!r}" if pretrained else ""
-        reason = one_line(str(error))[:300] or type(error).__name__
+        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
         raise ValueError(f"open_clip cannot load the model {name!r}{weights}: {reason}") from error
     model.requires_grad_(False)
     return LoadedClip(model, train, evaluate, tokenize, has_weights=bool(pretrained or schema))

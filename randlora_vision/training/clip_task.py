@@ -1,6 +1,7 @@
 """Class-prompt fine-tuning of CLIP as a task of the training loop, and adapting a model by any method."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -68,6 +69,15 @@ class ClassPromptTask:
         return str(self.path)
 
 
+def resolve_budget(options: ClipOptions, model: nn.Module) -> ClipOptions:
+    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it."""
+    adapter = options.adapter
+    if adapter.budget is None:
+        return options
+    rank = rank_for_budget(model, _targets(model, options), adapter.budget)
+    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
+
+
 def adapt(clip: LoadedClip, class_names: Sequence[str], options: ClipOptions) -> tuple[ClipClassifier, Adaptation]:
     """Make the model trainable by the chosen method, everything else frozen; return its classifier too.
 
@@ -101,11 +111,11 @@ def _classifier(
 def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
     adapter = options.adapter
     if adapter.method == "randlora":
-        return RandLoRA(model, randlora_config(options, adapter.rank or 1, adapter.alpha))
+        assert adapter.rank is not None, "resolve the options first"
+        return RandLoRA(model, randlora_config(options, adapter.rank, adapter.alpha))
     if adapter.method == "lora":
-        targets = [target.name for target in plan(model, randlora_config(options, rank=1)).targets]
-        rank = adapter.rank or rank_for_budget(model, targets, adapter.budget or 1)
-        return LoRA(model, targets, rank, adapter.alpha or 2.0 * rank)
+        assert adapter.rank is not None and adapter.alpha is not None, "resolve the budget first"
+        return LoRA(model, _targets(model, options), adapter.rank, adapter.alpha)
     towers = ("vision", "text") if options.clip.towers == "both" else (options.clip.towers,)
     # Token tables stay frozen: few of their rows are in any prompt, and they slow every step down.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
@@ -115,6 +125,11 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
         if name not in tables and any(belongs_to(name, tower) for tower in towers)
     ]
     return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
+
+
+def _targets(model: nn.Module, options: ClipOptions) -> list[str]:
+    """Return the names of the weights that RandLoRA would adapt; rank 1 fits every weight."""
+    return [target.name for target in plan(model, randlora_config(options, rank=1)).targets]
 
 
 def randlora_config(options: ClipOptions, rank: int, alpha: float | None = None) -> RandLoRAConfig:

@@ -1,27 +1,11 @@
-"""Writing files so that a reader never sees half of one: a temporary name first, then a rename."""
+"""Text and JSON files, written whole."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it takes the place of `path`.
-
-    The suffix is kept, because writers such as matplotlib choose the format by it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from randlora_vision.files import replacing
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The training loop of every script. It knows nothing of CLIP: a task brings the loss and the data."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -152,6 +153,25 @@ class Trainer:
         raise ValueError(
             f"training stopped after step {self.step}: {reason}; a lower --lr usually cures it ({self.saved})"
         )
+
+
+def make_accelerator(options: TrainingOptions) -> Accelerator:
+    """Return accelerate's view of devices, precision and processes.
+
+    Raises ValueError when several processes were started that accelerate does not bring together:
+    each would train alone and write to the same folder.
+    """
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started but accelerate sees {accelerator.num_processes}: "
+            "start CPU processes with the environment variable ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def train_mode(module: nn.Module) -> None:

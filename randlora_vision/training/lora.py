@@ -1,8 +1,8 @@
 """LoRA on the very weights that RandLoRA adapts, for comparison: W + (alpha / r) B A.
 
 It is written as a parametrization of the weight, so it holds wherever a model reads that weight. PEFT
-wraps modules instead, which loses the out_proj of torch's attention (never called) and the
-projections that open_clip's other attentions keep as bare parameters; where PEFT is right the two
+wraps layers instead: an out_proj of torch's attention so wrapped is never called, and the projections
+that open_clip's own attention keeps as bare parameters are out of reach. Where PEFT is right the two
 compute the same numbers (tests/test_training_lora.py).
 
 Shapes: O out, I in (of a convolution: channels times kernel), R rank.
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from randlora_vision.training.files import replacing
+from randlora_vision.files import replacing
 
 _FORMAT = "randlora_vision.lora"
 

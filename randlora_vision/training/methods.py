@@ -18,7 +18,7 @@ from randlora_vision import (
     load_adapter,
     save_adapter,
 )
-from randlora_vision.training.files import replacing
+from randlora_vision.files import replacing
 from randlora_vision.training.lora import inject_lora, load_lora, save_lora
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from randlora_vision.training.files import replacing
+from randlora_vision.files import replacing
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 

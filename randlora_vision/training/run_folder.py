@@ -78,20 +78,20 @@ class RunFolder:
 def open_run_folder(options: RunOptions, script: str, writing: bool = True) -> RunFolder:
     """Make the run folder, or raise ValueError when it holds a run and `--overwrite` was not given.
 
+    A run is there once it has metrics: one that stopped at wrong input before that is no obstacle.
     Overwriting removes the files that a run writes and nothing else.
     """
     default = Path("runs") / f"{script}-{datetime.now():%Y%m%d-%H%M%S}"
     run = RunFolder(Path(options.output_dir) if options.output_dir else default, writing)
     if not writing:
         return run
-    existing = [path for path in run.files() if path.exists()]
-    if existing and not options.overwrite:
+    if run.metrics.exists() and not options.overwrite:
         raise ValueError(
-            f"{run.path} already holds a run ({existing[0].name}): "
+            f"{run.path} already holds a run ({run.metrics.name}): "
             "choose another --output-dir, or give --overwrite to replace it"
         )
-    for path in existing:
-        path.unlink()
+    for path in run.files():
+        path.unlink(missing_ok=True)
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.environment, environment())
     return run
