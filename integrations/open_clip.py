@@ -9,17 +9,11 @@ to be a projection of tokens. In a tower whose body holds more weights in convol
 layers (ResNet, MobileCLIP), its ungrouped convolutions are adapted too.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
-_Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOLING = {"attnpool", "attn_pool", "attn_pool_contrastive"}
-# Position-bias tables and gates are linear layers too, a few numbers wide.
-_NARROWEST = 16
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+from randlora_vision.integrations._towers import body, by_majority, configured
 
 
 def vision_targets(model: nn.Module) -> list[str]:
@@ -66,54 +60,5 @@ def _require_open_clip(model: nn.Module) -> None:
 
 def _tower_targets(model: nn.Module, path: str) -> list[str]:
     tower = model.get_submodule(path)
-    left_out = _stem(tower) | _configured(tower, "classifier")
-    matrices = [
-        matrix
-        for matrix in _matrices(tower)
-        if min(matrix.rows, matrix.columns) >= _NARROWEST
-        and not any(matrix.name == other or matrix.name.startswith(f"{other}.") for other in left_out)
-    ]
-    linear = sum(m.size for m in matrices if not m.convolution and m.name.partition(".")[0] not in _POOLING)
-    convolutional = sum(m.size for m in matrices if m.convolution)
-    return [f"{path}.{m.name}" for m in matrices if convolutional > linear or not m.convolution]
-
-
-class _Matrix(NamedTuple):
-    name: str  # of the target, relative to the tower
-    rows: int
-    columns: int
-    convolution: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.columns
-
-
-def _matrices(tower: nn.Module) -> Iterator[_Matrix]:
-    """Yield every weight of `tower` that a target may be, in the model's order."""
-    for name, module in tower.named_modules():
-        if isinstance(module, nn.Linear):
-            # Not from the weight: a quantised one is packed.
-            yield _Matrix(name, module.out_features, module.in_features)
-        elif isinstance(module, _Convolution) and module.groups == 1:
-            columns = module.in_channels * math.prod(module.kernel_size)
-            yield _Matrix(name, module.out_channels, columns, convolution=True)
-        else:
-            # Any attention that keeps its projections as parameters, torch's or open_clip's own.
-            for parameter, weight in module.named_parameters(recurse=False):
-                if parameter in _ATTENTION_WEIGHTS and weight.ndim == 2:
-                    yield _Matrix(f"{name}.{parameter}", *weight.shape)
-
-
-def _stem(tower: nn.Module) -> set[str]:
-    """Return the names of the parts that read pixels: any convolution at the root, the first part with one."""
-    convolutions = [name for name, module in tower.named_modules() if isinstance(module, _Convolution)]
-    first = {name.partition(".")[0] for name in convolutions[:1]}
-    at_root = {name for name in convolutions if "." not in name}
-    return first | at_root | {name.partition(".")[0] for name in _configured(tower, "first_conv")}
-
-
-def _configured(tower: nn.Module, key: str) -> set[str]:
-    """Return the module names that timm's configuration of the tower gives under `key`, if it is timm's."""
-    names = (getattr(tower, "pretrained_cfg", None) or {}).get(key) or ()
-    return {names} if isinstance(names, str) else set(names)
+    matrices = by_majority(body(tower, left_out=configured(tower, "classifier")))
+    return [f"{path}.{matrix.name}" for matrix in matrices]

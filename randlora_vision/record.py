@@ -204,8 +204,7 @@ def install_saved(model: nn.Module, record: ModelRecord) -> None:
         wanted = next((name for name in reversed(in_force) if path in record.adapters[name].saved), None)
         if wanted == holder:
             continue
-        current = _get(model, path)
-        assert current is not None
+        current = _installed(model, record, path)
         _keep(record, path, holder, current)
         tensor = record.originals[path] if wanted is None else record.adapters[wanted].saved[path]
         _replace(model, current, _alike(tensor, current))
@@ -216,10 +215,24 @@ def current_saved(model: nn.Module, record: ModelRecord, adapter_name: str) -> d
     """The adapter's tensors trained in full, in force or not."""
     for path, holder in record.installed.items():
         if holder == adapter_name:
-            tensor = _get(model, path)
-            assert tensor is not None
-            _keep(record, path, holder, tensor)
+            _keep(record, path, holder, _installed(model, record, path))
     return record.adapters[adapter_name].saved
+
+
+def _installed(model: nn.Module, record: ModelRecord, path: str) -> Tensor:
+    """The tensor trained in full that the model holds now; raises ValueError if it is another module's by now."""
+    expected = record.originals[path].shape
+    try:
+        tensor = _get(model, path)
+    except AttributeError:
+        tensor = None
+    if tensor is None or tensor.shape != expected:
+        found = "gone" if tensor is None else f"{tuple(tensor.shape)} by now"
+        raise ValueError(
+            f"{path}, trained with an adapter (modules_to_save), was {tuple(expected)} and is {found}: the model was "
+            "changed after inject (reset_classifier?); remove the adapters first"
+        )
+    return tensor
 
 
 def _keep(record: ModelRecord, path: str, holder: str | None, tensor: Tensor) -> None:

@@ -247,6 +247,18 @@ def test_merging_where_inference_mode_is_on_leaves_a_trainable_model() -> None:
     assert x.grad is not None
 
 
+def test_a_head_that_was_exchanged_after_injection_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    inject(model, RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    head = model[1]
+    for other, found in ((nn.Identity(), "gone"), (nn.Linear(8, 3), r"\(3, 8\) by now")):
+        model[1] = other
+        with pytest.raises(ValueError, match=rf"1.weight.*{found}"):
+            remove(model)
+    model[1] = head
+    remove(model)
+
+
 # Errors, each a ValueError that says what to do.
 
 ERRORS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {

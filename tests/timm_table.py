@@ -25,8 +25,8 @@ Targets: how many weights `timm:backbone`, `timm:attention` and `timm:conv` choo
 summarised by the last two names of each path. Share: trained numbers in percent of the model's.
 
 "read": the model hands this layer's weight to a function instead of calling the layer. Adapters here act and learn all
-the same. An adapter that wraps layers gets no gradient there: PEFT's RandLora on the same linear layers loses just these
-and no others (a test shows it).
+the same. An adapter that wraps layers gets no gradient there: PEFT's RandLora on the same linear layers loses just
+these and no others (a test shows it).
 
 | family | model | targets | `timm:backbone` adapts | trained | share | notes |
 |---|---|---|---|---:|---:|---|
