@@ -20,11 +20,12 @@ demo: $(READY)  ## RandLoRA, LoRA and full fine-tuning of a small CLIP, side by 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files
 
+# One thread a worker: two workers with two threads each wait for one another on two cores.
 test: lint  ## the whole suite, slow tests included
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-fast: $(READY)  ## the default tier, about a minute
-	$(BIN)/pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs
