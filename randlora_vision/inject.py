@@ -82,7 +82,7 @@ def add_adapter(model: nn.Module, config: RandLoRAConfig, adapter_name: str, tra
     model = unwrap(model)
     report, chosen, spec = plan_adapter(model, config, adapter_name)
     _check_classes(chosen)
-    for warning in report.warnings:
+    for warning in report.warnings if trainable else ():
         warnings.warn(warning, stacklevel=3)
 
     record = make_record(model)
