@@ -26,6 +26,7 @@ SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1"]
 RUN_FILES = {
     "adapter.safetensors",
+    "adapter_best.safetensors",
     "config.yaml",
     "curves.png",
     "environment.json",
@@ -130,6 +131,66 @@ def test_the_same_seed_gives_the_same_adapter(train: Any) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Return metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "12", "--log-every", "5", "--eval-every", "4", "--dropout", "0.1"]
+    flags += ["--templates", "a {}", "the {}", "--towers", "both", "--checkpoint-every", "3", "--ema-decay", "0.9"]
+    straight = train(*flags, "--output-dir", str(tmp_path / "straight")).parent / "straight"
+
+    evaluate = ClipClassifier.evaluate
+
+    def killed(self: ClipClassifier, batches: Any) -> dict[str, float]:
+        checkpoints = [path.name for path in (tmp_path / "killed").glob("checkpoints/*")]
+        if "step-000006" in checkpoints:  # so in the evaluation of step 8
+            raise KeyboardInterrupt
+        return evaluate(self, batches)
+
+    monkeypatch.setattr(ClipClassifier, "evaluate", killed)
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        train(*flags, "--output-dir", str(folder))
+    monkeypatch.undo()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "split": "val", "to')  # half a line
+
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        train(*flags, "--output-dir", str(folder), "--resume", "latest", "--lr", "0.5", "--workers", "1")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "with other settings: --lr was 0.001, is now 0.5" in error and "workers" not in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    train(*flags, "--output-dir", str(folder), "--resume", "latest")
+    assert f"resumed from {folder}/checkpoints/step-000006" in capsys.readouterr().out
+    assert numbers(folder) == numbers(straight)
+    for name in ("adapter.safetensors", "adapter_best.safetensors"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+    assert yaml.safe_load((folder / "config.yaml").read_text())["checkpoints"]["resume"] is None
+
+    # A finished run too goes on from any of its checkpoints.
+    train(*flags, "--output-dir", str(folder), "--resume", str(folder / "checkpoints" / "step-000009"))
+    assert numbers(folder) == numbers(straight)
+
+
+def test_a_runs_own_config_repeats_it(train: Any, tmp_path: Path) -> None:
+    train("--method", "lora", "--optimizer", "nadamw", "--seed", "3", "--output-dir", str(tmp_path / "first"))
+    first = tmp_path / "first"
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    script("train_clip").main(["--config", str(first / "config.yaml"), "--output-dir", str(tmp_path / "again")])
+    assert numbers(tmp_path / "again") == numbers(first)
+    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("first", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -137,12 +198,41 @@ def test_the_same_seed_gives_the_same_adapter(train: Any) -> None:
         ["--workers", "1", "--val-fraction", "0.3", "--split-seed", "4"],
         ["--dropout", "0.1", "--init", "gamma-zero", "--bases", "sparse", "--alpha", "8"],
         ["--target-modules", "c_fc", "c_proj", "--weight-decay", "0", "--warmup-fraction", "0.5"],
+        ["--optimizer", "lookahead_lion", "--schedule", "linear", "--ema-decay", "0.9", "--best-metric", "loss"],
+        ["--train-logit-scale", "--logit-scale-lr", "0.1", "--optimizer", "nadamw", "--schedule", "constant"],
+        ["--train-logit-scale", "--method", "full"],
         ["--target-modules", "all-linear", "--templates", "a {}", "the {}", "--prompts", "average"],
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python, for loader processes
 def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
     assert (train(*argv) / "summary.json").exists()
+
+
+def test_the_logit_scale_is_trained_at_its_own_rate_and_saved(train: Any, tiny: Path) -> None:
+    folder = train("--train-logit-scale", "--logit-scale-lr", "0.2", "--schedule", "constant", "--optimizer", "lion")
+    base, adapted = (tiny_clip(tiny).model for _ in range(2))
+    load_adapter(adapted, folder / "adapter.safetensors")
+    moved = (adapted.logit_scale - base.logit_scale).abs().item()
+    assert moved == pytest.approx(0.2, rel=1e-4) or moved == pytest.approx(0.6, rel=1e-4)  # Lion: by the rate itself
+    trained = json.loads((folder / "summary.json").read_text())["trained_numbers"]
+    plain = json.loads((train("--overwrite") / "summary.json").read_text())["trained_numbers"]
+    assert trained == plain + 1
+
+
+def test_training_stops_early_and_keeps_the_best_and_the_last(
+    train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "40", "--eval-every", "1", "--lr", "0.02", "--best-metric", "loss"]
+    folder = train(*flags, "--early-stopping-patience", "2")
+    loss = {line["step"]: line["loss"] for line in numbers(folder) if line["split"] == "val"}
+    best = min(loss, key=lambda step: loss[step])
+    assert max(loss) == best + 2 < 40
+    assert json.loads((folder / "summary.json").read_text())["steps"] == best + 2
+    assert f"after step {best}, kept in {folder}/adapter_best.safetensors" in capsys.readouterr().out
+    assert numbers(folder)[-1] == {"step": best + 2, "split": "test", **numbers(folder)[-1]}
+    last, kept = (load_file(folder / f"adapter{name}.safetensors") for name in ("", "_best"))
+    assert not all(torch.equal(last[name], kept[name]) for name in last)
 
 
 def test_unreadable_images_are_counted_and_listed(
@@ -168,6 +258,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "rank above m": (["--rank", "4096"], "4096"),
     "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),
     "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
+    "unknown optimiser": (["--optimizer", "adanw2"], "--optimizer adanw2 is not known; close matches: adanw"),
+    "unknown metric": (["--best-metric", "top3"], "nothing of that name is measured, only top1, top5, loss"),
+    "unknown key in the file": (["--config", "{tmp}/typo.yaml"], "no option training: stepz; close matches: steps"),
+    "no checkpoint": (["--output-dir", "{tmp}/old", "--resume", "latest"], "holds no checkpoint"),
+    "missing checkpoint": (["--resume", "{tmp}/old/checkpoints/step-000010"], "there is no checkpoint"),
     "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
 }
 
@@ -180,6 +275,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     write_class_folders(tmp_path / "one", classes=(1,))
     corrupt = write_class_folders(tmp_path / "corrupt")
     (corrupt / "one" / "000.png").write_bytes(b"no image")
+    (tmp_path / "typo.yaml").write_text("training: {stepz: 3}")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").touch()
     argv, expected = BAD[case]
@@ -257,3 +353,9 @@ def test_the_comparison_refuses_a_method_of_the_users(capsys: pytest.CaptureFixt
         script("compare_clip").main(["--method", "lora"])
     assert stopped.value.code == 2
     assert "leave --method and --lr out" in capsys.readouterr().err
+
+
+def test_the_comparison_does_not_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("compare_clip").main(["--resume", "latest"])
+    assert "trains from the start" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from randlora_vision.training.clip_classifier import ClassPromptLoss, ClipClassi
 from randlora_vision.training.clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip_options import ClipOptions, ImageOptions, ModelOptions, Towers, resolve
 from randlora_vision.training.clip_task import adapt, reload, resolve_budget
-from randlora_vision.training.demo_clip import cache_root, contrastive_loss, demo_model_folder
+from randlora_vision.training.demo_clip import contrastive_loss, demo_model_folder
+from randlora_vision.training.demo_model import Pretraining, cache_root
 from randlora_vision.training.images import evaluation_batches
 from randlora_vision.training.options import AdapterOptions
 from tests.training_helpers import NO_SKIPS, TINY_CONFIG, tiny_clip, write_tiny_clip
@@ -280,7 +281,7 @@ def test_pairs_of_one_caption_are_no_negatives() -> None:
 def test_the_demo_model_is_cached_and_loads_as_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(demo_clip._PRETRAINING, "steps", 2)
+    monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=2))
     state = torch.random.get_rng_state()
     folder = demo_model_folder(str(tmp_path))
     assert "pretraining" in capsys.readouterr().out
@@ -300,7 +301,7 @@ def test_the_demo_model_is_cached_and_loads_as_any_other(
     assert clip.tokenize(["a photo"]).shape == (1, 16)
     assert clip.eval_transform(digits.read_digits().images["test"][0]).shape == (3, 32, 32)
 
-    monkeypatch.setitem(demo_clip._PRETRAINING, "steps", 1)
+    monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=1))
     assert demo_model_folder(str(tmp_path)) != folder  # other settings, another model
 
 

@@ -101,7 +101,11 @@ def test_fingerprints_follow_the_content() -> None:
 def is_picture(path: Path) -> bool:
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
-    return pixels.shape[0] > 300 and pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    return (
+        pixels.shape[0] > 300
+        and pixels.shape[1] > 1000
+        and len(np.unique(pixels[::4, ::4].reshape(-1, 3), axis=0)) > 20
+    )
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
@@ -118,11 +122,11 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> None:
     clip = tiny_clip(tmp_path / "tiny")
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
-    splits = ImageSplits(["red", "blue"], {"test": [red, blue] * 3}, {"test": [0, 1] * 3}, "made up")
+    splits = ImageSplits("colours", ["red", "blue"], {"test": [red, blue] * 3}, {"test": [0, 1] * 3}, "made up")
     exam = Exam(clip, splits, splits, resolve(ClipOptions()), NO_SKIPS)
     before = exam.take()
     assert set(before.results) == {"test", "original"}
-    assert "test top-1" in str(before) and "original top-1" in str(before)
+    assert str(before).count("colours top-1") == 2
     predictions = exam.predictions(before, before)
     assert len(predictions) == 6
     right = [item.before == item.truth for item in predictions]

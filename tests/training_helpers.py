@@ -52,3 +52,30 @@ def tiny_clip(folder: Path) -> LoadedClip:
     if not folder.exists():
         write_tiny_clip(folder)
     return load_clip(f"local-dir:{folder}", None, seed=0)
+
+
+def write_tiny_vit(folder: Path, classes: int) -> Path:
+    """Write a random tiny ViT as a folder for timm's `local-dir:`."""
+    import timm
+
+    architecture = "vit_tiny_patch16_224"
+    arguments: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=classes, **arguments)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    pretrained = {
+        "input_size": [3, 16, 16],
+        "fixed_input_size": True,
+        "num_classes": classes,
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
+    }
+    config = {
+        "architecture": architecture,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,6 +1,7 @@
 """Adapt a CLIP model to an image classification task with RandLoRA.
 
 accelerate launch train_scripts/train_clip.py
+
 accelerate launch train_scripts/train_clip.py --data FOLDER --model ViT-B-32 --pretrained laion2b_s34b_b79k
 
 Without arguments: handwritten digits that need no download. The features of the class prompts are the
@@ -17,18 +18,21 @@ import torch
 from accelerate.utils import set_seed
 
 from randlora_vision.training import demo_clip, digits
+from randlora_vision.training.checkpoints import Checkpoints, find_checkpoint
 from randlora_vision.training.class_folders import read_class_folders
 from randlora_vision.training.clip_exam import Answers, Exam
 from randlora_vision.training.clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip_options import ClipOptions, resolve
-from randlora_vision.training.clip_results import closing_words, write_results
+from randlora_vision.training.clip_results import loading_code, write_results
 from randlora_vision.training.clip_task import ClassPromptTask, adapt, reload, resolve_budget
 from randlora_vision.training.errors import user_errors
+from randlora_vision.training.files import fingerprint
 from randlora_vision.training.images import ImageSplits, SkipList
 from randlora_vision.training.loop import Trainer, make_accelerator
 from randlora_vision.training.methods import Adaptation
-from randlora_vision.training.options import parse
-from randlora_vision.training.run_folder import RunFolder, open_run_folder
+from randlora_vision.training.options import FREE_SETTINGS, parse
+from randlora_vision.training.results import check_equal, closing_words
+from randlora_vision.training.run_folder import RunFolder, open_run_folder, plain_settings
 
 
 @user_errors
@@ -42,10 +46,12 @@ def train(options: ClipOptions) -> dict[str, Any]:
     options = resolve(options)
     accelerator = make_accelerator(options.training)
     say = accelerator.print
-    run = open_run_folder(options.run, "clip", writing=accelerator.is_main_process)
+    resume, run_options = find_checkpoint(options.checkpoints, options.run)
+    # Not to be resumed again by whoever feeds config.yaml back.
+    options = replace(options, run=run_options, checkpoints=replace(options.checkpoints, resume=None))
+    run = open_run_folder(options.run, "clip", accelerator.is_main_process, resuming=resume is not None)
     skipped = SkipList(run.skipped if run.writing else None, options.images.strict_data)
     splits, original = read_images(options, skipped)
-    run.write(run.split, splits.record())
     with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
         options = with_demo_model(options)
         clip = load(options, accelerator.device)
@@ -58,7 +64,14 @@ def train(options: ClipOptions) -> dict[str, Any]:
     options = resolve_budget(options, clip.model)
     classifier, adaptation = adapt(clip, splits.class_names, options)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n")
+    data, processes = fingerprint(splits.record()), accelerator.num_processes
+    settings = {**plain_settings(options), "images and split": data, "processes": processes}
+    if resume:
+        resume.check(settings, FREE_SETTINGS)
+        run.keep_metrics(resume.state.step)
+        say(f"resumed from {resume.path}")
     run.write_config(options)
+    run.write(run.split, splits.record())
 
     task = ClassPromptTask(
         classifier,
@@ -66,17 +79,31 @@ def train(options: ClipOptions) -> dict[str, Any]:
         train=splits.select("train", clip.training_transform(splits.augment), skipped),
         val=splits.select("val", clip.eval_transform, skipped),
         options=options,
-        processes=accelerator.num_processes,
+        processes=processes,
         path=run.adapter if run.writing else None,
     )
-    speed = Trainer(task, options.training, accelerator, run.log).run()
+    checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
+    trainer = Trainer(
+        task,
+        options.training,
+        accelerator,
+        run.log,
+        checkpoints,
+        resume,
+        own_lr=task.own_lr(),
+        keep_best=run.keep_best,
+    )
+    speed = trainer.run()
+    if trainer.best:
+        metric = options.training.best_metric
+        say(f"best validation {metric}: {trainer.best.value:.4g} after step {trainer.best.step}, kept in {run.best}")
     classifier.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
     after = exam.take(classifier)
     summary: dict[str, Any] = {}
     if run.writing:
         difference = check_reload(options, accelerator.device, adaptation, exam, after, run)
         summary = write_results(run, options, adaptation, exam, before, after, speed, difference)
-        say(closing_words(run, options, adaptation, before, after, summary))
+        say(closing_words(run, before, after, summary, loading_code(run, options, adaptation)))
     accelerator.end_training()
     accelerator.free_memory()
     return summary
@@ -84,9 +111,9 @@ def train(options: ClipOptions) -> dict[str, Any]:
 
 def read_images(options: ClipOptions, skipped: SkipList) -> tuple[ImageSplits, ImageSplits | None]:
     """Return the images to adapt to, and those of the task that the base model already does, if known."""
-    if options.images.data is None:
-        return digits.read_digits(inverted=True), digits.read_digits(demo_clip.KNOWN_DIGITS)
     images = options.images
+    if images.data is None:
+        return digits.read_digits(inverted=True), digits.read_digits(demo_clip.KNOWN_DIGITS)
     return read_class_folders(Path(images.data), images.val_fraction, images.split_seed, skipped), None
 
 
@@ -121,9 +148,7 @@ def check_reload(
     fresh = reload(load(options, device), exam.class_names, options, adaptation, run.adapter)
     logits = fresh.predict(exam.images)
     difference = (logits - trained.logits).abs().max().item()
-    if difference > 1e-4 * trained.logits.abs().max().item():
-        raise RuntimeError(f"{run.adapter} does not give the trained model back: a logit differs by {difference}")
-    return difference
+    return check_equal(difference, trained.logits.abs().max().item(), run)
 
 
 if __name__ == "__main__":

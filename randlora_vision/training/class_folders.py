@@ -5,10 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from randlora_vision.training.images import ImageSplits, SkipList, read_image
+
+_Image = TypeVar("_Image")
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -50,12 +53,12 @@ def read_class_folders(root: Path, val_fraction: float, split_seed: int, skipped
         if not images[split]:
             raise ValueError(f"no readable images in {folder}")
     if not held_out:
-        images, labels = _split(images["train"], labels["train"], names, val_fraction, split_seed)
+        images, labels = hold_out(images["train"], labels["train"], names, val_fraction, split_seed)
     for missing, other in (("val", "test"), ("test", "val")):
         if missing not in images:
             images[missing], labels[missing] = images[other], labels[other]
     origin = f"folders {sorted(held_out)}" if held_out else f"fraction {val_fraction}, seed {split_seed}"
-    return ImageSplits([name.replace("_", " ") for name in names], images, labels, origin)
+    return ImageSplits(root.name, [name.replace("_", " ") for name in names], images, labels, origin)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -106,9 +109,9 @@ def _is_whole(path: Path, skipped: SkipList) -> bool:
     return True
 
 
-def _split(
-    images: Sequence[Path], labels: Sequence[int], names: Sequence[str], fraction: float, seed: int
-) -> tuple[dict[str, list[Path]], dict[str, list[int]]]:
+def hold_out(
+    images: Sequence[_Image], labels: Sequence[int], names: Sequence[str], fraction: float, seed: int
+) -> tuple[dict[str, list[_Image]], dict[str, list[int]]]:
     """Hold out `fraction` of every class, at least one image of it, and leave at least one."""
     members: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):

@@ -1,7 +1,6 @@
 """What is measured before and after training: accuracy on the task, and on what the model could do before."""
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from randlora_vision.training.clip_classifier import ClipClassifier
 from randlora_vision.training.clip_models import LoadedClip
 from randlora_vision.training.clip_options import ClipOptions
-from randlora_vision.training.images import ImageSplits, SkipList, evaluation_batches
+from randlora_vision.training.images import ImageSplits, SkipList, evaluation_batches, sample_pictures
 from randlora_vision.training.plots import Prediction
 
 _PICTURES = 32
@@ -22,12 +21,14 @@ Results = dict[str, dict[str, float]]  # by the name of the test: top1, top5, lo
 class Answers:
     """What a classifier makes of the test images."""
 
+    tasks: Mapping[str, str]  # what each test is of
     results: Results
     logits: Tensor  # of the sample of pictures (P, C)
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{name} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}" for name, values in self.results.items()
+            f"{self.tasks[name]} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
+            for name, values in self.results.items()
         )
 
 
@@ -45,6 +46,7 @@ class Exam:
         self.clip = clip
         self.skipped = skipped
         self.original = original
+        self.tasks = {"test": splits.name, **({"original": original.name} if original else {})}
         self.class_names = splits.class_names
         self.templates = options.images.templates
         batch_size, workers = options.training.batch_size, options.training.workers
@@ -53,11 +55,7 @@ class Exam:
         if original:
             kept = original.select("test", clip.eval_transform, skipped)
             self._original = evaluation_batches(kept, batch_size, workers)
-        order = random.Random(0).sample(range(len(test)), len(test))
-        readable = ((test.picture(index), test.labels[index]) for index in order)
-        chosen = [(picture, label) for picture, label in readable if picture is not None][:_PICTURES]
-        self.pictures = [picture for picture, _ in chosen]
-        self.truths = [label for _, label in chosen]
+        self.pictures, self.truths = sample_pictures(test, _PICTURES)
         self.images = torch.stack([clip.eval_transform(picture) for picture in self.pictures])
 
     def take(self, classifier: ClipClassifier | None = None) -> Answers:
@@ -67,7 +65,7 @@ class Exam:
         if self.original:
             prompted = ClipClassifier(self.clip, self.original.class_names, self.templates)
             results["original"] = prompted.evaluate(self._original)
-        return Answers(results, classifier.predict(self.images))
+        return Answers(self.tasks, results, classifier.predict(self.images))
 
     def predictions(self, before: Answers, after: Answers) -> Sequence[Prediction]:
         """Return the sample of pictures with both answers."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from randlora_vision.training import digits
-from randlora_vision.training.options import AdapterOptions, Method, RunOptions, TrainingOptions
+from randlora_vision.training.options import AdapterOptions, CheckpointOptions, Method, RunOptions, TrainingOptions
 
 Towers = Literal["vision", "text", "both"]
 
@@ -27,8 +27,18 @@ class ModelOptions:
     """Its weights: one of open_clip's tags, or the path of a checkpoint."""
     towers: Towers = "both"
     """The tower or towers that are adapted. With the text tower frozen its features are computed once."""
+    train_logit_scale: bool = False
+    """RandLoRA and full fine-tuning: train the scale of the logits too, and save it with the rest."""
+    logit_scale_lr: float | None = None
+    """Its peak learning rate. Left out: --lr."""
     cache_dir: str | None = None
     """Where the digits CLIP is kept. Left out: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+
+    def __post_init__(self) -> None:
+        if self.logit_scale_lr is not None and not self.train_logit_scale:
+            raise ValueError("--logit-scale-lr needs --train-logit-scale")
+        if self.logit_scale_lr is not None and not self.logit_scale_lr > 0:
+            raise ValueError(f"--logit-scale-lr must be above 0, got {self.logit_scale_lr}")
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,14 @@ class ClipOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         if self.adapter.target_modules and self.clip.towers != "both":
             raise ValueError("--towers and --target-modules both choose what is adapted: give one")
+        if self.clip.train_logit_scale and self.adapter.method not in ("randlora", "full"):
+            raise ValueError(f"--train-logit-scale: a file of --method {self.adapter.method} has no place for it")
 
 
 def resolve(options: ClipOptions) -> ClipOptions:
@@ -89,6 +102,8 @@ def resolve(options: ClipOptions) -> ClipOptions:
         adapter = replace(adapter, alpha=float((2 if method == "lora" else 20) * adapter.rank))
     lr = training.lr or (_DEMO_LR if embedded else _LR)[method]
     steps = training.steps or (250 if embedded else 1000)
+    if clip.train_logit_scale:
+        clip = replace(clip, logit_scale_lr=clip.logit_scale_lr or lr)
     return replace(
         options,
         clip=clip,

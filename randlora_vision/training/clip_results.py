@@ -7,6 +7,7 @@ from randlora_vision.training.clip_options import ClipOptions, model_title
 from randlora_vision.training.loop import Speed
 from randlora_vision.training.methods import Adaptation
 from randlora_vision.training.plots import plot_curves, plot_predictions
+from randlora_vision.training.results import summarise
 from randlora_vision.training.run_folder import RunFolder
 
 
@@ -21,7 +22,7 @@ def write_results(
     reload_difference: float,
 ) -> dict[str, Any]:
     """Write what is left of the run folder; return the content of summary.json."""
-    for step, answers in ((0, before), (options.training.steps or 0, after)):
+    for step, answers in ((0, before), (speed.steps, after)):
         for name, values in answers.results.items():
             run.log(step, name, values)
     title = f"{options.adapter.method} on {model_title(options)}"
@@ -29,47 +30,15 @@ def write_results(
     plot_predictions(
         exam.predictions(before, after), "Test images and the answers before and after training", run.predictions
     )
-    trained = sum(parameter.numel() for _, parameter in adaptation.parameters())
+    method, title = options.adapter.method, model_title(options)
     summary = {
-        "method": options.adapter.method,
-        "model": model_title(options),
-        "trained_numbers": trained,
-        "file_bytes": run.adapter.stat().st_size,
-        "steps": options.training.steps,
-        "seconds": round(speed.seconds, 2),
-        "images_per_second": round(speed.images_per_second, 1),
+        **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
+        "tasks": exam.tasks,
         "before": before.results,
         "after": after.results,
-        "reload_difference": reload_difference,
-        "skipped_images": exam.skipped.count(),
     }
     run.write(run.summary, summary)
     return summary
-
-
-def closing_words(
-    run: RunFolder,
-    options: ClipOptions,
-    adaptation: Adaptation,
-    before: Answers,
-    after: Answers,
-    summary: dict[str, Any],
-) -> str:
-    """Return the accuracies, the file, the proof of the reload, and the Python that loads the file."""
-    return "\n".join(
-        [
-            f"\nbefore: {before}",
-            f"after:  {after}",
-            f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
-            f"{summary['images_per_second']:.0f} images/s",
-            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model it gives equal "
-            f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
-            *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
-            "\nTo use it:",
-            *(f"    {line}" for line in loading_code(run, options, adaptation)),
-            f"\nresults: {run.path}",
-        ]
-    )
 
 
 def loading_code(run: RunFolder, options: ClipOptions, adaptation: Adaptation) -> list[str]:

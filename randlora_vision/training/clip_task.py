@@ -45,6 +45,7 @@ class ClassPromptTask:
         self.classifier = classifier
         self.adaptation = adaptation
         self.path = path
+        self._logit_scale_lr = options.clip.logit_scale_lr
         self.batches: DataLoader[Batch] = training_batches(
             train,
             training.batch_size,
@@ -53,6 +54,10 @@ class ClassPromptTask:
             training.workers,
         )
         self._val = evaluation_batches(val, training.batch_size, training.workers)
+
+    def own_lr(self) -> dict[nn.Parameter, float]:
+        """Return the learning rates that are not the common one, by parameter."""
+        return {self.classifier.clip.logit_scale: self._logit_scale_lr} if self._logit_scale_lr else {}
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracies on the validation split."""
@@ -124,6 +129,8 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
         for name, _ in model.named_parameters()
         if name not in tables and any(belongs_to(name, tower) for tower in towers)
     ]
+    if options.clip.train_logit_scale:
+        names.append("logit_scale")
     return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
 
 
@@ -144,4 +151,5 @@ def randlora_config(options: ClipOptions, rank: int, alpha: float | None = None)
         bases=adapter.bases,
         init=adapter.init,
         seed=options.training.seed,
+        modules_to_save=("logit_scale",) if options.clip.train_logit_scale else (),
     )

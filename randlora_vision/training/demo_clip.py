@@ -5,9 +5,7 @@ saves models, so that `--model local-dir:<folder>` loads it by the code that loa
 """
 
 import json
-import os
-import shutil
-import tempfile
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,9 @@ from torch.nn import functional as F
 from torchvision.transforms import Compose
 
 from randlora_vision.training import digits
-from randlora_vision.training.files import fingerprint
-from randlora_vision.training.images import SkipList, training_batches
-from randlora_vision.training.optim import adamw, warmup_cosine
+from randlora_vision.training.demo_model import Pretraining, cached_folder, teach
+from randlora_vision.training.images import Batch, SkipList
 
-CACHE_VARIABLE = "RANDLORA_CACHE"
 KNOWN_DIGITS = (0, 1, 2, 3, 4)
 
 _MODEL_CONFIG: dict[str, Any] = {
@@ -31,47 +27,23 @@ _MODEL_CONFIG: dict[str, Any] = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4},
 }
 _PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear"}
-_PRETRAINING = {"steps": 150, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.01, "warmup": 15, "seed": 0}
+_PRETRAINING = Pretraining(steps=150)
 
 
 def demo_model_folder(cache_dir: str | None = None) -> Path:
     """Return the folder of the pretrained demo model, pretraining it first where it is not cached.
 
-    The folder's name is a hash of every setting and of the versions of torch and open_clip: a change
-    of any makes another model rather than reusing this one. It is filled under a temporary name.
+    The settings that its name stands for include the versions of torch and open_clip.
     """
     settings = {
         "model": _MODEL_CONFIG,
         "preprocess": _PREPROCESS,
-        "pretraining": _PRETRAINING,
+        "pretraining": asdict(_PRETRAINING),
         "digits": list(KNOWN_DIGITS),
         "templates": list(digits.TEMPLATES),
         "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch", "scikit-learn")},
     }
-    root = cache_root(cache_dir)
-    folder = root / f"digits-clip-{fingerprint(settings)}"
-    if folder.is_dir():
-        return folder
-    print(f"pretraining the demo's CLIP on the digits 0-4 (once; kept in {folder})", flush=True)
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".digits-clip-", dir=root))
-    try:
-        _save(_pretrain(), unfinished, settings)
-        os.replace(unfinished, folder)
-    except OSError:
-        if not folder.is_dir():  # another process may have finished the same model first
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def cache_root(cache_dir: str | None = None) -> Path:
-    """Return where demo models are kept: the argument, else $RANDLORA_CACHE, else the user's cache folder."""
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "randlora_vision"
+    return cached_folder("digits-clip", settings, lambda folder: _save(_pretrain(), folder, settings), cache_dir)
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, captions: Tensor) -> Tensor:
@@ -91,7 +63,6 @@ def _pretrain() -> torch.nn.Module:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    steps, seed = int(_PRETRAINING["steps"]), int(_PRETRAINING["seed"])
     preprocess = image_transform_v2(PreprocessCfg(size=digits.IMAGE_SIZE, **_PREPROCESS), is_train=False)
     known = digits.read_digits(KNOWN_DIGITS)
     data = known.select("train", Compose([known.augment, preprocess]), SkipList())
@@ -100,23 +71,19 @@ def _pretrain() -> torch.nn.Module:
         [template.format(digits.NAMES[digit]) for digit in KNOWN_DIGITS for template in digits.TEMPLATES]
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(_PRETRAINING.seed)
         model = open_clip.CLIP(**_MODEL_CONFIG)
-        # Three quarters of the weights, few rows of which are used: frozen, a step is four times faster.
-        model.token_embedding.requires_grad_(False)
-        optimizer = adamw(model.parameters(), _PRETRAINING["lr"], _PRETRAINING["weight_decay"])
-        schedule = warmup_cosine(optimizer, steps, int(_PRETRAINING["warmup"]))
-        for batch in training_batches(data, int(_PRETRAINING["batch_size"]), steps, seed, workers=0):
+
+        def loss(batch: Batch) -> Tensor:
             labels = batch["labels"]
             captions = labels * len(digits.TEMPLATES) + torch.randint(len(digits.TEMPLATES), labels.shape)
             text_features = model.encode_text(tokens, normalize=True)[captions]  # each caption once
             image_features = model.encode_image(batch["images"], normalize=True)
-            loss = contrastive_loss(image_features, text_features, model.logit_scale.exp(), captions)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            return contrastive_loss(image_features, text_features, model.logit_scale.exp(), captions)
+
+        # Three quarters of the weights, few rows of which are used: frozen, a step is four times faster.
+        model.token_embedding.requires_grad_(False)
+        teach(model.parameters(), loss, data, _PRETRAINING)
     return model.eval()
 
 

@@ -60,6 +60,7 @@ def read_digits(classes: Sequence[int] = range(10), inverted: bool = False) -> I
     }
     background = 255 if inverted else 0
     return ImageSplits(
+        name=f"{'inverted' if inverted else 'upright'} digits {min(classes)}-{max(classes)}",
         class_names=[NAMES[digit] for digit in classes],
         images={split: [_picture(pixels[i], inverted) for i in indices] for split, indices in chosen.items()},
         labels={split: [classes.index(labels[i]) for i in indices] for split, indices in chosen.items()},

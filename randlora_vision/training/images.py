@@ -1,5 +1,7 @@
 """Labelled images as training batches: decoding, what to do with unreadable files, and the order."""
 
+import itertools
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class SkipList:
         self._seen: set[str] = set()
         self._lock = threading.Lock()
 
-    def add(self, image: Path, reason: object) -> None:
+    def add(self, image: "Path | StoredImage", reason: object) -> None:
         """Note an unreadable image; raise ValueError when strict."""
         if self.strict:
             raise ValueError(f"cannot read the image {image}: {reason} (without --strict-data it is skipped)")
@@ -62,18 +64,42 @@ def read_image(path: Path) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """An image of a dataset that is asked for its items one by one, each an image and a label."""
+
+    dataset: Any
+    index: int
+
+    def read(self) -> Image.Image:
+        """Decode it as RGB; raise OSError when it cannot be."""
+        try:
+            image: Image.Image = self.dataset[self.index][0]
+            return image.convert("RGB")
+        except Exception as error:  # of whatever library keeps it
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"image {self.index} of {type(self.dataset).__name__}"
+
+
+Picture = Path | Image.Image | StoredImage
+
+
+@dataclass(frozen=True)
 class ImageSplits:
-    """Images (files, or already decoded) and labels of each split, and where the splits came from.
+    """Images (files, items of a dataset, or already decoded) and labels of each split, and where the splits came from.
 
     `val` chooses and is looked at during training; `test` is for the numbers before and after. Where
     the data has only one of the two, both are the same images.
     """
 
+    name: str
     class_names: Sequence[str]
-    images: Mapping[str, Sequence[Path | Image.Image]]
+    images: Mapping[str, Sequence[Picture]]
     labels: Mapping[str, Sequence[int]]
     origin: str
     augment: Callable[[Image.Image], Image.Image] | None = None  # in place of the model's own augmentation
+    chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
 
     def select(self, split: str, transform: Transform, skipped: "SkipList") -> "LabelledImages":
         """Return one split as a dataset."""
@@ -81,30 +107,32 @@ class ImageSplits:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in self.images.items())
-        return f"{sizes}, {len(self.class_names)} classes ({self.origin})"
+        return f"{self.name}: {sizes}, {len(self.class_names)} classes ({self.origin})"
 
     def record(self) -> dict[str, Any]:
         """Return what a run folder keeps: the sizes, the origin, and the files that were held out."""
         held_out = {name: images for name, images in self.images.items() if name != "train"}
         return {
+            "name": self.name,
             "origin": self.origin,
             "class_names": list(self.class_names),
             "sizes": {name: len(images) for name, images in self.images.items()},
             "held_out": {
                 name: [str(image) for image in images if isinstance(image, Path)] for name, images in held_out.items()
             },
+            **({"chosen": list(self.chosen)} if self.chosen is not None else {}),
         }
 
 
 class LabelledImages(Dataset):
-    """Images (files, or already decoded) with a label each, transformed when asked for.
+    """Images (files, items of a dataset, or already decoded) with a label each, transformed when asked for.
 
     An unreadable file goes to `skipped` and gives None, which `collate` leaves out.
     """
 
     def __init__(
         self,
-        images: Sequence[Path | Image.Image],
+        images: Sequence[Picture],
         labels: Sequence[int],
         transform: Transform,
         skipped: SkipList,
@@ -124,7 +152,7 @@ class LabelledImages(Dataset):
         if isinstance(image, Image.Image):
             return image
         try:
-            return read_image(image)
+            return image.read() if isinstance(image, StoredImage) else read_image(image)
         except OSError as error:
             self.skipped.add(image, error)
             return None
@@ -132,6 +160,14 @@ class LabelledImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         picture = self.picture(index)
         return None if picture is None else (self.transform(picture), self.labels[index])
+
+
+def sample_pictures(data: LabelledImages, most: int) -> tuple[list[Image.Image], list[int]]:
+    """Return up to `most` readable pictures, always the same ones, and their labels."""
+    order = random.Random(0).sample(range(len(data)), len(data))
+    readable = ((data.picture(index), data.labels[index]) for index in order)
+    chosen = list(itertools.islice(((picture, label) for picture, label in readable if picture is not None), most))
+    return [picture for picture, _ in chosen], [label for _, label in chosen]
 
 
 def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:

@@ -48,12 +48,15 @@ class RandLoRA:
 
     def __init__(self, model: nn.Module, config: RandLoRAConfig) -> None:
         self.model = model
-        with _quiet():
+        with quiet():
             self.report = str(inject(model, config))
+        adapters = {id(parameter) for _, parameter in adapter_parameters(model)}
+        self.whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield lambda and gamma of every adapted weight."""
+        """Yield lambda and gamma of every adapted weight, and what is trained in full beside them."""
         yield from adapter_parameters(self.model)
+        yield from ((name, self.model.get_parameter(name)) for name in self.whole)
 
     def check_gradients(self) -> list[str]:
         """Leave it to the library, which knows which of the two factors starts without a gradient."""
@@ -65,7 +68,7 @@ class RandLoRA:
 
     def load(self, model: nn.Module, path: Path) -> None:
         """Load the adapter file."""
-        with _quiet():
+        with quiet():
             load_adapter(model, path)
 
     def loading_code(self, path: Path) -> list[str]:
@@ -74,8 +77,8 @@ class RandLoRA:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the library's warnings: the printed report ends with the same words."""
+def quiet() -> Iterator[None]:
+    """Hold back warnings for which the user has other words: the printed report, or an error of ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

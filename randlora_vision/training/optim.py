@@ -1,15 +1,71 @@
-"""The optimiser and the learning-rate schedule, the same for every method and every script."""
+"""The optimisers and the learning-rate schedules, the same for every method and every script."""
 
+import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+Schedule = Literal["cosine", "linear", "constant"]
+
+# It needs second derivatives, for which the loop's backward pass keeps no graph.
+_UNFIT = {"adahessian"}
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise ValueError, with close matches, for a name that is none of timm's optimisers.
+
+    Any of them may be wrapped: lookahead_adamw.
+    """
+    if name == "adamw":
+        return  # without the import, which takes a second
+    from timm.optim import list_optimizers
+
+    known = [known for known in list_optimizers() if known not in _UNFIT]
+    if name.removeprefix("lookahead_") not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        listing = f"close matches: {', '.join(close)}" if close else "timm.optim.list_optimizers() names them all"
+        raise ValueError(f"--optimizer {name} is not known; {listing}")
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    own_lr: Mapping[nn.Parameter, float] | None = None,
+) -> torch.optim.Optimizer:
+    """Return timm's optimiser of that name over the trainable ones of `parameters`.
+
+    Those in `own_lr` have a peak learning rate of their own. Raises ValueError where the optimiser
+    needs a package or a device that is not there.
+    """
+    from timm.optim import create_optimizer_v2
+
+    check_optimizer_name(name)
+    own_lr = own_lr or {}
+    everything = [parameter for parameter in parameters if parameter.requires_grad]
+    common = [parameter for parameter in everything if parameter not in own_lr]
+    groups = decay_groups(common, weight_decay) if common or not own_lr else []
+    for rate in dict.fromkeys(own_lr.values()):
+        chosen = [parameter for parameter in everything if own_lr.get(parameter) == rate]
+        groups += [{**group, "lr": rate} for group in decay_groups(chosen, weight_decay)]
+    try:
+        return create_optimizer_v2(groups, opt=name, lr=lr)
+    except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # of packages that are not installed
+        raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error
+
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return AdamW over the trainable ones of `parameters`.
+    """Return PyTorch's AdamW over the trainable ones of `parameters`."""
+    return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable ones of `parameters` as optimiser groups, decayed and not.
 
     Vectors and scalars (biases, norm scales, a logit scale) are not decayed: pulling them to zero
     changes what the network computes, not how complex it is. Matrices are, lambda and gamma included.
@@ -21,20 +77,23 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) ->
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+    return [group for group in groups if group["params"]]
 
 
-def warmup_cosine_factor(step: int, steps: int, warmup: int) -> float:
+def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosine") -> float:
     """Return what the learning rate is multiplied by at `step` of `steps`, counted from 0.
 
     It rises linearly over the first `warmup` steps (never from zero: step 0 learns too), then falls
-    along a half cosine that would reach zero at `steps`.
+    along a half cosine or a line that would reach zero at `steps`, or stays.
     """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    part = (step - warmup) / max(1, steps - warmup)
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * part))
+    return 1 - part if shape == "linear" else 1.0
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
-    """Return the scheduler of `warmup_cosine_factor`; call its `step()` once per optimiser step."""
-    return LambdaLR(optimizer, lambda step: warmup_cosine_factor(step, steps, warmup))
+def warmup_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int, shape: Schedule = "cosine") -> LambdaLR:
+    """Return the scheduler of `schedule_factor`; call its `step()` once per optimiser step."""
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape))

@@ -7,11 +7,14 @@ A script nests the groups that it needs in a dataclass of its own and calls `par
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Literal, TypeVar
 
+from randlora_vision.training.config_file import ConfigFile, expand_config
 from randlora_vision.training.errors import one_line
+from randlora_vision.training.optim import Schedule, check_optimizer_name
 
 Method = Literal["randlora", "lora", "full", "linear-probe"]
 
@@ -65,12 +68,19 @@ class TrainingOptions:
     steps times the processes."""
     gradient_accumulation_steps: int = 1
     """Forward calls whose gradients are averaged into one optimiser step."""
+    optimizer: str = "adamw"
+    """One of timm's optimisers by name (timm.optim.list_optimizers()), with lookahead_ before it if wanted."""
     lr: float | None = None
-    """Peak learning rate of AdamW. Left out: the method's own default (in config.yaml after the run)."""
+    """Peak learning rate. Left out: the method's own default, chosen for AdamW (in config.yaml after the run)."""
     weight_decay: float = 0.01
-    """AdamW's decay of matrices; vectors and scalars are never decayed."""
+    """Decay of matrices; vectors and scalars are never decayed."""
     warmup_fraction: float = 0.1
-    """Part of the steps over which the learning rate rises; a cosine brings it down afterwards."""
+    """Part of the steps over which the learning rate rises."""
+    schedule: Schedule = "cosine"
+    """The learning rate's way after that: down to zero along a half cosine or a line, or constant."""
+    ema_decay: float = 0.0
+    """Measure and save, in place of the trained numbers, their moving average with this decay (0: off).
+    The decay is smaller in the first steps, (1 + t) / (10 + t) at step t."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer; 0 switches that off."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -80,6 +90,10 @@ class TrainingOptions:
     eval_every: int = 25
     """Steps between two evaluations on the validation split; there is always one before the first
     step and one after the last."""
+    best_metric: str = "top1"
+    """The value measured on the validation split by which the best state is chosen."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations without a better value than the best so far; 0: never."""
     log_every: int = 5
     """Steps between two lines of training values in metrics.jsonl."""
     workers: int = 0
@@ -90,10 +104,12 @@ class TrainingOptions:
         _require(self.lr is None or self.lr > 0, "--lr must be above 0", self.lr)
         for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"{_flag(name)} must be 1 or more", getattr(self, name))
-        for name in ("weight_decay", "max_grad_norm", "workers", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "workers", "seed", "early_stopping_patience"):
             _require(getattr(self, name) >= 0, f"{_flag(name)} must be 0 or more", getattr(self, name))
         warmup = self.warmup_fraction
         _require(0 <= warmup < 1, "--warmup-fraction must be at least 0 and below 1", warmup)
+        _require(0 <= self.ema_decay < 1, "--ema-decay must be at least 0 and below 1", self.ema_decay)
+        check_optimizer_name(self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,29 @@ class RunOptions:
     """Replace the run that the folder already holds (only a run's own files); refused otherwise."""
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How a run that was cut off goes on."""
+
+    checkpoint_every: int = 0
+    """Steps between two checkpoints in the run folder's checkpoints/; 0: none."""
+    checkpoints_total_limit: int = 2
+    """How many are kept; an older one is removed once a newer one is safely on disk."""
+    resume: str | None = None
+    """'latest' (of --output-dir), or the path of a checkpoint. Training goes on to the very numbers of a
+    run that was never cut off. Settings must be those of that run, but for these of their own, --output-dir,
+    --overwrite, --log-every and --workers."""
+
+    def __post_init__(self) -> None:
+        _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
+        limit = self.checkpoints_total_limit
+        _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
+
+
+# What may differ when a run is resumed: nothing of it changes what is learnt.
+FREE_SETTINGS = ("run", "checkpoints", "training.log_every", "training.workers")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -116,17 +155,23 @@ def _require(condition: bool, expected: str, got: object) -> None:
 
 
 def parse(options: type[_Options], argv: Sequence[str] | None, description: str) -> _Options:
-    """Build `options` (a dataclass of option groups) from a command line.
+    """Build `options` (a dataclass of option groups) from a command line, and the file that `--config` names.
 
-    A mistake in it raises ValueError with one line; `--help` prints and exits. The groups' own
+    A mistake in either raises ValueError with one line; `--help` prints and exits. The groups' own
     names are no part of a flag: `training.lr` is `--lr`.
     """
     import tyro
 
+    command_line = make_dataclass(
+        "CommandLine",
+        [("options", options, field(default_factory=options)), ("file", ConfigFile, field(default_factory=ConfigFile))],
+    )
+    words = expand_config(sys.argv[1:] if argv is None else argv, options)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, args=argv, description=description, config=(tyro.conf.OmitArgPrefixes,))
+            settings = (tyro.conf.OmitArgPrefixes,)
+            return tyro.cli(command_line, args=words, description=description, config=settings).options
     except SystemExit as error:
         if error.code:
             raise ValueError(_one_line_complaint(complaint.getvalue())) from None

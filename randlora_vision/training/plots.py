@@ -17,6 +17,7 @@ Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 _RIGHT, _WRONG = "#1a7f37", "#c62828"
 _COLOURS = ("#1f5fbf", "#d9822b", "#4c9f50", "#8e4fa8", "#7f7f7f")
 _DPI = 150
+_NAMED, _NUMBERED = 30, 15  # the most classes of a confusion matrix with names, and with numbers
 
 
 def series(metrics: Metrics, split: str, name: str) -> tuple[list[int], list[float]]:
@@ -56,7 +57,7 @@ class Prediction:
 
     picture: Image.Image
     truth: str
-    before: str
+    before: str | None  # None where there was no classifier yet
     after: str
 
 
@@ -73,7 +74,8 @@ def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, 
     for axes, item in zip(grid.flat, predictions, strict=False):
         axes.imshow(item.picture)
         axes.set_title(_shortened(item.truth), fontsize=10, fontweight="bold")
-        for line, (when, answer) in enumerate((("before", item.before), ("after", item.after))):
+        answers = [("before", item.before), ("after", item.after)]
+        for line, (when, answer) in enumerate((when, answer) for when, answer in answers if answer is not None):
             right = answer == item.truth
             axes.text(
                 0.5,
@@ -85,6 +87,33 @@ def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, 
                 fontsize=9,
                 color=_RIGHT if right else _WRONG,
             )
+    _save(figure, title, path)
+
+
+def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title: str, path: Path) -> None:
+    """Draw which part of each true class (a row) got which answer (a column).
+
+    Up to 30 classes are named, and up to 15 have their numbers of images written in.
+    """
+    classes = len(names)
+    side = min(10.0, max(5.0, 2.5 + 0.45 * classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    parts = [[count / max(1, sum(row)) for count in row] for row in counts]
+    shown = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="answer", ylabel="true class")
+    if classes <= _NAMED:
+        short = [_shortened(name) for name in names]
+        axes.set_xticks(range(classes), short, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(classes), short)
+    else:
+        axes.set(xlabel=f"answer (classes 0 to {classes - 1})", ylabel=f"true class (0 to {classes - 1})")
+    for row, line in enumerate(counts if classes <= _NUMBERED else ()):
+        for column, count in enumerate(line):
+            if count:
+                colour = "white" if parts[row][column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(shown, ax=axes, label="part of the true class", format=PercentFormatter(1.0), shrink=0.8)
     _save(figure, title, path)
 
 
@@ -121,14 +150,14 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
     for position, (_, heights, colour) in enumerate(bars):
         places = [number + position * width for number in range(len(tasks))]
         drawn = axes.bar(places, heights, width * 0.92, color=colour)
-        axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=8)
+        axes.bar_label(drawn, [f"{height:.1%}" for height in heights], fontsize=8)
     axes.set_xticks([number + width * len(runs) / 2 for number in range(len(tasks))], tasks)
     _percent(axes, "Test accuracy (grey: before training)")
 
 
 def _over_steps(axes: Axes) -> None:
     axes.set_xlabel("optimiser step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(alpha=0.3)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -10,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from randlora_vision.files import replacing
+from randlora_vision.training.checkpoints import FOLDER, list_checkpoints
 from randlora_vision.training.files import write_json, write_text
 from randlora_vision.training.options import RunOptions
 
@@ -40,7 +43,9 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.curves = path / "curves.png"
         self.predictions = path / "predictions.png"
+        self.confusion = path / "confusion.png"
         self.adapter = path / "adapter.safetensors"
+        self.best = path / "adapter_best.safetensors"
         self.split = path / "split.json"
         self.skipped = path / "skipped.txt"
         self.summary = path / "summary.json"
@@ -53,11 +58,8 @@ class RunFolder:
         """Write the resolved options (a dataclass) as YAML."""
         import yaml
 
-        assert is_dataclass(options) and not isinstance(options, type)
-        # Through JSON, so that tuples become lists: YAML has no plain tuple.
-        plain = json.loads(json.dumps(asdict(options)))
         if self.writing:
-            write_text(self.config, yaml.safe_dump(plain, sort_keys=False))
+            write_text(self.config, yaml.safe_dump(plain_settings(options), sort_keys=False))
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl: the step, the split and the values."""
@@ -69,21 +71,46 @@ class RunFolder:
         """Return the lines of metrics.jsonl written so far."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
+    def keep_metrics(self, step: int) -> None:
+        """Drop what was logged after training had reached `step`, half a line included."""
+        if not self.writing:
+            return
+        kept: list[str] = []
+        last = 0
+        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            # At its end a run goes back to step 0, to the tests of before: those lines come later too.
+            if not line.endswith("\n") or not last <= (last := json.loads(line)["step"]) <= step:
+                break
+            kept.append(line)
+        write_text(self.metrics, "".join(kept))
+
+    def keep_best(self) -> None:
+        """Copy the adapter as it is now to the file of the best one."""
+        if self.writing:
+            with replacing(self.best) as temporary:
+                shutil.copyfile(self.adapter, temporary)
+
     def write(self, path: Path, value: Any) -> None:
         """Write a JSON file of the folder."""
         if self.writing:
             write_json(path, value)
 
 
-def open_run_folder(options: RunOptions, script: str, writing: bool = True) -> RunFolder:
+def plain_settings(options: Any) -> dict[str, Any]:
+    """Return options (a dataclass) as nested dictionaries of what JSON and YAML know: tuples become lists."""
+    assert is_dataclass(options) and not isinstance(options, type)
+    return json.loads(json.dumps(asdict(options)))
+
+
+def open_run_folder(options: RunOptions, script: str, writing: bool = True, resuming: bool = False) -> RunFolder:
     """Make the run folder, or raise ValueError when it holds a run and `--overwrite` was not given.
 
     A run is there once it has metrics: one that stopped at wrong input before that is no obstacle.
-    Overwriting removes the files that a run writes and nothing else.
+    Overwriting removes the files that a run writes and nothing else; resuming leaves them.
     """
     default = Path("runs") / f"{script}-{datetime.now():%Y%m%d-%H%M%S}"
     run = RunFolder(Path(options.output_dir) if options.output_dir else default, writing)
-    if not writing:
+    if not writing or resuming:
         return run
     if run.metrics.exists() and not options.overwrite:
         raise ValueError(
@@ -92,6 +119,8 @@ def open_run_folder(options: RunOptions, script: str, writing: bool = True) -> R
         )
     for path in run.files():
         path.unlink(missing_ok=True)
+    for _, checkpoint in list_checkpoints(run.path / FOLDER):
+        shutil.rmtree(checkpoint)
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.environment, environment())
     return run

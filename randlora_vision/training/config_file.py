@@ -1,0 +1,84 @@
+"""Options from a YAML file, in the groups of a run folder's config.yaml, turned into the flags they stand for."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Options from a file."""
+
+    config: str | None = None
+    """A YAML file with any of these options, in groups as a run folder's config.yaml has them (training: lr:
+    0.001). Flags override it; what both leave out has its default. A run's own config.yaml repeats the
+    run, in another --output-dir; it holds what was chosen for you too, such as --alpha and --lr."""
+
+
+def expand_config(argv: Sequence[str], options: type) -> list[str]:
+    """Return `argv` with the options of its `--config` file, where it names one, put before it as flags.
+
+    `options` is a dataclass of option groups. Raises ValueError for a file that cannot be read, and
+    for a group, a name or a kind of value that the options do not have.
+    """
+    path: str | None = None
+    for place, word in enumerate(argv):
+        if word == "--config" and place + 1 < len(argv):
+            path = argv[place + 1]
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+    return [*(_read(Path(path), options) if path is not None else []), *argv]
+
+
+def _read(path: Path, options: type) -> list[str]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    try:
+        return _flags(content or {}, options)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+
+
+def _flags(content: Any, options: type) -> list[str]:
+    groups = {name: get_type_hints(group) for name, group in get_type_hints(options).items()}
+    homes = {name: group for group, names in groups.items() for name in names}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected groups of options ({', '.join(groups)}), found {content!r}")
+    flags: list[str] = []
+    for group, values in content.items():
+        if group not in groups:
+            hint = f"it belongs under {homes[group]}:" if group in homes else _close(group, groups)
+            raise ValueError(f"there is no group of options {group!r}; {hint}")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{group}: expected options ({', '.join(groups[group])}), found {values!r}")
+        for name, value in values.items():
+            if name not in groups[group]:
+                hint = f"{name} belongs under {homes[name]}:" if name in homes else _close(name, groups[group])
+                raise ValueError(f"there is no option {group}: {name}; {hint}")
+            flags += _flag(name, value, groups[group][name] is bool)
+    return flags
+
+
+def _close(word: object, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=3)
+    return f"close matches: {', '.join(close)}" if close else f"known are {', '.join(known)}"
+
+
+def _flag(name: str, value: Any, switch: bool) -> list[str]:
+    """Return the words of a command line that set an option; none where the value is 'left out'."""
+    flag = name.replace("_", "-")
+    if value is None or value == []:
+        return []
+    if switch != isinstance(value, bool) or isinstance(value, Mapping):
+        raise ValueError(f"{name} cannot be {value!r}")
+    if switch:
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, list):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}={value}"]

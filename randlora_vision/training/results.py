@@ -1,0 +1,57 @@
+"""The end of every classification run: the part of summary.json and of the closing words that scripts share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from randlora_vision.training.images import SkipList
+from randlora_vision.training.loop import Speed
+from randlora_vision.training.methods import Adaptation
+from randlora_vision.training.run_folder import RunFolder
+
+
+def summarise(
+    run: RunFolder,
+    method: str,
+    model: str,
+    adaptation: Adaptation,
+    speed: Speed,
+    reload_difference: float,
+    skipped: SkipList,
+) -> dict[str, Any]:
+    """Return what was trained, how fast, and the proof of the reload."""
+    return {
+        "method": method,
+        "model": model,
+        "trained_numbers": sum(parameter.numel() for _, parameter in adaptation.parameters()),
+        "file_bytes": run.adapter.stat().st_size,
+        "steps": speed.steps,
+        "seconds": round(speed.seconds, 2),
+        "images_per_second": round(speed.images_per_second, 1),
+        "reload_difference": reload_difference,
+        "skipped_images": skipped.count(),
+    }
+
+
+def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
+    """Return the accuracies, the file, the proof of the reload, and the Python that loads the file."""
+    return "\n".join(
+        [
+            f"\nbefore: {before}",
+            f"after:  {after}",
+            f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
+            f"{summary['images_per_second']:.0f} images/s",
+            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model it gives equal "
+            f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
+            *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
+            "\nTo use it:",
+            *(f"    {line}" for line in code),
+            f"\nresults: {run.path}",
+        ]
+    )
+
+
+def check_equal(difference: float, largest: float, run: RunFolder) -> float:
+    """Return the reloaded model's largest difference of a logit; raise RuntimeError when it is more than rounding."""
+    if difference > 1e-4 * largest:
+        raise RuntimeError(f"{run.adapter} does not give the trained model back: a logit differs by {difference}")
+    return difference

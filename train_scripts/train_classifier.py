@@ -1,0 +1,130 @@
+"""Adapt an image classifier of timm to your images with RandLoRA.
+
+accelerate launch train_scripts/train_classifier.py
+
+accelerate launch train_scripts/train_classifier.py --data FOLDER --model vit_base_patch16_224 --pretrained
+
+Without arguments: handwritten digits that need no download. The backbone gets adapters, the classifier
+head is trained in full, and one file holds both. The run folder holds that file, metrics, pictures and
+settings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from randlora_vision.training import demo_classifier
+from randlora_vision.training.checkpoints import find_checkpoint
+from randlora_vision.training.classifier_data import read_images
+from randlora_vision.training.classifier_exam import Answers, Exam
+from randlora_vision.training.classifier_methods import adapt, head_parameters, resolve_budget
+from randlora_vision.training.classifier_models import LoadedClassifier, load_classifier, with_own_head
+from randlora_vision.training.classifier_options import ClassifierOptions, resolve
+from randlora_vision.training.classifier_results import write_results
+from randlora_vision.training.classifier_task import ClassifierTask
+from randlora_vision.training.errors import user_errors
+from randlora_vision.training.fitting import fit
+from randlora_vision.training.images import SkipList
+from randlora_vision.training.loop import make_accelerator
+from randlora_vision.training.methods import Adaptation
+from randlora_vision.training.options import parse
+from randlora_vision.training.results import check_equal, closing_words
+from randlora_vision.training.run_folder import RunFolder, open_run_folder
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    train(parse(ClassifierOptions, argv, __doc__ or ""))
+
+
+def train(options: ClassifierOptions) -> dict[str, Any]:
+    """Measure, adapt, train, measure again, save, reload; return what summary.json holds."""
+    options = resolve(options)
+    training = options.training
+    accelerator = make_accelerator(training)
+    say = accelerator.print
+    resume, run_options = find_checkpoint(options.checkpoints, options.run)
+    options = replace(options, run=run_options)
+    run = open_run_folder(options.run, "classifier", accelerator.is_main_process, resuming=resume is not None)
+    skipped = SkipList(run.skipped if run.writing else None, options.data.strict_data)
+    with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
+        splits, original = read_images(options, skipped)
+        options = with_demo_model(options)
+        loaded = load_classifier(options.model, len(splits.class_names), training.seed)
+    model = loaded.model.to(accelerator.device)
+    say(f"model: {options.model.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
+    say(f"images: {splits}" + (f"; skipped {skipped.count()} unreadable ones" if skipped.count() else ""))
+
+    set_seed(training.seed)
+    exam = Exam(splits, original, loaded.eval_transform, skipped, training.batch_size, training.workers)
+    before = take_before(options, loaded, exam, original is not None, accelerator.device)
+    options = resolve_budget(options, model)
+    head_numbers = sum(parameter.numel() for _, parameter in head_parameters(model))
+    adaptation = adapt(model, options)
+    say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n")
+
+    task = ClassifierTask(
+        model,
+        adaptation,
+        train=splits.select("train", loaded.training_transform(splits, options.augment), skipped),
+        val=splits.select("val", loaded.eval_transform, skipped),
+        classes=len(splits.class_names),
+        options=options,
+        processes=accelerator.num_processes,
+        path=run.adapter if run.writing else None,
+    )
+    speed = fit(task, options, splits, run, accelerator, resume, task.own_lr())
+    model.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
+    after = exam.take(model)
+    summary: dict[str, Any] = {}
+    if run.writing:
+        difference = check_reload(options, accelerator.device, adaptation, exam, after, run)
+        summary = write_results(run, options, adaptation, head_numbers, exam, before, after, speed, difference)
+        code = loaded.code + adaptation.loading_code(run.adapter)
+        say(closing_words(run, before or NO_HEAD, after, summary, code))
+    accelerator.end_training()
+    accelerator.free_memory()
+    return summary
+
+
+NO_HEAD = "nothing to measure (the classifier is new)"
+
+
+def with_demo_model(options: ClassifierOptions) -> ClassifierOptions:
+    """Name the digits ViT, pretrained first where it is not in the cache, if no model was chosen."""
+    if options.model.model is not None:
+        return options
+    folder = demo_classifier.demo_model_folder(options.model.cache_dir)
+    return replace(options, model=replace(options.model, model=f"local-dir:{folder}", pretrained=True))
+
+
+def take_before(
+    options: ClassifierOptions, loaded: LoadedClassifier, exam: Exam, demo: bool, device: torch.device
+) -> Answers | None:
+    """Measure the base with the head that its weights bring; None where that is for other classes."""
+    if demo:  # five of the ten classes
+        return exam.take(with_own_head(options.model, options.training.seed).to(device))
+    return None if loaded.fresh_head else exam.take(loaded.model)
+
+
+def check_reload(
+    options: ClassifierOptions,
+    device: torch.device,
+    adaptation: Adaptation,
+    exam: Exam,
+    trained: Answers,
+    run: RunFolder,
+) -> float:
+    """Load the saved file into a fresh base model and return the largest difference of a logit."""
+    fresh = load_classifier(options.model, len(exam.class_names), options.training.seed).model.to(device)
+    adaptation.load(fresh, run.adapter)
+    difference = (exam.predict(fresh) - trained.logits).abs().max().item()
+    return check_equal(difference, trained.logits.abs().max().item(), run)
+
+
+if __name__ == "__main__":
+    main()
