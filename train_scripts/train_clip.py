@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 
 from randlora_vision.training import demo_clip, digits
-from randlora_vision.training.checkpoints import Checkpoints, find_checkpoint
+from randlora_vision.training.checkpoints import find_checkpoint
 from randlora_vision.training.class_folders import read_class_folders
 from randlora_vision.training.clip_exam import Answers, Exam
 from randlora_vision.training.clip_models import LoadedClip, load_clip
@@ -26,13 +26,13 @@ from randlora_vision.training.clip_options import ClipOptions, resolve
 from randlora_vision.training.clip_results import loading_code, write_results
 from randlora_vision.training.clip_task import ClassPromptTask, adapt, reload, resolve_budget
 from randlora_vision.training.errors import user_errors
-from randlora_vision.training.files import fingerprint
+from randlora_vision.training.fitting import fit
 from randlora_vision.training.images import ImageSplits, SkipList
-from randlora_vision.training.loop import Trainer, make_accelerator
+from randlora_vision.training.loop import make_accelerator
 from randlora_vision.training.methods import Adaptation
-from randlora_vision.training.options import FREE_SETTINGS, parse
+from randlora_vision.training.options import parse
 from randlora_vision.training.results import check_equal, closing_words
-from randlora_vision.training.run_folder import RunFolder, open_run_folder, plain_settings
+from randlora_vision.training.run_folder import RunFolder, open_run_folder
 
 
 @user_errors
@@ -64,39 +64,16 @@ def train(options: ClipOptions) -> dict[str, Any]:
     options = resolve_budget(options, clip.model)
     classifier, adaptation = adapt(clip, splits.class_names, options)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n")
-    data, processes = fingerprint(splits.record()), accelerator.num_processes
-    settings = {**plain_settings(options), "images and split": data, "processes": processes}
-    if resume:
-        resume.check(settings, FREE_SETTINGS)
-        run.keep_metrics(resume.state.step)
-        say(f"resumed from {resume.path}")
-    run.write_config(options)
-    run.write(run.split, splits.record())
-
     task = ClassPromptTask(
         classifier,
         adaptation,
         train=splits.select("train", clip.training_transform(splits.augment), skipped),
         val=splits.select("val", clip.eval_transform, skipped),
         options=options,
-        processes=processes,
+        processes=accelerator.num_processes,
         path=run.adapter if run.writing else None,
     )
-    checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
-    trainer = Trainer(
-        task,
-        options.training,
-        accelerator,
-        run.log,
-        checkpoints,
-        resume,
-        own_lr=task.own_lr(),
-        keep_best=run.keep_best,
-    )
-    speed = trainer.run()
-    if trainer.best:
-        metric = options.training.best_metric
-        say(f"best validation {metric}: {trainer.best.value:.4g} after step {trainer.best.step}, kept in {run.best}")
+    speed = fit(task, options, splits, run, accelerator, resume, task.own_lr())
     classifier.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
     after = exam.take(classifier)
     summary: dict[str, Any] = {}

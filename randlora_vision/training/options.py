@@ -62,7 +62,7 @@ class TrainingOptions:
     """How it is trained."""
 
     steps: int | None = None
-    """Optimiser steps. Left out: 1000 (250 on the embedded digits)."""
+    """Optimiser steps. Left out: 1000 (fewer on the embedded digits; config.yaml tells)."""
     batch_size: int = 64
     """Images in one forward call of one process; one optimiser step sees this times the accumulation
     steps times the processes."""
