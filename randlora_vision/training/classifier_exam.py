@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from randlora_vision.training.images import Batch, ImageSplits, SkipList, Transform, evaluation_batches, sample_pictures
 from randlora_vision.training.plots import Prediction
+from randlora_vision.training.results import accuracies
 
 _PICTURES = 32
 
@@ -77,10 +78,7 @@ class Answers:
         return {name: scores.values for name, scores in self.scores.items()}
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{self.tasks[name]} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
-            for name, values in self.results.items()
-        )
+        return accuracies(self.tasks, self.results)
 
 
 class Exam:

@@ -11,6 +11,7 @@ from randlora_vision.training.clip_models import LoadedClip
 from randlora_vision.training.clip_options import ClipOptions
 from randlora_vision.training.images import ImageSplits, SkipList, evaluation_batches, sample_pictures
 from randlora_vision.training.plots import Prediction
+from randlora_vision.training.results import accuracies
 
 _PICTURES = 32
 
@@ -26,10 +27,7 @@ class Answers:
     logits: Tensor  # of the sample of pictures (P, C)
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{self.tasks[name]} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
-            for name, values in self.results.items()
-        )
+        return accuracies(self.tasks, self.results)
 
 
 class Exam:

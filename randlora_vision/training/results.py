@@ -1,6 +1,6 @@
-"""The end of every classification run: the part of summary.json and of the closing words that scripts share."""
+"""The results of every classification run: the part of summary.json and of the words that scripts share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from randlora_vision.training.images import SkipList
@@ -30,6 +30,13 @@ def summarise(
         "reload_difference": reload_difference,
         "skipped_images": skipped.count(),
     }
+
+
+def accuracies(tasks: Mapping[str, str], results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return top-1 and top-5 of each test, under what it is a test of."""
+    return "; ".join(
+        f"{tasks[name]} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}" for name, values in results.items()
+    )
 
 
 def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
