@@ -14,7 +14,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-BASES_KINDS = ("uniform", "normal", "sparse", "very_sparse")
+from randlora_vision.peft_draw import PEFT_KINDS
+from randlora_vision.planner import PINNED
+
+BASES_KINDS = ("uniform", "normal", "sparse", "very_sparse", "structured", *PEFT_KINDS, "stored")
 INITS = ("lambda-zero", "gamma-zero")
 SCALING = 20.0
 """alpha / rank when alpha is not given: the setting of PEFT's RandLora (alpha 640 at rank 32)."""
@@ -45,14 +48,22 @@ class RandLoRAConfig:
         rank_pattern: Rank overrides by target name; keys match as in ``target_modules``, the first match wins.
         alpha_pattern: Alpha overrides by target name, likewise.
         bases: Distribution of the random bases, all of unit variance: ``"uniform"``, ``"normal"``, ``"sparse"``
-            (-1/0/+1 with probabilities 1/6, 2/3, 1/6) or ``"very_sparse"`` (non-zero with probability
-            1 / sqrt(m), m the largest narrow side).
+            (-1/0/+1 with probabilities 1/6, 2/3, 1/6), ``"very_sparse"`` (non-zero with probability
+            1 / sqrt(m), m the largest narrow side) or ``"structured"`` (-1/+1 from small Hadamard matrices and random
+            signs: no large matrix is held or multiplied, so a training step costs little more than LoRA's; see
+            `randlora_vision.structured_bases`). For exchange with PEFT: ``"peft"``, ``"peft_float16"``,
+            ``"peft_sparse"``, ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.peft_draw`), and ``"stored"``
+            says that the bases are in the adapter's file.
         seed: Seed of the bases, 0 <= seed < 2**64. The same seed gives the same bases on every machine.
         init: ``"lambda-zero"`` (lambda = 0, gamma = 1 / max(N, m), as PEFT) or ``"gamma-zero"`` (gamma = 0,
             lambda = 1 / max(R, N), as the paper's vision code; wants a smaller learning rate). Both start
             from the unchanged base model.
         modules_to_save: Modules or parameters trained in full and saved with the adapter, such as a new
             classifier head or CLIP's ``logit_scale``; names match as in ``target_modules``.
+        compute: Order of the matrix products of a called Linear layer: ``"auto"`` takes the cheapest for the number
+            of tokens at hand, ``"dense"`` always builds W + delta W, ``"factored"`` always sends the tokens through
+            the factors. The numbers are the same up to rounding; it is no property of the adapter, two configurations
+            that differ in it are equal, and files do not hold it.
 
     Raises:
         ValueError: If a value is out of range or of the wrong type; the message names the field.
@@ -70,6 +81,7 @@ class RandLoRAConfig:
     seed: int = 0
     init: str = "lambda-zero"
     modules_to_save: Sequence[str] = ()
+    compute: str = dataclasses.field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -86,6 +98,7 @@ class RandLoRAConfig:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         _check_choice("bases", self.bases, BASES_KINDS)
         _check_choice("init", self.init, INITS)
+        _check_choice("compute", self.compute, tuple(PINNED))
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
@@ -108,8 +121,9 @@ class RandLoRAConfig:
         return SCALING * self.rank_of(paths) if self.alpha is None else float(self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
+        """Plain JSON types, without `compute`; `from_dict` is its inverse."""
         values = dataclasses.asdict(self)
+        del values["compute"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod

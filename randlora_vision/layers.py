@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
-from randlora_vision.functional import Term, effective_weight, randlora_linear
+from randlora_vision.cached import current_cache
+from randlora_vision.functional import AnyTerm, effective_weight, randlora_linear
+from randlora_vision.planner import ANY, PINNED, Plan
+from randlora_vision.readers import peft_reader
 from randlora_vision.scope import Recipe, current_scope, scope
 
 PARTS = ("lambda", "gamma")
@@ -47,6 +51,7 @@ class Slot:
     dropout: float
     bases: Bases
     trainable: bool
+    compute: str = "auto"
     scale: float = 1.0
     """Run-time factor, 1 unless `set_scale` says otherwise."""
 
@@ -65,9 +70,18 @@ class ParameterState:
     slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
     active: tuple[str, ...] = ()
     enabled: bool = True
+    transposed: bool = False
+    """The module stores (I, O), as transformers' Conv1D does: the update is meant for the transpose."""
     merged: tuple[str, ...] = ()
     original: nn.Parameter | None = None
     """The base's own Parameter while `merged` is not empty: what makes unmerging bit-exact."""
+    written: bool = False
+    """PEFT merged adapters of its own into the merged weight, or took them out of it."""
+
+    def pinned(self, names: list[str]) -> Plan:
+        """The orders of computation that the named adapters agree on."""
+        wanted = {self.slots[name].compute for name in names}
+        return PINNED[wanted.pop()] if len(wanted) == 1 else ANY
 
     @property
     def live(self) -> list[str]:
@@ -118,7 +132,7 @@ class AdaptedModule(_Mixin):
         assert lam is not None and gamma is not None
         return lam, gamma
 
-    def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
+    def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[AnyTerm, ...]:
         """The named adapters' parts of the update, with products to run in `dtype`."""
         state = self._randlora[param]
         wide = max(state.out_features, state.in_features)
@@ -126,30 +140,31 @@ class AdaptedModule(_Mixin):
         for name in names:
             slot = state.slots[name]
             lam, gamma = self.adapter_tensors(param, name)
-            a = slot.bases.a(lam.device, lam.dtype)[: slot.rank, : gamma.shape[1]]
-            b = slot.bases.b(lam.device, dtype)[:wide, : slot.rank * slot.bases_count]
-            terms.append(Term(a, b, lam, gamma, slot.factor))
+            terms.append(slot.bases.term(lam, gamma, wide, slot.factor, dtype))
         return tuple(terms)
 
     def _effective(self, param: str) -> Tensor:
-        base, names = self.base_weight(param), self._randlora[param].live
+        base, state = self.base_weight(param), self._randlora[param]
         # FSDP2 reads sharded parameters by attribute: it must find its own objects.
-        if not names or _is_sharded(base):
+        if not state.live or _is_sharded(base):
             return base
         low = autocast_dtype(base)
-        terms = self._terms(param, names, low or base.dtype)
+        terms = self._terms(param, state.live, low or base.dtype)
         opened = current_scope()
-        if opened is None:
-            return effective_weight(base, terms)
+        if opened is None or state.transposed:
+            return updated_weight(state, base, terms)
         # Inside a scope the reader is a matrix product, which autocast would round the weight for anyway.
-        return opened.weight((id(self), param), Recipe(base, terms, low or base.dtype))
+        recipe, cache = Recipe(base, terms, low or base.dtype), current_cache()
+        kept = None if cache is None else cache.weight(recipe)
+        return opened.weight((id(self), param), recipe) if kept is None else kept
 
     def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool) -> Tensor | None:
         """The named adapters' part of a linear layer's output (..., O), or None; `drop` applies dropout."""
         state, total = self._randlora["weight"], None
         for name in names:
             dropped = F.dropout(x, state.slots[name].dropout) if drop else x
-            out = randlora_linear(dropped, None, None, self._terms("weight", [name], dtype), state.out_features, dtype)
+            terms, pinned = self._terms("weight", [name], dtype), state.pinned([name])
+            out = randlora_linear(dropped, None, None, terms, state.out_features, dtype, pinned)
             total = out if total is None else total + out
         return total
 
@@ -171,7 +186,7 @@ class AdaptedModule(_Mixin):
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if id(tensor) in masters and result.dtype in (torch.float16, torch.bfloat16):
+            if id(tensor) in masters and result.dtype.itemsize < torch.float32.itemsize:
                 return tensor.to(result.device)
             return result
 
@@ -200,7 +215,8 @@ class AdaptedModule(_Mixin):
             for part in PARTS
         ]
         merged = sorted({name for state in self._randlora.values() for name in state.merged})
-        if merged:
+        # A state dict of other layers alone, such as a LoRA that PEFT loads, changes nothing here.
+        if merged and any(key in state_dict for key in (*own, *(prefix + param for param in self._randlora))):
             error_msgs.append(f"{prefix[:-1]}: {', '.join(merged)} merged into the weight; call unmerge first")
             return
         super()._load_from_state_dict(
@@ -232,6 +248,11 @@ class AdaptedModule(_Mixin):
         return ", ".join(part for part in parts if part)
 
 
+def updated_weight(state: ParameterState, weight: Tensor, terms: tuple[AnyTerm, ...]) -> Tensor:
+    """`effective_weight` of a parameter, in the orientation that its module stores."""
+    return effective_weight(weight.t(), terms).t() if state.transposed else effective_weight(weight, terms)
+
+
 def adapt_module(module: nn.Module, param: str, state: ParameterState) -> None:
     """Attach `state` to `param` and swap the module's class for one that knows of it."""
     _set_states(module, {**module.__dict__.get("_randlora", {}), param: state})
@@ -255,7 +276,12 @@ def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
     else:
         del module.__dict__["_randlora"]
         swapped = base
+    before = type(module)
     module.__class__ = swapped
+    # Hooks of accelerate keep the forward that they found, bound, among the module's own attributes.
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is before.forward:
+            module.__dict__[name] = MethodType(swapped.forward, module)
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str, ParameterState]]:
@@ -321,7 +347,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
-    weight, bias = self.base_weight(), self.bias
+    if not isinstance(self, AdaptedModule):  # a hook kept this method, and the adapters were removed
+        return F.linear(input, self.weight, self.bias)
+    weight: Tensor = self.base_weight()
+    bias: Any = self.bias
     if _is_sharded(weight):
         raise RuntimeError("forward of an adapted layer met a sharded weight: FSDP must unshard its module first")
     fused, dropped = self._split_dropout()
@@ -331,11 +360,23 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     dtype = dtype or weight.dtype
     if fused:
         terms = self._terms("weight", fused, dtype)
-        out = randlora_linear(input, weight, bias, terms, weight.shape[0], dtype)
+        out = _fused_linear(input, weight, bias, terms, dtype, self._randlora["weight"].pinned(fused))
     else:
         out = F.linear(input, weight, bias)
     branch = self._branch(input, dropped, dtype, drop=True)
     return out if branch is None else out + branch
+
+
+def _fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[AnyTerm, ...], dtype: torch.dtype, pinned: Plan
+) -> Tensor:
+    """`randlora_linear`, with the effective weight kept inside a `cached` block."""
+    cache = current_cache() if pinned.forward != "factored" else None
+    if cache is not None:
+        kept = cache.weight(Recipe(weight, terms, dtype), x.shape[:-1].numel())
+        if kept is not None:
+            return F.linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
+    return randlora_linear(x, weight, bias, terms, weight.shape[0], dtype, pinned)
 
 
 def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -343,6 +384,8 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = base.forward(self, input, *args, **kwargs)
+        if not isinstance(self, AdaptedModule):  # as in `_linear_forward`
+            return out
         kept, dropped = self._split_dropout()
         dtype = autocast_dtype(input) or input.dtype
         for names, drop in ((kept, False), (dropped, True)):
@@ -368,7 +411,13 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _weight_property(param: str) -> property:
     def get(self: Any) -> Tensor:
-        return self._effective(param)
+        # Compiled code has none of the readers in question.
+        peft = None if torch.compiler.is_compiling() else peft_reader()
+        if peft is None:
+            return self._effective(param)
+        state = self._randlora[param]
+        state.written = state.written or bool(state.merged) and peft in ("merge", "unmerge")
+        return self.base_weight(param)
 
     def set_(self: Any, value: object) -> None:
         # nn.Module sends Parameters to its own table; only a plain tensor in a Parameter's place arrives here.

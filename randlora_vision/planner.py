@@ -1,17 +1,57 @@
-"""Which order of matrix products is cheapest: a choice among exact equals.
+"""Which order of matrix products is cheapest for one step of a layer: a choice among exact equals.
 
 Shapes: M wide side, m narrow side, K = sum of N * R over the active adapters, T tokens. The update is B Af with
 B (M, K) random and Af (K, m) trained; `tall` says that the wide side is the output (M = O). FLOPs count a
-multiply-add as two, as `torch.utils.flop_counter` does.
+multiply-add as two, as `torch.utils.flop_counter` does; equal FLOPs are decided by the size of the intermediates.
+
+The cost is FLOPs on every device. One on which products are bound by memory would be given its own in `_cost`, the
+only place that compares orders.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 FORWARDS = ("dense", "factored")
 GRAD_INPUTS = ("dense", "factored")
 GRAD_ADAPTERS = ("weight", "tokens")
+
+
+class Costs(NamedTuple):
+    """FLOPs of an update's products, added up over the active adapters."""
+
+    build: int
+    """B Af as a matrix."""
+    contract: int
+    """A token times B, to K numbers. Back from K to M costs the same."""
+    mix: int
+    """A token times Af^T, m to K numbers. Back from K to m costs the same."""
+    gradient: int
+    """Gradients of lambda and gamma from a token of each side, the wide one already times B."""
+    gradient_once: int
+    """What that costs however many the tokens are."""
+    weight_gradient: int
+    """Gradients of lambda and gamma from B Af's own."""
+
+    def plus(self, other: Costs) -> Costs:
+        """Those of two adapters together."""
+        return Costs(*(own + more for own, more in zip(self, other, strict=True)))
+
+
+def dense_costs(wide: int, narrow: int, inner: int) -> Costs:
+    """Of bases that are matrices."""
+    product, reductions = 2 * wide * narrow * inner, 4 * narrow * inner
+    mix = 2 * narrow * inner
+    return Costs(product, 2 * wide * inner, mix, mix, reductions, product + reductions)
+
+
+def structured_costs(narrow: int, rank: int, bases: int, period: int, grid: tuple[int, int, int]) -> Costs:
+    """Of structured bases; `grid` is that of `structured_bases.grid`."""
+    b, inner, outer = grid
+    contract = 2 * b * inner * (b + outer)
+    mix = 2 * bases * (period * -(-narrow // period) + period * rank)
+    return Costs(narrow * contract, contract, mix, 2 * mix, 0, narrow * contract + 4 * narrow * rank * bases)
 
 
 class Problem(NamedTuple):
@@ -25,67 +65,88 @@ class Problem(NamedTuple):
     """True when the wide side is the output."""
     branch: bool
     """True when the frozen weight is applied elsewhere (dropout, quantised weights)."""
+    costs: Costs
 
 
-class BackwardPlan(NamedTuple):
-    """How the backward pass computes its two products; None where a gradient is not needed."""
+class Plan(NamedTuple):
+    """How the products of a step are computed; None where a gradient is not needed, or where nothing is pinned."""
 
-    grad_input: str | None
-    grad_adapter: str | None
+    forward: str | None = None
+    """``dense`` builds W + B Af and applies it; ``factored`` applies Af and B to the tokens."""
+    grad_input: str | None = None
+    """Likewise."""
+    grad_adapter: str | None = None
+    """Over the weight's gradient (``weight``: B^T (g^T x)) or over the tokens (``tokens``: (g B)^T x)."""
+
+
+ANY = Plan()
+PINNED = {
+    "auto": ANY,
+    "dense": Plan("dense", "dense", "weight"),
+    "factored": Plan("factored", "factored", "tokens"),
+}
+"""What each value of `RandLoRAConfig.compute` leaves to choose."""
 
 
 def forward_flops(problem: Problem, order: str) -> int:
-    """FLOPs of the output.
-
-    ``dense`` builds W + B Af and applies it; ``factored`` applies Af and B to the tokens.
-    """
-    t, wide, narrow, inner, _, branch = problem
+    """FLOPs of the output."""
+    t, costs = problem.tokens, problem.costs
+    base = 2 * t * problem.wide * problem.narrow
     if order == "dense":
-        return 2 * wide * narrow * inner + 2 * t * wide * narrow
-    return (0 if branch else 2 * t * wide * narrow) + 2 * t * inner * (wide + narrow)
+        return costs.build + base
+    return (0 if problem.branch else base) + t * (costs.mix + costs.contract)
 
 
-def backward_flops(problem: Problem, plan: BackwardPlan, weight_grad: bool = False) -> int:
+def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> int:
     """FLOPs of the input's and the adapter's gradients.
 
-    The adapter's gradient goes over the weight's (``weight``: B^T (g^T x)) or over the tokens (``tokens``:
-    (g B)^T x). For a tall map the ``factored`` input gradient and ``tokens`` share g B.
+    `tokens` needs the wide side's tokens times B: the ``factored`` input gradient of a tall map has them, and so has
+    the ``factored`` forward of a wide one.
 
     Args:
         problem: The call.
-        plan: The orders.
+        plan: The orders, that of the forward pass included.
         weight_grad: True if the frozen weight's own gradient g^T x is computed anyway.
     """
-    t, wide, narrow, inner, tall, _ = problem
-    total = 0
-    if plan.grad_input is not None:
-        total += forward_flops(problem, plan.grad_input)
+    t, costs = problem.tokens, problem.costs
+    total = 0 if plan.grad_input is None else forward_flops(problem, plan.grad_input)
     if plan.grad_adapter == "weight":
-        total += (0 if weight_grad else 2 * t * wide * narrow) + 2 * wide * narrow * inner
+        product = 0 if weight_grad else 2 * t * problem.wide * problem.narrow
+        total += product + costs.weight_gradient
     elif plan.grad_adapter == "tokens":
-        shared = tall and plan.grad_input == "factored"
-        total += (0 if shared else 2 * t * wide * inner) + 2 * t * narrow * inner
+        shared = (plan.grad_input if problem.tall else plan.forward) == "factored"
+        total += t * (costs.gradient + (0 if shared else costs.contract)) + costs.gradient_once
     return total
 
 
-def plan_forward(problem: Problem) -> str:
-    """The cheapest forward order."""
-    return "dense" if forward_flops(problem, "dense") < forward_flops(problem, "factored") else "factored"
+def plans(grad_input: bool, grad_adapter: bool, pinned: Plan = ANY) -> list[Plan]:
+    """Every plan of a step that yields the gradients asked for and keeps to what is pinned."""
+    forward, for_input, for_adapter = pinned
+    return [
+        Plan(*orders)
+        for orders in itertools.product(
+            (forward,) if forward else FORWARDS,
+            ((for_input,) if for_input else GRAD_INPUTS) if grad_input else (None,),
+            ((for_adapter,) if for_adapter else GRAD_ADAPTERS) if grad_adapter else (None,),
+        )
+    ]
 
 
-def backward_plans(grad_input: bool, grad_adapter: bool) -> list[BackwardPlan]:
-    """Every order of the backward pass that yields the gradients asked for."""
-    inputs = GRAD_INPUTS if grad_input else (None,)
-    adapters = GRAD_ADAPTERS if grad_adapter else (None,)
-    return [BackwardPlan(a, b) for a in inputs for b in adapters]
+def choose(
+    problem: Problem,
+    grad_input: bool = False,
+    grad_adapter: bool = False,
+    weight_grad: bool = False,
+    pinned: Plan = ANY,
+) -> Plan:
+    """The cheapest plan of a whole step: its products are chosen together because they share work."""
+    return min(plans(grad_input, grad_adapter, pinned), key=lambda plan: _cost(problem, plan, weight_grad))
 
 
-def plan_backward(problem: Problem, grad_input: bool, grad_adapter: bool, weight_grad: bool = False) -> BackwardPlan:
-    """The cheapest backward orders, chosen together because they share work."""
-    best, cost = None, None
-    for plan in backward_plans(grad_input, grad_adapter):
-        flops = backward_flops(problem, plan, weight_grad)
-        if cost is None or flops < cost:
-            best, cost = plan, flops
-    assert best is not None
-    return best
+def _cost(problem: Problem, plan: Plan, weight_grad: bool) -> tuple[int, int]:
+    """(FLOPs of the step, numbers in its intermediates)."""
+    assert plan.forward is not None
+    flops = forward_flops(problem, plan.forward) + backward_flops(problem, plan, weight_grad)
+    matrix = problem.narrow * (problem.inner + problem.wide)
+    factored = problem.tokens * problem.inner
+    return flops, sum(factored if order in ("factored", "tokens") else matrix for order in plan if order)

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from randlora_vision.functional import Term, effective_weight
+from randlora_vision.functional import AnyTerm, effective_weight
 
 
 class Recipe(NamedTuple):
     """What an effective weight is built from: tensors that are alive anyway."""
 
     weight: Tensor
-    terms: tuple[Term, ...]
+    terms: tuple[AnyTerm, ...]
     dtype: torch.dtype
 
     def build(self) -> Tensor:

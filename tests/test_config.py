@@ -32,6 +32,12 @@ def test_json_round_trip() -> None:
     assert json.loads(FULL.to_json())["layers_to_transform"] == [0, 3]
 
 
+def test_compute_is_no_part_of_the_adapter() -> None:
+    pinned = RandLoRAConfig(compute="dense")
+    assert pinned == RandLoRAConfig()
+    assert pinned.to_json() == RandLoRAConfig().to_json() and "compute" not in pinned.to_json()
+
+
 def test_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         FULL.rank = 3  # type: ignore[misc]
@@ -82,6 +88,7 @@ def test_not_a_json_object(text: str) -> None:
         ("seed", 2**64),
         ("init", "zero"),
         ("modules_to_save", "head"),
+        ("compute", "fast"),
     ],
 )
 def test_bad_values_name_their_field(field: str, value: Any) -> None:
