@@ -8,6 +8,10 @@ print(report)
 save_adapter(model, "adapter.safetensors")
 """
 
+from randlora_vision.arithmetic import set_weights as set_weights
+from randlora_vision.arithmetic import weighted_sum as weighted_sum
+from randlora_vision.arithmetic import weighted_sum_files as weighted_sum_files
+from randlora_vision.cached import cached as cached
 from randlora_vision.checkpoint import load_adapter as load_adapter
 from randlora_vision.checkpoint import save_adapter as save_adapter
 from randlora_vision.config import RandLoRAConfig as RandLoRAConfig
@@ -33,6 +37,7 @@ __all__ = [
     "RandLoRAConfig",
     "Target",
     "adapter_parameters",
+    "cached",
     "check_gradients",
     "count_parameters",
     "delete_adapter",
@@ -45,5 +50,8 @@ __all__ = [
     "save_adapter",
     "set_active",
     "set_scale",
+    "set_weights",
     "unmerge",
+    "weighted_sum",
+    "weighted_sum_files",
 ]

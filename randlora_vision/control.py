@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from randlora_vision.functional import effective_weight
-from randlora_vision.layers import AdaptedModule, ParameterState, adapted_modules
+from randlora_vision.layers import AdaptedModule, ParameterState, Slot, adapted_modules, updated_weight
 from randlora_vision.record import ModelRecord, check_names, count_base, install_saved, records, unwrap
+from randlora_vision.wrapping import plain_name
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -61,21 +61,51 @@ def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...
                 tensor.requires_grad_(slot.trainable and name in wanted)
 
 
-def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
+def set_scale(model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None = None) -> None:
     """Multiply an adapter's update (all adapters' unless one is named) by `scale`; 1 is as trained, 0 is off.
 
+    Args:
+        model: The adapted model.
+        scale: A number, or numbers by part: ``{"down_blocks": 0.5, "down_blocks.1": 0}``. A part is the beginning of
+            targets' names, in whole components; of several the longest holds, and targets in none keep their scale.
+        adapter_name: Which adapter.
+
     Raises:
-        ValueError: If `scale` is no finite number, there is no such adapter, or it is merged.
+        ValueError: If `scale` is no finite number, there is no such adapter or part, or the adapter is merged.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}: set_scale(model, scale, adapter_name)")
+    for slot, value in scale_changes(model, scale, adapter_name):
+        slot.scale = value
+
+
+def scale_changes(
+    model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None
+) -> list[tuple[Slot, float]]:
+    """What `set_scale` would set."""
+    for value in scale.values() if isinstance(scale, Mapping) else (scale,):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"scale must be a finite number, got {value!r}: set_scale(model, scale, adapter_name)")
     model = unwrap(model)
     wanted = check_names(model, adapter_name)
     _refuse_merged(model, wanted)
-    for _, _, _, state in adapted_modules(model):
-        for name in wanted:
-            if name in state.slots:
-                state.slots[name].scale = float(scale)
+    slots = [
+        (plain_name(f"{path}.{param}".lstrip(".")), state.slots[name])
+        for path, _, param, state in adapted_modules(model)
+        for name in wanted
+        if name in state.slots
+    ]
+    if not isinstance(scale, Mapping):
+        return [(slot, float(scale)) for _, slot in slots]
+    for part in scale:
+        if not any(f"{target}.".startswith(f"{part}.") for target, _ in slots):
+            tops = dict.fromkeys(target.partition(".")[0] for target, _ in slots)
+            raise ValueError(f"scale: no adapted weight is in {part!r}; the model's parts are: {', '.join(tops)}, ...")
+    # The longest part comes last, and holds.
+    return [
+        (slot, float(scale[part]))
+        for part in sorted(scale, key=len)
+        for target, slot in slots
+        if f"{target}.".startswith(f"{part}.")
+    ]
 
 
 @contextlib.contextmanager
@@ -145,6 +175,8 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     weights: dict[int, nn.Parameter] = {}
     holders = list(adapted_modules(root))
     for path, module, param, state in holders:
+        if state.written:
+            _take_over(path, module, param, state)
         if id(state) not in weights:
             weights[id(state)] = _merged_weight(f"{path}.{param}".lstrip("."), module, param, state, names, safe)
     for _, module, param, state in holders:
@@ -158,6 +190,17 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
             state.original = None
     record.merged = names
     install_saved(root, record)
+
+
+@torch.no_grad()
+def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterState) -> None:
+    """Give the base's Parameter what PEFT wrote to the merged one: all that differs from a fresh merge."""
+    merged, original = module._parameters[param], state.original
+    assert merged is not None and original is not None
+    fresh = _merged_weight(path, module, param, state, state.merged, safe=False)
+    if not torch.equal(merged, fresh):
+        original.add_((merged.float() - fresh.float()).to(original.dtype))
+    state.written = False
 
 
 @torch.inference_mode(False)  # a weight made in inference mode could not be trained with afterwards
@@ -176,7 +219,7 @@ def _merged_weight(
     if not own:
         return base
     exact = base.to(torch.promote_types(base.dtype, torch.float32))
-    merged = effective_weight(exact, module._terms(param, own, exact.dtype)).to(base.dtype)
+    merged = updated_weight(state, exact, module._terms(param, own, exact.dtype)).to(base.dtype).contiguous()
     if safe and not merged.is_meta and not torch.isfinite(merged).all():
         raise ValueError(f"merging {', '.join(own)} into {path} gives non-finite numbers: the adapter is broken")
     return nn.Parameter(merged, requires_grad=base.requires_grad)

@@ -2,7 +2,8 @@
 
 Targets of equal (R, N, m) share two tensors, ``lambda.RxN.m`` (count, R, N) and ``gamma.RxN.m`` (count, N, m), in
 the order of the target list, which the metadata hold compressed: the header stays small however deep the model.
-Modules trained in full are stored as ``saved.PATH``. Equal content gives equal bytes. The metadata are strings:
+Modules trained in full are stored as ``saved.PATH``. Bases that came from no seed but as numbers ("stored") are the
+tensors ``bases.A`` and ``bases.B``. Equal content gives equal bytes. The metadata are strings:
 
     format           "randlora_vision"
     format_version   "1"
@@ -10,15 +11,17 @@ Modules trained in full are stored as ``saved.PATH``. Equal content gives equal 
     bases            JSON of the BasesSpec and the SHA-256 of the bases in float32
     targets          base64 of zlib of a JSON list of [name, O, I, R, alpha]
     sha256           of the tensors and the entries above
+
+Version 2 is a bundle of such adapters: see `randlora_vision.bundle`.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,15 +32,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from randlora_vision.bases import BasesSpec
+from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.config import RandLoRAConfig
+from randlora_vision.containers import check_container, check_finite
 from randlora_vision.files import replacing
 from randlora_vision.report import Target
+from randlora_vision.stored_bases import STORED, StoredBases, StoredSpec, stored_bases
 
 FORMAT = "randlora_vision"
-VERSION = 1
+VERSION, BUNDLE_VERSION = 1, 2
 _PLACEHOLDER = "0" * 64  # a digest, for the size estimate
-_TARGETS_LIMIT = 64 * 2**20  # bytes of target list that a file may unfold to
+_TARGETS_LIMIT = 2 * 2**20  # bytes of target list that a file may unfold to: about 30,000 targets
+_CONFIG_LIMIT = 2**20  # characters of a configuration: long lists of patterns take long to match
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -69,6 +75,8 @@ class AdapterFile:
         targets: (name, (O, I), R, alpha) in the file's order.
         trained: Target name -> (lambda (R, N), gamma (N, m)).
         saved: Path -> tensor of a module trained in full.
+        stored: The bases themselves, where they came from no seed; get_bases(spec) would not know them.
+        notes: What the reader had to assume.
     """
 
     config: RandLoRAConfig
@@ -77,18 +85,19 @@ class AdapterFile:
     targets: tuple[tuple[str, tuple[int, int], int, float], ...]
     trained: Mapping[str, tuple[Tensor, Tensor]]
     saved: Mapping[str, Tensor]
+    stored: StoredBases | None = None
+    notes: tuple[str, ...] = ()
 
 
-def write(
-    path: Path,
+def pack(
     config: RandLoRAConfig,
     spec: BasesSpec,
     bases_sha256: str,
     targets: tuple[Target, ...],
     trained: Mapping[str, tuple[Tensor, Tensor]],
     saved: Mapping[str, Tensor],
-) -> None:
-    """Write an adapter file under a temporary name and rename it."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata that hold an adapter."""
     values = {name: [tensor.detach().cpu() for tensor in pair] for name, pair in trained.items()}
     widest = max((tensor.dtype for pair in values.values() for tensor in pair), key=lambda dtype: dtype.itemsize)
     tensors: dict[str, Tensor] = {}
@@ -96,18 +105,43 @@ def write(
         tensors[f"lambda.{group}"] = torch.stack([values[name][0] for name in members]).to(widest)
         tensors[f"gamma.{group}"] = torch.stack([values[name][1] for name in members]).to(widest)
     tensors.update({f"saved.{name}": tensor.detach().cpu().contiguous() for name, tensor in saved.items()})
+    bases = get_bases(spec)
+    if isinstance(bases, StoredBases):
+        tensors["bases.A"], tensors["bases.B"] = bases.given
     metadata = _metadata(config, spec, bases_sha256, targets)
     metadata["sha256"] = _digest(tensors, metadata)
+    return tensors, metadata
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write what `pack` made under a temporary name and rename it."""
     with replacing(path) as temporary:
-        temporary.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
+        temporary.write_bytes(_in_order(safetensors.torch.save(dict(tensors), dict(metadata))))
 
 
 def read(path: Path) -> AdapterFile:
     """Read and verify an adapter file. Nothing but safetensors and JSON is ever opened.
 
     Raises:
-        ValueError: If the file is no adapter, truncated, altered, or of a newer format: one message each.
+        ValueError: If the file is no adapter, truncated, altered, of a newer format, or a bundle of several
+            adapters: one message each.
     """
+    tensors, metadata = open_file(path)
+    if metadata["format_version"] == str(BUNDLE_VERSION):
+        raise ValueError(
+            f"{path} holds adapters of the components of a pipeline: load it with "
+            "randlora_vision.integrations.diffusers.load_adapter(pipe, path)"
+        )
+    return unpack(path, tensors, metadata)
+
+
+def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata in a file that says it is ours, of a version that we know; nothing else checked.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_container(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -117,9 +151,7 @@ def read(path: Path) -> AdapterFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from None
-    if metadata.get("sha256") != _digest(tensors, metadata):
-        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
-    return _parse(path, metadata, tensors)
+    return tensors, metadata
 
 
 def file_bytes(
@@ -136,6 +168,9 @@ def file_bytes(
         shapes[f"lambda.{group}"] = (dtype, [len(members), first.rank, first.bases])
         shapes[f"gamma.{group}"] = (dtype, [len(members), first.bases, first.narrow])
     shapes.update({f"saved.{name}": (tensor.dtype, list(tensor.shape)) for name, tensor in saved.items()})
+    if spec.kind == STORED:
+        shapes["bases.A"] = (torch.float32, [spec.rank, spec.narrow])
+        shapes["bases.B"] = (torch.float32, [spec.wide, spec.columns])
     metadata = {**_metadata(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -195,31 +230,44 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _check_version(path: Path, version: str) -> None:
-    if not version.isdecimal():
-        raise ValueError(f"{path} names no valid format_version: {version!r}")
-    if int(version) > VERSION:
-        raise ValueError(f"{path} has format version {version}, newer than this library's {VERSION}: upgrade it")
+    if not re.fullmatch("[1-9][0-9]{0,8}", version):
+        raise ValueError(f"{path} names no valid format_version: {version[:20]!r}")
+    if int(version) > BUNDLE_VERSION:
+        raise ValueError(f"{path} has format version {version}, newer than this library's {BUNDLE_VERSION}: upgrade it")
 
 
-def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AdapterFile:
+def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterFile:
+    """Verify and read what `pack` made; `path` is for messages.
+
+    Raises:
+        ValueError: If it was altered or is malformed.
+    """
+    if metadata.get("sha256") != _digest(tensors, metadata):
+        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
     try:
+        if len(metadata["config"]) > _CONFIG_LIMIT:
+            raise ValueError(f"a config of {len(metadata['config']):,} characters")
         config = RandLoRAConfig.from_json(metadata["config"])
         bases = json.loads(metadata["bases"])
         sha256 = str(bases.pop("sha256"))
-        spec = BasesSpec(**bases)
+        spec = StoredSpec(**bases, sha256=sha256) if bases["kind"] == STORED else BasesSpec(**bases)
         unfold = zlib.decompressobj()
         listed = json.loads(unfold.decompress(base64.b64decode(metadata["targets"], validate=True), _TARGETS_LIMIT))
         targets = tuple((str(n), (int(o), int(i)), int(r), float(alpha)) for n, o, i, r, alpha in listed)
         if any(min(o, i, r) < 1 for _, (o, i), r, _ in targets):
             raise ValueError("a target has a size or rank below 1")
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, zlib.error, binascii.Error) as error:
+        if len({name for name, *_ in targets}) < len(targets):
+            raise ValueError("a target is listed twice")
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
         raise ValueError(f"{path} has malformed metadata (config, bases or targets): {error}") from None
     groups = _groups(list(targets))
     expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
+    expected |= {"bases.A", "bases.B"} if spec.kind == STORED else set()
     present = {name for name in tensors if not name.startswith("saved.")}
     if expected != present:
         missing, extra = sorted(expected - present), sorted(present - expected)
         raise ValueError(f"{path} does not hold what it lists: missing {missing}, unexpected {extra}")
+    check_finite(path, {name: tensors[name] for name in sorted(expected)})
     trained: dict[str, tuple[Tensor, Tensor]] = {}
     for group, members in groups.items():
         lam, gamma = tensors[f"lambda.{group}"], tensors[f"gamma.{group}"]
@@ -233,4 +281,12 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         trained.update({name: (lam[i], gamma[i]) for i, name in enumerate(members)})
     prefix = len("saved.")
     saved = {name[prefix:]: tensor for name, tensor in tensors.items() if name.startswith("saved.")}
-    return AdapterFile(config, spec, sha256, targets, trained, saved)
+    stored = None
+    if spec.kind == STORED:
+        try:
+            stored = stored_bases(tensors["bases.A"], tensors["bases.B"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if stored.spec != spec:
+            raise ValueError(f"{path}: the bases in it are {stored.spec}, not {spec} as it says")
+    return AdapterFile(config, spec, sha256, targets, trained, saved, stored)

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.bases import BasesSpec, get_bases
+from randlora_vision.bases import Bases, BasesSpec, get_bases
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.fileformat import file_bytes
 from randlora_vision.layers import (
@@ -41,7 +41,9 @@ from randlora_vision.record import (
     unwrap,
 )
 from randlora_vision.report import InjectionReport, Target
-from randlora_vision.targets import Candidate, select
+from randlora_vision.sizing import bases_spec
+from randlora_vision.targets import TRANSPOSED, Candidate, select
+from randlora_vision.wrapping import plain_name
 
 
 def plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default") -> InjectionReport:
@@ -76,11 +78,13 @@ def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "defaul
     return add_adapter(model, config, adapter_name, trainable=True)
 
 
-def add_adapter(model: nn.Module, config: RandLoRAConfig, adapter_name: str, trainable: bool) -> InjectionReport:
-    """`inject`, with lambda and gamma frozen unless `trainable`."""
+def add_adapter(
+    model: nn.Module, config: RandLoRAConfig, adapter_name: str, trainable: bool, given: Bases | None = None
+) -> InjectionReport:
+    """`inject`, with lambda and gamma frozen unless `trainable`, and with `given` bases if they came with a file."""
     check_root(model)
     model = unwrap(model)
-    report, chosen, spec = plan_adapter(model, config, adapter_name)
+    report, chosen, spec = plan_adapter(model, config, adapter_name, given)
     _check_classes(chosen)
     for warning in report.warnings if trainable else ():
         warnings.warn(warning, stacklevel=3)
@@ -89,9 +93,9 @@ def add_adapter(model: nn.Module, config: RandLoRAConfig, adapter_name: str, tra
     for parameter_path, parameter in model.named_parameters():
         if not is_adapter_name(parameter_path) and not _in_training(record, parameter_path):
             parameter.requires_grad = False  # lazy parameters know no requires_grad_
-    bases = get_bases(spec)
+    bases = given or get_bases(spec)
     for candidate, target in zip(chosen, report.targets, strict=True):
-        slot = Slot(target.rank, target.bases, target.alpha, config.dropout, bases, trainable)
+        slot = Slot(target.rank, target.bases, target.alpha, config.dropout, bases, trainable, config.compute)
         _add_slot(candidate, target, slot, config.init, adapter_name, record.enabled)
     adapter = record.adapters[adapter_name] = AdapterRecord(config, spec, report.targets, trainable)
     own_saved(model, record, adapter)
@@ -117,7 +121,7 @@ def remove(model: nn.Module) -> None:
         for name in list(record.adapters):
             _drop_slots(root, name)
         for path, parameter in root.named_parameters():
-            parameter.requires_grad = record.requires_grad.get(path, parameter.requires_grad)
+            parameter.requires_grad = record.requires_grad.get(plain_name(path), parameter.requires_grad)
         drop_record(root)
 
 
@@ -145,7 +149,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def plan_adapter(
-    model: nn.Module, config: RandLoRAConfig, adapter_name: str
+    model: nn.Module, config: RandLoRAConfig, adapter_name: str, given: Bases | None = None
 ) -> tuple[InjectionReport, list[Candidate], BasesSpec]:
     """The report, the candidates behind its targets in the same order, and the bases they need."""
     if not isinstance(config, RandLoRAConfig):
@@ -157,19 +161,11 @@ def plan_adapter(
         raise ValueError(f"the model already has an adapter {adapter_name!r}: choose another name or delete it first")
     chosen, skipped, notes = select(model, config)
     targets = tuple(_target(candidate, config) for candidate in chosen)
-    _check_ranks(targets)
+    spec = bases_spec(config, targets, given)
     if config.dropout:
         deaf = [target.name for target in targets if target.kind not in ("linear", "quantized")]
         if deaf:
             notes.append(f"dropout does not act on weights that are read, not called: {', '.join(deaf[:3])}, ...")
-    spec = BasesSpec(
-        config.bases,
-        config.seed,
-        rank=max(target.rank for target in targets),
-        narrow=max(target.narrow for target in targets),
-        wide=max(max(target.shape) for target in targets),
-        columns=max(target.rank * target.bases for target in targets),
-    )
     saved = find_saved(model, config.modules_to_save)
     report = InjectionReport(
         adapter_name=adapter_name,
@@ -180,7 +176,7 @@ def plan_adapter(
         saved_parameters=sum(tensor.numel() for tensor in saved.values() if isinstance(tensor, nn.Parameter)),
         warnings=tuple(notes),
         base_parameters=count_base(model),
-        bases_bytes=get_bases(spec).nbytes,
+        bases_bytes=(given or get_bases(spec)).bytes_in(_products_dtype(chosen)),
         file_bytes=file_bytes(config, spec, targets, _file_dtype(chosen), saved),
     )
     return report, chosen, spec
@@ -201,22 +197,11 @@ def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
     )
 
 
-def _check_ranks(targets: tuple[Target, ...]) -> None:
-    wrong = [target for target in targets if target.rank > target.narrow]
-    if wrong:
-        first = wrong[0]
-        raise ValueError(
-            f"rank {first.rank} is above the narrow side {first.narrow} of {first.name!r} "
-            f"{first.shape[0]} x {first.shape[1]} ({len(wrong)} such targets): lower the rank, exclude them with "
-            "exclude_modules, or give them a smaller one in rank_pattern"
-        )
-
-
 def _add_slot(candidate: Candidate, target: Target, slot: Slot, init: str, adapter_name: str, enabled: bool) -> None:
     first, param = candidate.owners[0]
     state = first._randlora.get(param) if isinstance(first, AdaptedModule) else None
     if state is None:
-        state = ParameterState(*target.shape, enabled=enabled)
+        state = ParameterState(*target.shape, enabled=enabled, transposed=target.kind == TRANSPOSED)
     state.slots[adapter_name] = slot
     state.active = (*state.active, adapter_name)
     weight = _weight(candidate)
@@ -244,6 +229,14 @@ def _weight(candidate: Candidate) -> Tensor:
 def _master(weight: Tensor) -> torch.dtype:
     """Dtype of lambda and gamma: float32 whatever the base's, float64 for a float64 base."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _products_dtype(chosen: list[Candidate]) -> torch.dtype:
+    """The widest dtype that matrix products of the adapted weights run in, packed ones taken for float32."""
+    dtypes = {weight.dtype for weight in map(_weight, chosen)}
+    return max(
+        (d if d.is_floating_point and d.itemsize > 1 else torch.float32 for d in dtypes), key=lambda d: d.itemsize
+    )
 
 
 def _file_dtype(chosen: list[Candidate]) -> torch.dtype:

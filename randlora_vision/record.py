@@ -19,6 +19,7 @@ from randlora_vision.config import RandLoRAConfig, matches_suffix
 from randlora_vision.layers import AdaptedModule, is_adapter_name
 from randlora_vision.report import Target
 from randlora_vision.targets import with_parents
+from randlora_vision.wrapping import plain_name
 
 _KEY = "_randlora_record"
 
@@ -73,7 +74,7 @@ def make_record(model: nn.Module) -> ModelRecord:
     """The module's record, made on first use."""
     record = own_record(model)
     if record is None:
-        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        flags = {plain_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
         record = model.__dict__[_KEY] = ModelRecord(flags)
         model.register_load_state_dict_pre_hook(_before_load)
         model.register_load_state_dict_post_hook(_after_load)

@@ -14,7 +14,8 @@ class Target:
 
     Attributes:
         name: Module path for a layer's ``weight``, else the parameter's path.
-        kind: "linear", "attention", "convolution", "parameter" or "quantized".
+        kind: "linear", "transposed" (Conv1D of transformers, whose weight and `shape` are (I, O)), "attention",
+            "convolution", "parameter" or "quantized".
         shape: (O, I), convolution kernels flattened into I.
         rank: R.
         alpha: The update is scaled by alpha / R.
@@ -103,13 +104,14 @@ class InjectionReport:
             for row in rows
         ]
         lines.insert(1, "-" * len(lines[0]))
+        stored = "all in the file" if self.config.bases == "stored" else f"0 in the file (seed {self.config.seed})"
         share = 100 * self.num_parameters / max(1, self.base_parameters)
         lines += [
             "",
             f"adapter {self.adapter_name!r}: {len(self.targets)} targets, {self.num_parameters:,} trained numbers "
             f"({share:.2f}% of the base's {self.base_parameters:,})",
-            f"file: {self.file_bytes:,} bytes; bases: {self.bases_bytes:,} bytes in memory, 0 in the file "
-            f"(seed {self.config.seed}). A larger rank trains fewer numbers.",
+            f"file: {self.file_bytes:,} bytes; bases: {self.bases_bytes:,} bytes in memory, {stored}. "
+            "A larger rank trains fewer numbers.",
         ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped:

@@ -21,15 +21,17 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.config import RandLoRAConfig, is_preset, matches_any
 from randlora_vision.layers import ATTENTION_PARAMETERS, CONVOLUTIONS, is_adapter_name, is_quantized
+from randlora_vision.wrapping import plain_modules
 
-LINEAR, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
+LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "linear",
+    "transposed",
     "attention",
     "convolution",
     "parameter",
     "quantized",
 )
-_LINEAR_KINDS = (LINEAR, ATTENTION, QUANTIZED)
+_LINEAR_KINDS = (LINEAR, TRANSPOSED, ATTENTION, QUANTIZED)
 # Components of a path that mean the classifier or a task head in timm, torchvision, transformers and open_clip.
 _HEAD_NAMES = frozenset(
     "head heads head_dist classifier cls_classifier distillation_classifier classification_head lm_head "
@@ -66,11 +68,11 @@ class _Tree:
     """What candidates are found by: modules by path and by identity, the holders of every parameter, the heads."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.by_path = dict(model.named_modules(remove_duplicate=False))
+        self.by_path = dict(plain_modules(model))
         self.paths: dict[int, list[str]] = {}
         for path, module in self.by_path.items():
             self.paths.setdefault(id(module), []).append(path)
-        self.modules = list(model.modules())
+        self.modules = list(dict.fromkeys(self.by_path.values()))
         self.uses: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.modules:
             for name, parameter in _parameters(module).items():
@@ -296,7 +298,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
     elif isinstance(module, nn.Linear):
         yield "weight", QUANTIZED if is_quantized(module) else LINEAR
     elif isinstance(module, _transformers_conv1d()):
-        yield "weight", LINEAR
+        yield "weight", TRANSPOSED
     elif isinstance(module, CONVOLUTIONS):
         yield "weight", CONVOLUTION
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):

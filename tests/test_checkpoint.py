@@ -290,7 +290,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped payload": (lambda p: flip(p, -1), "altered or damaged.*SHA-256"),
     "plain safetensors": (lambda p: safetensors.torch.save_file({"a": torch.zeros(3)}, p), "no RandLoRA adapter"),
     "format": (lambda p: rewritten(p, lambda m, _: m.update(format="other")), "no RandLoRA adapter"),
-    "newer": (lambda p: rewritten(p, lambda m, _: m.update(format_version="2")), "format version 2, newer.*upgrade"),
+    "newer": (lambda p: rewritten(p, lambda m, _: m.update(format_version="3")), "format version 3, newer.*upgrade"),
     "version": (lambda p: rewritten(p, lambda m, _: m.update(format_version="x")), "no valid format_version"),
     "no version": (lambda p: rewritten(p, lambda m, _: m.pop("format_version")), "no valid format_version"),
     "no digest": (lambda p: rewritten(p, lambda m, _: m.pop("sha256"), keep_digest=True), "SHA-256"),
