@@ -6,13 +6,17 @@ linear layers (ResNet, EfficientNet, MobileCLIP), its ungrouped convolutions bel
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import NamedTuple
 
 from torch import nn
 
+from randlora_vision.wrapping import plain_modules
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MLP = re.compile(r"(?i:mlp|ffn|feed_?forward|glu)")
 _POOLING = {"attnpool", "attn_pool", "attn_pool_contrastive"}
 # Position-bias tables and gates are linear layers too, a few numbers wide.
 _NARROWEST = 16
@@ -43,7 +47,7 @@ def body(tower: nn.Module, left_out: Iterable[str]) -> list[Matrix]:
     excluded = stem(tower) | set(left_out)
     return [
         matrix
-        for matrix in _matrices(tower)
+        for matrix in matrices(tower)
         if min(matrix.rows, matrix.columns) >= _NARROWEST
         and not any(matrix.name == other or matrix.name.startswith(f"{other}.") for other in excluded)
     ]
@@ -77,6 +81,30 @@ def configured(tower: nn.Module, key: str) -> set[str]:
     return {names} if isinstance(names, str) else set(names)
 
 
+def in_attention(name: str, paths: Mapping[str, nn.Module], attention: re.Pattern[str]) -> bool:
+    """True if the nearest part around a weight that is an attention or an MLP is an attention.
+
+    Args:
+        name: The weight's.
+        paths: Every module by its path.
+        attention: What the library calls an attention, in a part's name or its class's.
+    """
+    for path in parents(name):
+        words = (path.rpartition(".")[2], type(paths[path]).__name__)
+        if any(_MLP.search(word) for word in words):
+            return False
+        if any(attention.search(word) for word in words):
+            return True
+    return False
+
+
+def parents(name: str) -> Iterator[str]:
+    """The paths of the modules around a name, the nearest first, the root excepted."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def _part(name: str, readers: list[str]) -> str:
     components = name.split(".")
     if "stem" in components:
@@ -88,9 +116,13 @@ def _part(name: str, readers: list[str]) -> str:
     return name
 
 
-def _matrices(tower: nn.Module) -> Iterator[Matrix]:
+def matrices(tower: nn.Module) -> Iterator[Matrix]:
     """Every weight of `tower` that a target may be, in the model's order."""
-    for name, module in tower.named_modules():
+    seen: set[int] = set()
+    for name, module in plain_modules(tower):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if isinstance(module, nn.Linear):
             # Not from the weight: a quantised one is packed.
             yield Matrix(name, module.out_features, module.in_features)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from randlora_vision.integrations import _merged
 from randlora_vision.integrations._towers import body, by_majority, configured
 
 
@@ -40,6 +41,7 @@ PRESETS: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "text": text_targets,
     "both": both_targets,
 }
+save_merged = _merged.save_merged_file
 
 
 def _text_path(model: nn.Module) -> str:

@@ -27,20 +27,19 @@ one. Hold them before `inject` with ``timm.layers.freeze_batch_norm_2d(model)``,
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 import randlora_vision
 from randlora_vision import InjectionReport, fileformat
-from randlora_vision.integrations import _towers
+from randlora_vision.integrations import _merged, _towers
 from randlora_vision.integrations._towers import Matrix
 from randlora_vision.targets import candidates
 
 # What timm calls an attention: by attribute or class, or by the class's acronym (SHSA, XCA, GPSA, LiteMLA).
 _ATTENTION = re.compile(r"(?i:att(n|ention))|(SA|XCA|MLA|MHCA)$")
-_MLP = re.compile(r"(?i:mlp|ffn|feed_?forward|glu)")
 
 
 def backbone_targets(model: nn.Module) -> list[str]:
@@ -51,7 +50,7 @@ def backbone_targets(model: nn.Module) -> list[str]:
 def attention_targets(model: nn.Module) -> list[str]:
     """The attention weights, whether linear layers or convolutions hold them."""
     paths = dict(model.named_modules())
-    return [matrix.name for matrix in _body(model) if _in_attention(matrix.name, paths)]
+    return [matrix.name for matrix in _body(model) if _towers.in_attention(matrix.name, paths, _ATTENTION)]
 
 
 def conv_targets(model: nn.Module) -> list[str]:
@@ -64,6 +63,7 @@ PRESETS: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "attention": attention_targets,
     "conv": conv_targets,
 }
+save_merged = _merged.save_merged_file
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -154,23 +154,5 @@ def _classifiers(model: nn.Module, prefix: str = "") -> list[str]:
 def _body(model: nn.Module) -> list[Matrix]:
     paths = dict(model.named_modules())
     # CLIP's ResNets keep their attention pooling, classifier included, under the name of a head.
-    heads = {c.name for c in candidates(model) if c.head and not _in_attention(c.name, paths)}
+    heads = {c.name for c in candidates(model) if c.head and not _towers.in_attention(c.name, paths, _ATTENTION)}
     return _towers.body(model, heads.union(*(_classifiers(module, path) for path, module in paths.items())))
-
-
-def _in_attention(name: str, paths: Mapping[str, nn.Module]) -> bool:
-    """True if the nearest part around a weight that is an attention or an MLP is an attention."""
-    for path in _parents(name):
-        words = (path.rpartition(".")[2], type(paths[path]).__name__)
-        if any(_MLP.search(word) for word in words):
-            return False
-        if any(_ATTENTION.search(word) for word in words):
-            return True
-    return False
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The paths of the modules around a name, the nearest first, the root excepted."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name

@@ -25,7 +25,8 @@ def test_wheel_in_a_clean_target(tmp_path: Path) -> None:
     assert not (target / "integrations").exists()
     assert (target / "randlora_vision" / "py.typed").is_file()
     tops = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")}
-    assert tops == {"randlora_vision"}
+    assert tops == {"randlora_vision", "bin"}
+    assert [path.name for path in (target / "bin").iterdir()] == ["randlora"]
     script = (
         "import randlora_vision, randlora_vision.integrations.open_clip, randlora_vision.training\n"
         "print(randlora_vision.__file__)\n"

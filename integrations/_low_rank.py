@@ -1,0 +1,128 @@
+"""The best low-rank copy of an update, and what it loses.
+
+Shapes: O out, I in, r the rank that is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How much to keep: a rank, or the smallest rank with a share of the squared Frobenius norm.
+
+    Raises:
+        ValueError: Unless exactly one of the two is given and in range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("give rank (of every layer) or energy (share of the squared norm to keep), one of the two")
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
+            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if self.energy is not None and not (isinstance(self.energy, (int, float)) and 0 < self.energy <= 1):
+            raise ValueError(f"energy must be a number above 0 and at most 1, got {self.energy!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerError:
+    """What the export of one layer keeps.
+
+    Attributes:
+        name: Path of the adapted parameter.
+        shape: (O, I), convolution kernels flattened into I.
+        rank: The rank kept; None where the whole update is stored.
+        norm: Frobenius norm of the update.
+        error: Frobenius norm of what is lost, over `norm`; 0 for an update of zeros.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    norm: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """Result of an export; ``str(report)`` is a table.
+
+    Attributes:
+        format: The file's format.
+        path: What was written.
+        choice: What was asked for; None where whole updates are stored.
+        layers: The layers in the file's order.
+    """
+
+    format: str
+    path: str
+    choice: Choice | None
+    layers: tuple[LayerError, ...]
+
+    @property
+    def error(self) -> float:
+        """Relative error of all updates together, in the Frobenius norm."""
+        total = math.hypot(*(layer.norm for layer in self.layers))
+        return math.hypot(*(layer.norm * layer.error for layer in self.layers)) / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**dataclasses.asdict(self), "error": self.error}
+
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the file: the report without the path, which tells about this machine alone."""
+        values = {key: value for key, value in self.to_dict().items() if key != "path"}
+        return {"format": "pt", "randlora_export": json.dumps(values, separators=(",", ":"))}
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "rank", "norm", "relative error")]
+        for layer in self.layers:
+            kept = "full" if layer.rank is None else str(layer.rank)
+            shape = f"{layer.shape[0]} x {layer.shape[1]}"
+            rows.append((layer.name, shape, kept, f"{layer.norm:.4g}", f"{layer.error:.2%}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([*lines, "", f"{self.path} ({self.format}): relative error of all layers {self.error:.2%}"])
+
+
+def factorize(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Up (O, r) and down (r, I) whose product is the best approximation of `delta` (O, I) of its rank.
+
+    The truncated singular value decomposition (Eckart and Young), the singular values shared out evenly.
+    """
+    u, values, v = torch.linalg.svd(delta, full_matrices=False)
+    rank = min(_rank(values, choice), len(values))
+    root = values[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def layer_error(name: str, delta: Tensor, kept: Tensor, rank: int | None) -> LayerError:
+    """Measure what `kept` (O, I) lacks of `delta` (O, I)."""
+    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    lost = float(torch.linalg.vector_norm(delta - kept, dtype=torch.float64))
+    return LayerError(name, (delta.shape[0], delta.shape[1]), rank, norm, lost / norm if norm else 0.0)
+
+
+def _rank(values: Tensor, choice: Choice) -> int:
+    if choice.rank is not None:
+        return choice.rank
+    assert choice.energy is not None
+    kept = values.double().square().cumsum(0)
+    if kept[-1] == 0:
+        return 1
+    # The rounding of the sum must not ask for one more rank than there is to keep all of the energy.
+    return int((kept < choice.energy * kept[-1] * (1 - 1e-12)).sum()) + 1

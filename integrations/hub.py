@@ -1,0 +1,207 @@
+"""Adapters on the Hugging Face Hub: one .safetensors file and a model card. Nothing else is ever fetched.
+
+    push_to_hub("runs/a/adapter.safetensors", "me/my-adapter", base_model="timm/vit_base_patch16_224", library="timm")
+    load_adapter(model, "me/my-adapter")
+
+Pipelines of diffusers load by ``integrations.diffusers.load_adapter(pipe, "me/my-adapter")``. Log in as for everything
+else there: ``hf auth login`` or the environment variable HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import randlora_vision
+from randlora_vision import InjectionReport, bundle
+from randlora_vision.fileformat import AdapterFile
+
+ADAPTER_FILE = "adapter.safetensors"
+"""The name of an adapter in a repository, or in a folder."""
+_SUFFIXES = (".safetensors", ".json")
+_LOADING = {
+    "timm": (
+        "import timm\nfrom randlora_vision.integrations.hub import download\n"
+        "from randlora_vision.integrations.timm import load_adapter, num_classes\n\n"
+        "path = download({repository!r})\n"
+        "model = timm.create_model({base!r}, pretrained=True, num_classes=num_classes(path))\nload_adapter(model, path)"
+    ),
+    "open_clip": (
+        "import open_clip\nfrom randlora_vision.integrations.hub import load_adapter\n\n"
+        "model, _, preprocess = open_clip.create_model_and_transforms({base!r})  # with the weights it was trained on\n"
+        "load_adapter(model, {repository!r})"
+    ),
+    "diffusers": (
+        "from diffusers import DiffusionPipeline\nfrom randlora_vision.integrations.diffusers import load_adapter\n\n"
+        "pipe = DiffusionPipeline.from_pretrained({base!r})\nload_adapter(pipe, {repository!r})"
+    ),
+    "": (
+        "from randlora_vision.integrations.hub import load_adapter\n\n"
+        "model = ...  # {base}\nload_adapter(model, {repository!r})"
+    ),
+}
+
+
+def download(repository: str, name: str = ADAPTER_FILE, revision: str | None = None) -> Path:
+    """One file of a repository, from the cache where it is there.
+
+    Raises:
+        FileNotFoundError: If the Hub cannot be reached or does not have it.
+        ValueError: If the name does not end in ``.safetensors`` or ``.json``: others are not fetched.
+    """
+    if not name.endswith(_SUFFIXES):
+        raise ValueError(f"{name!r} of {repository!r}: only {' and '.join(_SUFFIXES)} files are fetched")
+    hub, options = _hub(), {} if revision is None else {"revision": revision}
+    try:
+        return Path(hub.hf_hub_download(repository, name, **options))
+    except (OSError, ValueError) as error:  # whatever the Hub's library raises is one of them
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no file or folder {repository!r} here, and {name} of the repository {repository!r} could not "
+            f"be downloaded from the Hugging Face Hub: {reason}"
+        ) from None
+
+
+def load_adapter(
+    model: nn.Module,
+    repository: str,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    *,
+    name: str = ADAPTER_FILE,
+    revision: str | None = None,
+) -> InjectionReport:
+    """`randlora_vision.load_adapter` of a file on the Hub.
+
+    Args:
+        model: The base model.
+        repository: ``"owner/name"``.
+        adapter_name: Its name in this model.
+        trainable: True to train it further.
+        name: The file in the repository.
+        revision: A branch, tag or commit.
+
+    Raises:
+        FileNotFoundError: If the Hub cannot be reached or does not have it.
+        ValueError: As `randlora_vision.load_adapter` does.
+    """
+    return randlora_vision.load_adapter(model, download(repository, name, revision), adapter_name, trainable)
+
+
+def push_to_hub(
+    source: Any,
+    repository: str,
+    *,
+    base_model: str,
+    library: str = "",
+    license: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    adapter_name: str = "default",
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Upload an adapter with a model card; the repository is made where there is none.
+
+    Args:
+        source: An adapter file, a model, or a pipeline of diffusers with adapters.
+        repository: ``"owner/name"``.
+        base_model: What the adapter was trained on, as its library calls it, for the card.
+        library: ``timm``, ``open_clip`` or ``diffusers``: how the card says to load it.
+        license: The adapter's licence, as the Hub abbreviates it (``apache-2.0``).
+        metrics: What was measured, for the card.
+        adapter_name: Which adapter of a model or pipeline.
+        private: Make a new repository private.
+        token: In place of the login's.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no adapter, the library is unknown, or the Hub refuses.
+    """
+    hub = _hub()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ADAPTER_FILE
+        if isinstance(source, (str, os.PathLike)):
+            if not Path(source).is_file():
+                raise FileNotFoundError(f"no adapter file {str(source)!r}")
+            shutil.copyfile(source, file)
+        elif isinstance(source, nn.Module):
+            randlora_vision.save_adapter(source, file, adapter_name)
+        else:
+            from randlora_vision.integrations import diffusers
+
+            diffusers.save_adapter(source, file, adapter_name)
+        card = model_card(file, repository, base_model, library, license, metrics)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        api = hub.HfApi(token=token)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="RandLoRA adapter")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"the Hugging Face Hub did not take {repository!r}: {reason}") from None
+    return str(commit.commit_url)
+
+
+def model_card(
+    path: str | os.PathLike[str],
+    repository: str,
+    base_model: str,
+    library: str = "",
+    license: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """The README.md of an adapter file: front matter for the Hub, what it is, and how to load it.
+
+    Raises:
+        ValueError: If the file is no adapter or the library is unknown.
+    """
+    if library not in _LOADING:
+        raise ValueError(f"library must be one of {', '.join(name for name in _LOADING if name)}, got {library!r}")
+    parts = bundle.read(Path(path))
+    front = [
+        f"base_model: {json.dumps(base_model)}",
+        f"library_name: {library or 'randlora_vision'}",
+        *([f"license: {json.dumps(license)}"] if license else []),
+        "tags:",
+        *(f"- {tag}" for tag in ("randlora", "randlora_vision", "adapter")),
+    ]
+    lines = ["---", *front, "---", "", f"# {repository.rpartition('/')[2]}", ""]
+    lines += [f"A RandLoRA adapter ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987)) for `{base_model}`.", ""]
+    lines += ["| part | layers | rank of one base | bases, seed | trained numbers |", "|---|---:|---:|---|---:|"]
+    lines += [_row(part, content) for part, content in parts.items()]
+    lines += ["", f"One file of {Path(path).stat().st_size:,} bytes; the random bases are made again from the seed."]
+    if metrics:
+        lines += ["", "## Results", "", "| metric | value |", "|---|---:|"]
+        lines += [f"| {name} | {value:g} |" for name, value in metrics.items()]
+    code = _LOADING[library].format(repository=repository, base=base_model)
+    lines += ["", "## Loading", "", "```python", code, "```", "", "## Configuration", ""]
+    for content in parts.values():
+        lines += ["```json", json.dumps(content.config.to_dict(), indent=2), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(part: str, content: AdapterFile) -> str:
+    numbers = sum(tensor.numel() for pair in content.trained.values() for tensor in pair)
+    numbers += sum(tensor.numel() for tensor in content.saved.values())
+    ranks = sorted({rank for _, _, rank, _ in content.targets})
+    bases = f"{content.spec.kind}, {content.spec.seed}"
+    return f"| {part or 'model'} | {len(content.targets)} | {', '.join(map(str, ranks))} | {bases} | {numbers:,} |"
+
+
+def _hub() -> Any:
+    """huggingface_hub, imported at use."""
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:
+        raise ValueError("the Hub needs huggingface_hub: pip install 'randlora_vision[hub]'") from None
+    return huggingface_hub

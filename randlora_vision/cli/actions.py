@@ -1,0 +1,232 @@
+"""What the `randlora` command does: one function a subcommand, which returns the exit code."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import randlora_vision
+from randlora_vision import RandLoRAConfig, bundle, plan
+from randlora_vision.bases import get_bases
+from randlora_vision.cli.console import progress, say, show_json, show_table, warn
+from randlora_vision.cli.models import Base, parse_base
+from randlora_vision.cli.spectra import layers_of, plot_spectra
+from randlora_vision.config import is_preset
+from randlora_vision.fileformat import AdapterFile
+
+_LORA = {"lora-diffusers": "diffusers", "lora-kohya": "kohya", "lora-peft": "peft", "lycoris": "lycoris"}
+CONVERSIONS = ("randlora", "peft", *_LORA)
+
+
+def info(file: str, plot: str | None, json: bool) -> int:
+    """Show what an adapter file holds."""
+    path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"{file!r} is a folder: give a file (`randlora convert --to randlora` makes one of PEFT's)")
+    parts = _read(path)
+    with progress("singular values") as step:
+        layers = layers_of(parts, step)
+    if plot:
+        plot_spectra(layers, path.name, Path(plot))
+    numbers = sum(layer.parameters for layer in layers)
+    whole = {name: tuple(t.shape) for content in parts.values() for name, t in content.saved.items()}
+    if json:
+        show_json(
+            {
+                "file": file,
+                "bytes": path.stat().st_size,
+                "parameters": numbers,
+                "parts": {part: _about(content) for part, content in parts.items()},
+                "layers": [
+                    {
+                        "name": layer.name,
+                        "shape": layer.shape,
+                        "rank": layer.rank,
+                        "bases": layer.bases,
+                        "parameters": layer.parameters,
+                        "norm": layer.norm,
+                        "effective_rank": layer.effective_rank,
+                    }
+                    for layer in layers
+                ],
+            }
+        )
+        return 0
+    for part, content in parts.items():
+        about = _about(content)
+        rows = [(key, str(value)) for key, value in about["config"].items()]
+        rows.append(("bases' SHA-256", about["bases_sha256"]))
+        show_table(part or path.name, ("setting", "value"), rows)
+    show_table(
+        "layers",
+        ("layer", "shape", "rank", "bases", "parameters", "norm", "effective rank"),
+        [
+            (la.name, f"{la.shape[0]} x {la.shape[1]}", la.rank, la.bases, la.parameters, la.norm, la.effective_rank)
+            for la in layers
+        ],
+    )
+    if whole:
+        show_table("trained in full", ("tensor", "shape"), [(name, str(shape)) for name, shape in whole.items()])
+    say(f"{len(layers)} layers, {numbers:,} trained numbers, {path.stat().st_size:,} bytes")
+    return 0
+
+
+def targets(
+    model: str,
+    component: str | None,
+    target_modules: list[str] | None,
+    exclude_modules: list[str],
+    rank: int,
+    model_args: str | None,
+    json: bool,
+) -> int:
+    """Show what an injection would adapt."""
+    base = parse_base(model, options=model_args)
+    wanted: Any = target_modules or "all-linear"
+    if isinstance(wanted, list) and len(wanted) == 1 and _is_pattern(wanted[0]):
+        wanted = wanted[0]
+    config = RandLoRAConfig(rank=rank, target_modules=wanted, exclude_modules=exclude_modules)
+    report = plan(base.skeleton(component), config)
+    if json:
+        show_json(report.to_dict())
+    else:
+        say(str(report))
+    return 0
+
+
+def merge(base: str, adapter: str, output: str, weights: str | None, model_args: str | None, json: bool) -> int:
+    """Write the merged model in its library's own format."""
+    found = parse_base(base, weights, model_args)
+    if not found.has_weights:
+        raise ValueError(f"{base} without weights is a random model: name the base's weights with --weights")
+    host, reports = _adapted(found, adapter)
+    from randlora_vision.integrations import _merged
+
+    save = _merged.save_merged_folder if found.library == "diffusers" else _merged.save_merged_file
+    save(host, output)
+    layers = sum(len(report.targets) for report in reports)
+    if json:
+        show_json({"output": output, "layers": layers, "library": found.library, "model": found.name})
+    else:
+        say(f"{output}: {found.library} model {found.name} with {layers} merged layers")
+    return 0
+
+
+def convert(
+    adapter: str,
+    output: str,
+    to: str,
+    model: str,
+    rank: int | None,
+    energy: float | None,
+    model_args: str | None,
+    json: bool,
+) -> int:
+    """Write an adapter in another format."""
+    if to not in _LORA and (rank is not None or energy is not None):
+        raise ValueError(f"--rank and --energy are for lora-*; {to} keeps the whole adapter")
+    host, _ = _adapted(parse_base(model, options=model_args), adapter)
+    if to in _LORA:
+        from randlora_vision.integrations._lora_export import export_lora
+
+        with progress("layers") as step:
+            report = export_lora(host, output, rank, energy, _LORA[to], progress=step)
+        if json:
+            show_json(report.to_dict())
+        else:
+            say(str(report))
+        return 0
+    if to == "peft":
+        from randlora_vision.integrations import peft
+
+        peft.export(_one_model(host), output)
+    elif isinstance(host, nn.Module):
+        randlora_vision.save_adapter(host, output)
+    else:
+        from randlora_vision.integrations import diffusers
+
+        diffusers.save_adapter(host, output)
+    if json:
+        show_json({"output": output, "format": to})
+    else:
+        say(f"{output}: {to}")
+    return 0
+
+
+def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
+    """Check a file by itself and against its base model; 1 if a check fails."""
+    path = Path(adapter)
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter file {adapter!r}")
+    base = parse_base(model, options=model_args)
+    checks: list[tuple[str, bool, str]] = []
+    parts: dict[str, AdapterFile] = {}
+    try:
+        parts = {} if path.is_dir() else _read(path)
+        checks.append(("file", True, "as it was written, all numbers finite" if parts else "a folder of PEFT"))
+        wrong = [part or "model" for part, content in parts.items() if not _reproduced(content)]
+        checks.append(("bases", not wrong, f"not reproduced: {', '.join(wrong)}" if wrong else "SHA-256 reproduced"))
+    except ValueError as error:
+        checks.append(("file", False, str(error)))
+    if all(passed for _, passed, _ in checks):
+        host = base.build(path)
+        try:
+            layers = sum(len(report.targets) for report in base.attach(host, path))
+            checks.append(("model", True, f"{layers} layers of {base.library}:{base.name}"))
+        except ValueError as error:
+            checks.append(("model", False, str(error)))
+    passed = all(ok for _, ok, _ in checks)
+    if json:
+        listed = [{"check": name, "passed": ok, "detail": detail} for name, ok, detail in checks]
+        show_json({"file": adapter, "model": model, "passed": passed, "checks": listed})
+    else:
+        rows = [(name, "passed" if ok else "FAILED", detail) for name, ok, detail in checks]
+        show_table(adapter, ("check", "result", "detail"), rows)
+    return 0 if passed else 1
+
+
+def _read(path: Path) -> dict[str, AdapterFile]:
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter file {str(path)!r}")
+    return bundle.read(path)
+
+
+def _about(content: AdapterFile) -> dict[str, Any]:
+    return {
+        "config": content.config.to_dict(),
+        "bases_sha256": content.bases_sha256,
+        "saved": {name: list(tensor.shape) for name, tensor in content.saved.items()},
+    }
+
+
+def _adapted(base: Base, adapter: str) -> tuple[Any, list[randlora_vision.InjectionReport]]:
+    """The built model with the adapter in it."""
+    path = Path(adapter)
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter file {adapter!r}")
+    host = base.build(path)
+    reports = base.attach(host, path)
+    for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
+        warn(warning)
+    return host, reports
+
+
+def _one_model(host: Any) -> nn.Module:
+    """The adapted model itself, or the only adapted component of a pipeline."""
+    if isinstance(host, nn.Module):
+        return host
+    from randlora_vision.integrations._components import adapted
+
+    parts = adapted(host)
+    if len(parts) > 1:
+        raise ValueError(f"a PEFT folder is for one model, and the adapter is for {', '.join(parts)}")
+    return next(iter(parts.values()))
+
+
+def _is_pattern(text: str) -> bool:
+    """True for what is one string in a configuration, not a list of names."""
+    return text in ("all", "all-linear") or is_preset(text) or any(char in text for char in "*+?[](){}|^$\\")
+
+
+def _reproduced(content: AdapterFile) -> bool:
+    return content.stored is not None or get_bases(content.spec).sha256 == content.bases_sha256

@@ -1,0 +1,218 @@
+"""The base model that a command is about: by name, folder or repository, of timm, open_clip or diffusers."""
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import nn
+
+import randlora_vision
+from randlora_vision import InjectionReport
+from randlora_vision.containers import read_json
+from randlora_vision.integrations import timm as timm_adapters
+from randlora_vision.integrations.hub import download
+
+HELP = (
+    "a model of timm (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a folder or "
+    "repository of diffusers (diffusers:NAME where it could be another's)"
+)
+_LIBRARIES = ("timm", "open_clip", "diffusers")
+_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, not built yet.
+
+    Attributes:
+        library: "timm", "open_clip" or "diffusers".
+        name: What the library calls it.
+        weights: A checkpoint or a tag; "pretrained" of timm; None for random weights (diffusers brings its own).
+        options: Further arguments of timm.create_model.
+    """
+
+    library: str
+    name: str
+    weights: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_weights(self) -> bool:
+        """False if the model would be a random one."""
+        return self.library == "diffusers" or self.weights is not None or self.name.startswith(_SCHEMES)
+
+    def build(self, adapter: Path | None = None) -> Any:
+        """Build the model on the CPU, in eval mode, or the pipeline.
+
+        Args:
+            adapter: An adapter file whose classifier says how many classes a timm model is to have.
+
+        Raises:
+            ValueError: If the library is not installed, does not know the model, or cannot load the weights.
+        """
+        if self.library == "open_clip":
+            return self._open_clip().eval()
+        if self.library == "diffusers":
+            return self._pipeline()
+        options = dict(self.options)
+        if adapter is not None and adapter.is_file() and "num_classes" not in options:
+            classes = timm_adapters.num_classes(adapter)
+            options |= {} if classes is None else {"num_classes": classes}
+        return self._timm(options).eval()
+
+    def skeleton(self, component: str | None) -> nn.Module:
+        """Build the model without weights, on the meta device.
+
+        Args:
+            component: Of a pipeline; None means its denoiser.
+        """
+        if component is not None and self.library != "diffusers":
+            raise ValueError(f"--component is for pipelines of diffusers; {self.library}:{self.name} is one model")
+        with torch.device("meta"):
+            if self.library == "diffusers":
+                return self._component(component)
+            bare = Base(self.library, self.name, None, self.options)
+            return bare._open_clip() if self.library == "open_clip" else bare._timm(dict(self.options))
+
+    def attach(self, host: Any, adapter: Path) -> list[InjectionReport]:
+        """Load an adapter file, or a folder of PEFT, into a built model."""
+        if self.library == "diffusers":
+            from randlora_vision.integrations import diffusers
+
+            return list(diffusers.load_adapter(host, adapter).values())
+        if self.library == "timm" and adapter.is_file():
+            return [timm_adapters.load_adapter(host, adapter)]
+        return [randlora_vision.load_adapter(host, adapter)]
+
+    def _timm(self, options: dict[str, Any]) -> nn.Module:
+        timm = _library("timm")
+        if not self.name.startswith(_SCHEMES) and not timm.is_model(self.name.partition(".")[0]):
+            close = get_close_matches(self.name, timm.list_models(), n=3, cutoff=0.5)
+            hint = f"; close matches: {', '.join(close)}" if close else ""
+            raise ValueError(f"there is no model {self.name!r} in timm and no such folder{hint}")
+        if self.weights == "pretrained" or (self.weights is None and self.name.startswith(_SCHEMES)):
+            options["pretrained"] = not _on_meta()
+        elif self.weights is not None:
+            _check_file(self.weights)
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": self.weights}}
+        with _failures("timm", self.name):
+            model: nn.Module = timm.create_model(self.name, **options)
+        return model
+
+    def _open_clip(self) -> nn.Module:
+        _library("open_clip")
+        from randlora_vision.training.clip_models import load_clip
+
+        return load_clip(self.name, self.weights, seed=0).model
+
+    def _pipeline(self) -> Any:
+        diffusers = _library("diffusers")
+        with _failures("diffusers", self.name):
+            if (Path(self.name) / "config.json").is_file():
+                kind = getattr(diffusers, json.loads((Path(self.name) / "config.json").read_text())["_class_name"])
+                return kind.from_pretrained(self.name, use_safetensors=True).eval()
+            return diffusers.DiffusionPipeline.from_pretrained(self.name, use_safetensors=True)
+
+    def _component(self, component: str | None) -> nn.Module:
+        diffusers = _library("diffusers")
+        with _failures("diffusers", self.name):
+            if (Path(self.name) / "config.json").is_file():
+                config = _config(self.name, "config.json")
+                model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+                return model
+            index = _config(self.name, "model_index.json")
+        parts = {name: value for name, value in index.items() if isinstance(value, list) and _is_model(value)}
+        name = component or next((part for part in ("unet", "transformer") if part in parts), None)
+        if name not in parts:
+            raise ValueError(f"{self.name} has no component {component or 'unet or transformer'!r}: {', '.join(parts)}")
+        library, kind = parts[name]
+        config = _config(self.name, f"{name}/config.json")
+        with _failures("diffusers", self.name):
+            if library == "diffusers":
+                model = getattr(diffusers, kind).from_config(config)
+                return model
+            cls = getattr(_library("transformers"), kind)
+            model = cls(cls.config_class.from_dict(config))
+            return model
+
+
+def parse_base(name: str, weights: str | None = None, options: str | None = None) -> Base:
+    """Tell which library a model belongs to.
+
+    Raises:
+        ValueError: If the name means nothing, or `options` is no JSON object.
+    """
+    try:
+        arguments = json.loads(options) if options else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--model-args must be a JSON object, got {options!r}: {error}") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"--model-args must be a JSON object, got {options!r}")
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in _LIBRARIES:
+        library, name = prefix, rest
+    elif name.endswith(".json"):
+        library = "open_clip"
+    elif Path(name).is_dir() or ("/" in name and not name.startswith(_SCHEMES)):
+        library = "diffusers"
+    else:
+        library = "timm"
+    if library == "diffusers" and weights:
+        raise ValueError(f"--weights {weights}: a model of diffusers brings its own weights, leave it out")
+    if library != "timm" and arguments:
+        raise ValueError("--model-args are arguments of timm.create_model, and this is a model of " + library)
+    return Base(library, name, weights, arguments)
+
+
+def _library(name: str) -> Any:
+    """Import a host library."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        extra = "diffusers" if name == "transformers" else name
+        raise ValueError(f"this model needs {name}: pip install 'randlora_vision[{extra}]'") from None
+
+
+@contextlib.contextmanager
+def _failures(library: str, name: str) -> Iterator[None]:
+    """Make whatever a library raises about a model one ValueError."""
+    try:
+        yield
+    except Exception as error:  # of whatever library reads the file or asks the network
+        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"{library} cannot make the model {name!r}: {reason}") from error
+
+
+def _check_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file {path!r} (--weights)")
+    if not path.endswith(".safetensors"):
+        raise ValueError(f"--weights {path}: only .safetensors files are read")
+
+
+def _config(name: str, file: str) -> dict[str, Any]:
+    """A JSON file of a diffusers folder or repository."""
+    return read_json(Path(name) / file if Path(name).is_dir() else download(name, file))
+
+
+def _is_model(value: list[Any]) -> bool:
+    """True for a [library, class] entry of a model index that names a torch model."""
+    library, kind = value
+    if not isinstance(kind, str):
+        return False
+    unwanted = ("Scheduler", "Autoencoder") if library == "diffusers" else ("Tokenizer", "Processor", "Extractor")
+    return library in ("diffusers", "transformers") and not any(word in kind for word in unwanted)
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"

@@ -1,0 +1,108 @@
+"""What an adapter file alone tells about its updates: norms, ranks and singular values, without a base model.
+
+Shapes: O out, I in, m = min(O, I).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from randlora_vision.bases import get_bases
+from randlora_vision.fileformat import AdapterFile
+from randlora_vision.files import replacing
+from randlora_vision.functional import effective_weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted parameter of a file.
+
+    Attributes:
+        name: Its name, the pipeline's component in front.
+        shape: (O, I).
+        rank: Rank of one random base.
+        bases: Number of bases.
+        parameters: Trained numbers.
+        values: Singular values of the update (m,), largest first.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    bases: int
+    parameters: int
+    values: Tensor
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the update."""
+        return float(torch.linalg.vector_norm(self.values))
+
+    @property
+    def effective_rank(self) -> float:
+        """Exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007); 0 for no update."""
+        total = self.values.sum()
+        if total == 0:
+            return 0.0
+        shares = self.values / total
+        return float(torch.special.entr(shares).sum().exp())
+
+
+def layers_of(parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
+    """The layers of an adapter file, in its order."""
+    total = sum(len(content.targets) for content in parts.values())
+    found: list[Layer] = []
+    for part, content in parts.items():
+        for name, shape, rank, alpha in content.targets:
+            lam, gamma = content.trained[name]
+            values = spectrum(content, name, shape, alpha / rank)
+            full = ".".join(piece for piece in (part, name) if piece)
+            found.append(Layer(full, shape, rank, gamma.shape[0], lam.numel() + gamma.numel(), values))
+            progress(len(found), total)
+    return found
+
+
+@torch.no_grad()
+def spectrum(content: AdapterFile, name: str, shape: tuple[int, int], scale: float) -> Tensor:
+    """Singular values (m,) of one update in float64."""
+    lam, gamma = (tensor.float() for tensor in content.trained[name])
+    bases = content.stored if content.stored is not None else get_bases(content.spec)
+    term = bases.term(lam, gamma, max(shape), scale, torch.float32)
+    return torch.linalg.svdvals(effective_weight(torch.zeros(shape), (term,))).double()
+
+
+def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
+    """Draw the singular values of every update over its largest one: a line a layer."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("--plot needs matplotlib: pip install 'randlora_vision[cli]'") from None
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot writes a .png, got {str(path)!r}")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = [layer for layer in layers if layer.norm > 0]
+    for i, layer in enumerate(shown):
+        share = torch.arange(1, len(layer.values) + 1) / len(layer.values)
+        label = layer.name if len(shown) <= 12 else None
+        axes.plot(
+            share, layer.values / layer.values[0], color=colormaps["viridis"](i / max(1, len(shown))), label=label
+        )
+    axes.set(
+        title=title,
+        xlabel="index of the singular value / narrow side of the weight",
+        ylabel="singular value / largest one",
+        yscale="log",
+        ylim=(1e-8, 2),  # below it lies rounding
+    )
+    axes.grid(alpha=0.3)
+    if not shown:
+        axes.text(0.5, 0.5, "every update is zero", transform=axes.transAxes, ha="center")
+    elif len(shown) <= 12:
+        axes.legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)

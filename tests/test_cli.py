@@ -1,0 +1,252 @@
+"""The `randlora` command: what it prints, writes and returns, against the library called directly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+from randlora_vision.cli import main
+from tests.helpers import dense_weights, randomize
+
+NAME = "vit_tiny_patch16_224"
+OPTIONS: dict[str, Any] = dict(img_size=32, embed_dim=24, depth=1, num_heads=2)
+MODEL = ["--model", NAME, "--model-args", json.dumps(OPTIONS)]
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(NAME, num_classes=5, **OPTIONS).eval()
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> tuple[nn.Module, Path]:
+    model = base()
+    inject(model, RandLoRAConfig(rank=4, target_modules=["qkv", "fc1"], modules_to_save=["head"], seed=2))
+    randomize(model)
+    nn.init.normal_(model.head.weight)
+    return model, save_adapter(model, tmp_path / "adapter.safetensors")
+
+
+def run(*arguments: str | Path) -> int:
+    """Call the command and return its exit code."""
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Any]:
+    """Exit code and the JSON that is all of stdout."""
+    capsys.readouterr()
+    code = run(*arguments, "--json")
+    return code, json.loads(capsys.readouterr().out)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line on stderr of a call with bad input."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_info(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path = adapted
+    code, found = answer(capsys, "info", path, "--plot", tmp_path / "spectra.png")
+    assert code == 0 and found["bytes"] == path.stat().st_size
+    plain = base()
+    planned = inject(base(), found_config := RandLoRAConfig.from_dict(found["parts"][""]["config"]))
+    assert found_config.seed == 2 and found["parts"][""]["saved"] == {"head.bias": [5], "head.weight": [5, 24]}
+    assert len(found["parts"][""]["bases_sha256"]) == 64
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert list(layers) == [target.name for target in planned.targets]
+    assert found["parameters"] == sum(target.num_parameters for target in planned.targets)
+    for path_, weight in dense_weights(plain, model.state_dict(), planned).items():
+        values = torch.linalg.svdvals((weight - plain.get_parameter(path_).double()).detach())
+        shares = values / values.sum()
+        layer = layers[path_.removesuffix(".weight")]
+        assert layer["norm"] == pytest.approx(float(values.norm()), rel=1e-5)
+        entropy = -(shares * shares.log()).sum()
+        assert layer["effective_rank"] == pytest.approx(float(entropy.exp()), rel=1e-4)
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    assert run("info", path) == 0
+    table = capsys.readouterr().out
+    assert "blocks.0.attn.qkv" in table and "72 x 24" in table and "trained in full" in table
+
+
+def test_info_of_a_fresh_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = base()
+    inject(model, RandLoRAConfig(rank=4, target_modules=["qkv"]))
+    path = save_adapter(model, tmp_path / "fresh.safetensors")
+    _, found = answer(capsys, "info", path, "--plot", tmp_path / "spectra.png")
+    assert found["layers"][0]["norm"] == found["layers"][0]["effective_rank"] == 0
+
+
+def test_targets_is_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = answer(capsys, "targets", NAME, "--target-modules", "timm:backbone", "--rank", "16")
+    assert code == 0 and len(found["targets"]) == 48 and found["config"]["rank"] == 16
+    _, found = answer(capsys, "targets", "open_clip:ViT-B-32", "--target-modules", "in_proj_weight")
+    assert len(found["targets"]) == 24 and found["base_parameters"] == 151_277_313
+    _, found = answer(capsys, "targets", NAME, "--target-modules", r"blocks\.[0-3]\.attn\.qkv")
+    assert len(found["targets"]) == 4
+    assert run("targets", NAME) == 0
+    assert "skipped (classifier head): head" in capsys.readouterr().out
+
+
+def test_targets_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.tiny_pipelines import PIPELINES
+
+    PIPELINES["sd15"]().save_pretrained(tmp_path / "pipe")
+    options = ("--target-modules", "all-linear", "--rank", "4")
+    _, found = answer(capsys, "targets", tmp_path / "pipe", *options)
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1.to_q" in {t["name"] for t in found["targets"]}
+    _, found = answer(capsys, "targets", tmp_path / "pipe", *options, "--component", "text_encoder")
+    assert "encoder.layers.1.mlp.fc2" in {target["name"] for target in found["targets"]}
+    _, alone = answer(capsys, "targets", tmp_path / "pipe" / "unet", *options)
+    assert len(alone["targets"]) > 40
+    error = complaint(capsys, "targets", tmp_path / "pipe", "--component", "transformer")
+    assert "has no component 'transformer': " in error and "unet" in error
+
+
+def test_merge(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path = adapted
+    plain = timm.create_model(NAME, num_classes=7, **OPTIONS)  # pretrained for other classes
+    plain.load_state_dict({k: v for k, v in base().state_dict().items() if "head" not in k}, strict=False)
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / "base.safetensors")
+    output = tmp_path / "merged.safetensors"
+    weights = ["--weights", tmp_path / "base.safetensors", "--model-args", json.dumps(OPTIONS)]
+    code, found = answer(capsys, "merge", NAME, path, output, *weights)
+    assert code == 0 and found["layers"] == 2 and found["output"] == str(output)
+    merged = timm.create_model(NAME, num_classes=5, checkpoint_path=str(output), **OPTIONS).eval()
+    x = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    torch.testing.assert_close(merged(x), model(x), atol=1e-5, rtol=1e-5)
+    error = complaint(capsys, "merge", NAME, path, output)
+    assert "without weights is a random model" in error
+
+
+def test_convert(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import PeftModel
+
+    model, path = adapted
+    x = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    code, _ = answer(capsys, "convert", path, tmp_path / "peft", "--to", "peft", *MODEL)
+    assert code == 0
+    back = tmp_path / "back.safetensors"
+    args = json.dumps({**OPTIONS, "num_classes": 5})
+    code, _ = answer(
+        capsys, "convert", tmp_path / "peft", back, "--to", "randlora", "--model", NAME, "--model-args", args
+    )
+    again = base()
+    load_adapter(again, back)
+    torch.testing.assert_close(again(x), model(x), atol=1e-5, rtol=1e-5)
+    _, found = answer(capsys, "convert", path, tmp_path / "lora", "--to", "lora-peft", "--rank", "24", *MODEL)
+    assert found["error"] < 1e-5 and {layer["rank"] for layer in found["layers"]} == {24}
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()(x), model(x), atol=1e-5, rtol=1e-5
+    )
+    assert run("convert", path, tmp_path / "cut", "--to", "lora-peft", "--energy", "0.5", *MODEL) == 0
+    assert "relative error of all layers" in capsys.readouterr().out
+    error = complaint(
+        capsys, "convert", path, tmp_path / "x.safetensors", "--to", "lora-diffusers", "--rank", "2", *MODEL
+    )
+    assert "no place for modules trained in full" in error
+    error = complaint(capsys, "convert", path, tmp_path / "x", "--to", "peft", "--rank", "2", *MODEL)
+    assert "--rank and --energy are for lora-*" in error
+
+
+def test_convert_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.tiny_pipelines import PIPELINES, sample
+
+    pipe = PIPELINES["sd15"]()
+    pipe.save_pretrained(tmp_path / "pipe")
+    inject(pipe.unet, RandLoRAConfig(rank=4, target_modules=["to_q", "to_v"]))
+    randomize(pipe.unet)
+    adapter = save_adapter(pipe.unet, tmp_path / "adapter.safetensors")
+    lora = tmp_path / "lora.safetensors"
+    arguments = ("convert", adapter, lora, "--to", "lora-kohya", "--energy", "1", "--model", tmp_path / "pipe")
+    code, found = answer(capsys, *arguments)
+    assert code == 0 and found["format"] == "kohya" and found["error"] < 1e-5
+    loaded = PIPELINES["sd15"]()
+    loaded.load_lora_weights(lora)
+    torch.testing.assert_close(sample(loaded), sample(pipe), atol=1e-4, rtol=1e-4)
+    assert answer(capsys, "merge", tmp_path / "pipe", adapter, tmp_path / "merged")[1]["library"] == "diffusers"
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+
+
+def test_verify(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path = adapted
+    code, found = answer(capsys, "verify", path, *MODEL)
+    assert code == 0 and found["passed"]
+    assert [check["check"] for check in found["checks"]] == ["file", "bases", "model"]
+
+    other = ["--model", NAME, "--model-args", json.dumps({**OPTIONS, "depth": 2})]
+    code, found = answer(capsys, "verify", path, *other)
+    assert code == 1 and [check["passed"] for check in found["checks"]] == [True, True, False]
+    assert "does not fit this VisionTransformer" in found["checks"][-1]["detail"]
+
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(data)
+    code, found = answer(capsys, "verify", tmp_path / "altered.safetensors", *MODEL)
+    assert code == 1 and [check["passed"] for check in found["checks"]] == [False]
+    assert "altered or damaged" in found["checks"][0]["detail"]
+    assert run("verify", tmp_path / "altered.safetensors", *MODEL) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_finds_what_is_not_finite(
+    adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = adapted
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight_randlora_gamma_default[0, 0] = torch.nan
+    path = save_adapter(model, tmp_path / "diverged.safetensors")
+    code, found = answer(capsys, "verify", path, *MODEL)
+    assert code == 1 and not found["passed"]
+    assert "holds NaN or infinity" in found["checks"][-1]["detail"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = adapted
+    gone = tmp_path / "gone.safetensors"
+    assert "no adapter file" in complaint(capsys, "info", gone)
+    assert "is a folder" in complaint(capsys, "info", tmp_path)
+    assert "writes a .png" in complaint(capsys, "info", path, "--plot", tmp_path / "x.pdf")
+    assert "no adapter file" in complaint(capsys, "verify", gone, *MODEL)
+    assert "no adapter file" in complaint(
+        capsys, "merge", NAME, gone, tmp_path / "m.safetensors", "--weights", "pretrained"
+    )
+    error = complaint(capsys, "targets", "vit_tiny_patch16_225")
+    assert "no model 'vit_tiny_patch16_225' in timm" in error and NAME in error
+    assert "open_clip has no model 'ViT-B-33'; close" in complaint(capsys, "targets", "open_clip:ViT-B-33")
+    assert "must be a JSON object, got '[1]'" in complaint(capsys, "targets", NAME, "--model-args", "[1]")
+    assert "leaves nothing to adapt" in complaint(capsys, "targets", NAME, "--target-modules", "to_q")
+    assert "--component is for pipelines" in complaint(capsys, "targets", NAME, "--component", "unet")
+    assert "diffusers cannot make the model" in complaint(capsys, "targets", f"diffusers:{tmp_path}")
+    text = complaint(capsys, "merge", NAME, path, tmp_path / "m.safetensors", "--weights", tmp_path / "w.safetensors")
+    assert "no file" in text and "--weights" in text
+    (tmp_path / "w.bin").write_bytes(b"")
+    text = complaint(capsys, "merge", NAME, path, tmp_path / "m.safetensors", "--weights", tmp_path / "w.bin")
+    assert "only .safetensors files are read" in text
+    assert not (tmp_path / "m.safetensors").exists()
+    assert "invalid choice: 'lora-a1111'" in complaint(capsys, "convert", path, "out", "--to", "lora-a1111", *MODEL)
+
+
+def test_without_rich_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)  # what an import of a missing module finds
+    error = complaint(capsys, "info", "x")
+    assert error == "error: the randlora command needs rich: pip install 'randlora_vision[cli]'\n"

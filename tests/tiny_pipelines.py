@@ -1,0 +1,175 @@
+"""Pipelines of diffusers' real classes with random weights: small enough to build and sample in a fraction of a second.
+
+Every one makes images of 16 x 16 pixels (latents of 8 x 8) from prompts of at most 16 tokens. Where images must agree
+bit for bit, compare two built pipelines or two loaded ones: memory that safetensors maps is aligned in another way than
+allocated memory, and a matrix product may round differently.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora_vision.training.demo_tokenizers import clip_tokenizer, t5_tokenizer
+from tests.zoo.base import unmute
+
+PIXELS, LATENTS, CONTEXT = 16, 4, 16
+CLIP_WIDTH, T5_WIDTH, WORDS = 32, 24, ("a", "photo", "of", "sks", "digit", "dog")
+
+# fmt: off
+UNET = dict(sample_size=8, in_channels=LATENTS, out_channels=LATENTS, layers_per_block=1, norm_num_groups=8)
+SD15 = dict(UNET, block_out_channels=(16, 32), cross_attention_dim=CLIP_WIDTH, attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+SDXL = dict(UNET, block_out_channels=(16, 32), cross_attention_dim=2 * CLIP_WIDTH, attention_head_dim=(2, 2),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            use_linear_projection=True, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + CLIP_WIDTH)
+SD3 = dict(sample_size=8, patch_size=2, in_channels=LATENTS, out_channels=LATENTS, num_layers=2, attention_head_dim=16,
+           num_attention_heads=2, joint_attention_dim=2 * CLIP_WIDTH + 8, caption_projection_dim=32,
+           pooled_projection_dim=2 * CLIP_WIDTH, pos_embed_max_size=8)
+FLUX = dict(patch_size=1, in_channels=4 * LATENTS, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=T5_WIDTH, pooled_projection_dim=CLIP_WIDTH,
+            axes_dims_rope=(4, 6, 6), guidance_embeds=True)
+# fmt: on
+
+
+def sd15() -> Any:
+    """A StableDiffusionPipeline: noise prediction, one CLIP text encoder."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    return _built(
+        lambda: StableDiffusionPipeline(
+            vae=_vae(scaling_factor=0.18215),
+            text_encoder=_clip_text(),
+            tokenizer=clip_tokenizer(CONTEXT),
+            unet=UNet2DConditionModel(**SD15),
+            scheduler=DDIMScheduler(**_NOISE),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
+
+
+def sdxl() -> Any:
+    """A StableDiffusionXLPipeline: two CLIP text encoders, the second one with a projection."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    return _built(
+        lambda: StableDiffusionXLPipeline(
+            vae=_vae(scaling_factor=0.13025),
+            text_encoder=_clip_text(),
+            text_encoder_2=_clip_text(projected=True),
+            tokenizer=clip_tokenizer(CONTEXT),
+            tokenizer_2=clip_tokenizer(CONTEXT),
+            unet=UNet2DConditionModel(**SDXL),
+            scheduler=DDIMScheduler(**_NOISE),
+        )
+    )
+
+
+def sd3() -> Any:
+    """A StableDiffusion3Pipeline: flow matching, two CLIP text encoders and a T5 one."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    return _built(
+        lambda: StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(**SD3),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=_vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=_clip_text(projected=True),
+            tokenizer=clip_tokenizer(CONTEXT),
+            text_encoder_2=_clip_text(projected=True),
+            tokenizer_2=clip_tokenizer(CONTEXT),
+            text_encoder_3=_t5(2 * CLIP_WIDTH + 8),
+            tokenizer_3=t5_tokenizer(CONTEXT, WORDS),
+        )
+    )
+
+
+def flux() -> Any:
+    """A FluxPipeline: flow matching with a guidance embedding, a CLIP text encoder and a T5 one."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    return _built(
+        lambda: FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=_vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=_clip_text(),
+            tokenizer=clip_tokenizer(CONTEXT),
+            text_encoder_2=_t5(T5_WIDTH),
+            tokenizer_2=t5_tokenizer(CONTEXT, WORDS),
+            transformer=FluxTransformer2DModel(**FLUX),
+        )
+    )
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+
+@torch.no_grad()
+def sample(pipe: Any, prompt: str = "a photo of sks digit", steps: int = 2, seed: int = 0, **options: Any) -> Tensor:
+    """One image as the VAE leaves it, (3, 16, 16), the same for the same weights."""
+    if type(pipe).__name__ in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        options.setdefault("max_sequence_length", CONTEXT)
+    generator = torch.Generator().manual_seed(seed)
+    size = dict(height=PIXELS, width=PIXELS, num_inference_steps=steps)
+    return pipe(prompt, generator=generator, output_type="pt", **size, **options).images[0]
+
+
+_NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+
+def _built(make: Callable[[], Any]) -> Any:
+    """The pipeline drawn from a fixed seed, every branch of its denoiser audible."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = make()
+        unmute(getattr(pipe, "unet", None) or pipe.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _vae(**options: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=LATENTS,
+        sample_size=PIXELS,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **options,
+    )
+
+
+def _clip_text(projected: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def _t5(width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    vocabulary = len(t5_tokenizer(CONTEXT, WORDS))
+    return T5EncoderModel(
+        T5Config(vocab_size=vocabulary, d_model=width, d_kv=12, d_ff=2 * width, num_layers=2, num_heads=2)
+    ).eval()
