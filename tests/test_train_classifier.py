@@ -31,6 +31,7 @@ RUN_FILES = {
     "confusion.png",
     "curves.png",
     "environment.json",
+    "logs",
     "metrics.jsonl",
     "predictions.png",
     "split.json",
@@ -141,6 +142,8 @@ def test_the_statistics_of_batch_normalisation_stay_the_bases(train: Any, tmp_pa
         ["--auto-augment", "rand-m9-mstd0.5-inc1", "--random-erasing", "0.25", "--label-smoothing", "0.1"],
         ["--shots", "2", "--method", "lora", "--budget", "1000"],
         ["--target-modules", "timm:attention", "--gradient-accumulation-steps", "2", "--mixed-precision", "bf16"],
+        ["--layer-decay", "0.7", "--gradient-checkpointing", "--channels-last", "--report-to", "none"],
+        ["--method", "lora", "--layer-decay", "0.7", "--head-lr", "0.01", "--gradient-checkpointing"],
     ],
 )
 def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
@@ -224,7 +227,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/no.pth"], "no file"),
     "no checkpoint in it": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/text.pth"], "cannot read"),
     "two sources of weights": (["--initial-checkpoint", "x"], "both choose the weights"),
-    "too few images": (["--shots", "50"], "--shots 50: the class 'one' has"),
+    "too few images": (["--shots", "50"], "--shots 50: too few training images: the class 'one' has"),
     "no target": (["--target-modules", "no_such_layer"], "no_such_layer"),
     "rank above m": (["--rank", "4096"], "4096"),
     "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from randlora_vision import load_adapter
+from randlora_vision.training.accuracy import Scores
 from randlora_vision.training.clip_classifier import ClipClassifier
 from tests.training_helpers import tiny_clip, write_class_folders, write_tiny_clip
 
@@ -28,8 +29,10 @@ RUN_FILES = {
     "adapter.safetensors",
     "adapter_best.safetensors",
     "config.yaml",
+    "confusion.png",
     "curves.png",
     "environment.json",
+    "logs",
     "metrics.jsonl",
     "predictions.png",
     "split.json",
@@ -109,7 +112,7 @@ def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, image
     labels = [["one", "two", "zero"].index(path.parent.name) for path in held_out]
     pictures = torch.stack([clip.eval_transform(Image.open(path)) for path in held_out])
     classifier = ClipClassifier(clip, ["one", "two", "zero"], ["a photo of a {}."])
-    accuracy = classifier.evaluate([{"images": pictures, "labels": torch.tensor(labels)}])
+    accuracy = classifier.scores([{"images": pictures, "labels": torch.tensor(labels)}]).values
     assert accuracy["top1"] == summary["after"]["test"]["top1"]
     assert accuracy["loss"] == pytest.approx(summary["after"]["test"]["loss"], rel=1e-4)
 
@@ -144,15 +147,15 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     flags += ["--templates", "a {}", "the {}", "--towers", "both", "--checkpoint-every", "3", "--ema-decay", "0.9"]
     straight = train(*flags, "--output-dir", str(tmp_path / "straight")).parent / "straight"
 
-    evaluate = ClipClassifier.evaluate
+    scores = ClipClassifier.scores
 
-    def killed(self: ClipClassifier, batches: Any) -> dict[str, float]:
+    def killed(self: ClipClassifier, batches: Any) -> Scores:
         checkpoints = [path.name for path in (tmp_path / "killed").glob("checkpoints/*")]
         if "step-000006" in checkpoints:  # so in the evaluation of step 8
             raise KeyboardInterrupt
-        return evaluate(self, batches)
+        return scores(self, batches)
 
-    monkeypatch.setattr(ClipClassifier, "evaluate", killed)
+    monkeypatch.setattr(ClipClassifier, "scores", killed)
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         train(*flags, "--output-dir", str(folder))
@@ -162,9 +165,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit):
-        train(*flags, "--output-dir", str(folder), "--resume", "latest", "--lr", "0.5", "--workers", "1")
+        changed = ["--lr", "0.5", "--layer-decay", "0.9", "--workers", "1", "--eval-scales", "0,1"]
+        train(*flags, "--output-dir", str(folder), "--resume", "latest", *changed, "--report-to", "none")
     error = capsys.readouterr().err.splitlines()[-1]
     assert "with other settings: --lr was 0.001, is now 0.5" in error and "workers" not in error
+    assert "--layer-decay was 1.0, is now 0.9" in error and "report" not in error and "scales" not in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     train(*flags, "--output-dir", str(folder), "--resume", "latest")
@@ -202,6 +207,8 @@ def test_a_runs_own_config_repeats_it(train: Any, tmp_path: Path) -> None:
         ["--train-logit-scale", "--logit-scale-lr", "0.1", "--optimizer", "nadamw", "--schedule", "constant"],
         ["--train-logit-scale", "--method", "full"],
         ["--target-modules", "all-linear", "--templates", "a {}", "the {}", "--prompts", "average"],
+        ["--channels-last", "--layer-decay", "0.7", "--gradient-checkpointing", "--report-to", "none"],
+        ["--method", "lora", "--towers", "text", "--gradient-checkpointing", "--layer-decay", "0.5"],
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python, for loader processes
@@ -235,13 +242,116 @@ def test_training_stops_early_and_keeps_the_best_and_the_last(
     assert not all(torch.equal(last[name], kept[name]) for name in last)
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+@pytest.fixture(scope="module")
+def captions(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table with two captions of every image."""
+    table = tmp_path_factory.mktemp("captions") / "pairs.csv"
+    lines = [
+        f"{path},{text} {path.parent.name} number {path.stem}"
+        for path in sorted(images.glob("*/*.png"))
+        for text in ("a", "the")
+    ]
+    table.write_text("\n".join(["path,caption", *lines]) + "\n")
+    return table
+
+
+def test_a_run_on_captions(train: Any, captions: Path, images: Path) -> None:
+    argv = ["--data", str(captions), "--eval-scales", "0,0.5", "1", "--retention-data", str(images)]
+    folder = train(*argv, "--lr", "0.01", "--loss", "siglip")
+    assert {path.name for path in folder.iterdir()} == (RUN_FILES | {"scales.png"}) - {"confusion.png"}
+    summary = summary_of(folder)
+    ways = {f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert set(summary["before"]["test"]) == {*ways, "mean_recall"}
+    assert set(summary["after"]["retention"]) == {"top1", "top5", "loss"} and "per_class" not in summary
+    assert [scale.pop("scale") for scale in summary["scales"]] == [0, 0.5, 1]
+    assert summary["scales"][0] == summary["before"] and summary["scales"][2] == summary["after"]
+    assert summary["scales"][1] not in (summary["before"], summary["after"])
+    assert summary["reload_difference"] == 0
+    val = [line for line in numbers(folder) if line["split"] == "val"]
+    assert all({*ways, "mean_recall"} <= set(line) for line in val)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["best_metric"] == "mean_recall"
+
+
+def test_classes_are_trained_on_their_captions_too(train: Any) -> None:
+    folder = train("--loss", "clip", "--gradient-accumulation-steps", "2")
+    assert set(summary_of(folder)["after"]["test"]) == {"top1", "top5", "loss"}
+
+
+def test_an_adapter_is_measured_without_training(train: Any, images: Path, tmp_path: Path) -> None:
+    trained = train("--lr", "0.02")
+    done = summary_of(trained)
+    assert done["before"] != done["after"]
+    assert list(done["per_class"]["after"]) == ["one", "two", "zero"]
+    measured = tmp_path / "measured"
+    argv = ["--eval-only", "--output-dir", str(measured)]
+    train(*argv, "--adapter", str(trained / "adapter.safetensors"), "--eval-scales", "0,1")
+    summary = summary_of(measured)
+    for key in ("before", "after", "tasks", "per_class"):
+        assert summary[key] == done[key]
+    assert [scale["test"] for scale in summary["scales"]] == [done["before"]["test"], done["after"]["test"]]
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json"}
+    pictures = {"confusion.png", "predictions.png", "scales.png"}
+    assert {path.name for path in measured.iterdir()} == expected | pictures
+
+    train(*argv, "--overwrite")
+    summary = summary_of(measured)
+    assert summary["before"] == done["before"] and summary["after"] is None
+    assert not (measured / "scales.png").exists()
+
+
+@pytest.mark.parametrize("method", ["randlora", "full"])
+def test_a_probe_learns_on_adapted_features(
+    train: Any, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = train("--method", method, "--lr", "0.01") / "adapter.safetensors"
+    done = summary_of(adapter.parent)
+    probed = tmp_path / "probe"
+    train("--method", "linear-probe", "--adapter", str(adapter), "--output-dir", str(probed), "--eval-scales", "0,1")
+    summary = summary_of(probed)
+    assert summary["before"]["test"]["loss"] == pytest.approx(done["after"]["test"]["loss"], rel=1e-5)
+    assert summary["after"] != summary["before"] and summary["reload_difference"] == 0
+    assert summary["scales"][0]["test"] == summary["before"]["test"]
+    assert load_file(probed / "adapter.safetensors").keys() == {"class_features"}
+    with pytest.raises(SystemExit):
+        train("--method", "linear-probe", "--adapter", str(probed / "adapter.safetensors"), "--overwrite")
+    assert "is a linear classifier itself: it has no features to learn on" in capsys.readouterr().err
+
+
+def test_the_towers_of_a_resnet_cannot_be_checkpointed(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-resnet.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        train("--model", str(tmp_path / "tiny-resnet.json"), "--gradient-checkpointing")
+    assert "the vision tower of this CLIP has no blocks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(train: Any, tmp_path: Path) -> None:
+    plain = train("--output-dir", str(tmp_path / "plain")).parent / "plain"
+    train("--torch-compile", "--output-dir", str(tmp_path / "compiled"))
+    for one, other in zip(numbers(plain), numbers(tmp_path / "compiled"), strict=True):
+        assert one.pop("split") == other.pop("split")
+        assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_unreadable_images_are_counted_and_listed(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_class_folders(tmp_path / "data")
     (data / "one" / "000.png").write_bytes(b"no image")
     folder = train("--data", str(data))
-    assert "skipped 1 unreadable ones" in capsys.readouterr().out
+    assert "skipped 1 that cannot be used" in capsys.readouterr().out
     assert (folder / "skipped.txt").read_text().startswith(f"{data}/one/000.png\t")
     assert json.loads((folder / "summary.json").read_text())["skipped_images"] == 1
 
@@ -259,6 +369,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),
     "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
     "unknown optimiser": (["--optimizer", "adanw2"], "--optimizer adanw2 is not known; close matches: adanw"),
+    "missing adapter": (["--eval-only", "--adapter", "{tmp}/a.safetensors"], "a.safetensors"),
+    "adapter that nobody asked for": (["--adapter", "{tmp}/a.safetensors"], "--adapter needs --eval-only, or"),
+    "scales of nothing": (["--eval-only", "--eval-scales", "0,1"], "--eval-scales with --eval-only needs --adapter"),
+    "scales that are no numbers": (["--eval-scales", "0,half"], "--eval-scales takes numbers with commas between"),
+    "scales that are not finite": (["--eval-scales", "0,inf"], "--eval-scales must be finite numbers"),
+    "layer decay": (["--layer-decay", "0"], "--layer-decay must be above 0 and at most 1, got 0.0"),
+    "resumed measuring": (["--eval-only", "--resume", "latest"], "--eval-only trains nothing: leave --resume out"),
+    "unknown tracker": (["--report-to", "tensorbord"], "--report-to tensorbord is not known"),
+    "retention data that is missing": (["--retention-data", "{tmp}/nowhere"], "nowhere"),
     "unknown metric": (["--best-metric", "top3"], "nothing of that name is measured, only top1, top5, loss"),
     "unknown key in the file": (["--config", "{tmp}/typo.yaml"], "no option training: stepz; close matches: steps"),
     "no checkpoint": (["--output-dir", "{tmp}/old", "--resume", "latest"], "holds no checkpoint"),

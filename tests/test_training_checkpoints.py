@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from randlora_vision.training.accelerators import make_accelerator
 from randlora_vision.training.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -21,7 +22,7 @@ from randlora_vision.training.checkpoints import (
     read_checkpoint,
 )
 from randlora_vision.training.images import ShuffledBatches
-from randlora_vision.training.loop import Trainer, make_accelerator
+from randlora_vision.training.loop import Trainer
 from randlora_vision.training.options import CheckpointOptions, RunOptions, TrainingOptions
 from randlora_vision.training.seeding import seeded_items
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -14,8 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.training import classifier_datasets, demo_classifier
-from randlora_vision.training.classifier_data import few_shot_indices
+from randlora_vision.training import demo_classifier
 from randlora_vision.training.classifier_datasets import read_dataset
 from randlora_vision.training.classifier_exam import evaluate
 from randlora_vision.training.classifier_methods import adapt, load_peft, resolve_budget
@@ -30,8 +30,10 @@ from randlora_vision.training.classifier_options import (
 )
 from randlora_vision.training.classifier_task import ClassifierLoss
 from randlora_vision.training.demo_model import Pretraining
+from randlora_vision.training.few_shots import few_shot_indices
 from randlora_vision.training.images import LabelledImages
 from randlora_vision.training.plots import plot_confusion
+from tests.data_helpers import png
 from tests.training_helpers import NO_SKIPS, write_class_folders, write_tiny_vit
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1])
@@ -206,7 +208,7 @@ def test_few_shots() -> None:
     assert sorted(labels[i] for i in chosen) == [0, 0, 1, 1, 2, 2] and len(set(chosen)) == 6
     assert chosen == few_shot_indices(labels, ["a", "b", "c"], 2, seed=0)
     assert len({tuple(few_shot_indices(labels, ["a", "b", "c"], 2, seed=seed)) for seed in range(9)}) > 1
-    with pytest.raises(ValueError, match="--shots 3: the class 'c' has 2 training images"):
+    with pytest.raises(ValueError, match="--shots 3: too few training images: the class 'c' has 2$"):
         few_shot_indices(labels, ["a", "b", "c"], 3, seed=0)
 
 
@@ -219,46 +221,28 @@ def test_folders_without_splits_are_not_their_own_test(tmp_path: Path) -> None:
     assert picture is not None and picture[0].mode == "RGB"
 
 
-def test_a_dataset_of_hugging_faces_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's reader of them, in small: labels by column, names in the features, a picture at every index."""
-
-    class Small:
-        def __init__(self, count: int) -> None:
-            table = {"label": [i % 2 for i in range(count)]}
-            features = {"label": SimpleNamespace(names=["cat", "dog"])}
-            column = type("Column", (), {"__getitem__": lambda self, key: table[key], "features": features})()
-            self.reader = SimpleNamespace(label_key="label", dataset=column)
-            self.count = count
-
-        def __len__(self) -> int:
-            return self.count
-
-        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-            if index == 1:
-                raise RuntimeError("broken bytes")
-            return Image.new("L", (20, 20), index), index % 2
-
-    asked: list[dict[str, Any]] = []
-
-    def create(name: str, **arguments: Any) -> Small:
-        asked.append({"name": name, **arguments})
-        if arguments["split"] == "test":
-            raise KeyError("no such split")
-        return Small(20 if arguments["split"] == "train" else 6)
-
-    monkeypatch.setattr(timm.data, "create_dataset", create)
+def test_a_dataset_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from files on the disk: `datasets` takes a folder where it takes the name of a repository."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for split, count in (("train", 20), ("test", 6)):
+        pictures = [b"broken" if i == 1 else png(Image.new("L", (20, 20), i)) for i in range(count)]
+        rows = [{"image": {"bytes": picture}, "label": i % 2} for i, picture in enumerate(pictures)]
+        datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "hub" / f"{split}.parquet")
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
-    splits = read_dataset(DataOptions(dataset="hfds/ORG/NAME"), "hfds/ORG/NAME")
-    assert classifier_datasets.os.environ.pop("HF_DATASETS_OFFLINE") == "1"
-    assert asked[0] == {"name": "hfds/ORG/NAME", "root": None, "split": "train", "download": False}
+    name = f"hfds/{tmp_path / 'hub'}"
+    splits = read_dataset(DataOptions(dataset=name, data=str(tmp_path / "cache")), name)
+    assert os.environ.pop("HF_DATASETS_OFFLINE") == "1"  # nothing may be fetched
     assert splits.class_names == ["cat", "dog"]
     assert [len(splits.images[name]) for name in ("train", "val", "test")] == [16, 4, 6]
+    assert splits.labels["test"] == [0, 1] * 3
     test = LabelledImages(splits.images["test"], splits.labels["test"], lambda image: image, NO_SKIPS)
     assert test[1] is None and test[2] is not None  # the broken one is skipped
+    assert test[2][0].getpixel((0, 0)) == (2, 2, 2)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(ValueError, match="needs the package datasets: pip install datasets"):
         read_dataset(DataOptions(dataset="hfds/ORG/NAME"), "hfds/ORG/NAME")

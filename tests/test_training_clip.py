@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from randlora_vision.training import demo_clip, digits
+from randlora_vision.training.clip_adapters import reload
 from randlora_vision.training.clip_classifier import ClassPromptLoss, ClipClassifier, text_tower_learns
 from randlora_vision.training.clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip_options import ClipOptions, ImageOptions, ModelOptions, Towers, resolve
-from randlora_vision.training.clip_task import adapt, reload, resolve_budget
+from randlora_vision.training.clip_task import adapt, resolve_budget
 from randlora_vision.training.demo_clip import contrastive_loss, demo_model_folder
 from randlora_vision.training.demo_model import Pretraining, cache_root
 from randlora_vision.training.images import evaluation_batches
@@ -51,7 +52,7 @@ def test_accuracy_is_what_open_clip_computes(clip: LoadedClip) -> None:
     with torch.no_grad():
         logits = clip.model.logit_scale.exp() * clip.model.encode_image(IMAGES, normalize=True) @ weights
     ranks = (logits > logits.gather(1, LABELS[:, None])).sum(dim=1)
-    results = ClipClassifier(clip, NAMES, TEMPLATES).evaluate(batches())
+    results = ClipClassifier(clip, NAMES, TEMPLATES).scores(batches()).values
     assert results["top1"] == pytest.approx((ranks < 1).float().mean().item())
     assert results["top5"] == pytest.approx((ranks < 5).float().mean().item())
     assert results["loss"] == pytest.approx(F.cross_entropy(logits, LABELS).item(), rel=1e-5)
@@ -60,12 +61,12 @@ def test_accuracy_is_what_open_clip_computes(clip: LoadedClip) -> None:
 
 def test_top5_of_fewer_than_five_classes_counts_them_all(clip: LoadedClip) -> None:
     batch = [{"images": IMAGES[:3], "labels": LABELS[:3]}]
-    assert ClipClassifier(clip, NAMES[:3], TEMPLATES).evaluate(batch)["top5"] == 1.0
+    assert ClipClassifier(clip, NAMES[:3], TEMPLATES).scores(batch).top5 == 1.0
 
 
 def test_evaluation_reads_a_split_once(clip: LoadedClip) -> None:
     data = digits.read_digits(range(2)).select("val", clip.eval_transform, NO_SKIPS)
-    results = ClipClassifier(clip, NAMES[:2], TEMPLATES).evaluate(evaluation_batches(data, 16, 0))
+    results = ClipClassifier(clip, NAMES[:2], TEMPLATES).scores(evaluation_batches(data, 16, 0)).values
     hits = results["top1"] * len(data)
     assert hits == pytest.approx(round(hits))
 
@@ -87,7 +88,7 @@ def test_features_of_a_frozen_text_tower_are_computed_once(clip: LoadedClip) -> 
     classifier = ClipClassifier(clip, NAMES, TEMPLATES, "sample")
     for _ in range(3):
         classifier.train()(IMAGES)
-        classifier.evaluate(batches())
+        classifier.scores(batches())
     assert sum(counts) == len(NAMES) * len(TEMPLATES)
 
 
@@ -134,6 +135,7 @@ def test_what_is_trained_learns_is_saved_and_loads(folder: Path, tmp_path: Path,
     )
     plain = ClipClassifier(tiny_clip(folder), NAMES, options.images.templates).predict(IMAGES)
     classifier, adaptation = adapt(clip, NAMES, options)
+    assert classifier is not None
     torch.testing.assert_close(classifier.predict(IMAGES), plain, rtol=1e-4, atol=1e-4)
 
     optimizer = torch.optim.AdamW([p for _, p in adaptation.parameters()], lr=1e-3)
@@ -158,7 +160,8 @@ def test_what_is_trained_learns_is_saved_and_loads(folder: Path, tmp_path: Path,
     path = tmp_path / "adapter.safetensors"
     adaptation.save(path)
     classifier.requires_grad_(False)
-    fresh = reload(tiny_clip(folder), NAMES, options, adaptation, path)
+    fresh = reload(tiny_clip(folder), NAMES, options, path)
+    assert fresh is not None
     assert torch.equal(fresh.predict(IMAGES), classifier.predict(IMAGES))
     assert not torch.allclose(classifier.predict(IMAGES), plain)
 
@@ -168,6 +171,7 @@ def test_the_printed_code_loads_the_file(folder: Path, tmp_path: Path) -> None:
         options = resolve(ClipOptions(adapter=AdapterOptions(method=method, rank=None)))
         clip = tiny_clip(folder)
         classifier, adaptation = adapt(clip, NAMES, options)
+        assert classifier is not None
         with torch.no_grad():
             for _, parameter in adaptation.parameters():
                 parameter.add_(0.01)

@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from randlora_vision.training.loop import Trainer, make_accelerator, train_mode
+from randlora_vision.training.accelerators import make_accelerator
+from randlora_vision.training.loop import Trainer, train_mode
 from randlora_vision.training.optim import adamw, schedule_factor
 from randlora_vision.training.options import TrainingOptions
 
@@ -90,6 +91,7 @@ def test_training_lowers_the_loss_and_logs_it(capsys: pytest.CaptureFixture[str]
     assert [step for step, _ in log.of("val")] == [0, 15, 30, 40]
     assert len(task.saved) == 4
     assert speed.images_per_second == pytest.approx(40 * 4 / speed.seconds)
+    assert 0.05 < speed.peak_memory < 100  # GB: of a process that has imported torch
     assert "note: a note" in capsys.readouterr().out
     assert task.checks == 1
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from randlora_vision.training.accelerators import make_accelerator
 from randlora_vision.training.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -25,8 +27,8 @@ from randlora_vision.training.checkpoints import (
     restore_optimizer,
 )
 from randlora_vision.training.ema import Ema
-from randlora_vision.training.loop import Trainer, make_accelerator
-from randlora_vision.training.optim import decay_groups, make_optimizer, schedule_factor
+from randlora_vision.training.loop import Trainer
+from randlora_vision.training.optim import _fused, decay_groups, make_optimizer, schedule_factor
 from randlora_vision.training.options import CheckpointOptions, TrainingOptions
 from randlora_vision.training.progress import Best
 from randlora_vision.training.seeding import seed_everything
@@ -103,6 +105,14 @@ def test_the_default_is_pytorchs_adamw() -> None:
     train(first, make_optimizer("adamw", first.parameters(), 0.01, 0.1), range(5))
     train(second, torch.optim.AdamW(decay_groups(second.parameters(), 0.1), lr=0.01), range(5))
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_kernel_for_all_parameters_at_once_is_asked_for_on_a_gpu_only() -> None:
+    def parameters(*devices: str) -> list[Any]:
+        return [SimpleNamespace(is_cuda=device == "cuda", is_floating_point=lambda: True) for device in devices]
+
+    assert _fused("adamw", parameters("cuda", "cuda")) == {"fused": True}
+    assert _fused("lion", parameters("cuda")) == _fused("adamw", parameters("cuda", "cpu")) == {}
 
 
 def test_parameters_with_a_rate_of_their_own() -> None:

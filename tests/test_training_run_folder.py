@@ -123,8 +123,8 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
     clip = tiny_clip(tmp_path / "tiny")
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     splits = ImageSplits("colours", ["red", "blue"], {"test": [red, blue] * 3}, {"test": [0, 1] * 3}, "made up")
-    exam = Exam(clip, splits, splits, resolve(ClipOptions()), NO_SKIPS)
-    before = exam.take()
+    exam = Exam(clip, {"test": splits, "original": splits}, resolve(ClipOptions()), NO_SKIPS)
+    before = exam.take(clip)
     assert set(before.results) == {"test", "original"}
     assert str(before).count("colours top-1") == 2
     predictions = exam.predictions(before, before)

@@ -33,17 +33,17 @@ def write_class_folders(root: Path, per_class: int = 6, classes: Sequence[int] =
     return root
 
 
-def write_tiny_clip(folder: Path) -> Path:
+def write_tiny_clip(folder: Path, config: dict[str, Any] = TINY_CONFIG) -> Path:
     """Write a random tiny CLIP as a folder for open_clip's `local-dir:`, and its parts for --model/--pretrained."""
     import open_clip
 
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    model = open_clip.CLIP(**TINY_CONFIG)
+    model = open_clip.CLIP(**config)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    config = {"model_cfg": TINY_CONFIG, "preprocess_cfg": {"interpolation": "bilinear"}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    (folder / "tiny-test-clip.json").write_text(json.dumps(TINY_CONFIG))
+    settings = {"model_cfg": config, "preprocess_cfg": {"interpolation": "bilinear"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    (folder / "tiny-test-clip.json").write_text(json.dumps(config))
     return folder
 
 

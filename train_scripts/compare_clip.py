@@ -17,6 +17,7 @@ from randlora_vision.training.errors import user_errors
 from randlora_vision.training.files import write_json, write_text
 from randlora_vision.training.options import AdapterOptions, Method, parse
 from randlora_vision.training.plots import Compared, plot_comparison
+from randlora_vision.training.results import headline
 from randlora_vision.training.run_folder import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file is not what was started
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(ClipOptions, argv, __doc__ or "")
     if options.adapter.method != "randlora" or options.training.lr is not None:
         raise ValueError("the comparison runs every method, each with its own rate: leave --method and --lr out")
+    if options.evaluation.eval_only or options.evaluation.adapter is not None:
+        raise ValueError("the comparison trains every method from the base model: leave --eval-only and --adapter out")
     if options.checkpoints.resume is not None:
         raise ValueError("the comparison trains from the start: resume a method's own run with train_clip.py")
     folder = Path(options.run.output_dir or "runs/compare-clip")
@@ -63,9 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table(summaries: Summaries) -> str:
     """Return the comparison as a Markdown table, aligned for the terminal too."""
     tasks: Mapping[str, str] = summaries["randlora"]["tasks"]
-    rows = [["method", "trained numbers", "file (bytes)", *(f"{name}, top-1" for name in tasks.values()), "training"]]
+    kind = "top-1" if "top1" in summaries["randlora"]["after"]["test"] else "mean recall"
+    rows = [["method", "trained numbers", "file (bytes)", *(f"{name}, {kind}" for name in tasks.values()), "training"]]
     for method, summary in summaries.items():
-        moves = [f"{summary['before'][t]['top1']:.1%} -> {summary['after'][t]['top1']:.1%}" for t in tasks]
+        ends = [[headline(summary[when][task]) for when in ("before", "after")] for task in tasks]
+        moves = [f"{before:.1%} -> {after:.1%}" for before, after in ends]
         numbers = [f"{summary['trained_numbers']:,}", f"{summary['file_bytes']:,}"]
         rows.append([_LABELS[method], *numbers, *moves, f"{summary['seconds']:.0f} s"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -83,7 +88,7 @@ def draw(folder: Path, summaries: Summaries) -> None:
             label=f"{_LABELS[method]} ({summary['trained_numbers']:,} trained)",
             metrics=RunFolder(folder / method).read_metrics(),
             accuracies={
-                name: (summary["before"][task]["top1"], summary["after"][task]["top1"])
+                name: (headline(summary["before"][task]), headline(summary["after"][task]))
                 for task, name in summary["tasks"].items()
             },
         )

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import set_seed
 
 from randlora_vision.training import demo_classifier
-from randlora_vision.training.checkpoints import find_checkpoint
+from randlora_vision.training.accelerators import make_accelerator
 from randlora_vision.training.classifier_data import read_images
 from randlora_vision.training.classifier_exam import Answers, Exam
 from randlora_vision.training.classifier_methods import adapt, head_parameters, resolve_budget
@@ -26,13 +26,13 @@ from randlora_vision.training.classifier_options import ClassifierOptions, resol
 from randlora_vision.training.classifier_results import write_results
 from randlora_vision.training.classifier_task import ClassifierTask
 from randlora_vision.training.errors import user_errors
-from randlora_vision.training.fitting import fit
+from randlora_vision.training.fitting import finish, fit, open_run
 from randlora_vision.training.images import SkipList
-from randlora_vision.training.loop import make_accelerator
 from randlora_vision.training.methods import Adaptation
 from randlora_vision.training.options import parse
 from randlora_vision.training.results import check_equal, closing_words
-from randlora_vision.training.run_folder import RunFolder, open_run_folder
+from randlora_vision.training.run_folder import RunFolder
+from randlora_vision.training.speed import checkpoint_activations, placed
 
 
 @user_errors
@@ -47,23 +47,23 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     training = options.training
     accelerator = make_accelerator(training)
     say = accelerator.print
-    resume, run_options = find_checkpoint(options.checkpoints, options.run)
-    options = replace(options, run=run_options)
-    run = open_run_folder(options.run, "classifier", accelerator.is_main_process, resuming=resume is not None)
+    options, run, resume = open_run(options, "classifier", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.data.strict_data)
     with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
         splits, original = read_images(options, skipped)
         options = with_demo_model(options)
         loaded = load_classifier(options.model, len(splits.class_names), training.seed)
-    model = loaded.model.to(accelerator.device)
+    model = placed(loaded.model, accelerator.device, options.speed.channels_last)
     say(f"model: {options.model.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
-    say(f"images: {splits}" + (f"; skipped {skipped.count()} unreadable ones" if skipped.count() else ""))
+    say(f"images: {splits}{skipped}")
 
     set_seed(training.seed)
     exam = Exam(splits, original, loaded.eval_transform, skipped, training.batch_size, training.workers)
     before = take_before(options, loaded, exam, original is not None, accelerator.device)
     options = resolve_budget(options, model)
     head_numbers = sum(parameter.numel() for _, parameter in head_parameters(model))
+    if options.speed.gradient_checkpointing:
+        checkpoint_activations(model, "the backbone")
     adaptation = adapt(model, options)
     say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n")
 
@@ -77,6 +77,8 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         processes=accelerator.num_processes,
         path=run.adapter if run.writing else None,
     )
+    if options.speed.torch_compile:
+        task.loss.compile()
     speed = fit(task, options, splits, run, accelerator, resume, task.own_lr())
     model.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
     after = exam.take(model)
@@ -86,8 +88,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         summary = write_results(run, options, adaptation, head_numbers, exam, before, after, speed, difference)
         code = loaded.code + adaptation.loading_code(run.adapter)
         say(closing_words(run, before or NO_HEAD, after, summary, code))
-    accelerator.end_training()
-    accelerator.free_memory()
+    finish(run, accelerator, speed.steps)
     return summary
 
 
@@ -120,7 +121,8 @@ def check_reload(
     run: RunFolder,
 ) -> float:
     """Load the saved file into a fresh base model and return the largest difference of a logit."""
-    fresh = load_classifier(options.model, len(exam.class_names), options.training.seed).model.to(device)
+    loaded = load_classifier(options.model, len(exam.class_names), options.training.seed)
+    fresh = placed(loaded.model, device, options.speed.channels_last)
     adaptation.load(fresh, run.adapter)
     difference = (exam.predict(fresh) - trained.logits).abs().max().item()
     return check_equal(difference, trained.logits.abs().max().item(), run)

@@ -1,12 +1,12 @@
-"""Adapt a CLIP model to an image classification task with RandLoRA.
+"""Adapt a CLIP model to classes of images, or to images with captions, with RandLoRA.
 
 accelerate launch train_scripts/train_clip.py
 
 accelerate launch train_scripts/train_clip.py --data FOLDER --model ViT-B-32 --pretrained laion2b_s34b_b79k
 
-Without arguments: handwritten digits that need no download. The features of the class prompts are the
-classifier, and the loss is the cross entropy of the images against them. The run folder holds the
-adapter, metrics, pictures and settings.
+Without arguments: handwritten digits that need no download. Of data with classes the features of the class
+prompts are the classifier, and the loss is the cross entropy of the images against them; images and captions
+are trained against each other. The run folder holds the adapter, metrics, pictures and settings.
 """
 
 from collections.abc import Sequence
@@ -15,24 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from randlora_vision.training import demo_clip, digits
-from randlora_vision.training.checkpoints import find_checkpoint
-from randlora_vision.training.class_folders import read_class_folders
-from randlora_vision.training.clip_exam import Answers, Exam
+from randlora_vision.training.accelerators import make_accelerator
+from randlora_vision.training.captions import truncated_captions
+from randlora_vision.training.clip_adapters import put_on, reload
+from randlora_vision.training.clip_classifier import ClipClassifier
+from randlora_vision.training.clip_data import read_data
+from randlora_vision.training.clip_exam import Answers, Exam, Splits
 from randlora_vision.training.clip_models import LoadedClip, load_clip
-from randlora_vision.training.clip_options import ClipOptions, resolve
-from randlora_vision.training.clip_results import loading_code, write_results
-from randlora_vision.training.clip_task import ClassPromptTask, adapt, reload, resolve_budget
+from randlora_vision.training.clip_options import ClipOptions, resolve, resolve_loss, resolve_metric
+from randlora_vision.training.clip_results import Measured, loading_code, write_evaluation, write_results
+from randlora_vision.training.clip_retrieval import retrieval_features
+from randlora_vision.training.clip_task import ClassPromptTask, adapt, checkpoint_towers, resolve_budget
+from randlora_vision.training.contrastive_task import ContrastiveTask
 from randlora_vision.training.errors import user_errors
-from randlora_vision.training.fitting import fit
+from randlora_vision.training.fitting import finish, fit, open_run
 from randlora_vision.training.images import ImageSplits, SkipList
-from randlora_vision.training.loop import make_accelerator
 from randlora_vision.training.methods import Adaptation
 from randlora_vision.training.options import parse
-from randlora_vision.training.results import check_equal, closing_words
-from randlora_vision.training.run_folder import RunFolder, open_run_folder
+from randlora_vision.training.pairs import PairSplits, class_captions
+from randlora_vision.training.results import Results, check_equal, closing_words
+from randlora_vision.training.run_folder import RunFolder
+from randlora_vision.training.speed import placed
 
 
 @user_errors
@@ -46,52 +53,118 @@ def train(options: ClipOptions) -> dict[str, Any]:
     options = resolve(options)
     accelerator = make_accelerator(options.training)
     say = accelerator.print
-    resume, run_options = find_checkpoint(options.checkpoints, options.run)
-    # Not to be resumed again by whoever feeds config.yaml back.
-    options = replace(options, run=run_options, checkpoints=replace(options.checkpoints, resume=None))
-    run = open_run_folder(options.run, "clip", accelerator.is_main_process, resuming=resume is not None)
+    options, run, resume = open_run(options, "clip", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.images.strict_data)
-    splits, original = read_images(options, skipped)
+    data = read_data(options.images, skipped)
+    class_names = data.class_names if isinstance(data, ImageSplits) else None
     with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
         options = with_demo_model(options)
         clip = load(options, accelerator.device)
+    options = resolve_loss(options, captions=class_names is None)
+    options = resolve_metric(options, captions=class_names is None)
     say(f"model: {options.clip.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
-    say(f"images: {splits}" + (f"; skipped {skipped.count()} unreadable ones" if skipped.count() else ""))
+    say(f"images: {data}{skipped}")
+    truncated = truncated_captions(data, clip.tokenize) if isinstance(data, PairSplits) else 0
+    if truncated:
+        say(f"note: {truncated} captions are longer than the model's context and are cut")
 
     set_seed(options.training.seed)
-    exam = Exam(clip, splits, original, options, skipped)
-    before = exam.take()
+    exam = Exam(clip, read_tests(options, data, skipped), options, skipped)
+    if options.evaluation.eval_only:
+        return evaluate(options, clip, exam, run, accelerator)
+    before = exam.take(clip)
     options = resolve_budget(options, clip.model)
-    classifier, adaptation = adapt(clip, splits.class_names, options)
+    if options.speed.gradient_checkpointing:
+        checkpoint_towers(clip.model, options)
+    classifier, adaptation = adapt(clip, class_names, options)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n")
-    task = ClassPromptTask(
-        classifier,
-        adaptation,
-        train=splits.select("train", clip.training_transform(splits.augment), skipped),
-        val=splits.select("val", clip.eval_transform, skipped),
-        options=options,
-        processes=accelerator.num_processes,
-        path=run.adapter if run.writing else None,
-    )
-    speed = fit(task, options, splits, run, accelerator, resume, task.own_lr())
-    classifier.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
-    after = exam.take(classifier)
+    path = run.adapter if run.writing else None
+    task = make_task(clip, data, classifier, adaptation, options, skipped, accelerator.num_processes, path)
+    if options.speed.torch_compile:
+        task.loss.compile()
+    speed = fit(task, options, data, run, accelerator, resume, task.own_lr())
+    task.loss.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
+    after = exam.take(clip, classifier)
+    accelerator.wait_for_everyone()  # for the file, which every process now reads
+    difference = check_reload(options, accelerator.device, exam, after, run)
+    scales = take_scales(options, accelerator.device, exam, run.adapter)
     summary: dict[str, Any] = {}
     if run.writing:
-        difference = check_reload(options, accelerator.device, adaptation, exam, after, run)
-        summary = write_results(run, options, adaptation, exam, before, after, speed, difference)
+        measured = Measured(exam, before, after, scales, truncated)
+        summary = write_results(run, options, adaptation, measured, speed, difference)
         say(closing_words(run, before, after, summary, loading_code(run, options, adaptation)))
-    accelerator.end_training()
-    accelerator.free_memory()
+    finish(run, accelerator, speed.steps)
     return summary
 
 
-def read_images(options: ClipOptions, skipped: SkipList) -> tuple[ImageSplits, ImageSplits | None]:
-    """Return the images to adapt to, and those of the task that the base model already does, if known."""
-    images = options.images
-    if images.data is None:
-        return digits.read_digits(inverted=True), digits.read_digits(demo_clip.KNOWN_DIGITS)
-    return read_class_folders(Path(images.data), images.val_fraction, images.split_seed, skipped), None
+def evaluate(
+    options: ClipOptions, clip: LoadedClip, exam: Exam, run: RunFolder, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Measure the model, and with an adapter where one is given; return what summary.json holds."""
+    before, after = exam.take(clip), None
+    scales: list[tuple[float, Results]] = []
+    if options.evaluation.adapter is not None:
+        path = Path(options.evaluation.adapter)
+        after = exam.take(clip, reload(clip, exam.class_names, options, path))
+        scales = take_scales(options, accelerator.device, exam, path)
+    run.write_config(options)
+    summary: dict[str, Any] = {}
+    if run.writing:
+        summary = write_evaluation(run, options, Measured(exam, before, after, scales))
+        with_adapter = f"\nwith {options.evaluation.adapter}: {after}" if after else ""
+        accelerator.print(f"base model: {before}{with_adapter}\n\nresults: {run.path}")
+    finish(run, accelerator, step=0)
+    return summary
+
+
+def make_task(
+    clip: LoadedClip,
+    data: Splits,
+    classifier: ClipClassifier | None,
+    adaptation: Adaptation,
+    options: ClipOptions,
+    skipped: SkipList,
+    processes: int,
+    path: Path | None,
+) -> ClassPromptTask | ContrastiveTask:
+    """Return what the loop trains: the loss that was chosen, on data with classes or with captions."""
+    transform = clip.training_transform(data.augment)
+    if isinstance(data, PairSplits):
+        pairs = data.select("train", transform, clip.tokenize, skipped)
+        val = data.select("val", clip.eval_transform, clip.tokenize, skipped, draw=False)
+        training = options.training
+
+        def recalls() -> dict[str, float]:
+            return retrieval_features(clip.model, val, training.batch_size, training.workers).recalls()
+
+        return ContrastiveTask(clip, adaptation, pairs, recalls, options, processes, path)
+    assert classifier is not None
+    train = data.select("train", transform, skipped)
+    by_prompts = ClassPromptTask(
+        classifier, adaptation, train, data.select("val", clip.eval_transform, skipped), options, processes, path
+    )
+    if options.loss.loss == "class-prompts":
+        return by_prompts
+    captions = class_captions(data, options.images.templates).select("train", transform, clip.tokenize, skipped)
+    return ContrastiveTask(clip, adaptation, captions, by_prompts.evaluate, options, processes, path)
+
+
+def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[str, Splits]:
+    """Return what the model is measured on: the task, and what is to be kept where that is known or given."""
+    tests: dict[str, Splits] = {"test": data}
+    if options.images.embedded:
+        tests["original"] = digits.read_digits(demo_clip.KNOWN_DIGITS)
+    if options.evaluation.retention_data is not None:
+        whole = replace(
+            options.images,
+            data=options.evaluation.retention_data,
+            val_data=None,
+            class_names=None,
+            shots=None,
+            train_fraction=1.0,
+        )
+        tests["retention"] = read_data(whole, skipped)
+    return tests
 
 
 def with_demo_model(options: ClipOptions) -> ClipOptions:
@@ -103,27 +176,33 @@ def with_demo_model(options: ClipOptions) -> ClipOptions:
 
 
 def load(options: ClipOptions, device: torch.device) -> LoadedClip:
-    """Load the base model."""
+    """Load the base model; for a linear probe on adapted features, with the adapter that is given."""
     assert options.clip.model is not None
     clip = load_clip(options.clip.model, options.clip.pretrained, options.training.seed)
-    clip.model.to(device)
+    placed(clip.model, device, options.speed.channels_last)
+    adapter = options.evaluation.adapter
+    if adapter is not None and not options.evaluation.eval_only:
+        if put_on(clip.model, Path(adapter)) is not None:
+            raise ValueError(f"--adapter {adapter} is a linear classifier itself: it has no features to learn on")
     return clip
 
 
-def check_reload(
-    options: ClipOptions,
-    device: torch.device,
-    adaptation: Adaptation,
-    exam: Exam,
-    trained: Answers,
-    run: RunFolder,
-) -> float:
+def take_scales(options: ClipOptions, device: torch.device, exam: Exam, path: Path) -> list[tuple[float, Results]]:
+    """Measure the model at every scale of the adapter that is asked for."""
+    results = []
+    for scale in options.evaluation.scales:
+        clip = load(options, device)
+        results.append((scale, exam.take(clip, reload(clip, exam.class_names, options, path, scale)).results))
+    return results
+
+
+def check_reload(options: ClipOptions, device: torch.device, exam: Exam, trained: Answers, run: RunFolder) -> float:
     """Load the saved file into a fresh base model and compare its logits with the trained model's.
 
     Returns the largest difference; raises RuntimeError when it is more than rounding.
     """
-    fresh = reload(load(options, device), exam.class_names, options, adaptation, run.adapter)
-    logits = fresh.predict(exam.images)
+    fresh = load(options, device)
+    logits = exam.predict(fresh, reload(fresh, exam.class_names, options, run.adapter))
     difference = (logits - trained.logits).abs().max().item()
     return check_equal(difference, trained.logits.abs().max().item(), run)
 

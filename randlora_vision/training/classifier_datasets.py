@@ -1,16 +1,14 @@
 """Datasets by timm's name: torchvision's (torch/cifar10) and Hugging Face's (hfds/ORG/NAME)."""
 
-import os
-from collections.abc import Sequence
 from typing import Any
 
-from randlora_vision.training.class_folders import hold_out
 from randlora_vision.training.classifier_options import DataOptions
 from randlora_vision.training.errors import one_line
 from randlora_vision.training.images import ImageSplits, StoredImage
+from randlora_vision.training.splits import Part, make_splits
+from randlora_vision.training.stored_datasets import class_names_of, files_of, forbid_fetching, labels_of
 
 _HELD_OUT = ("validation", "test")
-_LABELS = ("targets", "labels", "_labels")  # where torchvision's datasets keep them
 
 
 def read_dataset(data: DataOptions, name: str) -> ImageSplits:
@@ -25,24 +23,24 @@ def read_dataset(data: DataOptions, name: str) -> ImageSplits:
     if scheme == "torch" and data.data is None:
         raise ValueError(f"--dataset {name} needs --data, the folder where torchvision keeps its files")
     if scheme == "hfds" and not data.dataset_download:
-        os.environ["HF_DATASETS_OFFLINE"] = "1"  # which `datasets` reads when it is imported
+        forbid_fetching()
     train, test = _open(data, name, "train"), _open_test(data, name)
-    if test is not None and (own := _files(test)) is not None and own == _files(train):
+    if test is not None and (own := files_of(test)) is not None and own == files_of(train):
         test = None  # folders without splits: timm and torchvision answer with the same files again
-    labels = _labels(train)
-    names = _class_names(train, labels)
-    if test is not None and (others := _class_names(test, labels)) != names:
-        raise ValueError(f"the splits of --dataset {name} have different classes: {len(names)} and {len(others)}")
-    if len(set(labels)) < 2:
-        raise ValueError(f"only one class in the dataset {name}: classification needs two or more")
-    items = [StoredImage(train, index) for index in range(len(labels))]
-    images, held = hold_out(items, labels, names, data.val_fraction, data.split_seed)
-    images["test"], held["test"] = images["val"], held["val"]
+    parts = {"train": _part(f"the dataset {name}", train)}
     if test is not None:
-        held["test"] = _labels(test)
-        images["test"] = [StoredImage(test, index) for index in range(len(held["test"]))]
-    origin = f"its own test split, fraction {data.val_fraction} for validation" if test is not None else "no test split"
-    return ImageSplits(name, names, images, held, f"{origin}, seed {data.split_seed}")
+        parts["test"] = _part(f"the test split of {name}", test)
+    splits = make_splits(name, parts, data.val_fraction, data.split_seed)
+    assert isinstance(splits, ImageSplits)
+    return splits
+
+
+def _part(source: str, dataset: Any) -> Part:
+    labels = labels_of(dataset)
+    # timm's own __getitem__ gives the next image, with its label, in place of one that it cannot read.
+    items = getattr(dataset, "reader", dataset)
+    images = [StoredImage(items, index) for index in range(len(labels))]
+    return Part(source, images, labels, class_names=class_names_of(dataset, labels))
 
 
 def _open(data: DataOptions, name: str, split: str) -> Any:
@@ -68,33 +66,3 @@ def _open_test(data: DataOptions, name: str) -> Any:
         except ValueError:
             continue
     return None
-
-
-def _files(dataset: Any) -> Any:
-    """Return the (file, label) pairs of a dataset that is a list of files, else None."""
-    return getattr(dataset, "samples", getattr(getattr(dataset, "reader", None), "samples", None))
-
-
-def _labels(dataset: Any) -> list[int]:
-    """Return every label, without decoding an image where the dataset has a list of them."""
-    reader: Any = getattr(dataset, "reader", None)
-    if (files := _files(dataset)) is not None:
-        return [int(label) for _, label in files]
-    if hasattr(reader, "label_key"):
-        return [int(label) for label in reader.dataset[reader.label_key]]
-    for name in _LABELS:
-        found = getattr(dataset, name, None)
-        if found is not None:
-            return [int(label) for label in found]
-    return [int(dataset[index][1]) for index in range(len(dataset))]
-
-
-def _class_names(dataset: Any, labels: Sequence[int]) -> list[str]:
-    """Return the names of the classes, numbers where the dataset has none."""
-    reader: Any = getattr(dataset, "reader", None)
-    classes = getattr(dataset, "classes", None)
-    if classes is None and hasattr(reader, "label_key"):
-        classes = getattr(reader.dataset.features[reader.label_key], "names", None)
-    if classes is None and getattr(reader, "class_to_idx", None):
-        classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-    return [str(name) for name in classes] if classes else [str(number) for number in range(max(labels) + 1)]

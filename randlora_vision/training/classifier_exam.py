@@ -1,6 +1,6 @@
 """What is measured of a classifier: accuracy, overall and by class, on the task and on the base model's own.
 
-Shapes: B images, C classes of the data, K outputs of the model, P pictures.
+Shapes: K outputs of the model, P pictures.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,60 +8,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from randlora_vision.training.accuracy import Scores, measure
 from randlora_vision.training.images import Batch, ImageSplits, SkipList, Transform, evaluation_batches, sample_pictures
 from randlora_vision.training.plots import Prediction
-from randlora_vision.training.results import accuracies
+from randlora_vision.training.results import in_words
 
 _PICTURES = 32
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a model makes of some images."""
-
-    confusion: Tensor  # (C, K) int64: how many images of each class (row) got which answer
-    top5: float
-    loss: float | None  # None where the model does not know every class of the data
-
-    @property
-    def values(self) -> dict[str, float]:
-        """The numbers by name: top1, top5, and loss where there is one."""
-        top1 = self.confusion.diagonal().sum().item() / self.confusion.sum().item()
-        return {"top1": top1, "top5": self.top5, **({} if self.loss is None else {"loss": self.loss})}
-
-    @property
-    def per_class(self) -> list[float | None]:
-        """The accuracy of each class; None for a class without images."""
-        right = F.pad(self.confusion.diagonal(), (0, len(self.confusion) - min(self.confusion.shape)))
-        return [
-            hits / count if count else None
-            for hits, count in zip(right.tolist(), self.confusion.sum(dim=1).tolist(), strict=True)
-        ]
-
-
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores:
-    """Measure a model on data of `classes` classes; leaves it in eval mode.
-
-    Answers beyond the data's classes count as wrong ones. With fewer than five outputs, top-5 counts them all.
-    """
+    """Measure a model on data of `classes` classes; leaves it in eval mode."""
     model.eval()
-    device = next(model.parameters()).device
-    confusion, hits, loss, known = torch.zeros(0), 0, 0.0, False
-    for batch in batches:
-        labels = batch["labels"].to(device)
-        logits = model(batch["images"].to(device)).float()
-        outputs = logits.shape[1]
-        if not len(confusion):
-            confusion, known = torch.zeros(classes * outputs, dtype=torch.int64), outputs >= classes
-        ranking = logits.topk(min(5, outputs)).indices
-        hits += int((ranking == labels[:, None]).sum())
-        confusion += torch.bincount(labels * outputs + ranking[:, 0], minlength=len(confusion)).cpu()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item() if known else 0.0
-    total = int(confusion.sum())
-    return Scores(confusion.view(classes, -1), hits / total, loss / total if known else None)
+    return measure(model, batches, classes, next(model.parameters()).device)
 
 
 @dataclass(frozen=True)
@@ -78,7 +37,7 @@ class Answers:
         return {name: scores.values for name, scores in self.scores.items()}
 
     def __str__(self) -> str:
-        return accuracies(self.tasks, self.results)
+        return in_words(self.tasks, self.results)
 
 
 class Exam:
@@ -91,7 +50,7 @@ class Exam:
         transform: Transform,
         skipped: SkipList,
         batch_size: int,
-        workers: int,
+        workers: int | None,
     ) -> None:
         self.skipped = skipped
         self.class_names = splits.class_names

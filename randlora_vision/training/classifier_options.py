@@ -5,7 +5,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from randlora_vision.training.options import AdapterOptions, CheckpointOptions, RunOptions, TrainingOptions
+from randlora_vision.training.data_options import SplitOptions
+from randlora_vision.training.options import (
+    AdapterOptions,
+    CheckpointOptions,
+    RateOptions,
+    RunOptions,
+    SpeedOptions,
+    TrainingOptions,
+)
 
 Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]
 
@@ -49,7 +57,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(SplitOptions):
     """The images."""
 
     data: str | None = None
@@ -60,20 +68,9 @@ class DataOptions:
     """A dataset by timm's name: torch/cifar10 (torchvision's), hfds/ORG/NAME (Hugging Face's)."""
     dataset_download: bool = False
     """Allow --dataset to fetch what is not on the disk."""
-    shots: int | None = None
-    """Train on so many images of every class, drawn with --split-seed; split.json lists them."""
-    val_fraction: float = 0.2
-    """Part of every class held out for validation where the data has no split for it."""
-    split_seed: int = 0
-    """Seed of these choices, apart from --seed so that seeds are compared on the same images."""
-    strict_data: bool = False
-    """Stop at an unreadable image. Otherwise it is skipped, counted and listed in skipped.txt."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
-        if self.shots is not None and self.shots < 1:
-            raise ValueError(f"--shots must be 1 or more, got {self.shots}")
+        super().__post_init__()
         if self.dataset_download and not self.dataset:
             raise ValueError("--dataset-download needs --dataset")
 
@@ -126,6 +123,8 @@ class ClassifierOptions:
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     adapter: ClassifierAdapterOptions = field(default_factory=ClassifierAdapterOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    rates: RateOptions = field(default_factory=RateOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
     run: RunOptions = field(default_factory=RunOptions)
 

@@ -4,11 +4,11 @@ from typing import Any
 
 from randlora_vision.training.classifier_exam import Answers, Exam
 from randlora_vision.training.classifier_options import ClassifierOptions, model_title
-from randlora_vision.training.loop import Speed
 from randlora_vision.training.methods import Adaptation
 from randlora_vision.training.plots import plot_confusion, plot_curves, plot_predictions
 from randlora_vision.training.results import summarise
 from randlora_vision.training.run_folder import RunFolder
+from randlora_vision.training.task import Speed
 
 
 def write_results(

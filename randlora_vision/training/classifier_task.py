@@ -10,6 +10,8 @@ from randlora_vision.training.classifier_methods import head_parameters
 from randlora_vision.training.classifier_options import AugmentOptions, ClassifierOptions
 from randlora_vision.training.images import Batch, LabelledImages, evaluation_batches, training_batches
 from randlora_vision.training.methods import Adaptation
+from randlora_vision.training.rates import layer_rates, timm_layers
+from randlora_vision.training.task import AdaptedTask, batches_consumed
 
 
 class ClassifierLoss(nn.Module):
@@ -41,7 +43,7 @@ class ClassifierLoss(nn.Module):
         return loss
 
 
-class ClassifierTask:
+class ClassifierTask(AdaptedTask):
     """What the loop trains: the loss on `train`, measured on `val`, saved to one file."""
 
     def __init__(
@@ -55,17 +57,15 @@ class ClassifierTask:
         processes: int,
         path: Path | None,
     ) -> None:
+        super().__init__(adaptation, path)
         training = options.training
-        assert training.steps is not None
         self.loss = ClassifierLoss(model, classes, options.augment)
-        self._head_lr = options.adapter.head_lr
+        self._options = options
         self.classes = classes
-        self.adaptation = adaptation
-        self.path = path
         self.batches: DataLoader[Batch] = training_batches(
             train,
             training.batch_size,
-            training.steps * training.gradient_accumulation_steps * processes,
+            batches_consumed(training, processes),
             training.seed,
             training.workers,
         )
@@ -73,20 +73,14 @@ class ClassifierTask:
 
     def own_lr(self) -> dict[nn.Parameter, float]:
         """Return the learning rates that are not the common one, by parameter."""
-        if self._head_lr is None:
-            return {}
-        return {p: self._head_lr for _, p in head_parameters(self.loss.model) if p.requires_grad}
+        model, lr, head_lr = self.loss.model, self._options.training.lr, self._options.adapter.head_lr
+        assert lr is not None, "resolve the options first"
+        decay = self._options.rates.layer_decay
+        rates = layer_rates(model, [timm_layers(model)], lr, decay) if decay != 1 else {}
+        if head_lr is not None:
+            rates |= {p: head_lr for _, p in head_parameters(model) if p.requires_grad}
+        return rates
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracies on the validation split."""
         return evaluate(self.loss.model, self._val, self.classes).values
-
-    def check_gradients(self) -> list[str]:
-        """Leave it to the method."""
-        return self.adaptation.check_gradients()
-
-    def save(self) -> str:
-        """Write what was trained, on the process that has a path."""
-        if self.path is not None:
-            self.adaptation.save(self.path)
-        return str(self.path)

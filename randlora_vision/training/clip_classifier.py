@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from randlora_vision.training.accuracy import Scores, measure
 from randlora_vision.training.clip_models import LoadedClip
 from randlora_vision.training.images import Batch
+
+PROBE = "class_features"  # the name of a probe's parameter, here and in its file
 
 _PROMPTS_AT_ONCE = 256
 
@@ -72,22 +75,11 @@ class ClipClassifier(nn.Module):
         return self.clip.logit_scale.exp() * image_features @ class_features.T
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return mean loss and top-1 / top-5 accuracy over the batches; leaves the model in eval mode.
-
-        With fewer than five classes, top-5 counts them all.
-        """
+    def scores(self, batches: Iterable[Batch]) -> Scores:
+        """Measure the classifier on the batches; leaves the model in eval mode."""
         self.eval()
         features = self._current_features()
-        total, loss, hits = 0, 0.0, torch.zeros(2)
-        for batch in batches:
-            labels = batch["labels"].to(features.device)
-            logits = self.logits(batch["images"].to(features.device), features).float()
-            ranking = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            hits += torch.stack([ranking[:, 0].sum(), ranking.sum()]).cpu()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            total += len(labels)
-        return {"top1": hits[0].item() / total, "top5": hits[1].item() / total, "loss": loss / total}
+        return measure(lambda images: self.logits(images, features), batches, len(self.tokens), features.device)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

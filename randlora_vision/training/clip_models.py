@@ -53,7 +53,9 @@ def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
         # open_clip reports its own failures through the root logger as well; one message is enough.
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, train, evaluate = open_clip.create_model_and_transforms(known, pretrained=pretrained)
+            model, train, evaluate = open_clip.create_model_and_transforms(
+                known, pretrained=pretrained, device=torch.get_default_device()
+            )
             tokenize = open_clip.get_tokenizer(known)
     except Exception as error:  # of whatever library reads the file or asks the network
         weights = f" with weights {pretrained!r}" if pretrained else ""

@@ -1,14 +1,26 @@
 """The options of train_clip.py, and what the ones left out become."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from randlora_vision.training import digits
-from randlora_vision.training.options import AdapterOptions, CheckpointOptions, Method, RunOptions, TrainingOptions
+from randlora_vision.training.class_names import read_templates
+from randlora_vision.training.data_options import ImageOptions
+from randlora_vision.training.options import (
+    AdapterOptions,
+    CheckpointOptions,
+    Method,
+    RateOptions,
+    RunOptions,
+    SpeedOptions,
+    TrainingOptions,
+)
 
 Towers = Literal["vision", "text", "both"]
+Loss = Literal["class-prompts", "clip", "siglip"]
 
 # The demo's have the lowest validation loss, mean of three seeds, on a coarse grid (of a factor of two or
 # less). The others are the usual ones for pretrained CLIP models.
@@ -28,7 +40,8 @@ class ModelOptions:
     towers: Towers = "both"
     """The tower or towers that are adapted. With the text tower frozen its features are computed once."""
     train_logit_scale: bool = False
-    """RandLoRA and full fine-tuning: train the scale of the logits too, and save it with the rest."""
+    """RandLoRA and full fine-tuning: train the scale of the logits too (with --loss siglip also a SigLIP model's
+    bias), and save it with the rest."""
     logit_scale_lr: float | None = None
     """Its peak learning rate. Left out: --lr."""
     cache_dir: str | None = None
@@ -42,30 +55,46 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class ImageOptions:
-    """The images and the words for their classes."""
+class LossOptions:
+    """What training minimises."""
 
-    data: str | None = None
-    """A folder of class folders, or of train/ and val/ or test/ with class folders in each. Left out:
-    the embedded digits, all ten, background and foreground swapped."""
-    val_fraction: float = 0.2
-    """Part of every class held out for validation where the folder has neither val/ nor test/."""
-    split_seed: int = 0
-    """Seed of that choice, apart from --seed so that seeds are compared on the same images."""
-    strict_data: bool = False
-    """Stop at an unreadable image. Otherwise it is skipped, counted and listed in skipped.txt."""
-    templates: tuple[str, ...] = ()
-    """Prompts, each with {} for the class name. Left out: 'a photo of a {}.' (five on the digits)."""
-    prompts: Literal["average", "sample"] = "sample"
-    """In training, of several templates: their averaged features, or one template drawn per class and
-    step (cheaper when the text tower learns). Evaluation always averages."""
+    loss: Loss | None = None
+    """class-prompts: the cross entropy of images against the features of their classes' prompts. clip and siglip:
+    images and captions against each other, by softmax or sigmoid, over all pairs of a step, those of
+    other processes and accumulated batches included; the captions of data with classes are the prompts. For
+    siglip a model without a logit bias gets the best one at each step. Left out: class-prompts for data with
+    classes, clip for captions."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured beside the task, before and after."""
+
+    retention_data: str | None = None
+    """Data, given in the ways of --data, on which forgetting is measured: its test split, by the same templates."""
+    eval_only: bool = False
+    """Train nothing: measure the model, and the model with --adapter where that is given."""
+    adapter: str | None = None
+    """A file that this script wrote, of any method: --eval-only measures it, and --method linear-probe learns on
+    the features of the model with it (RandLoRA, LoRA or full fine-tuning, which then stay as they are)."""
+    eval_scales: tuple[str, ...] = ()
+    """Measure part of the way from the base model to the adapted one as well, and draw it: 0,0.25,0.5,0.75,1."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
-        for template in self.templates:
-            if "{}" not in template:
-                raise ValueError(f"--templates: {template!r} has no {{}} for the class name")
+        scales = self.scales
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"--eval-scales must be finite numbers, got {', '.join(self.eval_scales)}")
+        if scales and self.eval_only and self.adapter is None:
+            raise ValueError("--eval-scales with --eval-only needs --adapter: the base model alone has no scale")
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales as numbers; raises ValueError for a word that is none."""
+        words = [word for group in self.eval_scales for word in group.split(",") if word.strip()]
+        try:
+            return [float(word) for word in words]
+        except ValueError as error:
+            raise ValueError(f"--eval-scales takes numbers with commas between them: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,8 +103,12 @@ class ClipOptions:
 
     clip: ModelOptions = field(default_factory=ModelOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    rates: RateOptions = field(default_factory=RateOptions)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -84,18 +117,25 @@ class ClipOptions:
             raise ValueError("--towers and --target-modules both choose what is adapted: give one")
         if self.clip.train_logit_scale and self.adapter.method not in ("randlora", "full"):
             raise ValueError(f"--train-logit-scale: a file of --method {self.adapter.method} has no place for it")
+        evaluation = self.evaluation
+        if evaluation.adapter and not evaluation.eval_only and self.adapter.method != "linear-probe":
+            raise ValueError("--adapter needs --eval-only, or --method linear-probe to learn on its features")
+        if evaluation.eval_only and self.checkpoints.resume is not None:
+            raise ValueError("--eval-only trains nothing: leave --resume out")
+        if self.loss.loss in ("clip", "siglip") and self.adapter.method == "linear-probe":
+            raise ValueError(f"--method linear-probe is a classifier: it cannot learn from --loss {self.loss.loss}")
 
 
 def resolve(options: ClipOptions) -> ClipOptions:
     """Return `options` with a value for everything left out, but for LoRA's rank when a budget sets it."""
-    embedded, method = options.images.data is None, options.adapter.method
+    embedded, method = options.images.embedded, options.adapter.method
     clip, images, adapter, training = options.clip, options.images, options.adapter, options.training
     if clip.model is None and not embedded:
         clip = replace(clip, model="ViT-B-32", pretrained=clip.pretrained or "laion2b_s34b_b79k")
     if clip.model is None and clip.pretrained:
         raise ValueError("--pretrained needs --model: the digits CLIP has its own weights")
-    if not images.templates:
-        images = replace(images, templates=digits.TEMPLATES if embedded else ("a photo of a {}.",))
+    templates = images.templates or (digits.TEMPLATES if embedded else ("a photo of a {}.",))
+    images = replace(images, templates=read_templates(templates))
     if adapter.rank is None and adapter.budget is None and method in ("randlora", "lora"):
         adapter = replace(adapter, rank=8 if method == "lora" else 16 if embedded else 32)
     if adapter.alpha is None and adapter.rank is not None:
@@ -111,6 +151,27 @@ def resolve(options: ClipOptions) -> ClipOptions:
         adapter=adapter,
         training=replace(training, lr=lr, steps=steps),
     )
+
+
+def resolve_loss(options: ClipOptions, captions: bool) -> ClipOptions:
+    """Return `options` with the loss for data with captions, or with classes.
+
+    Raises ValueError where the loss or the method cannot be for such data.
+    """
+    loss = options.loss.loss or ("clip" if captions else "class-prompts")
+    if captions and loss == "class-prompts":
+        raise ValueError("--loss class-prompts needs data with classes, but this has captions: choose clip or siglip")
+    if captions and options.adapter.method == "linear-probe":
+        raise ValueError("--method linear-probe is a classifier and needs data with classes, but this has captions")
+    return replace(options, loss=LossOptions(loss))
+
+
+def resolve_metric(options: ClipOptions, captions: bool) -> ClipOptions:
+    """Return `options` with the metric that data with captions has, where that of data with classes was the default."""
+    training = options.training
+    if captions and training.best_metric == TrainingOptions.best_metric:
+        training = replace(training, best_metric="mean_recall")
+    return replace(options, training=training)
 
 
 def model_title(options: ClipOptions) -> str:

@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 
 from randlora_vision import RandLoRAConfig, plan
-from randlora_vision.training.clip_classifier import ClassPromptLoss, ClipClassifier, belongs_to
+from randlora_vision.training.clip_classifier import PROBE, ClassPromptLoss, ClipClassifier, belongs_to
 from randlora_vision.training.clip_models import LoadedClip
 from randlora_vision.training.clip_options import ClipOptions
 from randlora_vision.training.images import Batch, LabelledImages, evaluation_batches, training_batches
 from randlora_vision.training.lora import rank_for_budget
 from randlora_vision.training.methods import Adaptation, LoRA, RandLoRA, TrainedTensors
+from randlora_vision.training.rates import clip_layers, layer_rates
+from randlora_vision.training.speed import checkpoint_activations
+from randlora_vision.training.task import AdaptedTask, batches_consumed
 
 _FULL_CODE = (
     "from safetensors.torch import load_file",
@@ -26,7 +31,7 @@ _PROBE_CODE = (
 )
 
 
-class ClassPromptTask:
+class ClassPromptTask(AdaptedTask):
     """What the loop trains: the classifier's loss on `train`, measured on `val`, saved to one file."""
 
     def __init__(
@@ -39,17 +44,15 @@ class ClassPromptTask:
         processes: int,
         path: Path | None,
     ) -> None:
+        super().__init__(adaptation, path)
         training = options.training
-        assert training.steps is not None
         self.loss = ClassPromptLoss(classifier)
         self.classifier = classifier
-        self.adaptation = adaptation
-        self.path = path
-        self._logit_scale_lr = options.clip.logit_scale_lr
+        self._options = options
         self.batches: DataLoader[Batch] = training_batches(
             train,
             training.batch_size,
-            training.steps * training.gradient_accumulation_steps * processes,
+            batches_consumed(training, processes),
             training.seed,
             training.workers,
         )
@@ -57,21 +60,11 @@ class ClassPromptTask:
 
     def own_lr(self) -> dict[nn.Parameter, float]:
         """Return the learning rates that are not the common one, by parameter."""
-        return {self.classifier.clip.logit_scale: self._logit_scale_lr} if self._logit_scale_lr else {}
+        return own_rates(self.classifier.clip, self._options)
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracies on the validation split."""
-        return self.classifier.evaluate(self._val)
-
-    def check_gradients(self) -> list[str]:
-        """Leave it to the method."""
-        return self.adaptation.check_gradients()
-
-    def save(self) -> str:
-        """Write what was trained, on the process that has a path."""
-        if self.path is not None:
-            self.adaptation.save(self.path)
-        return str(self.path)
+        return self.classifier.scores(self._val).values
 
 
 def resolve_budget(options: ClipOptions, model: nn.Module) -> ClipOptions:
@@ -83,45 +76,34 @@ def resolve_budget(options: ClipOptions, model: nn.Module) -> ClipOptions:
     return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
 
 
-def adapt(clip: LoadedClip, class_names: Sequence[str], options: ClipOptions) -> tuple[ClipClassifier, Adaptation]:
-    """Make the model trainable by the chosen method, everything else frozen; return its classifier too.
+def adapt(
+    clip: LoadedClip, class_names: Sequence[str] | None, options: ClipOptions
+) -> tuple[ClipClassifier | None, Adaptation]:
+    """Make the model trainable by the chosen method, everything else frozen; return its classifier of classes too.
 
     For the linear probe the trained weights are the classifier's, for the other methods the model's own.
     """
-    if options.adapter.method == "linear-probe":
-        probe = _classifier(clip, class_names, options, probe=True)
-        return probe, TrainedTensors(probe, ["class_features"], "linear classifier", _PROBE_CODE)
-    adaptation = _adapt_model(clip.model, options)
-    return _classifier(clip, class_names, options), adaptation
-
-
-def reload(
-    clip: LoadedClip, class_names: Sequence[str], options: ClipOptions, adaptation: Adaptation, path: Path
-) -> ClipClassifier:
-    """Put a saved file on a fresh base model and return the classifier that this makes."""
-    if options.adapter.method == "linear-probe":
-        probe = _classifier(clip, class_names, options, probe=True)
-        adaptation.load(probe, path)
-        return probe
-    adaptation.load(clip.model, path)
-    return _classifier(clip, class_names, options)
-
-
-def _classifier(
-    clip: LoadedClip, class_names: Sequence[str], options: ClipOptions, probe: bool = False
-) -> ClipClassifier:
-    return ClipClassifier(clip, class_names, options.images.templates, options.images.prompts, probe)
+    probe = options.adapter.method == "linear-probe"
+    adaptation = None if probe else _adapt_model(clip.model, options)
+    classifier = None
+    if class_names is not None:
+        classifier = ClipClassifier(clip, class_names, options.images.templates, options.images.prompts, probe)
+    if adaptation is None:
+        assert classifier is not None, "a probe without classes: resolve_loss refuses it"
+        adaptation = TrainedTensors(classifier, [PROBE], "linear classifier", _PROBE_CODE)
+    return classifier, adaptation
 
 
 def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
     adapter = options.adapter
     if adapter.method == "randlora":
         assert adapter.rank is not None, "resolve the options first"
-        return RandLoRA(model, randlora_config(options, adapter.rank, adapter.alpha))
+        config = randlora_config(options, adapter.rank, adapter.alpha)
+        return RandLoRA(model, replace(config, modules_to_save=tuple(_scalars(model, options))))
     if adapter.method == "lora":
         assert adapter.rank is not None and adapter.alpha is not None, "resolve the budget first"
         return LoRA(model, _targets(model, options), adapter.rank, adapter.alpha)
-    towers = ("vision", "text") if options.clip.towers == "both" else (options.clip.towers,)
+    towers = _towers(options)
     # Token tables stay frozen: few of their rows are in any prompt, and they slow every step down.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
     names = [
@@ -129,9 +111,34 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
         for name, _ in model.named_parameters()
         if name not in tables and any(belongs_to(name, tower) for tower in towers)
     ]
-    if options.clip.train_logit_scale:
-        names.append("logit_scale")
+    names += _scalars(model, options)
     return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
+
+
+def checkpoint_towers(model: nn.Module, options: ClipOptions) -> None:
+    """Let the towers that are adapted compute activations again; raise ValueError for one that cannot."""
+    for tower in _towers(options):
+        checkpoint_activations(model, f"the {tower} tower", partial(belongs_to, tower=tower))
+
+
+def _towers(options: ClipOptions) -> tuple[str, ...]:
+    return ("vision", "text") if options.clip.towers == "both" else (options.clip.towers,)
+
+
+def own_rates(model: Any, options: ClipOptions) -> dict[nn.Parameter, float]:
+    """Return the learning rates of an open_clip model that are not the common one, by parameter."""
+    assert options.training.lr is not None, "resolve the options first"
+    decay, scale_lr = options.rates.layer_decay, options.clip.logit_scale_lr
+    rates = layer_rates(model, clip_layers(model), options.training.lr, decay) if decay != 1 else {}
+    return {**rates, **({model.get_parameter(name): scale_lr for name in _scalars(model, options)} if scale_lr else {})}
+
+
+def _scalars(model: nn.Module, options: ClipOptions) -> list[str]:
+    """Return what is trained of the logit scale and bias. Of the losses only SigLIP's depends on the bias."""
+    if not options.clip.train_logit_scale:
+        return []
+    with_bias = options.loss.loss == "siglip" and getattr(model, "logit_bias", None) is not None
+    return ["logit_scale", "logit_bias"] if with_bias else ["logit_scale"]
 
 
 def _targets(model: nn.Module, options: ClipOptions) -> list[str]:
@@ -151,5 +158,4 @@ def randlora_config(options: ClipOptions, rank: int, alpha: float | None = None)
         bases=adapter.bases,
         init=adapter.init,
         seed=options.training.seed,
-        modules_to_save=("logit_scale",) if options.clip.train_logit_scale else (),
     )

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import Compose
 
 from randlora_vision.training import digits
+from randlora_vision.training.contrastive import softmax_loss
 from randlora_vision.training.demo_model import Pretraining, cached_folder, teach
 from randlora_vision.training.images import Batch, SkipList
 
@@ -53,9 +53,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, captions: Ten
     Where no caption repeats, this is CLIP's own loss.
     """
     logits = scale * images @ texts.T
-    same = (captions[:, None] == captions[None, :]).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    same = captions[:, None] == captions
+    return (softmax_loss(logits, same) + softmax_loss(logits.T, same)) / (2 * len(captions))
 
 
 def _pretrain() -> torch.nn.Module:

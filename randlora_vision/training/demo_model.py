@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randlora_vision.training.ema import Ema
 from randlora_vision.training.files import fingerprint
 from randlora_vision.training.images import Batch, LabelledImages, training_batches
 from randlora_vision.training.optim import adamw, warmup_schedule
@@ -42,7 +43,7 @@ def cached_folder(
     folder = root / f"{name}-{fingerprint(settings)}"
     if folder.is_dir():
         return folder
-    print(f"pretraining the demo's {name} on the digits 0-4 (once; kept in {folder})", flush=True)
+    print(f"pretraining the demo's {name} (once; kept in {folder})", flush=True)
     root.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     try:
@@ -65,15 +66,27 @@ def cache_root(cache_dir: str | None = None) -> Path:
 
 
 def teach(
-    parameters: Iterable[nn.Parameter], loss: Callable[[Batch], Tensor], data: LabelledImages, how: Pretraining
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[Batch], Tensor],
+    data: LabelledImages,
+    how: Pretraining,
+    ema_decay: float = 0.0,
 ) -> None:
-    """Train `parameters` on the CPU, in float32, from the random state that is current."""
+    """Train `parameters` on the CPU, in float32, from the random state that is current.
+
+    With an `ema_decay` they end as their moving averages.
+    """
     trained = list(parameters)
     optimizer = adamw(trained, how.lr, how.weight_decay)
     schedule = warmup_schedule(optimizer, how.steps, how.warmup)
-    for batch in training_batches(data, how.batch_size, how.steps, how.seed, workers=0):
+    ema = Ema({str(number): parameter for number, parameter in enumerate(trained)}, ema_decay) if ema_decay else None
+    for step, batch in enumerate(training_batches(data, how.batch_size, how.steps, how.seed, workers=0), start=1):
         optimizer.zero_grad()
         loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
+        if ema:
+            ema.update(step)
+    if ema:
+        ema.put_into_model()

@@ -1,20 +1,20 @@
 """The training loop of every script. It knows nothing of CLIP: a task brings the loss and the data."""
 
 import contextlib
+import itertools
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from randlora_vision.training.accelerators import prepare_sharding, require_all_gradients
 from randlora_vision.training.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -26,40 +26,9 @@ from randlora_vision.training.checkpoints import (
 from randlora_vision.training.ema import Ema
 from randlora_vision.training.optim import make_optimizer, warmup_schedule
 from randlora_vision.training.options import TrainingOptions
-from randlora_vision.training.progress import Best, Mean, best_of
+from randlora_vision.training.progress import Best, Mean, best_of, peak_memory
 from randlora_vision.training.seeding import seed_everything, seeded_items
-
-Log = Callable[[int, str, Mapping[str, float]], None]  # step, split, values
-
-
-class Task(Protocol):
-    """What is trained: any object with these five."""
-
-    @property
-    def loss(self) -> nn.Module:
-        """A module that holds the model; called with a batch it returns the mean loss, a scalar."""
-
-    @property
-    def batches(self) -> DataLoader[Any]:
-        """As many batches as all processes together consume, in an order that depends on nothing but a seed."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Return what is measured during training, by name."""
-
-    def check_gradients(self) -> list[str]:
-        """After the first backward: raise ValueError for a part that cannot learn; return notes."""
-
-    def save(self) -> str:
-        """Write what is trained and return where."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How many steps were made, and how long they took, evaluation left out."""
-
-    steps: int
-    seconds: float
-    images_per_second: float
+from randlora_vision.training.task import JointTask, Log, Speed, Task
 
 
 class Trainer:
@@ -67,7 +36,8 @@ class Trainer:
 
     What was trained is saved at every evaluation, the one before the first step included, and only
     when everything measured is finite: the file on disk is always the last good state. After the best
-    evaluation so far `keep_best` is called, which may keep a copy of that file.
+    evaluation so far `keep_best` is called, which may keep a copy of that file; after every one `after_save`,
+    with the step, which may show what the file does.
 
     Every forward pass starts from random states that follow from the seed, the process and the step,
     so a run that continues from a checkpoint computes what one that was never cut off does.
@@ -83,6 +53,7 @@ class Trainer:
         resume: Checkpoint | None = None,
         own_lr: Mapping[nn.Parameter, float] | None = None,
         keep_best: Callable[[], None] | None = None,
+        after_save: Callable[[int], None] | None = None,
     ) -> None:
         assert options.steps is not None and options.lr is not None, "resolve the options first"
         self.task = task
@@ -91,11 +62,14 @@ class Trainer:
         self.log = log
         self.steps = options.steps
         self.checkpoints = checkpoints
-        self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
-        self.parameters = list(self.names)
-        optimizer = make_optimizer(options.optimizer, self.parameters, options.lr, options.weight_decay, own_lr)
+        prepare_sharding(accelerator, task.loss, options, bool(resume or (checkpoints and checkpoints.every)))
+        trained = [parameter for parameter in task.loss.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(options.optimizer, trained, options.lr, options.weight_decay, own_lr)
         batches = seeded_items(task.batches, options.seed)
         self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
+        # Only now: FSDP puts parameters of its own in the place of the model's.
+        self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
+        self.parameters = list(self.names)
         # Not prepared: accelerate would step it once per process.
         warmup = round(options.warmup_fraction * self.steps)
         self.schedule = warmup_schedule(optimizer, self.steps, warmup, options.schedule)
@@ -107,6 +81,7 @@ class Trainer:
         self.saved = "nothing was saved"
         self.recent = Mean()
         self.keep_best = keep_best
+        self.after_save = after_save
         self.best: Best | None = None
         if resume is not None:
             self._restore(resume.state)
@@ -137,7 +112,9 @@ class Trainer:
                     means = self.recent.take()
                     rate = self.images_per_step / means.pop("seconds")
                     self.log(self.step, "train", {**means, "lr": lr, "images_per_second": rate})
-                    bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {lr:.1e}, {rate:.0f} images/s")
+                    bar.set_postfix_str(
+                        f"loss {means['loss']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {peak_memory():.1f} GB"
+                    )
                 if self.step % self.options.eval_every == 0 or self.step == self.steps:
                     self._evaluate()
                 if self.checkpoints is not None and self.checkpoints.due(self.step):
@@ -146,7 +123,10 @@ class Trainer:
         self._close(loader, batches)
         if self.ema:
             self.ema.put_into_model()
-        return Speed(self.step, self.seconds, self.step * self.images_per_step / self.seconds)
+        if self.accelerator.is_fsdp2:
+            self.loss.unshard()  # for good: what follows does not call the model through the loss
+        rate = self.step * self.images_per_step / self.seconds
+        return Speed(self.step, self.seconds, rate, peak_memory())
 
     def _close(self, loader: Any, batches: Any) -> None:
         """Tell accelerate, which keeps a loader open until it is read to its end, that this one is done with."""
@@ -163,52 +143,78 @@ class Trainer:
     def _optimise(self, batches: Any) -> tuple[float, float]:
         """Do one optimiser step; return its mean loss over all processes, and the gradient's norm."""
         train_mode(self.loss)
-        losses, norm = [], 0.0
-        for part in range(self.options.gradient_accumulation_steps):
-            batch = next(batches)
-            seed_everything("step", self.options.seed, self.accelerator.process_index, self.step, part)
+        losses, measured = [], (0.0, 0.0)
+        for number, part in enumerate(self._parts(batches)):
+            self._seed(number)
             with self.accelerator.accumulate(self.loss):
-                loss = self.loss(batch)
-                losses.append(self._finite_loss(loss))
+                loss = self.loss(part)
+                losses.append(loss.detach().float())
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    norm = self._clip()
+                    loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+                    measured = self._clip(loss)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.schedule.step()
-        return sum(losses) / len(losses), norm
+        return measured
 
-    def _finite_loss(self, loss: torch.Tensor) -> float:
-        value = float(self.accelerator.reduce(loss.detach().float(), reduction="mean"))
-        if not math.isfinite(value):
-            self._stop(f"the loss is {value}")
-        return value
+    def _parts(self, batches: Any) -> Iterable[Any]:
+        """Return what the loss is called with, one after the other, in an optimiser step."""
+        parts = itertools.islice(batches, self.options.gradient_accumulation_steps)
+        if self.options.gradient_accumulation_steps == 1 or not isinstance(self.task, JointTask):
+            return parts
+        with self._whole(), self.accelerator.autocast():
+            return self.task.join(list(parts), self._seed)
 
-    def _clip(self) -> float:
-        """Check the gradients of the first step, clip them to the allowed norm, return the norm."""
+    def _seed(self, part: int) -> None:
+        seed_everything("step", self.options.seed, self.accelerator.process_index, self.step, part)
+
+    def _clip(self, loss: torch.Tensor) -> tuple[float, float]:
+        """Clip the gradients to the allowed norm; return the loss and the norm, which are finite numbers.
+
+        Where it can, it asks the device for both at once: they are needed before the parameters change, and
+        nothing else of a step waits for the device. The first step's gradients are looked at one by one.
+        """
         scaled = self.accelerator.scaler is not None  # fp16: overflows are expected, and their steps skipped
-        if not scaled:
+        if not (scaled or self.checked):
+            self._require_finite("the loss", loss.item())
             self._check_once()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm or math.inf)
-        value = float(norm) if norm is not None else 0.0
-        if math.isfinite(value):
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is in parts
+        value, length = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
+        self._require_finite("the loss", value)
+        if math.isfinite(length):
             self._check_once()
         elif not scaled:
-            self._stop(f"the norm of the gradient is {value}")
-        return value
+            self._require_finite("the norm of the gradient", length)
+        return value, length
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._stop(f"{what} is {value}")
 
     def _check_once(self) -> None:
-        if not self.checked:
+        if not self.checked and self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # keeps them to itself
             for note in self.task.check_gradients():
                 self.accelerator.print(f"note: {note}")
-            self.checked = True
+            require_all_gradients(self.accelerator, self.names)
+        self.checked = True
 
     def _evaluate(self) -> None:
-        with self.ema.applied() if self.ema else contextlib.nullcontext():
+        with self.ema.applied() if self.ema else contextlib.nullcontext(), self._whole():
             with self.accelerator.autocast():
                 # The first process's values are everyone's: all of them must stop at the same step.
                 (values,) = broadcast_object_list([self.task.evaluate()])
             self._keep(values)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Have whole parameters where the model is not called through the loss, and where it is saved (FSDP)."""
+        if self.accelerator.is_fsdp2:
+            self.loss.unshard()
+        yield
+        if self.accelerator.is_fsdp2:
+            self.loss.reshard()
 
     def _keep(self, values: dict[str, float]) -> None:
         """Log and save what was measured, unless it is broken."""
@@ -221,6 +227,8 @@ class Trainer:
             self.best = best_of(self.best, self.step, values, self.options.best_metric)
             if self.keep_best is not None and self.best.step == self.step:
                 self.keep_best()
+        if self.after_save is not None:
+            self.after_save(self.step)
 
     def _remaining_batches(self) -> Any:
         done = self.step * self.options.gradient_accumulation_steps
@@ -266,25 +274,6 @@ class Trainer:
         raise ValueError(
             f"training stopped after step {self.step}: {reason}; a lower --lr usually cures it ({self.saved})"
         )
-
-
-def make_accelerator(options: TrainingOptions) -> Accelerator:
-    """Return accelerate's view of devices, precision and processes.
-
-    Raises ValueError when several processes were started that accelerate does not bring together:
-    each would train alone and write to the same folder.
-    """
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-    )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ValueError(
-            f"{started} processes were started but accelerate sees {accelerator.num_processes}: "
-            "start CPU processes with the environment variable ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
 
 
 def train_mode(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.files import replacing
 
-_FORMAT = "randlora_vision.lora"
+FORMAT = "randlora_vision.lora"
 
 
 class LowRank(nn.Module):
@@ -87,7 +87,7 @@ def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float)
     for target, part in added.items():
         tensors[f"{target}.lora_A"] = part.down.detach().contiguous()
         tensors[f"{target}.lora_B"] = part.up.detach().contiguous()
-    metadata = {"format": _FORMAT, "rank": str(rank), "alpha": str(alpha), "targets": json.dumps(list(added))}
+    metadata = {"format": FORMAT, "rank": str(rank), "alpha": str(alpha), "targets": json.dumps(list(added))}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -96,7 +96,7 @@ def load_lora(model: nn.Module, path: Path | str) -> None:
     """Put the LoRA of a file on a base model, frozen."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no LoRA file of this package")
         targets = json.loads(metadata["targets"])
         added = inject_lora(model, targets, int(metadata["rank"]), float(metadata["alpha"]))

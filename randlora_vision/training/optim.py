@@ -13,6 +13,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 # It needs second derivatives, for which the loop's backward pass keeps no graph.
 _UNFIT = {"adahessian"}
+_WITH_FUSED_KERNEL = {"adam", "adamw"}  # PyTorch's own by these names
 
 
 def check_optimizer_name(name: str) -> None:
@@ -54,9 +55,18 @@ def make_optimizer(
         chosen = [parameter for parameter in everything if own_lr.get(parameter) == rate]
         groups += [{**group, "lr": rate} for group in decay_groups(chosen, weight_decay)]
     try:
-        return create_optimizer_v2(groups, opt=name, lr=lr)
+        return create_optimizer_v2(groups, opt=name, lr=lr, **_fused(name, everything))
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # of packages that are not installed
         raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error
+
+
+def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
+    """Ask for the kernel that updates all parameters at once, where PyTorch has it for these.
+
+    Elsewhere PyTorch and timm choose the next best (foreach) by themselves.
+    """
+    usable = all(p.is_cuda and p.is_floating_point() for p in parameters)
+    return {"fused": True} if usable and name in _WITH_FUSED_KERNEL else {}
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:

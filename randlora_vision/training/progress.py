@@ -1,7 +1,10 @@
 """What the loop remembers from step to step, beside the numbers it trains: means to be logged, and the best result."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+import torch
 
 
 class Mean:
@@ -25,6 +28,16 @@ class Mean:
         means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
+
+
+def peak_memory() -> float:
+    """Return the most memory that was in use so far, in GB (10^9 bytes): the GPU's, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # no Windows has it
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from randlora_vision.training.images import SkipList
-from randlora_vision.training.loop import Speed
 from randlora_vision.training.methods import Adaptation
+from randlora_vision.training.plots import HEADLINES
 from randlora_vision.training.run_folder import RunFolder
+from randlora_vision.training.task import Speed
+
+Results = Mapping[str, Mapping[str, float]]  # by the name of the test, its numbers by name
 
 
 def summarise(
@@ -27,16 +30,30 @@ def summarise(
         "steps": speed.steps,
         "seconds": round(speed.seconds, 2),
         "images_per_second": round(speed.images_per_second, 1),
+        "peak_memory_gb": round(speed.peak_memory, 2),
         "reload_difference": reload_difference,
         "skipped_images": skipped.count(),
     }
 
 
-def accuracies(tasks: Mapping[str, str], results: Mapping[str, Mapping[str, float]]) -> str:
-    """Return top-1 and top-5 of each test, under what it is a test of."""
-    return "; ".join(
-        f"{tasks[name]} top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}" for name, values in results.items()
-    )
+def in_words(tasks: Mapping[str, str], results: Results) -> str:
+    """Return accuracies or recalls of each test, under what it is a test of."""
+    return "; ".join(f"{tasks[name]} {_words(values)}" for name, values in results.items())
+
+
+def headline(values: Mapping[str, float]) -> float:
+    """Return the one number that stands for a test: top-1, or the mean recall."""
+    return next(values[name] for name in HEADLINES if name in values)
+
+
+def _words(values: Mapping[str, float]) -> str:
+    if "top1" in values:
+        return f"top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
+    ways = []
+    for way in ("image_to_text", "text_to_image"):
+        recalls = [f"{value:.1%}" for name, value in values.items() if name.startswith(f"{way}_r")]
+        ways.append(f"{way.replace('_', ' ')} {'/'.join(recalls)}")
+    return f"recall@1/5/10 {', '.join(ways)}"
 
 
 def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:

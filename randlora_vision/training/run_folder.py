@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from importlib import metadata
@@ -44,15 +44,37 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.predictions = path / "predictions.png"
         self.confusion = path / "confusion.png"
+        self.scales = path / "scales.png"
         self.adapter = path / "adapter.safetensors"
         self.best = path / "adapter_best.safetensors"
+        self.samples = path / "samples.png"
         self.split = path / "split.json"
         self.skipped = path / "skipped.txt"
         self.summary = path / "summary.json"
+        self.listeners: list[Callable[[int, str, Mapping[str, float]], None]] = []  # of what is logged
+
+    @property
+    def logs(self) -> Path:
+        """The folder of trackers that write files."""
+        return self.path / "logs"
+
+    @property
+    def sample_folder(self) -> Path:
+        """The folder of pictures made during training."""
+        return self.path / "samples"
+
+    @property
+    def class_images(self) -> Path:
+        """The folder of images that the base pipeline made of the subject's class."""
+        return self.path / "class_images"
 
     def files(self) -> list[Path]:
         """Return every path that a run may write."""
         return [value for value in vars(self).values() if isinstance(value, Path) and value != self.path]
+
+    def pictures(self) -> list[Path]:
+        """Return the pictures that were written."""
+        return [path for path in self.files() if path.suffix == ".png" and path.exists()]
 
     def write_config(self, options: Any) -> None:
         """Write the resolved options (a dataclass) as YAML."""
@@ -62,10 +84,12 @@ class RunFolder:
             write_text(self.config, yaml.safe_dump(plain_settings(options), sort_keys=False))
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl: the step, the split and the values."""
+        """Append one line to metrics.jsonl: the step, the split and the values; tell the listeners."""
         if self.writing:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            for listener in self.listeners:
+                listener(step, split, values)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl written so far."""
@@ -119,6 +143,11 @@ def open_run_folder(options: RunOptions, script: str, writing: bool = True, resu
         )
     for path in run.files():
         path.unlink(missing_ok=True)
+    for events in run.logs.rglob("events.out.tfevents.*"):
+        events.unlink()
+    for folder in (run.sample_folder, run.class_images):
+        for picture in folder.rglob("*.png"):
+            picture.unlink()
     for _, checkpoint in list_checkpoints(run.path / FOLDER):
         shutil.rmtree(checkpoint)
     run.path.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from randlora_vision.training.loaders import with_batches
+
 
 def seed_everything(*key: int | str) -> None:
     """Seed Python, NumPy and PyTorch (every device) by a hash of `key`: near keys give unrelated numbers."""
@@ -27,18 +29,7 @@ def seeded_items(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
     """
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
-    return DataLoader(
-        _SeededItems(loader.dataset, seed),
-        batch_sampler=_Numbered(loader.batch_sampler),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    return with_batches(loader, _SeededItems(loader.dataset, seed), _Numbered(loader.batch_sampler))
 
 
 class _Numbered(Sampler[list[tuple[int, int]]]):

@@ -1,0 +1,243 @@
+"""The ways of training a pipeline: RandLoRA, PEFT's LoRA in diffusers' file format, or every weight."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, plan, set_active
+from randlora_vision.files import replacing
+from randlora_vision.integrations import diffusers as pipelines
+from randlora_vision.training.diffusion_families import Family
+from randlora_vision.training.dreambooth_options import DreamBoothOptions
+from randlora_vision.training.methods import Adaptation, TrainedTensors, finite_gradients, quiet
+
+_TRAINED, _SAVED = "default", "saved"
+
+
+class PipelineAdaptation(Adaptation, Protocol):
+    """What is trained in a pipeline. `load` is given the pipeline."""
+
+    def lent(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Within the context the pipeline computes with what a saved file holds, in place of what is in training."""
+
+
+class RandLoRAInPipeline:
+    """Random bases and trained diagonals in each adapted component, one file for all."""
+
+    def __init__(self, pipe: Any, configs: Mapping[str, RandLoRAConfig]) -> None:
+        self.pipe = pipe
+        self.parts: dict[str, nn.Module] = {name: getattr(pipe, name) for name in configs}
+        with quiet():
+            reports = {name: inject(part, configs[name], _TRAINED) for name, part in self.parts.items()}
+        self.report = "\n\n".join(f"{name}\n{report}" for name, report in reports.items())
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield lambda and gamma of every adapted weight."""
+        for part, module in self.parts.items():
+            for name, parameter in adapter_parameters(module, _TRAINED):
+                yield f"{part}.{name}", parameter
+
+    def check_gradients(self) -> list[str]:
+        """Check every component: one that stays as it was is a mistake, not a slow learner."""
+        notes = []
+        for name, part in self.parts.items():
+            try:
+                notes += [f"{name}: {note}" for note in check_gradients(part)]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return notes
+
+    def save(self, path: Path) -> None:
+        """Write the adapter file."""
+        pipelines.save_adapter(self.pipe, path, _TRAINED)
+
+    def load(self, model: Any, path: Path) -> None:
+        """Load the adapter file."""
+        with quiet():
+            pipelines.load_adapter(model, path)
+
+    @contextlib.contextmanager
+    def lent(self, path: Path) -> Iterator[None]:
+        """Load the file as a second adapter and silence the one in training."""
+        with quiet():
+            pipelines.load_adapter(self.pipe, path, _SAVED)
+        try:
+            self._activate(_SAVED)
+            yield
+        finally:
+            pipelines.delete_adapter(self.pipe, _SAVED)
+            self._activate(_TRAINED)
+
+    def _activate(self, adapter: str) -> None:
+        for part in self.parts.values():
+            set_active(part, adapter)
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return the integration's call."""
+        return [
+            "from randlora_vision.integrations.diffusers import load_adapter",
+            f"load_adapter(pipe, {str(path)!r})",
+        ]
+
+
+class LoRAInPipeline:
+    """PEFT's LoRA beside the same weights, in a file that `pipe.load_lora_weights` reads."""
+
+    def __init__(self, pipe: Any, targets: Mapping[str, Sequence[str]], rank: int, alpha: float) -> None:
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        self.pipe = pipe
+        self.parts: dict[str, nn.Module] = {name: getattr(pipe, name) for name in targets}
+        for name, part in self.parts.items():
+            part.requires_grad_(False)
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[name]))
+            part.add_adapter(config, _TRAINED)  # type: ignore[operator]
+            cast_training_params([part], torch.float32)
+        self.trained = {
+            f"{name}.{path}": parameter
+            for name, part in self.parts.items()
+            for path, parameter in part.named_parameters()
+            if parameter.requires_grad
+        }
+        numbers = sum(parameter.numel() for parameter in self.trained.values())
+        counts = ", ".join(f"{len(paths)} weights of {name}" for name, paths in targets.items())
+        self.report = f"PEFT's LoRA of rank {rank}, alpha {alpha:g}, on {counts}: {numbers:,} numbers are trained"
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield both factors of every adapted weight."""
+        yield from self.trained.items()
+
+    def check_gradients(self) -> list[str]:
+        """Require a gradient somewhere in every component: the factor that starts at zero gets one at once."""
+        for name in self.parts:
+            first = (p.grad for path, p in self.trained.items() if path.startswith(f"{name}.") and ".lora_B." in path)
+            if not any(gradient is not None and gradient.any() for gradient in first):
+                raise ValueError(f"no gradient reaches the LoRA of {name}")
+        return finite_gradients(self.parameters())
+
+    def save(self, path: Path) -> None:
+        """Write diffusers' LoRA file."""
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft import get_peft_model_state_dict
+
+        layers = {
+            f"{name}_lora_layers": get_peft_model_state_dict(part, adapter_name=_TRAINED)
+            for name, part in self.parts.items()
+        }
+        with replacing(path) as temporary:
+            self.pipe.save_lora_weights(
+                temporary.parent, weight_name=temporary.name, **layers, **_collate_lora_metadata(self.parts)
+            )
+
+    def load(self, model: Any, path: Path) -> None:
+        """Load it as diffusers does."""
+        model.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_TRAINED)
+
+    @contextlib.contextmanager
+    def lent(self, path: Path) -> Iterator[None]:
+        """Load the file as a second adapter and silence the one in training."""
+        with quiet():  # two adapters are what is wanted
+            self.pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_SAVED)
+        try:
+            self.pipe.set_adapters(_SAVED)
+            yield
+        finally:
+            self.pipe.set_adapters(_TRAINED)
+            self.pipe.delete_adapters(_SAVED)
+            for parameter in self.trained.values():
+                parameter.requires_grad_(True)
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return diffusers' call."""
+        return [f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})"]
+
+
+class FullInPipeline(TrainedTensors):
+    """Every weight of the trained components, under the components' names."""
+
+    def __init__(self, pipe: Any, components: Sequence[str]) -> None:
+        container = components_of(pipe, components)
+        names = [name for name, _ in container.named_parameters()]
+        super().__init__(container, names, f"full fine-tuning of {' and '.join(components)}", ())
+        self.components = list(components)
+
+    def load(self, model: Any, path: Path) -> None:
+        """Copy the file's tensors into the pipeline's components."""
+        super().load(components_of(model, self.components), path)
+
+    @contextlib.contextmanager
+    def lent(self, path: Path) -> Iterator[None]:
+        """Copy the file's tensors in for the time."""
+        trained = {name: parameter.detach().clone() for name, parameter in self.parameters()}
+        super().load(self.model, path)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters():
+                    parameter.copy_(trained[name])
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return the plain calls of safetensors and PyTorch."""
+        lines = ["from safetensors.torch import load_file", f"tensors = load_file({str(path)!r})"]
+        for name in self.components:
+            own = f"{{k.removeprefix('{name}.'): v for k, v in tensors.items() if k.startswith('{name}.')}}"
+            lines.append(f"pipe.{name}.load_state_dict({own}, strict=False)")
+        return lines
+
+
+def components_of(pipe: Any, names: Sequence[str]) -> nn.ModuleDict:
+    """Return some of a pipeline's components as one module."""
+    return nn.ModuleDict({name: getattr(pipe, name) for name in names})
+
+
+def trained_components(family: Family, options: DreamBoothOptions) -> list[str]:
+    """Return the names of the components that are trained, the denoiser first."""
+    texts = [name for name in family.trainable_text_encoders if getattr(family.pipe, name) is not None]
+    if options.pipeline.train_text_encoder and not texts:
+        raise ValueError("--train-text-encoder: this pipeline has no CLIP text encoder")
+    return [family.denoiser_name, *(texts if options.pipeline.train_text_encoder else ())]
+
+
+def adapt(family: Family, options: DreamBoothOptions) -> PipelineAdaptation:
+    """Make a pipeline trainable by the chosen method, everything else frozen."""
+    adapter, pipe = options.adapter, family.pipe
+    names = trained_components(family, options)
+    if adapter.method == "full":
+        return FullInPipeline(pipe, names)
+    assert adapter.rank is not None and adapter.alpha is not None, "resolve the options first"
+    configs = {name: _config(options, name == family.denoiser_name) for name in names}
+    if adapter.method == "randlora":
+        return RandLoRAInPipeline(pipe, configs)
+    # Rank 1 fits every weight: the names alone are asked for.
+    plans = {name: plan(getattr(pipe, name), replace(config, rank=1)) for name, config in configs.items()}
+    targets = {name: [target.name for target in found.targets] for name, found in plans.items()}
+    return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
+
+
+def _config(options: DreamBoothOptions, denoiser: bool) -> RandLoRAConfig:
+    adapter = options.adapter
+    assert adapter.rank is not None
+    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
+    return RandLoRAConfig(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=(named or "diffusers:attention") if denoiser else "diffusers:text",
+        bases=adapter.bases,
+        init=adapter.init,
+        seed=options.training.seed,
+    )
+
+
+def checkpoint_activations(parts: Iterable[nn.Module]) -> None:
+    """Let denoisers (diffusers) and text encoders (transformers) compute activations again in the backward pass."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    for part in parts:
+        next(method for name in names if (method := getattr(part, name, None)))()

@@ -1,0 +1,179 @@
+"""Images with captions as training batches: which caption is drawn, and which captions mean the same.
+
+Shapes: B images, H height, W width, L tokens, T captions of a whole split.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from randlora_vision.training.images import (
+    ImageSplits,
+    Picture,
+    ShuffledBatches,
+    SkipList,
+    Transform,
+    held_out_files,
+    loading,
+    readable,
+    readable_items,
+)
+
+Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> (texts, L) int64
+
+
+class PairBatch(TypedDict):
+    """Images with a caption each.
+
+    `captions` are numbers: equal ones are captions that mean the same, by their text or by the class that
+    they were made from, so that neither is a negative of the other. `indices` are the images' positions in
+    their split.
+    """
+
+    images: Tensor  # (B, 3, H, W) float32
+    tokens: Tensor  # (B, L) int64
+    captions: Tensor  # (B,) int64
+    indices: Tensor  # (B,) int64
+
+
+@dataclass(frozen=True)
+class PairSplits:
+    """Images and captions, at least one an image, of each split, and where the splits came from.
+
+    `val` and `test` are as in `ImageSplits`. `groups` is for captions that were made from classes: the
+    class of every image, which then decides what means the same.
+    """
+
+    name: str
+    images: Mapping[str, Sequence[Picture]]
+    captions: Mapping[str, Sequence[Sequence[str]]]
+    origin: str
+    augment: Callable[[Image.Image], Image.Image] | None = None  # in place of the model's own augmentation
+    groups: Mapping[str, Sequence[int]] | None = None
+    chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
+
+    def select(
+        self, split: str, transform: Transform, tokenize: Tokenize, skipped: SkipList, draw: bool | None = None
+    ) -> "CaptionedImages":
+        """Return one split as a dataset; captions are drawn (`draw`) on `train`, unless told."""
+        draw = split == "train" if draw is None else draw
+        groups = self.groups[split] if self.groups else None
+        return CaptionedImages(self.images[split], self.captions[split], transform, tokenize, skipped, groups, draw)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{len(images)} {name}" for name, images in self.images.items())
+        captions = sum(len(texts) for texts in self.captions["train"]) / max(1, len(self.captions["train"]))
+        return f"{self.name}: {sizes} images, {captions:.3g} captions each ({self.origin})"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run folder keeps: the sizes, the origin, and the files that were held out."""
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "sizes": {name: len(images) for name, images in self.images.items()},
+            "held_out": held_out_files(self.images),
+            **({"chosen": list(self.chosen)} if self.chosen is not None else {}),
+        }
+
+
+class CaptionedImages(Dataset):
+    """Images with captions: one of an image's is drawn at each access, or always the first.
+
+    An unreadable file goes to `skipped` and gives None, which `collate_pairs` leaves out.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Picture],
+        captions: Sequence[Sequence[str]],
+        transform: Transform,
+        tokenize: Tokenize,
+        skipped: SkipList,
+        groups: Sequence[int] | None = None,
+        draw: bool = True,
+    ) -> None:
+        assert len(images) == len(captions)
+        self.images = images
+        self.captions = captions
+        self.transform = transform
+        self.tokenize = tokenize
+        self.skipped = skipped
+        self.groups = groups
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, index: int) -> Image.Image | None:
+        """Return the image itself, before any transform, or None when it cannot be read."""
+        return readable(self.images[index], self.skipped)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int] | None:
+        """Return image (3, H, W), tokens (L,), the caption's number and `index`."""
+        captions = self.captions[index]
+        # Before the picture is read and augmented: what these draw must not decide the caption.
+        caption = random.choice(captions) if self.draw else captions[0]
+        picture = self.picture(index)
+        if picture is None:
+            return None
+        return self.transform(picture), self.tokenize([caption])[0], self.number(index, caption), index
+
+    def number(self, index: int, caption: str) -> int:
+        """Return the number of a caption of an image."""
+        return caption_number(caption) if self.groups is None else self.groups[index]
+
+    def texts(self) -> tuple[list[str], list[int], list[int]]:
+        """Return every caption of every image, in order, with its number and the position of its image: T each."""
+        texts = [(text, index) for index, captions in enumerate(self.captions) for text in captions]
+        numbers = [self.number(index, text) for text, index in texts]
+        return [text for text, _ in texts], numbers, [index for _, index in texts]
+
+
+def caption_number(text: str) -> int:
+    """Return a number from 0 to 2^63 - 1 that is the same for the same text, everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def collate_pairs(items: Sequence[tuple[Tensor, Tensor, int, int] | None]) -> PairBatch:
+    """Stack the readable items of a batch."""
+    images, tokens, captions, indices = zip(*readable_items(items), strict=True)
+    return PairBatch(
+        images=torch.stack(images),
+        tokens=torch.stack(tokens),
+        captions=torch.tensor(captions),
+        indices=torch.tensor(indices),
+    )
+
+
+def pair_batches(
+    data: CaptionedImages, batch_size: int, batches: int, seed: int, workers: int | None
+) -> "DataLoader[PairBatch]":
+    """Return a loader of exactly `batches` shuffled batches."""
+    order = ShuffledBatches(len(data), batch_size, batches, seed)
+    return DataLoader(data, batch_sampler=order, collate_fn=collate_pairs, **loading(data.images, workers))
+
+
+def evaluation_pair_batches(data: CaptionedImages, batch_size: int, workers: int | None) -> "DataLoader[PairBatch]":
+    """Return a loader that reads `data` once, in order."""
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate_pairs, **loading(data.images, workers))
+
+
+def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
+    """Return images with classes as images with captions: every template with the class name in it."""
+    captions = [tuple(template.replace("{}", name) for template in templates) for name in splits.class_names]
+    return PairSplits(
+        name=splits.name,
+        images=splits.images,
+        captions={split: [captions[label] for label in labels] for split, labels in splits.labels.items()},
+        origin=splits.origin,
+        augment=splits.augment,
+        groups=splits.labels,
+        chosen=splits.chosen,
+    )

@@ -1,0 +1,151 @@
+"""Training runs that must come out the same with one process and with two: also the program that torchrun starts.
+
+With arguments, WORK FOLDER, it runs all cases in this process pair: one start for all, for a start takes ten seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+
+# Plain gradient descent: Adam's first steps turn rounding of a gradient near zero into steps of full size.
+COMMON = [
+    *["--steps", "3", "--eval-every", "2", "--log-every", "1", "--optimizer", "sgd", "--report-to", "none"],
+    *["--warmup-fraction", "0"],
+]
+CLIP = ["--prompts", "average", "--templates", "a {}", "the {}", "--rank", "4"]
+GLOBAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: the script, its flags, and how many batches a process accumulates."""
+
+    name: str
+    script: str
+    flags: tuple[str, ...]
+    accumulation: int = 1
+
+    def argv(self, work: Path, output: Path, processes: int) -> list[str]:
+        batch = GLOBAL_BATCH // processes // self.accumulation
+        flags = [flag.replace("WORK", str(work)) for flag in self.flags]
+        numbers = ["--batch-size", str(batch), "--gradient-accumulation-steps", str(self.accumulation)]
+        return [*COMMON, *flags, *numbers, "--output-dir", str(output / self.name)]
+
+
+def clip(name: str, *flags: str, model: str = "clip", accumulation: int = 1) -> Case:
+    data = ("--data", "WORK/images", "--model", f"local-dir:WORK/{model}")
+    return Case(name, "train_clip", (*data, *CLIP, *flags), accumulation)
+
+
+CASES = [
+    clip("prompts-vision", "--towers", "vision", "--lr", "0.02"),
+    clip("prompts-both", "--train-logit-scale", "--ema-decay", "0.5", "--lr", "0.02", accumulation=2),
+    clip("clip-both", "--loss", "clip", "--train-logit-scale", "--lr", "0.02"),
+    clip("clip-joined", "--loss", "clip", "--train-logit-scale", "--lr", "0.02", accumulation=2),
+    clip("clip-text-lora", "--loss", "clip", "--towers", "text", "--method", "lora", "--lr", "0.02"),
+    clip("siglip-full", "--loss", "siglip", "--method", "full", "--lr", "0.01", model="siglip"),
+    clip("siglip-joined", "--loss", "siglip", "--train-logit-scale", "--lr", "0.01", model="siglip", accumulation=2),
+    clip("pairs", "--data", "WORK/captions.csv", "--lr", "0.02", accumulation=2),
+    Case(
+        "classifier",
+        "train_classifier",
+        ("--data", "WORK/images", "--model", "local-dir:WORK/vit", "--pretrained", "--rank", "4", "--lr", "0.02"),
+    ),
+]
+RESUMED = clip(
+    "resumed", "--loss", "clip", "--dropout", "0.2", "--lr", "0.02", "--checkpoint-every", "2", accumulation=2
+)
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def forget_accelerator() -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+def run_case(case: Case, work: Path, output: Path, processes: int, *more: str) -> None:
+    forget_accelerator()
+    script(case.script).main([*case.argv(work, output, processes), *more])
+
+
+def check_parts_of_unequal_size() -> None:
+    """Compare the losses' values and gradients, 3 pairs here and 4 there, with those of all 7; and measuring."""
+    import torch
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader
+
+    from randlora_vision.training.contrastive import ContrastiveLoss
+    from randlora_vision.training.gather import measure_all
+    from tests.test_training_contrastive import CONTRASTS, REPEATED, Towers, cut, gradients, plain_loss
+
+    own = cut(REPEATED, 0, 3) if distributed.get_rank() == 0 else cut(REPEATED, 3, None)
+    for contrast in CONTRASTS:
+        model = Towers()
+        assert model.logit_bias is not None
+        model.logit_bias.requires_grad_(contrast == "siglip")
+        loss = ContrastiveLoss(model, contrast)
+        expected = plain_loss(contrast, model, *loss.features(REPEATED), REPEATED["captions"])
+        wanted = gradients(model, expected)
+        parallel = DistributedDataParallel(loss)
+        actual = parallel(own)
+        actual.backward()
+        value = actual.detach().clone()
+        distributed.all_reduce(value)
+        torch.testing.assert_close(value / 2, expected)
+        torch.testing.assert_close({name: model.get_parameter(name).grad for name in wanted}, wanted)
+    for size in (1, 3, 4, 5):
+        numbers = torch.arange(2 * size - 1)
+        (seen,) = measure_all(DataLoader(numbers, batch_size=2), lambda batch: (batch,))  # type: ignore[arg-type]
+        (streamed,) = measure_all(iter(numbers.split(2)), lambda batch: (batch,))
+        assert seen.tolist() == streamed.tolist() == numbers.tolist()
+
+
+def main(work: Path, output: Path) -> None:
+    """Run every case as one of two processes; note what this process changed on disk."""
+    from torch import distributed
+
+    changes: list[str] = []
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        writing = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        changing = event.partition(".")[0] in ("os", "shutil") and event != "os.listdir" and event != "os.scandir"
+        if (writing or changing) and any(str(argument).startswith(str(output)) for argument in arguments):
+            changes.append(f"{event} {arguments}")
+
+    sys.addaudithook(note)
+    distributed.destroy_process_group = lambda *_: None  # at the end of each run; the next one goes on with it
+    for case in CASES:
+        run_case(case, work, output, 2)
+    check_parts_of_unequal_size()
+    run_case(RESUMED, work, output / "whole", 2)
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        shutil.copytree(output / "whole", output / "resumed")
+        (output / "resumed" / RESUMED.name / "adapter.safetensors").unlink()
+    distributed.barrier()
+    run_case(RESUMED, work, output / "resumed", 2, "--resume", "latest")
+    (work / f"changes-{os.environ['RANK']}.json").write_text(json.dumps(changes))
+    assert distributed.get_world_size() == 2
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

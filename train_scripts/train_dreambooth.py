@@ -1,0 +1,180 @@
+"""Teach a diffusion pipeline a subject or a style from a few images, with RandLoRA.
+
+accelerate launch train_scripts/train_dreambooth.py
+
+accelerate launch train_scripts/train_dreambooth.py --pretrained-model-name-or-path FOLDER_OR_HUB_NAME
+--instance-data-dir IMAGES --instance-prompt "a photo of sks dog" --validation-prompt "a photo of sks dog on a beach"
+
+Stable Diffusion 1.5, 2 and XL (noise prediction), Stable Diffusion 3 and Flux (flow matching). Without
+arguments: a tiny pipeline learns a new handwritten digit, with no download; --family flow takes one of
+flow matching. The run folder holds the adapter, metrics, pictures and settings.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from randlora_vision.integrations.hub import push_to_hub
+from randlora_vision.training.accelerators import make_accelerator
+from randlora_vision.training.demo_pipelines import demo_pipeline_folder
+from randlora_vision.training.demo_subject import Shares, demo_subject, measure
+from randlora_vision.training.diffusion_buckets import Size, parse_buckets
+from randlora_vision.training.diffusion_families import Family, load_family
+from randlora_vision.training.diffusion_methods import PipelineAdaptation, adapt, checkpoint_activations
+from randlora_vision.training.diffusion_samples import Autocast, Gallery, Sampler, largest_difference
+from randlora_vision.training.dreambooth_options import DreamBoothOptions, model_title, resolve
+from randlora_vision.training.dreambooth_pictures import Album, write_base_pictures
+from randlora_vision.training.dreambooth_prior import class_images
+from randlora_vision.training.dreambooth_results import check_same, closing_words, write_results
+from randlora_vision.training.dreambooth_subject import read_subject
+from randlora_vision.training.dreambooth_task import DreamBoothTask, TrainingSet
+from randlora_vision.training.errors import user_errors
+from randlora_vision.training.fitting import finish, fit, open_run
+from randlora_vision.training.options import parse
+from randlora_vision.training.run_folder import RunFolder
+from randlora_vision.training.trackers import report_pictures
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    train(parse(DreamBoothOptions, argv, __doc__ or ""))
+
+
+def train(options: DreamBoothOptions) -> dict[str, Any]:
+    """Sample, adapt, train, sample on the way, save, reload; return what summary.json holds."""
+    options = resolve(options)
+    training = options.training
+    # Some adapters cannot learn: a last layer's queries of text, text encoders' layers past the one that is read.
+    accelerator = make_accelerator(training, unused_parameters=True)
+    device, say = accelerator.device, accelerator.print
+    options, run, resume = open_run(options, "dreambooth", accelerator)
+    subject = demo_subject(options.subject) if options.embedded else read_subject(options.subject)
+    with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
+        family = load(options, device)
+    buckets = parse_buckets(
+        options.subject.aspect_ratio_buckets,
+        options.subject.resolution or family.default_resolution,
+        family.size_multiple,
+    )
+    set_seed(training.seed)
+    sampler = make_sampler(family, options, buckets[0], accelerator.autocast)
+    folder = Path(options.subject.class_data_dir or run.class_images)
+    images = class_images(options.subject, folder, sampler, accelerator)
+    data = TrainingSet(subject, images, options.subject.class_prompt, buckets)
+    say(f"pipeline: {model_title(options)}, a {type(family.pipe).__name__}\nimages: {data}")
+
+    shares = {"before": shares_of(sampler, options)} if options.embedded else {}
+    gallery = make_gallery(sampler, options, subject.captions[0])
+    pictures = bool(options.validation.validation_prompt) and run.writing
+    if pictures and resume is None:
+        write_base_pictures(run, gallery)
+    adaptation = adapt(family, options)
+    say(f"\n{adaptation.report}\n")
+    task = DreamBoothTask(
+        family, adaptation, data, options, accelerator.num_processes, run.adapter if run.writing else None
+    )
+    if not options.pipeline.train_text_encoder:
+        family.drop_text_encoders()  # every prompt is encoded
+    if options.pipeline.gradient_checkpointing:
+        checkpoint_activations(task.loss.parts.values())
+    album = Album(run, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths))
+    speed = fit(
+        task, options, data, run, accelerator, resume, task.own_lr(), after_save=album.show if pictures else None
+    )
+
+    task.loss.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded pipeline
+    summary: dict[str, Any] = {}
+    if run.writing:
+        trained = gallery.draw()
+        family.pipe.to("cpu")  # makes room
+        fresh, difference = check_reload(options, device, accelerator.autocast, adaptation, run, gallery, trained)
+        if options.embedded:
+            shares["after"] = shares_of(fresh, options)
+        if pictures:
+            album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
+        summary = write_results(run, options, adaptation, shares, speed, difference)
+        say(closing_words(run, adaptation, shares, summary))
+        if options.hub.hub_model_id is not None:
+            say(f"uploaded: {upload(options, run, summary)}")
+    finish(run, accelerator, speed.steps)
+    return summary
+
+
+def load(options: DreamBoothOptions, device: torch.device) -> Family:
+    """Load the base pipeline, in half precision where training is and the method leaves the base alone."""
+    pipeline, training = options.pipeline, options.training
+    path = pipeline.pretrained_model_name_or_path
+    if path is None:
+        path = str(demo_pipeline_folder(pipeline.family, pipeline.cache_dir))
+    halves = {"fp16": torch.float16, "bf16": torch.bfloat16} if options.adapter.method != "full" else {}
+    family = load_family(
+        path,
+        options.objective,
+        pipeline.max_sequence_length,
+        pipeline.revision,
+        pipeline.variant,
+        halves.get(training.mixed_precision, torch.float32),
+    )
+    family.pipe.to(device)
+    return family
+
+
+def make_sampler(family: Family, options: DreamBoothOptions, size: Size, autocast: Autocast) -> Sampler:
+    """Return what draws pictures as the validation options say."""
+    assert options.subject.sample_batch_size is not None
+    validation = options.validation
+    return Sampler(
+        family,
+        size,
+        options.subject.sample_batch_size,
+        autocast,
+        validation.num_inference_steps,
+        validation.validation_guidance_scale,
+    )
+
+
+def make_gallery(sampler: Sampler, options: DreamBoothOptions, caption: str) -> Gallery:
+    """Return the pictures of validation; where none are asked for, one of a caption, for the check at the end."""
+    prompts = options.validation.validation_prompt
+    each = options.validation.num_validation_images if prompts else 1
+    seed, trained = options.training.seed, options.pipeline.train_text_encoder
+    return Gallery(sampler, prompts or (caption,), each, seed, trained)
+
+
+def shares_of(sampler: Sampler, options: DreamBoothOptions) -> Shares:
+    """Measure what is learnt of the embedded subject and what is kept."""
+    subject = options.subject
+    assert subject.instance_prompt is not None and subject.class_prompt is not None
+    return measure(sampler, subject.instance_prompt, subject.class_prompt, options.training.seed)
+
+
+def upload(options: DreamBoothOptions, run: RunFolder, summary: Mapping[str, Any]) -> str:
+    """Put the adapter on the Hugging Face Hub; return its address."""
+    name, base = options.hub.hub_model_id, options.pipeline.pretrained_model_name_or_path
+    assert name is not None and base is not None
+    return push_to_hub(run.adapter, name, base_model=base, library="diffusers", metrics=summary["after"])
+
+
+def check_reload(
+    options: DreamBoothOptions,
+    device: torch.device,
+    autocast: Autocast,
+    adaptation: PipelineAdaptation,
+    run: RunFolder,
+    gallery: Gallery,
+    trained: list[list[torch.Tensor]],
+) -> tuple[Sampler, float]:
+    """Load the saved file into a fresh pipeline; return its sampler, and the largest difference of a pixel."""
+    fresh = load(options, device)
+    adaptation.load(fresh.pipe, run.adapter)
+    sampler = make_sampler(fresh, options, gallery.sampler.size, autocast)
+    pictures = make_gallery(sampler, options, gallery.prompts[0]).draw()
+    return sampler, check_same(largest_difference(pictures, trained), run)
+
+
+if __name__ == "__main__":
+    main()
