@@ -1,0 +1,182 @@
+"""What is measured of one method on one workload."""
+
+import contextlib
+import copy
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.methods import METHODS, trained_numbers
+from benchmarks.workloads import WORKLOADS, Inputs, Row
+
+
+@dataclass
+class Trainee:
+    """A model that a method was applied to, its optimiser and its inputs."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    inputs: Inputs
+    loss: Callable[[Any], Tensor]
+    dtype: torch.dtype
+
+    def step(self) -> None:
+        """Make one training step."""
+        self.forward().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward(self) -> Tensor:
+        """Return the loss."""
+        device = next(iter(self.inputs.values())).device.type
+        low = self.dtype != torch.float32
+        with torch.autocast(device, self.dtype) if low else contextlib.nullcontext():
+            return self.loss(self.model(**self.inputs))
+
+
+def prepare(row: Row, base: nn.Module, method: str, device: torch.device, dtype: torch.dtype) -> tuple[Trainee, float]:
+    """Apply a method to a copy of `base`; return it with the seconds that the injection took."""
+    workload = WORKLOADS[row.workload]
+    model = copy.deepcopy(base).requires_grad_(False)
+    targets = workload.targets(model, row.which)
+    started = time.perf_counter()
+    model = METHODS[method].apply(model, targets, workload.rank)
+    seconds = time.perf_counter() - started
+    model.train().to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    inputs = workload.inputs(row.size, device, torch.float32)
+    return Trainee(model, optimizer, inputs, workload.loss, dtype), seconds
+
+
+def flops(trainee: Trainee) -> int:
+    """Count the FLOPs of the matrix products of a step, a multiply-add as two."""
+    with FlopCounterMode(display=False) as counter:
+        trainee.step()
+    return counter.get_total_flops()
+
+
+def flops_without_computing(row: Row, base: nn.Module, method: str) -> int:
+    """Count the same on the meta device, where nothing is computed."""
+    meta = torch.device("meta")
+    trainee, _ = prepare(row, base, method, meta, torch.float32)
+    return flops(trainee)
+
+
+def kept_bytes(trainee: Trainee) -> int:
+    """Return the bytes that autograd keeps from the forward to the backward pass, parameters and inputs apart."""
+    own = {t.untyped_storage().data_ptr() for t in (*trainee.model.parameters(), *trainee.model.buffers())}
+    own |= {t.untyped_storage().data_ptr() for t in trainee.inputs.values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainee.forward()
+    loss.backward()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    return sum(kept.values())
+
+
+def step_times(trainees: dict[str, Trainee], rounds: int) -> dict[str, list[float]]:
+    """Time one step of every method in turn, `rounds` times: what disturbs a round disturbs all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainees}
+    names = list(trainees)
+    for trainee in trainees.values():
+        trainee.step()
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(_timed(trainees[name].step, trainees[name].inputs))
+    return seconds
+
+
+def _timed(function: Callable[[], None], inputs: Inputs) -> float:
+    on_gpu = next(iter(inputs.values())).is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def saved_bytes_and_load_time(trainee: Trainee, base: nn.Module, method: str) -> tuple[int, float]:
+    """Save what was trained; return its bytes, and the seconds to load it into a fresh base model."""
+    fresh = copy.deepcopy(base)
+    device = next(trainee.model.parameters()).device
+    with tempfile.TemporaryDirectory() as folder:
+        METHODS[method].save(trainee.model, Path(folder))
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        started = time.perf_counter()
+        METHODS[method].load(fresh.to(device), Path(folder))
+        return size, time.perf_counter() - started
+
+
+def peak_memory(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the peak bytes of three steps in a fresh process: CUDA's allocations, or the resident set.
+
+    The resident set is counted from what the process holds before the model is built: the libraries
+    themselves, the same for every method, are left out.
+    """
+    command = [sys.executable, "-m", "benchmarks.measure", row.workload, str(row.size), row.which, method]
+    command += [str(device), str(dtype).removeprefix("torch.")]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(answer.stdout.split()[-1])
+
+
+def _peak_memory_here(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
+    before = _resident("VmRSS")
+    base = WORKLOADS[row.workload].build()
+    trainee, _ = prepare(row, base, method, device, dtype)
+    del base
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        trainee.step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    """Return the resident set in bytes, now (VmRSS) or at its peak (VmHWM).
+
+    Not getrusage's ru_maxrss: that starts from the size of the process that started this one.
+    """
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def trained(trainee: Trainee) -> int:
+    """Return how many numbers are trained."""
+    return trained_numbers(trainee.model)
+
+
+def _main() -> None:
+    workload, size, which, method, device, dtype = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    import peft  # noqa: F401  # every process pays for the same imports
+    import timm  # noqa: F401
+
+    row = Row(workload, int(size), which)
+    print(_peak_memory_here(row, method, torch.device(device), getattr(torch, dtype)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,127 @@
+"""The five ways to fine-tune that are compared, each on the same layers and with the same number of trained numbers."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+
+_SCALING = 20  # alpha / rank, the same for PEFT's RandLora and ours
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is adapted, saved and loaded.
+
+    Attributes:
+        title: As in the tables.
+        apply: (model, target paths, rank of RandLoRA) -> the model to train.
+        save: (model to train, folder) -> the files that a user would keep.
+        load: (fresh base model, folder) -> the adapted model.
+    """
+
+    title: str
+    apply: Callable[[nn.Module, Sequence[str], int], nn.Module]
+    save: Callable[[nn.Module, Path], None]
+    load: Callable[[nn.Module, Path], nn.Module]
+
+
+def trained_numbers(model: nn.Module) -> int:
+    """Return how many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def randlora_numbers(model: nn.Module, targets: Sequence[str], rank: int) -> int:
+    """Return how many numbers RandLoRA trains: R N + N m a layer, N = ceil(m / R)."""
+    narrow = [min(model.get_submodule(target).weight.shape) for target in targets]
+    return sum(-(-m // rank) * (rank + m) for m in narrow)
+
+
+def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
+    """Return the LoRA rank whose trained numbers, r (O + I) a layer, come nearest to `budget`."""
+    per_rank = sum(sum(model.get_submodule(target).weight.shape) for target in targets)
+    return max(1, round(budget / per_rank))
+
+
+def _peft(model: nn.Module, config: object) -> nn.Module:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config)
+
+
+def _peft_load(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def _peft_save(model: nn.Module, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+
+
+def _peft_lora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+    from peft import LoraConfig
+
+    r = lora_rank(model, targets, randlora_numbers(model, targets, rank))
+    return _peft(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets)))
+
+
+def _peft_randlora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+    from peft import RandLoraConfig
+
+    alpha = _SCALING * rank
+    return _peft(model, RandLoraConfig(r=rank, randlora_alpha=alpha, target_modules=list(targets)))
+
+
+def _ours(bases: str) -> Callable[[nn.Module, Sequence[str], int], nn.Module]:
+    def apply(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+        inject(model, RandLoRAConfig(rank=rank, alpha=_SCALING * rank, target_modules=list(targets), bases=bases))
+        return model
+
+    return apply
+
+
+def _our_save(model: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(model, folder / "adapter.safetensors")
+
+
+def _our_load(model: nn.Module, folder: Path) -> nn.Module:
+    load_adapter(model, folder / "adapter.safetensors", trainable=True)
+    return model
+
+
+def _full(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _full_save(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def _full_load(model: nn.Module, folder: Path) -> nn.Module:
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+METHODS: dict[str, Method] = {
+    "full": Method("full fine-tuning", _full, _full_save, _full_load),
+    "peft_lora": Method("PEFT LoRA", _peft_lora, _peft_save, _peft_load),
+    "peft_randlora": Method("PEFT RandLora", _peft_randlora, _peft_save, _peft_load),
+    "ours": Method("ours, dense bases", _ours("uniform"), _our_save, _our_load),
+    "ours_structured": Method("ours, structured bases", _ours("structured"), _our_save, _our_load),
+}

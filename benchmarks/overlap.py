@@ -1,0 +1,151 @@
+"""Where a training step's time goes in train_clip.py and train_classifier.py: waiting for data, computing, the rest.
+
+python -m benchmarks.overlap --workers 1
+
+Runs the scripts themselves, on JPEG files written for the purpose, with a ViT-S/16 at 224 pixels unless another
+model is named, and prints the share of a step outside the forward and backward passes: what decoding, transfer,
+the optimiser and bookkeeping cost that computing does not hide.
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from randlora_vision.training import fitting
+from randlora_vision.training.loop import Trainer
+
+_WARM_UP = 2  # steps that are not counted: loader processes start, memory is allocated
+_SIZE = (500, 375)  # pixels of a written image, as in ImageNet
+_MODELS = {"clip": "ViT-S-16", "classifier": "vit_small_patch16_224"}
+_PARTS = ("waiting for data", "forward", "backward", "optimiser")
+
+Times = Counter[str]  # seconds by part, and of whole steps
+
+
+class TimedTrainer(Trainer):
+    """The loop, with a clock at the seams of a step."""
+
+    times: Times = Counter()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.times.clear()
+        self.batches = _Timed(self.batches, self.times)
+        forward = self.task.loss.forward
+        self.task.loss.forward = self._timed("forward", forward)  # type: ignore[method-assign]
+        self.accelerator.backward = self._timed("backward", self.accelerator.backward)
+        for name in ("step", "zero_grad"):
+            setattr(self.optimizer, name, self._timed("optimiser", getattr(self.optimizer, name)))
+        self.accelerator.clip_grad_norm_ = self._timed("optimiser", self.accelerator.clip_grad_norm_)
+
+    def _optimise(self, batches: Any) -> tuple[float, float]:
+        if self.step == _WARM_UP:
+            self.times.clear()
+        with _clock(self.times, "step"):
+            return super()._optimise(batches)
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _clock(self.times, part):
+                return function(*args, **kwargs)
+
+        return call
+
+
+class _Timed:
+    """Batches, and how long one waits for each."""
+
+    def __init__(self, batches: Any, times: Times) -> None:
+        self.batches = batches
+        self.times = times
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.batches)
+        while True:
+            with _clock(self.times, "waiting for data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+@contextlib.contextmanager
+def _clock(times: Times, part: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():  # whose work goes on after a call returns
+        torch.cuda.synchronize()
+    times[part] += time.perf_counter() - started  # type: ignore[assignment]  # a Counter of floats
+
+
+def shares(times: Times) -> dict[str, float]:
+    """Return each part's share of the steps' time, and that of everything but forward and backward."""
+    whole = times["step"]
+    parts = {part: times[part] / whole for part in _PARTS}
+    rest = 1 - sum(parts.values())
+    return {**parts, "rest": rest, "outside forward and backward": 1 - parts["forward"] - parts["backward"]}
+
+
+def write_images(folder: Path, per_class: int, classes: int = 4) -> None:
+    """Write JPEG files of coloured clouds: smooth as photographs are, and as costly to decode."""
+    rng = np.random.default_rng(0)
+    for number in range(classes):
+        (folder / f"class {number}").mkdir(parents=True)
+        for index in range(per_class):
+            noise = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+            noise.resize(_SIZE, Image.Resampling.BICUBIC).save(folder / f"class {number}" / f"{index}.jpg", quality=90)
+
+
+def measure(script: str, model: str, data: Path, output: Path, flags: Sequence[str]) -> dict[str, float]:
+    """Run a script and return the shares."""
+    from train_scripts import train_classifier, train_clip
+
+    main = {"clip": train_clip.main, "classifier": train_classifier.main}[script]
+    ordinary = fitting.Trainer
+    fitting.Trainer = TimedTrainer  # type: ignore[misc]
+    try:
+        main(["--data", str(data), "--model", model, "--output-dir", str(output), *flags])
+    finally:
+        fitting.Trainer = ordinary  # type: ignore[misc]
+    return shares(TimedTrainer.times)
+
+
+def main() -> None:
+    """Measure both scripts, or one, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", choices=[*_MODELS, "both"], default="both", help="which script (default: both)")
+    parser.add_argument("--model", help="left out: a model of ViT-S size")
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode images (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: 16)")
+    parser.add_argument("--steps", type=int, default=8, help=f"steps after {_WARM_UP} of warm-up (default: 8)")
+    parser.add_argument("--json", type=Path, help="write the shares to this file too")
+    options, flags = parser.parse_known_args()  # what is left is the script's
+    steps = str(options.steps + _WARM_UP)
+    flags += ["--workers", str(options.workers), "--batch-size", str(options.batch_size), "--steps", steps]
+    flags += ["--eval-every", steps, "--report-to", "none"]
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder) / "images", per_class=max(8, options.batch_size))
+        for script in _MODELS if options.script == "both" else [options.script]:
+            model = options.model or _MODELS[script]
+            results[script] = measure(script, model, Path(folder) / "images", Path(folder) / script, flags)
+    for script, parts in results.items():
+        print(f"\ntrain_{script}.py, {options.model or _MODELS[script]}, {options.workers} workers, per step:")
+        for part, share in parts.items():
+            print(f"  {part:<32}{share:7.1%}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

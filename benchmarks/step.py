@@ -1,0 +1,117 @@
+"""One training step of five methods, side by side in one run: FLOPs, time, memory, file size.
+
+python -m benchmarks.step --quick
+
+Full fine-tuning, PEFT's LoRA and RandLora, and RandLoRA with dense and structured bases adapt the same
+layers with (nearly) the same number of trained numbers; the steps are timed in turn. FLOPs are those of
+the matrix products, by torch.utils.flop_counter. Rows that would take too long here are counted on the
+meta device and not timed.
+"""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import measure
+from benchmarks.methods import METHODS
+from benchmarks.report import Result, markdown, plot, write_csv
+from benchmarks.targets import verdicts
+from benchmarks.workloads import WORKLOADS, Row, full_rows, quick_rows
+from randlora_vision.training.files import write_text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, write the tables and the picture."""
+    options = _parser().parse_args(argv)
+    warnings.simplefilter("ignore")  # of the libraries compared
+    device = torch.device(options.device)
+    rows = list(quick_rows() if options.quick else full_rows())
+    if options.workloads:
+        rows = [row for row in rows if row.workload in options.workloads]
+    if not rows:
+        raise SystemExit("no row left: --quick has only vit_s and sdxl_block")
+    results: list[Result] = []
+    with tqdm(total=len(rows) * len(METHODS), unit="method") as bar:
+        for row in rows:
+            bar.set_postfix_str(row.title)
+            results += _measure_row(row, options, device, bar)
+            _write(results, options.output_dir, device)  # after every row: a run cut short keeps what it has
+    print(markdown(results))
+    print("\n".join(verdicts(results)))
+    print(f"\nwritten: {options.output_dir}/step.csv, step.md, step.png")
+
+
+def _measure_row(row: Row, options: argparse.Namespace, device: torch.device, bar: tqdm) -> list[Result]:
+    torch.manual_seed(0)
+    base = WORKLOADS[row.workload].build()
+    dtype = getattr(torch, options.dtype)
+    flops = {name: measure.flops_without_computing(row, base, name) for name in METHODS}
+    if flops["full"] > options.timed_gflops * 1e9:
+        bar.update(len(METHODS))
+        return [Result(row.title, name, _trained(row, base, name), flops[name]) for name in METHODS]
+    trainees, results = {}, []
+    for name in METHODS:
+        trainees[name], seconds = measure.prepare(row, base, name, device, dtype)
+        results.append(Result(row.title, name, measure.trained(trainees[name]), flops[name], inject_seconds=seconds))
+    times = measure.step_times(trainees, options.rounds)
+    for result in results:
+        trainee = trainees[result.method]
+        result.step_seconds = times[result.method]
+        result.kept_bytes = measure.kept_bytes(trainee)
+        result.file_bytes, result.load_seconds = measure.saved_bytes_and_load_time(trainee, base, result.method)
+    del trainees, trainee
+    for result in results:
+        if not options.no_peak:
+            result.peak_bytes = measure.peak_memory(row, result.method, device, dtype)
+        bar.update()
+    return results
+
+
+def _trained(row: Row, base: torch.nn.Module, method: str) -> int:
+    return measure.trained(measure.prepare(row, base, method, torch.device("meta"), torch.float32)[0])
+
+
+def _write(results: list[Result], folder: Path, device: torch.device) -> None:
+    write_csv(results, folder / "step.csv")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    head = f"# One training step, side by side\n\n{name}, torch {torch.__version__}.\n\n"
+    write_text(folder / "step.md", head + markdown(results) + "\n" + "\n".join(verdicts(results)) + "\n")
+    plot(results, folder / "step.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--quick", action="store_true", help="a few rows, within three minutes on two cores")
+    parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), help="only these models")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where the steps are timed")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="bfloat16" if on_gpu else "float32",
+        help="of the matrix products (autocast)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method")
+    parser.add_argument(
+        "--timed-gflops",
+        type=float,
+        default=1e9 if on_gpu else 2000.0,
+        help="rows whose step of full fine-tuning has more GFLOPs are counted and not timed",
+    )
+    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory (a fresh process a method)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="where the tables go")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

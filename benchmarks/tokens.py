@@ -1,0 +1,174 @@
+"""One adapted layer at 1 to 65,536 tokens: FLOPs and time of every method and of every fixed order of products.
+
+python -m benchmarks.tokens
+
+The planner's curve ("ours, auto") lies on or under those of the fixed orders at every point.
+"""
+
+import argparse
+import csv
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import measure
+from benchmarks.methods import METHODS
+from randlora_vision import RandLoRAConfig, inject
+from randlora_vision.files import replacing
+from randlora_vision.training.files import write_text
+
+_RANK = 32
+
+
+class _Layer(nn.Module):
+    """A linear layer under a name, as PEFT wants it; its input needs a gradient, as in the middle of a network."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def _pinned(bases: str, compute: str) -> Callable[[nn.Module], nn.Module]:
+    def apply(model: nn.Module) -> nn.Module:
+        inject(model, RandLoRAConfig(rank=_RANK, target_modules=["layer"], bases=bases, compute=compute))
+        return model
+
+    return apply
+
+
+def _method(name: str) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: METHODS[name].apply(model, ["layer"], _RANK)
+
+
+CURVES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "full fine-tuning": _method("full"),
+    "PEFT LoRA": _method("peft_lora"),
+    "PEFT RandLora": _method("peft_randlora"),
+    "ours, always dense": _pinned("uniform", "dense"),
+    "ours, always factored": _pinned("uniform", "factored"),
+    "ours, auto": _pinned("uniform", "auto"),
+    "ours, structured": _pinned("structured", "auto"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, write the table and the picture."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tokens",
+        description=(__doc__ or "").partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--outputs", type=int, default=3072, help="output features of the layer")
+    parser.add_argument("--inputs", type=int, default=768, help="its input features")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it is timed")
+    parser.add_argument("--timed-tokens", type=int, default=4096, help="more tokens than this are counted, not timed")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="where the results go")
+    options = parser.parse_args(argv)
+    warnings.simplefilter("ignore")  # of the libraries compared
+    tokens = [2**power for power in range(17)]
+    flops: dict[str, list[int]] = {name: [] for name in CURVES}
+    times: dict[str, list[float]] = {name: [] for name in CURVES}
+    timed = [count for count in tokens if count <= options.timed_tokens]
+    with tqdm(total=len(tokens) + len(timed), unit="point") as bar:
+        meta = _trainees(options, torch.device("meta"))
+        for count in tokens:
+            for name, trainee in meta.items():
+                trainee.inputs = _inputs(count, options.inputs, torch.device("meta"))
+                flops[name].append(measure.flops(trainee))
+            bar.update()
+        real = _trainees(options, torch.device(options.device))
+        for count in timed:
+            for trainee in real.values():
+                trainee.inputs = _inputs(count, options.inputs, torch.device(options.device))
+            seconds = measure.step_times(real, options.rounds)
+            for name in CURVES:
+                pairs = zip(seconds[name], seconds["PEFT RandLora"], strict=True)
+                times[name].append(median(own / other for own, other in pairs))
+            bar.update()
+    _write_csv(tokens, flops, times, options.output_dir / "tokens.csv")
+    shape = f"{options.inputs} to {options.outputs} features, rank {_RANK}"
+    _plot(tokens, flops, timed, times, shape, options.output_dir / "tokens.png")
+    print(verdict(tokens, flops))
+    print(f"written: {options.output_dir}/tokens.csv, tokens.png")
+
+
+def verdict(tokens: Sequence[int], flops: dict[str, list[int]]) -> str:
+    """Return where, if anywhere, the planner's curve lies above another order's of the same bases, or PEFT's."""
+    others = ("ours, always dense", "ours, always factored", "PEFT RandLora")
+    above = [
+        f"{flops['ours, auto'][i] / flops[other][i]:.3f} of {other} at {count} tokens"
+        for other in others
+        for i, count in enumerate(tokens)
+        if flops["ours, auto"][i] > flops[other][i]
+    ]
+    return "the planner's curve lies above: " + "; ".join(above) if above else "the planner's curve is the lowest"
+
+
+def _trainees(options: argparse.Namespace, device: torch.device) -> dict[str, measure.Trainee]:
+    trainees = {}
+    for name, apply in CURVES.items():
+        torch.manual_seed(0)
+        model = apply(_Layer(options.inputs, options.outputs).requires_grad_(False)).to(device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        inputs = _inputs(1, options.inputs, device)
+        trainees[name] = measure.Trainee(model, optimizer, inputs, lambda y: y.sum(), torch.float32)
+    return trainees
+
+
+def _inputs(tokens: int, features: int, device: torch.device) -> dict[str, Tensor]:
+    return {"x": torch.randn(tokens, features, device=device, requires_grad=True)}
+
+
+def _write_csv(tokens: Sequence[int], flops: dict[str, list[int]], times: dict[str, list[float]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["tokens", *(f"FLOPs, {name}" for name in flops), *(f"time, {name}" for name in times)])
+    for i, count in enumerate(tokens):
+        measured = [f"{values[i]:.4f}" if i < len(values) else "" for values in times.values()]
+        writer.writerow([count, *(values[i] for values in flops.values()), *measured])
+    write_text(path, text.getvalue())
+
+
+def _plot(
+    tokens: Sequence[int],
+    flops: dict[str, list[int]],
+    timed: Sequence[int],
+    times: dict[str, list[float]],
+    shape: str,
+    path: Path,
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
+    for name, values in flops.items():
+        style = {"linestyle": "--"} if "always" in name else {}
+        relative = [own / other for own, other in zip(values, flops["PEFT RandLora"], strict=True)]
+        axes[0].plot(tokens, relative, label=name, **style)
+        axes[1].plot(timed, times[name], label=name, **style)
+    for axis, title in zip(axes, ("FLOPs of a step", "time of a step"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xlabel("tokens")
+        axis.set_title(f"{title}, PEFT RandLora = 1 ({shape})")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

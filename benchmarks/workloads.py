@@ -1,0 +1,179 @@
+"""The models that are measured, at random weights: what is timed does not depend on them.
+
+T tokens, B images. Every workload's step is: forward, a scalar loss, backward, AdamW on what is trained.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, the sizes it is measured at, and which of its nn.Linear layers are adapted.
+
+    Attributes:
+        title: As in the tables.
+        unit: What a size counts ("images" or "tokens").
+        sizes: The sizes of the full run.
+        build: Makes the model, in float32 on the CPU.
+        inputs: Keyword arguments of the model at a size, on a device and in a dtype.
+        loss: From the model's output to a scalar.
+        attention: Regular expression for whole paths of the attention layers.
+        mlp: The same for the MLP layers.
+        rank: RandLoRA's.
+    """
+
+    title: str
+    unit: str
+    sizes: tuple[int, ...]
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, torch.device, torch.dtype], Inputs]
+    loss: Callable[[Any], Tensor]
+    attention: str
+    mlp: str
+    rank: int = 32
+
+    def targets(self, model: nn.Module, which: str) -> list[str]:
+        """Return the paths of the adapted layers; `which` is "attention" or "attention+mlp"."""
+        pattern = self.attention if which == "attention" else f"{self.attention}|{self.mlp}"
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        return [name for name in linears if re.fullmatch(pattern, name)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table."""
+
+    workload: str
+    size: int
+    which: str
+
+    @property
+    def title(self) -> str:
+        """A line for people."""
+        workload = WORKLOADS[self.workload]
+        return f"{workload.title}, {self.size} {workload.unit}, {self.which}"
+
+
+def full_rows() -> Iterator[Row]:
+    """Yield the rows of the full run."""
+    for name, workload in WORKLOADS.items():
+        for size in workload.sizes:
+            for which in ("attention", "attention+mlp"):
+                yield Row(name, size, which)
+
+
+def quick_rows() -> Iterator[Row]:
+    """Yield the rows of --quick."""
+    for name, size in (("vit_s", 1), ("vit_s", 4), ("vit_s", 16), ("sdxl_block", 512)):
+        yield Row(name, size, "attention+mlp")
+
+
+def mean_square(output: Any) -> Tensor:
+    """Return a scalar that every element of the output takes part in."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    return sum((tensor.float().square().mean() for tensor in outputs), torch.zeros(()))
+
+
+def _vit(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=100)
+
+    return build
+
+
+def _images(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    return {"x": torch.randn(size, 3, 224, 224, device=device, dtype=dtype)}
+
+
+def _clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    return CLIPModel(CLIPConfig())  # its defaults are ViT-B/32, with separate q, k, v layers that PEFT can adapt
+
+
+def _pairs(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    return {
+        "pixel_values": torch.randn(size, 3, 224, 224, device=device, dtype=dtype),
+        "input_ids": torch.randint(1, 49000, (size, 77), device=device),
+    }
+
+
+def _clip_loss(output: Any) -> Tensor:
+    logits = output.logits_per_image.float()
+    labels = torch.arange(len(logits), device=logits.device)
+    return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+
+
+def _sdxl_block() -> nn.Module:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    return BasicTransformerBlock(dim=1280, num_attention_heads=20, attention_head_dim=64, cross_attention_dim=2048)
+
+
+def _sdxl_tokens(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    return {
+        # As in the middle of a network: the block's input needs a gradient too.
+        "hidden_states": torch.randn(1, size, 1280, device=device, dtype=dtype, requires_grad=True),
+        "encoder_hidden_states": torch.randn(1, 77, 2048, device=device, dtype=dtype),
+    }
+
+
+def _flux_block() -> nn.Module:
+    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+
+    return FluxSingleTransformerBlock(dim=3072, num_attention_heads=24, attention_head_dim=128)
+
+
+def _flux_tokens(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    text = size // 8
+    return {
+        "hidden_states": torch.randn(1, size - text, 3072, device=device, dtype=dtype, requires_grad=True),
+        "encoder_hidden_states": torch.randn(1, text, 3072, device=device, dtype=dtype, requires_grad=True),
+        "temb": torch.randn(1, 3072, device=device, dtype=dtype),
+    }
+
+
+_VIT_LAYERS = {"attention": r"blocks\.\d+\.attn\.(qkv|proj)", "mlp": r"blocks\.\d+\.mlp\.fc[12]"}
+
+WORKLOADS: dict[str, Workload] = {
+    "vit_s": Workload(
+        "ViT-S/16", "images", (1, 4, 16, 64), _vit("vit_small_patch16_224"), _images, mean_square, **_VIT_LAYERS
+    ),
+    "vit_b": Workload(
+        "ViT-B/16", "images", (1, 4, 16, 64), _vit("vit_base_patch16_224"), _images, mean_square, **_VIT_LAYERS
+    ),
+    "vit_l": Workload("ViT-L/16", "images", (64,), _vit("vit_large_patch16_224"), _images, mean_square, **_VIT_LAYERS),
+    "clip_b": Workload(
+        "CLIP ViT-B/32, both towers",
+        "pairs",
+        (16, 64),
+        _clip,
+        _pairs,
+        _clip_loss,
+        r".*\.self_attn\.(q|k|v|out)_proj",
+        r".*\.mlp\.fc[12]",
+    ),
+    "sdxl_block": Workload(
+        "SDXL transformer block",
+        "tokens",
+        (512, 4096),
+        _sdxl_block,
+        _sdxl_tokens,
+        mean_square,
+        r"attn[12]\.to_(q|k|v|out\.0)",
+        r"ff\.net\..*",
+    ),
+    "flux_block": Workload(
+        "Flux single block", "tokens", (512, 4096), _flux_block, _flux_tokens, mean_square, r"attn\.to_.*", r"proj_.*"
+    ),
+}
