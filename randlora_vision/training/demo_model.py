@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from randlora_vision.training.ema import Ema
 from randlora_vision.training.files import fingerprint
@@ -80,7 +81,8 @@ def teach(
     optimizer = adamw(trained, how.lr, how.weight_decay)
     schedule = warmup_schedule(optimizer, how.steps, how.warmup)
     ema = Ema({str(number): parameter for number, parameter in enumerate(trained)}, ema_decay) if ema_decay else None
-    for step, batch in enumerate(training_batches(data, how.batch_size, how.steps, how.seed, workers=0), start=1):
+    batches = training_batches(data, how.batch_size, how.steps, how.seed, workers=0)
+    for step, batch in enumerate(tqdm(batches, desc="pretraining", unit="step"), start=1):
         optimizer.zero_grad()
         loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
