@@ -429,7 +429,7 @@ def launch(command: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [[], ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "2"]])
+@pytest.mark.parametrize("start", [[], ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]])
 def test_the_embedded_default_from_start_to_end(start: list[str], cache: Path, tmp_path: Path) -> None:
     argv = ["--steps", "30", "--eval-every", "15", "--output-dir", str(tmp_path / "run")]
     done = launch([sys.executable, *start, str(SCRIPTS / "train_clip.py"), *argv], cache)
