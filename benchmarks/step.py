@@ -29,11 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     warnings.simplefilter("ignore")  # of the libraries compared
     device = torch.device(options.device)
+    if options.timed_gflops is None:
+        options.timed_gflops = float("inf") if device.type == "cuda" else 120.0 if options.quick else 2000.0
     rows = list(quick_rows() if options.quick else full_rows())
     if options.workloads:
         rows = [row for row in rows if row.workload in options.workloads]
+    if options.sizes:
+        rows = [row for row in rows if row.size in options.sizes]
+    if options.targets:
+        rows = [row for row in rows if row.which == options.targets]
     if not rows:
-        raise SystemExit("no row left: --quick has only vit_s and sdxl_block")
+        raise SystemExit("no row left: --help says which models there are, and benchmarks/workloads.py their sizes")
     results: list[Result] = []
     with tqdm(total=len(rows) * len(METHODS), unit="method") as bar:
         for row in rows:
@@ -94,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--quick", action="store_true", help="a few rows, within three minutes on two cores")
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), help="only these models")
+    parser.add_argument("--sizes", nargs="+", type=int, help="only these numbers of images, pairs or tokens")
+    parser.add_argument("--targets", choices=("attention", "attention+mlp"), help="only these adapted layers")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where the steps are timed")
     parser.add_argument(
         "--dtype",
@@ -105,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timed-gflops",
         type=float,
-        default=1e9 if on_gpu else 2000.0,
-        help="rows whose step of full fine-tuning has more GFLOPs are counted and not timed",
+        help="rows whose step of full fine-tuning has more GFLOPs are counted and not timed; default: 2000 on a CPU "
+        "(120 with --quick), none on a GPU",
     )
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory (a fresh process a method)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="where the tables go")

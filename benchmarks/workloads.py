@@ -72,7 +72,7 @@ def full_rows() -> Iterator[Row]:
 
 def quick_rows() -> Iterator[Row]:
     """Yield the rows of --quick."""
-    for name, size in (("vit_s", 1), ("vit_s", 4), ("vit_s", 16), ("sdxl_block", 512)):
+    for name, size in (("vit_s", 4), ("sdxl_block", 512), ("vit_s", 16), ("vit_b", 64)):
         yield Row(name, size, "attention+mlp")
 
 
