@@ -85,7 +85,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         own = [methods[name] for methods in by.values()]
         references = [methods["peft_randlora"] for methods in by.values()]
         flops = [a.flops / b.flops for a, b in zip(own, references, strict=True)]
-        times = [median(ratios(a, b) or [0.0]) for a, b in zip(own, references, strict=True)]
+        times = [median(ratios(a, b) or [float("nan")]) for a, b in zip(own, references, strict=True)]
         for axis, values in zip(axes, (flops, times), strict=True):
             axis.barh(places, values, height, label=method.title)
     for axis, title in zip(axes, ("FLOPs of a step", "step time"), strict=True):
