@@ -66,11 +66,9 @@ def flops(trainee: Trainee) -> int:
     return counter.get_total_flops()
 
 
-def flops_without_computing(row: Row, base: nn.Module, method: str) -> int:
-    """Count the same on the meta device, where nothing is computed."""
-    meta = torch.device("meta")
-    trainee, _ = prepare(row, base, method, meta, torch.float32)
-    return flops(trainee)
+def uncomputed(row: Row, base: nn.Module, method: str) -> Trainee:
+    """Apply a method on the meta device: its FLOPs and trained numbers can be counted, and nothing is computed."""
+    return prepare(row, base, method, torch.device("meta"), torch.float32)[0]
 
 
 def kept_bytes(trainee: Trainee) -> int:

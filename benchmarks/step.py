@@ -55,10 +55,11 @@ def _measure_row(row: Row, options: argparse.Namespace, device: torch.device, ba
     torch.manual_seed(0)
     base = WORKLOADS[row.workload].build()
     dtype = getattr(torch, options.dtype)
-    flops = {name: measure.flops_without_computing(row, base, name) for name in METHODS}
+    counted = {name: measure.uncomputed(row, base, name) for name in METHODS}
+    flops = {name: measure.flops(trainee) for name, trainee in counted.items()}
     if flops["full"] > options.timed_gflops * 1e9:
         bar.update(len(METHODS))
-        return [Result(row.title, name, _trained(row, base, name), flops[name]) for name in METHODS]
+        return [Result(row.title, name, measure.trained(counted[name]), flops[name]) for name in METHODS]
     trainees, results = {}, []
     for name in METHODS:
         trainees[name], seconds = measure.prepare(row, base, name, device, dtype)
@@ -75,10 +76,6 @@ def _measure_row(row: Row, options: argparse.Namespace, device: torch.device, ba
             result.peak_bytes = measure.peak_memory(row, result.method, device, dtype)
         bar.update()
     return results
-
-
-def _trained(row: Row, base: torch.nn.Module, method: str) -> int:
-    return measure.trained(measure.prepare(row, base, method, torch.device("meta"), torch.float32)[0])
 
 
 def _write(results: list[Result], folder: Path, device: torch.device) -> None:

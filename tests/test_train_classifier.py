@@ -20,23 +20,8 @@ from safetensors.torch import load_file
 
 from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.training import digits
-from tests.test_train_clip import SCRIPTS, script
+from tests.test_train_clip import QUICK, RUN_FILES, SCRIPTS, script
 from tests.training_helpers import write_class_folders, write_tiny_vit
-
-QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1"]
-RUN_FILES = {
-    "adapter.safetensors",
-    "adapter_best.safetensors",
-    "config.yaml",
-    "confusion.png",
-    "curves.png",
-    "environment.json",
-    "logs",
-    "metrics.jsonl",
-    "predictions.png",
-    "split.json",
-    "summary.json",
-}
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from randlora_vision.training.diffusion_methods import PipelineAdaptation, train
 from randlora_vision.training.dreambooth_options import DreamBoothOptions
 from randlora_vision.training.dreambooth_subject import Subject, make_items
 from randlora_vision.training.seeding import seed_everything
+from randlora_vision.training.task import AdaptedTask, batches_consumed
 
 _MEASURED = 16  # images, some of them several times, at fixed noise: enough to see a trend
 
@@ -51,7 +52,7 @@ class TrainingSet:
         return f"{self.subject}{kept}; {sizes}"
 
 
-class DreamBoothTask:
+class DreamBoothTask(AdaptedTask):
     """What the loop trains: the denoising loss on the subject and its class, saved to one file."""
 
     def __init__(
@@ -63,15 +64,13 @@ class DreamBoothTask:
         processes: int,
         path: Path | None,
     ) -> None:
+        super().__init__(adaptation, path)
         training = options.training
-        assert training.steps is not None
         items, texts = make_items(train.subject, train.class_images, train.class_prompt, train.buckets)
         pixels = CaptionedPixels(items, options.subject.center_crop)
         cached = options.subject.cache_latents
         self.data = CachedLatents(pixels, family, training.seed) if cached else pixels
         self.family = family
-        self.adaptation = adaptation
-        self.path = path
         self.seed = training.seed
         self.text_encoder_lr = options.pipeline.text_encoder_lr
         self.loss = DiffusionLoss(
@@ -84,7 +83,7 @@ class DreamBoothTask:
         self.batches: DataLoader[DiffusionBatch] = diffusion_batches(
             self.data,
             training.batch_size,
-            training.steps * training.gradient_accumulation_steps * processes,
+            batches_consumed(training, processes),
             training.seed,
             training.workers,
         )
@@ -108,16 +107,6 @@ class DreamBoothTask:
             name = "prior_loss" if batch["prior"][0] else "loss"
             errors[name] += self.loss.errors(batch).tolist()
         return {name: sum(values) / len(values) for name, values in errors.items()}
-
-    def check_gradients(self) -> list[str]:
-        """Leave it to the method."""
-        return self.adaptation.check_gradients()
-
-    def save(self) -> str:
-        """Write what was trained, on the process that has a path."""
-        if self.path is not None:
-            self.adaptation.save(self.path)
-        return str(self.path)
 
 
 def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
