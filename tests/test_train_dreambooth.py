@@ -96,6 +96,14 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
     return main
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[Any]]:
+    """The script, and a list that gets the pipelines that it trains."""
+    module, trained = script(), []
+    adapt = module.adapt
+    monkeypatch.setattr(module, "adapt", lambda family, options: trained.append(family.pipe) or adapt(family, options))
+    return module, trained
+
+
 def fresh(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -108,9 +116,7 @@ def fresh(folder: Path) -> Any:
 def test_the_saved_file_makes_a_fresh_pipeline_the_trained_one(
     model: str, train: Any, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, trained = script(), []
-    adapt = module.adapt
-    monkeypatch.setattr(module, "adapt", lambda family, options: trained.append(family.pipe) or adapt(family, options))
+    module, trained = watched(monkeypatch)
     folder = train("--train-text-encoder", *PRIOR, model=model, module=module)
     (pipe,) = trained
     base, reloaded = fresh(models / model), fresh(models / model)
@@ -178,13 +184,16 @@ def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Pat
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_diffusers_loads_the_lora_file(train: Any, models: Path) -> None:
-    folder = train("--method", "lora", "--validation-prompt", PROMPT, "--train-text-encoder")
+def test_diffusers_loads_the_lora_file(train: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, trained = watched(monkeypatch)
+    folder = train("--method", "lora", "--validation-prompt", PROMPT, "--train-text-encoder", module=module)
     assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
-    pipe = fresh(models / "sd15")
-    before = sample(pipe)
+    names = set(load_file(folder / "adapter.safetensors"))
+    assert {name.partition(".")[0] for name in names} == {"unet", "text_encoder"}
+    pipe, expected = fresh(models / "sd15"), sample(trained[0])
+    assert (sample(pipe) - expected).abs().max() > 0.01
     pipe.load_lora_weights(folder, weight_name="adapter.safetensors")
-    assert (sample(pipe) - before).abs().max() > 0.01
+    torch.testing.assert_close(sample(pipe), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

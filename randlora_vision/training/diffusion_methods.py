@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, plan, set_active
-from randlora_vision.files import replacing
 from randlora_vision.integrations import diffusers as pipelines
 from randlora_vision.training.diffusion_families import Family
+from randlora_vision.training.diffusion_lora import LoRAInPipeline
 from randlora_vision.training.dreambooth_options import DreamBoothOptions
-from randlora_vision.training.methods import Adaptation, TrainedTensors, finite_gradients, quiet
+from randlora_vision.training.methods import Adaptation, TrainedTensors, quiet, values_restored
 
 _TRAINED, _SAVED = "default", "saved"
 
@@ -85,79 +84,6 @@ class RandLoRAInPipeline:
         ]
 
 
-class LoRAInPipeline:
-    """PEFT's LoRA beside the same weights, in a file that `pipe.load_lora_weights` reads."""
-
-    def __init__(self, pipe: Any, targets: Mapping[str, Sequence[str]], rank: int, alpha: float) -> None:
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
-        self.pipe = pipe
-        self.parts: dict[str, nn.Module] = {name: getattr(pipe, name) for name in targets}
-        for name, part in self.parts.items():
-            part.requires_grad_(False)
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[name]))
-            part.add_adapter(config, _TRAINED)  # type: ignore[operator]
-            cast_training_params([part], torch.float32)
-        self.trained = {
-            f"{name}.{path}": parameter
-            for name, part in self.parts.items()
-            for path, parameter in part.named_parameters()
-            if parameter.requires_grad
-        }
-        numbers = sum(parameter.numel() for parameter in self.trained.values())
-        counts = ", ".join(f"{len(paths)} weights of {name}" for name, paths in targets.items())
-        self.report = f"PEFT's LoRA of rank {rank}, alpha {alpha:g}, on {counts}: {numbers:,} numbers are trained"
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield both factors of every adapted weight."""
-        yield from self.trained.items()
-
-    def check_gradients(self) -> list[str]:
-        """Require a gradient somewhere in every component: the factor that starts at zero gets one at once."""
-        for name in self.parts:
-            first = (p.grad for path, p in self.trained.items() if path.startswith(f"{name}.") and ".lora_B." in path)
-            if not any(gradient is not None and gradient.any() for gradient in first):
-                raise ValueError(f"no gradient reaches the LoRA of {name}")
-        return finite_gradients(self.parameters())
-
-    def save(self, path: Path) -> None:
-        """Write diffusers' LoRA file."""
-        from diffusers.training_utils import _collate_lora_metadata
-        from peft import get_peft_model_state_dict
-
-        layers = {
-            f"{name}_lora_layers": get_peft_model_state_dict(part, adapter_name=_TRAINED)
-            for name, part in self.parts.items()
-        }
-        with replacing(path) as temporary:
-            self.pipe.save_lora_weights(
-                temporary.parent, weight_name=temporary.name, **layers, **_collate_lora_metadata(self.parts)
-            )
-
-    def load(self, model: Any, path: Path) -> None:
-        """Load it as diffusers does."""
-        model.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_TRAINED)
-
-    @contextlib.contextmanager
-    def lent(self, path: Path) -> Iterator[None]:
-        """Load the file as a second adapter and silence the one in training."""
-        with quiet():  # two adapters are what is wanted
-            self.pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_SAVED)
-        try:
-            self.pipe.set_adapters(_SAVED)
-            yield
-        finally:
-            self.pipe.set_adapters(_TRAINED)
-            self.pipe.delete_adapters(_SAVED)
-            for parameter in self.trained.values():
-                parameter.requires_grad_(True)
-
-    def loading_code(self, path: Path) -> list[str]:
-        """Return diffusers' call."""
-        return [f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})"]
-
-
 class FullInPipeline(TrainedTensors):
     """Every weight of the trained components, under the components' names."""
 
@@ -171,17 +97,9 @@ class FullInPipeline(TrainedTensors):
         """Copy the file's tensors into the pipeline's components."""
         super().load(components_of(model, self.components), path)
 
-    @contextlib.contextmanager
-    def lent(self, path: Path) -> Iterator[None]:
+    def lent(self, path: Path) -> contextlib.AbstractContextManager[None]:
         """Copy the file's tensors in for the time."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.parameters()}
-        super().load(self.model, path)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters():
-                    parameter.copy_(trained[name])
+        return values_restored(self, lambda: TrainedTensors.load(self, self.model, path))
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the plain calls of safetensors and PyTorch."""

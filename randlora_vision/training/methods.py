@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -154,6 +154,19 @@ class TrainedTensors:
     def loading_code(self, path: Path) -> list[str]:
         """Return the plain calls of safetensors and PyTorch."""
         return [line.format(path=str(path)) for line in self.code]
+
+
+@contextlib.contextmanager
+def values_restored(adaptation: Adaptation, change: Callable[[], None]) -> Iterator[None]:
+    """Call `change`; on leaving the context give the trained parameters the values that they had before it."""
+    before = [(parameter, parameter.detach().clone()) for _, parameter in adaptation.parameters()]
+    try:
+        change()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
 
 
 def finite_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
