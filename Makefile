@@ -1,17 +1,25 @@
 # Each target does all of its own set-up in a virtual environment that it makes.
 PYTHON ?= python3
 VENV ?= .venv
+# Exact versions, or nothing for the newest that pyproject.toml admits.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # pre-commit's hooks and accelerate's workers find the environment's own python.
 export PATH := $(abspath $(BIN)):$(PATH)
+# One thread a process: two test workers with two threads each wait for one another on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# torch and torchvision are left to the installer: machines bring their own builds.
+RESOLVE := $(BIN)/uv pip compile pyproject.toml --extra test --no-emit-package torch --no-emit-package torchvision \
+	--quiet --upgrade --no-annotate --custom-compile-command 'make lock'
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-core test-newest test-lowest lint lock wheel clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file)) \
+		--editable '.[test]'
 	touch $@
 
 # Threads that wait without spinning: as fast on a free machine, and 20 times faster on a busy one.
@@ -21,12 +29,31 @@ demo: $(READY)  ## RandLoRA, LoRA and full fine-tuning of a small CLIP, side by 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files
 
-# One thread a worker: two workers with two threads each wait for one another on two cores.
 test: lint  ## the whole suite, slow tests included
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	$(PYTEST)
 
-test-fast: $(READY)  ## the default tier, about a minute
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+test-fast: $(READY)  ## without the slow tests
+	$(PYTEST) -m "not slow"
+
+# Old hosts print warnings about themselves: here these are no errors.
+test-core: $(READY)
+	$(PYTEST) -m "not slow" --override-ini filterwarnings=default
+
+test-newest:  ## the whole suite with the newest of everything, in an environment made anew
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+test-lowest: $(READY)  ## the suite without the slow tests, with the lowest versions that pyproject.toml admits
+	$(RESOLVE) --resolution lowest-direct --python $(BIN)/python --output-file .venv-lowest.txt
+	$(MAKE) test-core VENV=.venv-lowest CONSTRAINTS=.venv-lowest.txt
+
+lock: $(READY)  ## the newest of everything into constraints.txt, for every Python and platform
+	$(RESOLVE) --universal --python-version 3.10 --output-file constraints.txt
+
+wheel: $(READY)  ## build the distributions and check their metadata
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf .venv* build dist *.egg-info runs

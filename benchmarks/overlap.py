@@ -108,7 +108,7 @@ def write_images(folder: Path, per_class: int, classes: int = 4) -> None:
 
 def measure(script: str, model: str, data: Path, output: Path, flags: Sequence[str]) -> dict[str, float]:
     """Run a script and return the shares."""
-    from train_scripts import train_classifier, train_clip
+    from randlora_vision.train_scripts import train_classifier, train_clip
 
     main = {"clip": train_clip.main, "classifier": train_classifier.main}[script]
     ordinary = fitting.Trainer

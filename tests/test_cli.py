@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+import randlora_vision
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
 from randlora_vision.cli import main
 from tests.helpers import dense_weights, randomize
@@ -42,6 +43,12 @@ def run(*arguments: str | Path) -> int:
         main([str(argument) for argument in arguments])
     assert isinstance(left.value.code, int)
     return left.value.code
+
+
+def test_the_version_needs_no_library_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) is None
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert printed["randlora_vision"] == randlora_vision.__version__ and printed["timm"] == timm.__version__
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Any]:

@@ -3,41 +3,94 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import randlora_vision
+from tests.training_helpers import write_class_folders, write_tiny_clip
 
 ROOT = Path(__file__).parent.parent
 CORE_IMPORTS = {"torch", "numpy", "safetensors", "randlora_vision"}
 
 
-@pytest.mark.slow
-def test_wheel_in_a_clean_target(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    target = tmp_path / "site"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the repository: a build folder that lies about could add files of an older tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    not_ours = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "source", ignore=not_ours)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), folder / "source"]
+    subprocess.run(build, check=True, capture_output=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path) -> Path:
+    """A clean folder with the wheel alone; Python finds the libraries of this environment after it."""
+    target = wheel.parent / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    assert not (target / "integrations").exists()
-    assert (target / "randlora_vision" / "py.typed").is_file()
-    tops = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")}
+    return target
+
+
+def run_installed(site: Path, *arguments: str | Path) -> str:
+    """Run Python in an empty folder with the installed wheel before everything else; return what it prints."""
+    folder = site.parent / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_in_a_clean_target(site: Path) -> None:
+    assert not (site / "integrations").exists() and not (site / "train_scripts").exists()
+    assert (site / "randlora_vision" / "py.typed").is_file()
+    configs = {path.name for path in (ROOT / "train_scripts" / "accelerate_configs").iterdir()}
+    assert configs <= set(os.listdir(site / "randlora_vision" / "train_scripts" / "accelerate_configs"))
+    tops = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert tops == {"randlora_vision", "bin"}
-    assert [path.name for path in (target / "bin").iterdir()] == ["randlora"]
+    assert [path.name for path in (site / "bin").iterdir()] == ["randlora"]
     script = (
         "import randlora_vision, randlora_vision.integrations.open_clip, randlora_vision.training\n"
         "print(randlora_vision.__file__)\n"
         "import importlib.util\n"
         "assert importlib.util.find_spec('integrations') is None\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.stdout.strip().startswith(str(target))
+    assert run_installed(site, "-c", script).strip().startswith(str(site))
+    printed = dict(line.split() for line in run_installed(site, site / "bin" / "randlora", "--version").splitlines())
+    assert printed["randlora_vision"] == randlora_vision.__version__
+    assert printed["torch"] == metadata.version("torch") and printed["timm"] == metadata.version("timm")
+
+
+@pytest.mark.slow
+def test_the_scripts_of_the_wheel(site: Path, tmp_path: Path) -> None:
+    model, images = write_tiny_clip(tmp_path / "tiny"), write_class_folders(tmp_path / "images")
+    arguments = ["--model", f"local-dir:{model}", "--data", images, "--output-dir", tmp_path / "run", "--rank", "4"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    module = ["-m", "randlora_vision.train_scripts.train_clip"]
+    run_installed(site, *launch, *module, *arguments, "--steps", "2", "--batch-size", "8", "--report-to", "none")
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert Path(environment["command"][0]) == site / "randlora_vision" / "train_scripts" / "train_clip.py"
+    for name in ("compare_clip", "train_classifier", "train_dreambooth"):
+        assert "--output-dir" in run_installed(site, "-m", f"randlora_vision.train_scripts.{name}", "--help")
+
+
+@pytest.mark.slow
+def test_the_index_would_take_the_wheel(wheel: Path) -> None:
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "randlora_vision").glob("*.py")), ids=lambda path: path.name)
@@ -55,7 +108,5 @@ def test_the_core_imports_torch_numpy_and_safetensors_alone(path: Path) -> None:
 
 
 def test_the_public_surface_is_listed() -> None:
-    import randlora_vision
-
     assert all(hasattr(randlora_vision, name) for name in randlora_vision.__all__)
     assert all(getattr(randlora_vision, name).__doc__ for name in randlora_vision.__all__)

@@ -6,12 +6,12 @@ Takes the options of train_clip.py and trains once per method, each in its own f
 folder; what an earlier comparison left there is replaced.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from randlora_vision.train_scripts.train_clip import train
 from randlora_vision.training.clip_options import ClipOptions
 from randlora_vision.training.errors import user_errors
 from randlora_vision.training.files import write_json, write_text
@@ -19,9 +19,6 @@ from randlora_vision.training.options import AdapterOptions, Method, parse
 from randlora_vision.training.plots import Compared, plot_comparison
 from randlora_vision.training.results import headline
 from randlora_vision.training.run_folder import RunFolder
-
-sys.path.insert(0, str(Path(__file__).parent))  # also where this file is not what was started
-from train_clip import train  # noqa: E402
 
 Summaries = Mapping[Method, Mapping[str, Any]]  # by method, what summary.json holds
 

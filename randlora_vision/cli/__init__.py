@@ -3,9 +3,15 @@
 import sys
 from collections.abc import Sequence
 
+from randlora_vision.versions import versions
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit codes are 0 (well), 1 (verification failed) and 2 (bad input, one line on stderr)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--version"]:  # needs none of the command's libraries, so that it can report their absence
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        return
     try:
         import rich  # noqa: F401 - the one library that only the command needs
     except ModuleNotFoundError:

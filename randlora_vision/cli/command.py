@@ -29,6 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="randlora", description="Look into, check, convert and merge RandLoRA adapters.", epilog=_EXIT_CODES
     )
+    # Answered before the libraries of the command are imported (cli/__init__.py); here for --help.
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the versions of randlora_vision and its hosts, and exit",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = _command(commands, "info", actions.info, "what an adapter file holds: settings, layers, norms, ranks")

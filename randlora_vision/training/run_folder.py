@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,7 @@ from randlora_vision.files import replacing
 from randlora_vision.training.checkpoints import FOLDER, list_checkpoints
 from randlora_vision.training.files import write_json, write_text
 from randlora_vision.training.options import RunOptions
-
-_PACKAGES = (
-    "randlora_vision",
-    "torch",
-    "torchvision",
-    "numpy",
-    "open_clip_torch",
-    "timm",
-    "accelerate",
-    "safetensors",
-)
+from randlora_vision.versions import versions
 
 
 class RunFolder:
@@ -161,12 +150,5 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

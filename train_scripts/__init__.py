@@ -1,0 +1,1 @@
+"""The training scripts, installed as `randlora_vision.train_scripts`."""
