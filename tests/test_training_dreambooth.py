@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from randlora_vision.integrations.diffusers import load_adapter
-from randlora_vision.training.diffusion_families import FAMILIES
+from randlora_vision.training.diffusion_families import FAMILIES, load_family
 from randlora_vision.training.diffusion_methods import adapt
 from randlora_vision.training.diffusion_objectives import ObjectiveOptions
 from randlora_vision.training.diffusion_samples import Sampler
@@ -114,6 +114,13 @@ def test_images_of_the_class_are_filled_up(pipe: Any, tmp_path: Path) -> None:
     own = folder_of(tmp_path / "b", "x.png", "y.png")
     names = [path.name for path in class_images(options, own, sampler, Accelerator())]
     assert names == ["made-00000.png", "made-00001.png", "made-00002.png", "x.png", "y.png"]
+
+
+def test_a_pipeline_is_loaded_in_the_dtype_asked_for_and_its_vae_in_float32(tmp_path: Path) -> None:
+    sd15().save_pretrained(tmp_path)
+    pipe = load_family(str(tmp_path), ObjectiveOptions(), dtype=torch.bfloat16).pipe
+    assert {p.dtype for part in (pipe.unet, pipe.text_encoder) for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["randlora", "lora", "full"])

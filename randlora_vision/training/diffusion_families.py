@@ -6,7 +6,6 @@ here are always unpacked, (B, C, H, W); a family that packs them for its denoise
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -229,6 +228,7 @@ def load_family(
     Raises ValueError for a pipeline of another class, and OSError where diffusers finds no pipeline.
     """
     try:
+        import diffusers
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
@@ -239,15 +239,11 @@ def load_family(
     family = FAMILIES.get(str(name))
     if family is None:
         raise ValueError(f"{path} is a {name}; pipelines that can be trained: {', '.join(FAMILIES)}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # older ones know no other
-        pipe = DiffusionPipeline.from_pretrained(
-            path,
-            revision=revision,
-            variant=variant,
-            torch_dtype={"default": dtype, "vae": torch.float32},
-            **{**_left_out(index), **family.loading},
-        )
+    renamed = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40)
+    dtypes = {"dtype" if renamed else "torch_dtype": {"default": dtype, "vae": torch.float32}}
+    pipe = DiffusionPipeline.from_pretrained(
+        path, revision=revision, variant=variant, **dtypes, **{**_left_out(index), **family.loading}
+    )
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
