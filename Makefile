@@ -10,7 +10,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One thread a process: two test workers with two threads each wait for one another on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 # torch and torchvision are left to the installer: machines bring their own builds.
-RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra test --no-emit-package torch --no-emit-package torchvision \
+RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra test \
+	--no-emit-package torch --no-emit-package torchvision \
 	--quiet --upgrade --no-annotate --custom-compile-command 'make lock'
 
 .PHONY: demo test test-fast test-core test-newest test-lowest lint lock wheel clean

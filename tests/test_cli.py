@@ -45,7 +45,13 @@ def run(*arguments: str | Path) -> int:
     return left.value.code
 
 
-def test_the_version_needs_no_library_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_needs_no_library_of_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)  # an import of it raises ModuleNotFoundError
+    with pytest.raises(SystemExit):
+        main(["info", "x"])
+    assert "needs rich" in capsys.readouterr().err
     assert main(["--version"]) is None
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert printed["randlora_vision"] == randlora_vision.__version__ and printed["timm"] == timm.__version__

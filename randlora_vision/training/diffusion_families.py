@@ -228,7 +228,6 @@ def load_family(
     Raises ValueError for a pipeline of another class, and OSError where diffusers finds no pipeline.
     """
     try:
-        import diffusers
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
@@ -239,10 +238,12 @@ def load_family(
     family = FAMILIES.get(str(name))
     if family is None:
         raise ValueError(f"{path} is a {name}; pipelines that can be trained: {', '.join(FAMILIES)}")
-    renamed = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40)
-    dtypes = {"dtype" if renamed else "torch_dtype": {"default": dtype, "vae": torch.float32}}
     pipe = DiffusionPipeline.from_pretrained(
-        path, revision=revision, variant=variant, **dtypes, **{**_left_out(index), **family.loading}
+        path,
+        revision=revision,
+        variant=variant,
+        dtype={"default": dtype, "vae": torch.float32},
+        **{**_left_out(index), **family.loading},
     )
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
