@@ -165,7 +165,7 @@ def test_convert(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest
     _, found = answer(capsys, "convert", path, tmp_path / "lora", "--to", "lora-peft", "--rank", "24", *MODEL)
     assert found["error"] < 1e-5 and {layer["rank"] for layer in found["layers"]} == {24}
     torch.testing.assert_close(
-        PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()(x), model(x), atol=1e-5, rtol=1e-5
+        PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()(x), model(x), atol=1e-4, rtol=1e-4
     )
     assert run("convert", path, tmp_path / "cut", "--to", "lora-peft", "--energy", "0.5", *MODEL) == 0
     assert "relative error of all layers" in capsys.readouterr().out

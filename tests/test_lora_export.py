@@ -166,8 +166,8 @@ def test_peft_loads_the_folder(kind: str, tmp_path: Path) -> None:
     images = torch.randn(IMAGES, generator=torch.Generator().manual_seed(1))
     inputs = (images,) if kind == "timm" else (images, torch.randint(0, 32, (2, 8)))
     for got, expected, adapted in zip(_run(loaded, inputs), _run(base, inputs), _run(model, inputs), strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        assert (expected - adapted).abs().max() > 1e-4
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        assert (expected - adapted).abs().max() > 1e-2
     assert 0 < exported.error < 1
 
 

@@ -110,8 +110,8 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     assert out.dtype == dtype and out.isfinite().all()
     x = torch.randn(IMAGES, dtype=dtype)
     exact = truth(x.double())
-    # bfloat16 rounds to 0.4%, layer after layer; each single map is judged in test_functional.py
-    assert (model(x).double() - exact).norm() <= 0.03 * exact.norm()
+    # Some 2 eps, layer after layer, as the machine's kernels round; each single map is judged in test_functional.py.
+    assert (model(x).double() - exact).norm() <= 8 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_autocast_computes_in_low_precision() -> None:
@@ -121,7 +121,7 @@ def test_autocast_computes_in_low_precision() -> None:
         out = model(x)
         out.float().square().sum().backward()
     exact = truth(x.double())
-    assert (out.double() - exact).norm() <= 0.05 * exact.norm()
+    assert (out.double() - exact).norm() <= 8 * torch.finfo(torch.bfloat16).eps * exact.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 

@@ -25,10 +25,9 @@ from tests import timm_table
 from tests.test_timm_zoo import config, frozen, run, trained
 from tests.test_timm_zoo import one_thread as one_thread
 from tests.test_zoo import MOVED, SAME, difference, draw
-from tests.timm_families import FAMILIES, Family, build, images, make_full_size
+from tests.timm_families import FAMILIES, FAMILY, Family, build, images, make_full_size
 from tests.zoo.base import flat, reading
 
-FAMILY = {family.id: family for family in FAMILIES}
 VIT = FAMILY["vit"]
 
 # What each preset adapts in a registered model: backbone, attention, and what conv adds.

@@ -429,10 +429,10 @@ def launch(command: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [[], ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]])
-def test_the_embedded_default_from_start_to_end(start: list[str], cache: Path, tmp_path: Path) -> None:
+def test_the_embedded_default_from_start_to_end(cache: Path, tmp_path: Path) -> None:
     argv = ["--steps", "30", "--eval-every", "15", "--output-dir", str(tmp_path / "run")]
-    done = launch([sys.executable, *start, str(SCRIPTS / "train_clip.py"), *argv], cache)
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    done = launch([*start, str(SCRIPTS / "train_clip.py"), *argv], cache)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -450,10 +450,10 @@ def test_bad_input_in_a_process_of_its_own(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_comparison_twice_into_one_folder(cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "compare_clip.py"), "--output-dir", str(tmp_path), "--steps", "5"]
+def test_the_comparison_twice_into_one_folder(tiny: Path, images: Path, cache: Path, tmp_path: Path) -> None:
+    small = ["--model", f"local-dir:{tiny}", "--data", str(images), *QUICK]
     for _ in range(2):
-        done = launch(command, cache)
+        done = launch([sys.executable, str(SCRIPTS / "compare_clip.py"), "--output-dir", str(tmp_path), *small], cache)
         assert done.returncode == 0, done.stderr
     summaries = json.loads((tmp_path / "comparison.json").read_text())
     assert list(summaries) == ["randlora", "lora", "full"]

@@ -263,4 +263,4 @@ def test_the_demo_model_is_cached_and_loads_as_any_other(
     assert capsys.readouterr().out == ""
     assert json.loads((folder / "settings.json").read_text())["pretraining"]["steps"] == 2
     loaded = load_classifier(ModelOptions(model=f"local-dir:{folder}", pretrained=True), 10, seed=0)
-    assert loaded.fresh_head and loaded.data_config["input_size"] == (3, 32, 32)
+    assert loaded.fresh_head and tuple(loaded.data_config["input_size"]) == (3, 32, 32)

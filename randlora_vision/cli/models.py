@@ -102,7 +102,7 @@ class Base:
             options["pretrained"] = not _on_meta()
         elif self.weights is not None:
             _check_file(self.weights)
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": self.weights}}
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": self.weights, "custom_load": False}}
         with _failures("timm", self.name):
             model: nn.Module = timm.create_model(self.name, **options)
         return model
