@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from randlora_vision.training import fitting
-from randlora_vision.training.loop import Trainer
+from randlora_vision.training.harness import fit as fitting
+from randlora_vision.training.harness.loop import Trainer
 
 _WARM_UP = 2  # steps that are not counted: loader processes start, memory is allocated
 _SIZE = (500, 375)  # pixels of a written image, as in ImageNet

@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from benchmarks.methods import METHODS
-from randlora_vision.files import replacing
-from randlora_vision.training.files import write_text
+from randlora_vision.files.atomic import replacing, write_text
 
 _REFERENCES = {"peft_randlora": "PEFT RandLora", "peft_lora": "PEFT LoRA"}
 

@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import measure
+from benchmarks.expectations import verdicts
 from benchmarks.methods import METHODS
 from benchmarks.report import Result, markdown, plot, write_csv
-from benchmarks.targets import verdicts
 from benchmarks.workloads import WORKLOADS, Row, full_rows, quick_rows
-from randlora_vision.training.files import write_text
+from randlora_vision.files.atomic import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:

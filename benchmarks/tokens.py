@@ -20,8 +20,7 @@ from tqdm import tqdm
 from benchmarks import measure
 from benchmarks.methods import METHODS
 from randlora_vision import RandLoRAConfig, inject
-from randlora_vision.files import replacing
-from randlora_vision.training.files import write_text
+from randlora_vision.files.atomic import replacing, write_text
 
 _RANK = 32
 

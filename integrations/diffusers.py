@@ -29,17 +29,22 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from randlora_vision.integrations import _merged
-from randlora_vision.integrations._adapter_files import load_adapter as load_adapter
-from randlora_vision.integrations._adapter_files import save_adapter as save_adapter
-from randlora_vision.integrations._control import delete_adapter as delete_adapter
-from randlora_vision.integrations._control import disabled as disabled
-from randlora_vision.integrations._control import fuse as fuse
-from randlora_vision.integrations._control import list_adapters as list_adapters
-from randlora_vision.integrations._control import set_scales as set_scales
-from randlora_vision.integrations._control import unfuse as unfuse
-from randlora_vision.integrations._denoisers import attention_targets, backbone_targets, conv_targets, text_targets
-from randlora_vision.integrations._lora_export import export_lora as export_lora
+from randlora_vision.integrations.export import merged as _merged
+from randlora_vision.integrations.export.lora import export_lora as export_lora
+from randlora_vision.integrations.pipelines.adapter_files import load_adapter as load_adapter
+from randlora_vision.integrations.pipelines.adapter_files import save_adapter as save_adapter
+from randlora_vision.integrations.pipelines.control import delete_adapter as delete_adapter
+from randlora_vision.integrations.pipelines.control import disabled as disabled
+from randlora_vision.integrations.pipelines.control import fuse as fuse
+from randlora_vision.integrations.pipelines.control import list_adapters as list_adapters
+from randlora_vision.integrations.pipelines.control import set_scales as set_scales
+from randlora_vision.integrations.pipelines.control import unfuse as unfuse
+from randlora_vision.integrations.presets.denoisers import (
+    attention_targets,
+    backbone_targets,
+    conv_targets,
+    text_targets,
+)
 
 PRESETS: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "attention": attention_targets,

@@ -20,12 +20,11 @@ from typing import Any
 from torch import nn
 
 import randlora_vision
-from randlora_vision import InjectionReport, bundle
-from randlora_vision.fileformat import AdapterFile
+from randlora_vision import InjectionReport
+from randlora_vision.files import bundle
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.integrations._download import ADAPTER_FILE, _hub, download
 
-ADAPTER_FILE = "adapter.safetensors"
-"""The name of an adapter in a repository, or in a folder."""
-_SUFFIXES = (".safetensors", ".json")
 _LOADING = {
     "timm": (
         "import timm\nfrom randlora_vision.integrations.hub import download\n"
@@ -47,26 +46,6 @@ _LOADING = {
         "model = ...  # {base}\nload_adapter(model, {repository!r})"
     ),
 }
-
-
-def download(repository: str, name: str = ADAPTER_FILE, revision: str | None = None) -> Path:
-    """One file of a repository, from the cache where it is there.
-
-    Raises:
-        FileNotFoundError: If the Hub cannot be reached or does not have it.
-        ValueError: If the name does not end in ``.safetensors`` or ``.json``: others are not fetched.
-    """
-    if not name.endswith(_SUFFIXES):
-        raise ValueError(f"{name!r} of {repository!r}: only {' and '.join(_SUFFIXES)} files are fetched")
-    hub, options = _hub(), {} if revision is None else {"revision": revision}
-    try:
-        return Path(hub.hf_hub_download(repository, name, **options))
-    except (OSError, ValueError) as error:  # whatever the Hub's library raises is one of them
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"there is no file or folder {repository!r} here, and {name} of the repository {repository!r} could not "
-            f"be downloaded from the Hugging Face Hub: {reason}"
-        ) from None
 
 
 def load_adapter(
@@ -196,12 +175,3 @@ def _row(part: str, content: AdapterFile) -> str:
     ranks = sorted({rank for _, _, rank, _ in content.targets})
     bases = f"{content.spec.kind}, {content.spec.seed}"
     return f"| {part or 'model'} | {len(content.targets)} | {', '.join(map(str, ranks))} | {bases} | {numbers:,} |"
-
-
-def _hub() -> Any:
-    """huggingface_hub, imported at use."""
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError:
-        raise ValueError("the Hub needs huggingface_hub: pip install 'randlora_vision[hub]'") from None
-    return huggingface_hub

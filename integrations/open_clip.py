@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from randlora_vision.integrations import _merged
-from randlora_vision.integrations._towers import body, by_majority, configured
+from randlora_vision.integrations.export import merged as _merged
+from randlora_vision.integrations.presets.towers import body, by_majority, configured
 
 
 def vision_targets(model: nn.Module) -> list[str]:

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora_vision.adapters.checkpoint import install, own_adapter
+from randlora_vision.adapters.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, from_tensors
 from randlora_vision.bases import get_bases
-from randlora_vision.checkpoint import install, own_adapter
-from randlora_vision.config import RandLoRAConfig, matches_any, matches_suffix
-from randlora_vision.control import set_active
-from randlora_vision.draws import STRUCTURED
-from randlora_vision.files import replacing
-from randlora_vision.peft_format import CONFIG_FILE, PREFIX, WEIGHTS_FILE, from_tensors
-from randlora_vision.record import unwrap
+from randlora_vision.bases.structured import STRUCTURED
+from randlora_vision.config import RandLoRAConfig
+from randlora_vision.files.atomic import replacing
+from randlora_vision.injection.control import set_active
+from randlora_vision.injection.record import unwrap
+from randlora_vision.injection.sizing import peft_sizes
+from randlora_vision.names import matches_any, matches_suffix, with_parents
 from randlora_vision.report import Target
-from randlora_vision.sizing import peft_sizes
-from randlora_vision.targets import with_parents
 
 _SEED_ONLY = {"peft": {}, "peft_sparse": {"sparse": True}, "peft_very_sparse": {"very_sparse": True}}
 """Bases that PEFT makes from its key, and its settings for that. Float16 ones depend on the hardware: stored."""

@@ -33,10 +33,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import randlora_vision
-from randlora_vision import InjectionReport, fileformat
-from randlora_vision.integrations import _merged, _towers
-from randlora_vision.integrations._towers import Matrix
-from randlora_vision.targets import candidates
+from randlora_vision import InjectionReport
+from randlora_vision.files import adapter_file as fileformat
+from randlora_vision.injection.candidates import candidates
+from randlora_vision.integrations.export import merged as _merged
+from randlora_vision.integrations.presets import towers as _towers
+from randlora_vision.integrations.presets.towers import Matrix
 
 # What timm calls an attention: by attribute or class, or by the class's acronym (SHSA, XCA, GPSA, LiteMLA).
 _ATTENTION = re.compile(r"(?i:att(n|ention))|(SA|XCA|MLA|MHCA)$")

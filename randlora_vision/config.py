@@ -14,10 +14,22 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from randlora_vision.peft_draw import PEFT_KINDS
-from randlora_vision.planner import PINNED
+from randlora_vision.names import is_preset, matches_any
 
-BASES_KINDS = ("uniform", "normal", "sparse", "very_sparse", "structured", *PEFT_KINDS, "stored")
+BASES_KINDS = (
+    "uniform",
+    "normal",
+    "sparse",
+    "very_sparse",
+    "structured",
+    "peft",
+    "peft_float16",
+    "peft_sparse",
+    "peft_very_sparse",
+    "stored",
+)
+COMPUTE = ("auto", "dense", "factored")
+"""Which orders of products may be taken, see `randlora_vision.compute.planner`."""
 INITS = ("lambda-zero", "gamma-zero")
 SCALING = 20.0
 """alpha / rank when alpha is not given: the setting of PEFT's RandLora (alpha 640 at rank 32)."""
@@ -51,8 +63,8 @@ class RandLoRAConfig:
             (-1/0/+1 with probabilities 1/6, 2/3, 1/6), ``"very_sparse"`` (non-zero with probability
             1 / sqrt(m), m the largest narrow side) or ``"structured"`` (-1/+1 from small Hadamard matrices and random
             signs: no large matrix is held or multiplied, so a training step costs little more than LoRA's; see
-            `randlora_vision.structured_bases`). For exchange with PEFT: ``"peft"``, ``"peft_float16"``,
-            ``"peft_sparse"``, ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.peft_draw`), and ``"stored"``
+            `randlora_vision.bases.hadamard`). For exchange with PEFT: ``"peft"``, ``"peft_float16"``,
+            ``"peft_sparse"``, ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.bases.peft`), and ``"stored"``
             says that the bases are in the adapter's file.
         seed: Seed of the bases, 0 <= seed < 2**64. The same seed gives the same bases on every machine.
         init: ``"lambda-zero"`` (lambda = 0, gamma = 1 / max(N, m), as PEFT) or ``"gamma-zero"`` (gamma = 0,
@@ -98,7 +110,7 @@ class RandLoRAConfig:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         _check_choice("bases", self.bases, BASES_KINDS)
         _check_choice("init", self.init, INITS)
-        _check_choice("compute", self.compute, tuple(PINNED))
+        _check_choice("compute", self.compute, COMPUTE)
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
@@ -161,16 +173,6 @@ class RandLoRAConfig:
         return cls.from_dict(values)
 
 
-def matches_suffix(pattern: str, path: str) -> bool:
-    """True if `pattern` equals whole trailing components of the dotted `path`."""
-    return path == pattern or path.endswith("." + pattern)
-
-
-def matches_any(pattern: str, paths: tuple[str, ...]) -> bool:
-    """True if `pattern` matches one of a target's paths (module path, parameter path, aliases)."""
-    return any(matches_suffix(pattern, path) for path in paths)
-
-
 def _names(field: str, value: object, text: bool) -> str | tuple[str, ...]:
     if isinstance(value, str):
         if not text:
@@ -184,11 +186,6 @@ def _names(field: str, value: object, text: bool) -> str | tuple[str, ...]:
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) and v for v in value):
         raise ValueError(f"{field} must be a list of non-empty names{' or a string' if text else ''}, got {value!r}")
     return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-
-
-def is_preset(target_modules: str) -> bool:
-    """True for the form ``integration:preset``."""
-    return re.fullmatch(r"[a-z_]+:[a-z0-9_-]+", target_modules) is not None
 
 
 def _indices(value: object) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from randlora_vision.training import digits
-from randlora_vision.training.data_options import ImageOptions
-from randlora_vision.training.images import SkipList
+from randlora_vision.training.data.options import ImageOptions
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.sources import digits
 
 
 def some_digits(per_class: int = 4, classes: Sequence[int] = (0, 1, 2)) -> list[tuple[Image.Image, str]]:
@@ -72,14 +72,14 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes | st
 
 def read(data: object, skipped: SkipList | None = None, **options: Any) -> Any:
     """Read data as train_clip.py does."""
-    from randlora_vision.training.clip_data import read_data
+    from randlora_vision.training.data.read import read_data
 
     return read_data(ImageOptions(data=str(data), **options), skipped or SkipList())
 
 
 def pixels(picture: Any) -> bytes:
     """Return the pixels of a picture, however it is kept."""
-    from randlora_vision.training.images import open_picture
+    from randlora_vision.training.data.pictures import open_picture
 
     return np.asarray(open_picture(picture)).tobytes()
 

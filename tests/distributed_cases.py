@@ -93,9 +93,9 @@ def check_parts_of_unequal_size() -> None:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader
 
-    from randlora_vision.training.contrastive import ContrastiveLoss
-    from randlora_vision.training.gather import measure_all
-    from tests.test_training_contrastive import CONTRASTS, REPEATED, Towers, cut, gradients, plain_loss
+    from randlora_vision.training.clip.contrastive import ContrastiveLoss
+    from randlora_vision.training.harness.distributed import measure_all
+    from tests.training.clip.test_contrastive import CONTRASTS, REPEATED, Towers, cut, gradients, plain_loss
 
     own = cut(REPEATED, 0, 3) if distributed.get_rank() == 0 else cut(REPEATED, 3, None)
     for contrast in CONTRASTS:

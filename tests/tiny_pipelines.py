@@ -5,14 +5,36 @@ bit for bit, compare two built pipelines or two loaded ones: memory that safeten
 allocated memory, and a matrix product may round differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from string import ascii_letters, digits, punctuation
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from randlora_vision.training.demo_tokenizers import clip_tokenizer, t5_tokenizer
+from randlora_vision.demos.tokenizers import clip_tokenizer
 from tests.zoo.base import unmute
+
+_T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+def t5_tokenizer(context: int, words: Iterable[str] = ()) -> Any:
+    """Return a `transformers.T5Tokenizer` for texts in ASCII.
+
+    Args:
+        context: Its `model_max_length`.
+        words: What becomes a token of its own, in lower case; everything else is spelt by characters.
+    """
+    from transformers import T5Tokenizer
+
+    marked = [f"\u2581{word}" for word in dict.fromkeys(words)]
+    # Unigram takes the split of the highest total score: one known word before many characters.
+    pieces = [(piece, 0.0) for piece in _T5_SPECIAL] + [
+        (piece, -10.0) for piece in ("\u2581", *(ascii_letters + digits + punctuation))
+    ]
+    pieces += [(word, -1.0) for word in marked]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=context)
+
 
 PIXELS, LATENTS, CONTEXT = 16, 4, 16
 CLIP_WIDTH, T5_WIDTH, WORDS = 32, 24, ("a", "photo", "of", "sks", "digit", "dog")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from randlora_vision.training import digits
-from randlora_vision.training.clip_models import LoadedClip, load_clip
-from randlora_vision.training.images import SkipList
+from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.sources import digits
 
 TINY_CONFIG: dict[str, Any] = {
     "embed_dim": 16,

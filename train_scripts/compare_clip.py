@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from randlora_vision.errors import user_errors
+from randlora_vision.files.atomic import write_json, write_text
 from randlora_vision.train_scripts.train_clip import train
-from randlora_vision.training.clip_options import ClipOptions
-from randlora_vision.training.errors import user_errors
-from randlora_vision.training.files import write_json, write_text
-from randlora_vision.training.options import AdapterOptions, Method, parse
-from randlora_vision.training.plots import Compared, plot_comparison
-from randlora_vision.training.results import headline
-from randlora_vision.training.run_folder import RunFolder
+from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.evaluation.plots import Compared, plot_comparison
+from randlora_vision.training.evaluation.results import headline
+from randlora_vision.training.harness.options import AdapterOptions, Method, parse
+from randlora_vision.training.harness.run_folder import RunFolder
 
 Summaries = Mapping[Method, Mapping[str, Any]]  # by method, what summary.json holds
 

@@ -16,23 +16,22 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from randlora_vision.training import demo_classifier
-from randlora_vision.training.accelerators import make_accelerator
-from randlora_vision.training.classifier_data import read_images
-from randlora_vision.training.classifier_exam import Answers, Exam
-from randlora_vision.training.classifier_methods import adapt, head_parameters, resolve_budget
-from randlora_vision.training.classifier_models import LoadedClassifier, load_classifier, with_own_head
-from randlora_vision.training.classifier_options import ClassifierOptions, resolve
-from randlora_vision.training.classifier_results import write_results
-from randlora_vision.training.classifier_task import ClassifierTask
-from randlora_vision.training.errors import user_errors
-from randlora_vision.training.fitting import finish, fit, open_run
-from randlora_vision.training.images import SkipList
-from randlora_vision.training.methods import Adaptation
-from randlora_vision.training.options import parse
-from randlora_vision.training.results import check_equal, closing_words
-from randlora_vision.training.run_folder import RunFolder
-from randlora_vision.training.speed import checkpoint_activations, placed
+from randlora_vision.demos import classifier as demo_classifier
+from randlora_vision.errors import user_errors
+from randlora_vision.training.classifier.data import read_images
+from randlora_vision.training.classifier.evaluation import Answers, Exam, write_results
+from randlora_vision.training.classifier.methods import adapt, head_parameters, resolve_budget
+from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
+from randlora_vision.training.classifier.options import ClassifierOptions, resolve
+from randlora_vision.training.classifier.task import ClassifierTask
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.evaluation.results import check_equal, closing_words
+from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.fit import finish, fit, open_run
+from randlora_vision.training.harness.memory import checkpoint_activations, placed
+from randlora_vision.training.harness.options import parse
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.methods.adaptation import Adaptation
 
 
 @user_errors

@@ -18,28 +18,29 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from randlora_vision.training import demo_clip, digits
-from randlora_vision.training.accelerators import make_accelerator
-from randlora_vision.training.captions import truncated_captions
-from randlora_vision.training.clip_adapters import put_on, reload
-from randlora_vision.training.clip_classifier import ClipClassifier
-from randlora_vision.training.clip_data import read_data
-from randlora_vision.training.clip_exam import Answers, Exam, Splits
-from randlora_vision.training.clip_models import LoadedClip, load_clip
-from randlora_vision.training.clip_options import ClipOptions, resolve, resolve_loss, resolve_metric
-from randlora_vision.training.clip_results import Measured, loading_code, write_evaluation, write_results
-from randlora_vision.training.clip_retrieval import retrieval_features
-from randlora_vision.training.clip_task import ClassPromptTask, adapt, checkpoint_towers, resolve_budget
-from randlora_vision.training.contrastive_task import ContrastiveTask
-from randlora_vision.training.errors import user_errors
-from randlora_vision.training.fitting import finish, fit, open_run
-from randlora_vision.training.images import ImageSplits, SkipList
-from randlora_vision.training.methods import Adaptation
-from randlora_vision.training.options import parse
-from randlora_vision.training.pairs import PairSplits, class_captions
-from randlora_vision.training.results import Results, check_equal, closing_words
-from randlora_vision.training.run_folder import RunFolder
-from randlora_vision.training.speed import placed
+from randlora_vision.demos import clip as demo_clip
+from randlora_vision.errors import user_errors
+from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
+from randlora_vision.training.clip.classifier import ClipClassifier
+from randlora_vision.training.clip.evaluation import Answers, Exam, Splits
+from randlora_vision.training.clip.load import put_on, reload
+from randlora_vision.training.clip.methods import adapt, checkpoint_towers, resolve_budget
+from randlora_vision.training.clip.options import ClipOptions, resolve, resolve_loss, resolve_metric
+from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
+from randlora_vision.training.clip.retrieval import retrieval_features
+from randlora_vision.training.clip.tasks import ClassPromptTask, ContrastiveTask
+from randlora_vision.training.data.captioned import PairSplits, class_captions, truncated_captions
+from randlora_vision.training.data.labelled import ImageSplits
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.read import read_data
+from randlora_vision.training.data.sources import digits
+from randlora_vision.training.evaluation.results import Results, check_equal, closing_words
+from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.fit import finish, fit, open_run
+from randlora_vision.training.harness.memory import placed
+from randlora_vision.training.harness.options import parse
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.methods.adaptation import Adaptation
 
 
 @user_errors
@@ -153,7 +154,7 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
     """Return what the model is measured on: the task, and what is to be kept where that is known or given."""
     tests: dict[str, Splits] = {"test": data}
     if options.images.embedded:
-        tests["original"] = digits.read_digits(demo_clip.KNOWN_DIGITS)
+        tests["original"] = digits.read_digits(digits.KNOWN_DIGITS)
     if options.evaluation.retention_data is not None:
         whole = replace(
             options.images,

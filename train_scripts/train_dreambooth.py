@@ -17,25 +17,24 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from randlora_vision.demos.pipelines import demo_pipeline_folder
+from randlora_vision.demos.subject import demo_subject, measure
+from randlora_vision.errors import user_errors
 from randlora_vision.integrations.hub import push_to_hub
-from randlora_vision.training.accelerators import make_accelerator
-from randlora_vision.training.demo_pipelines import demo_pipeline_folder
-from randlora_vision.training.demo_subject import Shares, demo_subject, measure
-from randlora_vision.training.diffusion_buckets import Size, parse_buckets
-from randlora_vision.training.diffusion_families import Family, load_family
-from randlora_vision.training.diffusion_methods import PipelineAdaptation, adapt, checkpoint_activations
-from randlora_vision.training.diffusion_samples import Autocast, Gallery, Sampler, largest_difference
-from randlora_vision.training.dreambooth_options import DreamBoothOptions, model_title, resolve
-from randlora_vision.training.dreambooth_pictures import Album, write_base_pictures
-from randlora_vision.training.dreambooth_prior import class_images
-from randlora_vision.training.dreambooth_results import check_same, closing_words, write_results
-from randlora_vision.training.dreambooth_subject import read_subject
-from randlora_vision.training.dreambooth_task import DreamBoothTask, TrainingSet
-from randlora_vision.training.errors import user_errors
-from randlora_vision.training.fitting import finish, fit, open_run
-from randlora_vision.training.options import parse
-from randlora_vision.training.run_folder import RunFolder
-from randlora_vision.training.trackers import report_pictures
+from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
+from randlora_vision.training.dreambooth.families import Family, load_family
+from randlora_vision.training.dreambooth.methods import PipelineAdaptation, adapt, checkpoint_activations
+from randlora_vision.training.dreambooth.options import DreamBoothOptions, model_title, resolve
+from randlora_vision.training.dreambooth.pictures import Album, write_base_pictures
+from randlora_vision.training.dreambooth.results import Shares, check_same, closing_words, write_results
+from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, class_images, largest_difference
+from randlora_vision.training.dreambooth.subject import read_subject
+from randlora_vision.training.dreambooth.task import DreamBoothTask, TrainingSet
+from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.fit import finish, fit, open_run
+from randlora_vision.training.harness.options import parse
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.harness.trackers import report_pictures
 
 
 @user_errors

@@ -6,13 +6,14 @@ from typing import Any
 from torch import nn
 
 import randlora_vision
-from randlora_vision import RandLoRAConfig, bundle, plan
+from randlora_vision import RandLoRAConfig, plan
 from randlora_vision.bases import get_bases
 from randlora_vision.cli.console import progress, say, show_json, show_table, warn
 from randlora_vision.cli.models import Base, parse_base
 from randlora_vision.cli.spectra import layers_of, plot_spectra
-from randlora_vision.config import is_preset
-from randlora_vision.fileformat import AdapterFile
+from randlora_vision.files import bundle
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.names import is_preset
 
 _LORA = {"lora-diffusers": "diffusers", "lora-kohya": "kohya", "lora-peft": "peft", "lycoris": "lycoris"}
 CONVERSIONS = ("randlora", "peft", *_LORA)
@@ -100,7 +101,7 @@ def merge(base: str, adapter: str, output: str, weights: str | None, model_args:
     if not found.has_weights:
         raise ValueError(f"{base} without weights is a random model: name the base's weights with --weights")
     host, reports = _adapted(found, adapter)
-    from randlora_vision.integrations import _merged
+    from randlora_vision.integrations.export import merged as _merged
 
     save = _merged.save_merged_folder if found.library == "diffusers" else _merged.save_merged_file
     save(host, output)
@@ -127,7 +128,7 @@ def convert(
         raise ValueError(f"--rank and --energy are for lora-*; {to} keeps the whole adapter")
     host, _ = _adapted(parse_base(model, options=model_args), adapter)
     if to in _LORA:
-        from randlora_vision.integrations._lora_export import export_lora
+        from randlora_vision.integrations.export.lora import export_lora
 
         with progress("layers") as step:
             report = export_lora(host, output, rank, energy, _LORA[to], progress=step)
@@ -215,7 +216,7 @@ def _one_model(host: Any) -> nn.Module:
     """The adapted model itself, or the only adapted component of a pipeline."""
     if isinstance(host, nn.Module):
         return host
-    from randlora_vision.integrations._components import adapted
+    from randlora_vision.integrations.pipelines.components import adapted
 
     parts = adapted(host)
     if len(parts) > 1:

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from randlora_vision.cli import actions
 from randlora_vision.cli.models import HELP
-from randlora_vision.training.errors import user_errors
+from randlora_vision.errors import user_errors
 
 _EXIT_CODES = "exit codes: 0 well, 1 verification failed, 2 bad input (one line on stderr)"
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import randlora_vision
 from randlora_vision import InjectionReport
-from randlora_vision.containers import read_json
+from randlora_vision.files.untrusted import read_json
 from randlora_vision.integrations import timm as timm_adapters
-from randlora_vision.integrations.hub import download
+from randlora_vision.integrations._download import download
 
 HELP = (
     "a model of timm (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a folder or "
@@ -109,7 +109,7 @@ class Base:
 
     def _open_clip(self) -> nn.Module:
         _library("open_clip")
-        from randlora_vision.training.clip_models import load_clip
+        from randlora_vision.integrations._open_clip_models import load_clip
 
         return load_clip(self.name, self.weights, seed=0).model
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from randlora_vision.bases import get_bases
-from randlora_vision.fileformat import AdapterFile
-from randlora_vision.files import replacing
-from randlora_vision.functional import effective_weight
+from randlora_vision.compute.functional import effective_weight
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.atomic import replacing
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, adapter_parameters, inject, load_adapter, save_adapter
+from randlora_vision.bases.stored import stored_bases
 from randlora_vision.config import BASES_KINDS
-from randlora_vision.inject import add_adapter
-from randlora_vision.layers import adapted_modules
-from randlora_vision.stored_bases import stored_bases
+from randlora_vision.injection.inject import add_adapter
+from randlora_vision.layers.adapted import adapted_modules
 
 HERE = Path(__file__).parent
 
@@ -101,8 +101,8 @@ def own(settings: RandLoRAConfig) -> Callable[[Path], None]:
 
 def bundle(path: Path) -> None:
     """Two models in one file."""
-    from randlora_vision import bundle as format_
-    from randlora_vision.checkpoint import packed
+    from randlora_vision.adapters.checkpoint import packed
+    from randlora_vision.files import bundle as format_
 
     parts = {}
     for name, bases in (("unet", "uniform"), ("text_encoder", "sparse")):
@@ -156,8 +156,8 @@ def load(path: Path) -> dict[str, Tensor]:
 
 def load_bundle(path: Path) -> dict[str, Tensor]:
     """What it makes of a bundle, part by part."""
-    from randlora_vision import bundle as format_
-    from randlora_vision.checkpoint import install
+    from randlora_vision.adapters.checkpoint import install
+    from randlora_vision.files import bundle as format_
 
     found = {}
     for part, content in format_.read(path).items():

@@ -1,0 +1,120 @@
+"""Loading any open_clip model with its transforms and tokenizer, with errors that a user can act on."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """An open_clip model and what goes with it."""
+
+    model: nn.Module
+    train_transform: Callable[[Image.Image], Tensor]
+    eval_transform: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]  # texts -> (texts, context) int64
+    has_weights: bool
+
+    def training_transform(
+        self, augment: Callable[[Image.Image], Image.Image] | None
+    ) -> Callable[[Image.Image], Tensor]:
+        """Return the transform of training images: the model's own, or `augment` and then no other chance."""
+        return Compose([augment, self.eval_transform]) if augment else self.train_transform
+
+
+def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
+    """Load an open_clip model, frozen, by name, `hf-hub:`, `local-dir:` or configuration file.
+
+    Without pretrained weights it starts from random ones, drawn with `seed`: the same call gives the
+    same model again. Raises ValueError for an unknown model or tag, naming close ones, and for
+    weights that do not fit or cannot be fetched.
+    """
+    import open_clip
+
+    known = _model_name(name)
+    schema, _ = open_clip.factory.parse_model_name(known)
+    if schema is None:
+        _check_pretrained(known, pretrained)
+    elif pretrained:
+        raise ValueError(f"--pretrained {pretrained}: {schema} models bring their own weights, leave it out")
+    try:
+        # open_clip reports its own failures through the root logger as well; one message is enough.
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, train, evaluate = open_clip.create_model_and_transforms(
+                known, pretrained=pretrained, device=torch.get_default_device()
+            )
+            tokenize = open_clip.get_tokenizer(known)
+    except Exception as error:  # of whatever library reads the file or asks the network
+        weights = f" with weights {pretrained!r}" if pretrained else ""
+        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"open_clip cannot load the model {name!r}{weights}: {reason}") from error
+    model.requires_grad_(False)
+    return LoadedClip(model, train, evaluate, tokenize, has_weights=bool(pretrained or schema))
+
+
+def _model_name(name: str) -> str:
+    """Return the name under which open_clip knows the model, registering a configuration file first."""
+    import open_clip
+
+    if name.endswith(".json"):
+        return _register(Path(name))
+    schema, _ = open_clip.factory.parse_model_name(name)
+    names = open_clip.list_models()
+    if schema is None and name.replace("/", "-") not in names:
+        close = get_close_matches(name, names, n=3, cutoff=0.5) or get_close_matches(name.upper(), names, n=3)
+        hint = f"; close matches: {', '.join(close)}" if close else ""
+        raise ValueError(
+            f"open_clip has no model {name!r}{hint} (python -c 'import open_clip; print(open_clip.list_models())' "
+            "lists them all; hf-hub:ORG/REPO, local-dir:FOLDER and a .json configuration work too)"
+        )
+    return name
+
+
+def _register(path: Path) -> str:
+    import open_clip
+
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+    if missing:
+        raise ValueError(f"{path} is no open_clip model configuration: it lacks {', '.join(sorted(missing))}")
+    if open_clip.get_model_config(path.stem) not in (None, config):
+        raise ValueError(f"open_clip already has another model named {path.stem!r}: rename {path}")
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def _check_pretrained(name: str, pretrained: str | None) -> None:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None or pretrained in tags or os.path.isfile(pretrained):
+        return
+    close = get_close_matches(pretrained, tags, n=3)
+    which = f"close matches: {', '.join(close)}" if close else f"it has: {', '.join(tags) or 'none'}"
+    raise ValueError(f"{pretrained!r} is neither a file nor a tag of {name}; {which}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,1 @@
+"""Adapters as LoRA files or merged weights."""

@@ -1,0 +1,122 @@
+"""A merged model in its host's own format: what is saved within `merged_for_saving` knows nothing of this library."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from randlora_vision.files.atomic import replacing
+from randlora_vision.injection.merge import merge, unmerge
+from randlora_vision.injection.record import ModelRecord, records, unwrap
+from randlora_vision.injection.trained_in_full import install_saved
+from randlora_vision.integrations.export.updates import components, in_force, updates
+from randlora_vision.names import is_adapter_name
+
+
+@contextlib.contextmanager
+def merged_for_saving(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Module]:
+    """Within the context the model's `state_dict` is that of the merged model; after it the model is as it was.
+
+    While it lasts, the adapted weights are held twice.
+
+    Args:
+        model: The module that adapters were injected at, or one above it.
+        adapter_name: Which adapter alone; None means those that act.
+
+    Raises:
+        ValueError: If there is no such adapter, a weight is quantised, or a merged weight is not finite.
+    """
+    model = unwrap(model)
+    known = {name for _, _, record in records(model) for name in record.adapters}
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(f"no adapter {adapter_name!r}; this model has: {', '.join(sorted(known))}")
+    before = [(root, record, record.merged, record.active) for _, root, record in records(model)]
+    hook = model.register_state_dict_post_hook(_drop_adapters)
+    try:
+        for root, record, _, _ in before:
+            names = in_force(record) if adapter_name is None else (adapter_name,)
+            _put(root, record, tuple(name for name in names if name in record.adapters), ())
+        yield model
+    finally:
+        hook.remove()
+        for root, record, merged, active in before:
+            _put(root, record, merged, active)
+
+
+def save_merged_file(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+    """Write the merged model's state dict as one safetensors file; the model stays as it is.
+
+    Raises:
+        ValueError: If the name does not end in ``.safetensors``, or as `merged_for_saving` does.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"a merged model is saved as one .safetensors file, got the name {str(path)!r}")
+    with merged_for_saving(model, adapter_name) as merged, replacing(target) as temporary:
+        safetensors.torch.save_file(_separate(merged.state_dict()), temporary, {"format": "pt"})
+    return target
+
+
+def save_merged_folder(host: Any, folder: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+    """Write a merged pipeline or model of diffusers by its own `save_pretrained`; it stays as it is.
+
+    Args:
+        host: A pipeline with adapted components, or one such model.
+        folder: A new folder, or an empty one. It appears whole or not at all.
+        adapter_name: Which adapter alone; None means those that act.
+
+    Raises:
+        FileExistsError: If the folder holds something.
+        ValueError: If there is no such adapter, or as `merged_for_saving` does.
+    """
+    target = Path(folder)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{str(folder)!r} exists and is not an empty folder: give another name")
+    adapted = dict.fromkeys(update.component for update in updates(host, adapter_name))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with contextlib.ExitStack() as stack:
+            for component in adapted:
+                stack.enter_context(merged_for_saving(components(host)[component], adapter_name))
+            host.save_pretrained(temporary, safe_serialization=True)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _put(root: nn.Module, record: ModelRecord, merged: tuple[str, ...], active: tuple[str, ...]) -> None:
+    """Make exactly these adapters merged, in this order (a sum's rounding depends on it), and those active."""
+    if record.merged != merged:
+        unmerge(root)
+        if merged:
+            merge(root, merged)
+    record.active = active
+    install_saved(root, record)
+
+
+def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in [name for name in state_dict if is_adapter_name(name)]:
+        del state_dict[name]
+
+
+def _separate(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory: the format does not know of tied ones."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in state_dict.items():
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone().contiguous() if storage in seen else tensor.contiguous()
+        seen.add(storage)
+    return found

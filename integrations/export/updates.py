@@ -1,0 +1,108 @@
+"""What adapters add to the weights of a model or pipeline, layer by layer, in a form that exports can take apart.
+
+Shapes: O out, I in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.injection.record import ModelRecord, records, unwrap
+from randlora_vision.injection.trained_in_full import current_saved
+from randlora_vision.integrations.pipelines import components as _components
+from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, updated_weight
+
+
+class Update(NamedTuple):
+    """One adapted parameter.
+
+    Attributes:
+        component: Name of the pipeline's component, "" of a bare model.
+        path: Path of the module in its component.
+        param: Name of the module's adapted parameter.
+        module: The module.
+        adapters: Names of the adapters whose updates add up.
+    """
+
+    component: str
+    path: str
+    param: str
+    module: AdaptedModule
+    adapters: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Path of the parameter, the component's name in front."""
+        return ".".join(part for part in (self.component, self.path, self.param) if part)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """The sum of the updates at their present scale, in the weight's shape, in float32 at least."""
+        state = self.module._randlora[self.param]
+        base = self.module.base_weight(self.param)
+        shape: tuple[int, ...] = tuple(base.shape)
+        if math.prod(shape) != state.out_features * state.in_features:  # packed
+            shape = (state.out_features, state.in_features)
+        dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
+        zeros = torch.zeros(shape, dtype=dtype, device=base.device)
+        return updated_weight(state, zeros, self.module._terms(self.param, list(self.adapters), dtype))
+
+
+def components(host: Any) -> dict[str, nn.Module]:
+    """The modules of a pipeline of diffusers by their names; a bare model under the name ""."""
+    return {"": unwrap(host)} if isinstance(host, nn.Module) else _components.components(host)
+
+
+def updates(host: Any, adapter_name: str | None) -> list[Update]:
+    """Every adapted parameter of a model or pipeline.
+
+    Args:
+        host: A model that has adapters, or a pipeline with such components.
+        adapter_name: Which adapter; None means those that act: the merged and the active ones.
+
+    Raises:
+        ValueError: If there is no adapter, or none of that name.
+    """
+    found = []
+    for component, prefix, root, record in _roots(host):
+        names = in_force(record) if adapter_name is None else (adapter_name,)
+        for path, module, param, state in adapted_modules(root):
+            own = tuple(name for name in names if name in state.slots)
+            if own:
+                found.append(Update(component, f"{prefix}.{path}".strip("."), param, module, own))
+    if not found:
+        known = sorted({name for *_, record in _roots(host) for name in record.adapters})
+        which = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"
+        have = f"it has: {', '.join(known)}" if known else "it has no adapters at all"
+        raise ValueError(f"this {type(host).__name__} has no {which}; {have}")
+    return found
+
+
+def trained_in_full(host: Any, adapter_name: str | None) -> dict[tuple[str, str], Tensor]:
+    """(component, path) -> tensor of the modules that the adapters train in full (`modules_to_save`)."""
+    found: dict[tuple[str, str], Tensor] = {}
+    for component, prefix, root, record in _roots(host):
+        names = in_force(record) if adapter_name is None else (adapter_name,)
+        for name in names:
+            if name in record.adapters:
+                saved = current_saved(root, record, name)
+                found.update({(component, f"{prefix}.{path}".strip(".")): tensor for path, tensor in saved.items()})
+    return found
+
+
+def in_force(record: ModelRecord) -> tuple[str, ...]:
+    """Names of the adapters that act on the model, merged or not."""
+    return tuple(dict.fromkeys((*record.merged, *record.active)))
+
+
+def _roots(host: Any) -> Iterator[tuple[str, str, nn.Module, ModelRecord]]:
+    """(component, path in it, module, record) of every module that adapters were injected at."""
+    for component, model in components(host).items():
+        if any(isinstance(module, AdaptedModule) for module in model.modules()):
+            for path, root, record in records(model):
+                yield component, path, root, record

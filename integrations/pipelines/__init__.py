@@ -1,0 +1,1 @@
+"""Adapters of all parts of a diffusers pipeline."""

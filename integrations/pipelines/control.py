@@ -1,0 +1,135 @@
+"""The adapters of a pipeline at run time: how strong, merged or not, on all of its parts at once."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import randlora_vision
+from randlora_vision.injection.control import scale_changes
+from randlora_vision.integrations.pipelines.components import adapted, components, holding, records_of, refuse_offloaded
+
+Scale = float | Mapping[str, float | Mapping[str, float]]
+"""Of one adapter: a number, or by component a number or numbers by part of its names."""
+
+
+def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str | None = None) -> None:
+    """Multiply adapters' updates; 1 is as trained, 0 is off. What is not mentioned keeps its scale.
+
+        set_scales(pipe, 0.7)                                            # all adapters
+        set_scales(pipe, 0.7, "style")                                   # one
+        set_scales(pipe, {"unet": 0.8, "text_encoder": 0.3}, "style")    # by component
+        set_scales(pipe, {"unet": {"down_blocks": 0.5, "mid_block": 0}}, "style")    # by block
+        set_scales(pipe, {"style": 0.7, "subject": {"unet": 1.2}})       # several adapters at once
+
+    Args:
+        pipe: The pipeline.
+        scales: As above. A block is the beginning of layers' names, in whole components; the longest that fits holds.
+        adapter_name: Which adapter. Without it the keys of a mapping are names of adapters.
+
+    Raises:
+        ValueError: If a number is not finite, an adapter, component or block is not there, or an adapter is merged.
+            No scale is changed then.
+    """
+    by_adapter: dict[str | None, Any] = {adapter_name: scales}
+    if adapter_name is None and isinstance(scales, Mapping):
+        by_adapter = {name: scale for name, scale in scales.items()}
+        parts = components(pipe)
+        if any(name in parts for name in by_adapter) and not any(name in _all_names(pipe) for name in by_adapter):
+            raise ValueError(
+                f"set_scales: {', '.join(map(repr, by_adapter))} are components: say of which adapter, "
+                "set_scales(pipe, scales, adapter_name)"
+            )
+    changes = []
+    for name, scale in by_adapter.items():
+        parts = adapted(pipe, name)
+        by_part = scale if isinstance(scale, Mapping) else {part: scale for part in parts}
+        for part, value in by_part.items():
+            if part not in parts:
+                which = "have adapters" if name is None else f"have the adapter {name!r}"
+                raise ValueError(f"set_scales: {part!r} is none of the components that {which}: {', '.join(parts)}")
+            changes += scale_changes(parts[part], value, name)
+    for slot, value in changes:
+        slot.scale = value
+
+
+@contextlib.contextmanager
+def disabled(pipe: Any) -> Iterator[None]:
+    """Make the pipeline the base within the context: no RandLoRA adapter acts, not even a merged one.
+
+    diffusers' own LoRA stays as it is.
+
+    Raises:
+        ValueError: If the pipeline has no adapters, or merged ones in a part that is offloaded layer by layer.
+    """
+    parts = adapted(pipe)
+    merged = {name: model for name, model in parts.items() if any(record.merged for record in records_of(model))}
+    refuse_offloaded(merged, "disable merged adapters")
+    with contextlib.ExitStack() as stack:
+        for model in parts.values():
+            stack.enter_context(randlora_vision.disabled(model))
+        yield
+
+
+def fuse(pipe: Any, adapter_names: str | Sequence[str] | None = None, safe: bool = True) -> None:
+    """Put adapters into the weights of every part, as `randlora_vision.merge` does: no cost at inference.
+
+    Args:
+        pipe: The pipeline.
+        adapter_names: Which, at their present scale; None means all that are active.
+        safe: Refuse to merge if any result is not finite.
+
+    Raises:
+        ValueError: If there is no such adapter, a weight is packed (quantised), a result is not finite, or a part is
+            offloaded layer by layer. The pipeline is untouched then.
+    """
+    chosen = holding(pipe, adapter_names)
+    refuse_offloaded({part: model for part, (model, _) in chosen.items()}, "fuse adapters")
+    before = {part: {name for r in records_of(model) for name in r.merged} for part, (model, _) in chosen.items()}
+    done = []
+    try:
+        for part, (model, names) in chosen.items():
+            randlora_vision.merge(model, names, safe)
+            done.append(part)
+    except BaseException:
+        for part in done:
+            model = chosen[part][0]
+            new = [name for r in records_of(model) for name in r.merged if name not in before[part]]
+            randlora_vision.unmerge(model, new)
+        raise
+
+
+def unfuse(pipe: Any, adapter_names: str | Sequence[str] | None = None) -> None:
+    """Take merged adapters (all unless some are named) out of the weights again, bit for bit.
+
+    Raises:
+        ValueError: If there is no such adapter, or a part is offloaded layer by layer.
+    """
+    chosen = holding(pipe, adapter_names)
+    refuse_offloaded({part: model for part, (model, _) in chosen.items()}, "unfuse adapters")
+    for model, names in chosen.values():
+        randlora_vision.unmerge(model, names)
+
+
+def delete_adapter(pipe: Any, adapter_name: str) -> None:
+    """Take one adapter off every part that has it. The last one leaves the pipeline bit for bit as it was.
+
+    Raises:
+        ValueError: If no part has it, or it is merged in one, or one is offloaded layer by layer.
+    """
+    parts = adapted(pipe, adapter_name)
+    merged = [part for part, model in parts.items() for r in records_of(model) if adapter_name in r.merged]
+    if merged:
+        raise ValueError(f"adapter {adapter_name!r} is merged into {', '.join(merged)}: unfuse it first")
+    refuse_offloaded(parts, "delete an adapter")
+    for model in parts.values():
+        randlora_vision.delete_adapter(model, adapter_name)
+
+
+def list_adapters(pipe: Any) -> dict[str, list[str]]:
+    """The names of the RandLoRA adapters by component, as diffusers' ``get_list_adapters`` does for its own."""
+    named = {part: [n for r in records_of(model) for n in r.adapters] for part, model in components(pipe).items()}
+    return {part: names for part, names in named.items() if names}
+
+
+def _all_names(pipe: Any) -> set[str]:
+    return {name for names in list_adapters(pipe).values() for name in names}

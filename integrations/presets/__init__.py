@@ -1,0 +1,1 @@
+"""Which weights a preset such as ``timm:attention`` takes."""

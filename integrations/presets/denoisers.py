@@ -1,0 +1,114 @@
+"""Which weights of a denoiser or of a text encoder the presets of diffusers choose.
+
+One rule for UNets and transformers of every family. The body of a denoiser is what its root holds of blocks: parts
+named so, and parts with an attention inside. Embeddings of time, text and pixels and the last projection lie outside.
+Inside, modulation is passed over: what turns the time embedding into shifts and scales.
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from randlora_vision.integrations.presets.towers import Matrix, in_attention, matrices, parents
+from randlora_vision.layers.peft_around import plain_modules
+
+# What embeds time, text, guidance or pixels, by the name of the part at the root.
+_EMBEDDING = re.compile(r"(?i)emb|time|caption|guidance|pos|pool")
+# Modulation: `norm1.linear`, `time_emb_proj`, `img_mod.1`, `adaLN_modulation.1`.
+_MODULATION = re.compile(r"(?i)norm|emb|ada_?ln|(^|_)mod(ulation)?s?$|scale_shift")
+_BLOCKS = re.compile(r"(?i)block")
+# `attn1`, `FluxAttention`; not the list `attentions` of a UNet's transformers, nor UNetMidBlock2DCrossAttn.
+_ATTENTION = re.compile(r"(?i)^(?!.*block).*att(n|ention)\d*$")
+# A vision tower inside a text encoder (Qwen2.5-VL, Gemma 3) sees no image when it encodes a prompt.
+_NO_TEXT = re.compile(r"(?i)vis(ual|ion)|image|audio|embed")
+_NARROWEST = 16
+
+
+def attention_targets(model: nn.Module) -> list[str]:
+    """The attention weights of the body, in the model's order."""
+    paths = dict(plain_modules(model))
+    return [matrix.name for matrix in _body(model, paths) if in_attention(matrix.name, paths, _ATTENTION)]
+
+
+def backbone_targets(model: nn.Module) -> list[str]:
+    """The attention and MLP weights of the body, and the projections into and out of a UNet's transformers."""
+    paths = dict(plain_modules(model))
+    return [
+        matrix.name
+        for matrix in _body(model, paths)
+        if not matrix.convolution or _is_pointwise(paths[matrix.name]) and not _in_resnet(matrix.name, paths)
+    ]
+
+
+def conv_targets(model: nn.Module) -> list[str]:
+    """All of `backbone_targets` and the ungrouped convolutions of the body: a UNet's resnets and samplers."""
+    return [matrix.name for matrix in _body(model, dict(plain_modules(model)))]
+
+
+def text_targets(model: nn.Module) -> list[str]:
+    """The attention and MLP weights of a text encoder's layers."""
+    paths = dict(plain_modules(model))
+    found = [
+        matrix.name
+        for matrix in matrices(model)
+        if not matrix.convolution
+        and min(matrix.rows, matrix.columns) >= _NARROWEST
+        and any(isinstance(paths[path], nn.ModuleList) for path in parents(matrix.name))
+        and not any(_NO_TEXT.search(part) for part in matrix.name.split("."))
+    ]
+    if not found or not hasattr(model, "get_input_embeddings"):
+        raise ValueError(
+            f"diffusers:text is for text encoders of transformers (CLIP, T5), got {type(model).__name__}; denoisers "
+            "have diffusers:attention, diffusers:backbone and diffusers:conv"
+        )
+    return found
+
+
+def _body(model: nn.Module, paths: Mapping[str, nn.Module]) -> list[Matrix]:
+    """The matrices of the body, convolutions included, in the model's order."""
+    roots = {name for name, child in model.named_children() if _is_body(name, child)}
+    if not roots:
+        raise ValueError(
+            f"the diffusers presets are for the denoisers of its pipelines (UNets, transformers), and this "
+            f"{type(model).__name__} has no blocks with an attention; for other models name the target_modules"
+        )
+    dead = {f"{path}.{name}" for path, module in paths.items() for name in _fused_away(module)}
+    return [
+        matrix
+        for matrix in matrices(model)
+        if matrix.name.partition(".")[0] in roots
+        and matrix.name not in dead
+        and min(matrix.rows, matrix.columns) >= _NARROWEST
+        and not any(_MODULATION.search(part) for part in matrix.name.split("."))
+    ]
+
+
+def _is_body(name: str, child: nn.Module) -> bool:
+    if _EMBEDDING.search(name):
+        return False
+    return bool(_BLOCKS.search(name)) or any(_ATTENTION.search(type(m).__name__) for m in child.modules())
+
+
+def _fused_away(module: nn.Module) -> list[str]:
+    """The projections that an attention does not run: those that `fuse_qkv_projections` replaced, or the other ones."""
+    fused = getattr(module, "fused_projections", False)
+    if type(module).__name__ == "Attention":  # it may hold both, and runs what its processor knows
+        fused = fused and type(getattr(module, "processor", None)).__name__.startswith("Fused")
+    replaced = {
+        "to_qkv": ("to_q", "to_k", "to_v"),
+        "to_kv": ("to_k", "to_v"),
+        "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "to_added_kv": ("add_k_proj", "add_v_proj"),
+    }
+    present = {name: parts for name, parts in replaced.items() if hasattr(module, name) and hasattr(module, "to_q")}
+    return [part for parts in present.values() for part in parts] if fused else list(present)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return all(side == 1 for side in getattr(module, "kernel_size", ()))
+
+
+def _in_resnet(name: str, paths: Mapping[str, nn.Module]) -> bool:
+    """True for a convolution of a UNet that belongs to no transformer: shortcuts, samplers."""
+    return not any("Transformer" in type(paths[path]).__name__ for path in parents(name))

@@ -1,0 +1,1 @@
+"""Whole adapters: saving, loading, reading PEFT's folders, adding adapters up."""

@@ -1,0 +1,232 @@
+"""Sums of adapters: scaling, adding, weighting and negating (task vectors).
+
+Shapes: R rank, N bases, m narrow side.
+
+    delta W = s * sum_n B_n diag(lambda_n) A diag(gamma_n)
+
+is linear in lambda and linear in gamma, but not in both together. Hence, for adapters on the same bases:
+
+- ``w * delta`` is one adapter: lambda becomes ``w * lambda``. With w = -1 this is the negation.
+- ``w1 * delta1 + w2 * delta2`` is one adapter where the gammas are equal (the lambdas add up), or where the lambdas
+  are (the gammas do). This is decided weight by weight.
+- Otherwise no adapter of this shape equals the sum, and nothing is approximated: keep the adapters active together
+  (`set_weights`), which is exact whatever their bases, ranks and targets, and `merge` puts that sum into the weights.
+
+Modules trained in full are summed as ``base + sum of w * (trained - base)``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.adapters.checkpoint import install, own_adapter, target_file
+from randlora_vision.bases import BasesSpec, get_bases
+from randlora_vision.bases.stored import StoredBases
+from randlora_vision.files import adapter_file as fileformat
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.injection.control import set_active, set_scale
+from randlora_vision.injection.record import own_record, unwrap
+from randlora_vision.report import InjectionReport, Target
+
+_WINDOWS = ("uniform", "normal", "sparse", "structured")
+"""Kinds whose numbers at a weight do not depend on the sizes of the other weights."""
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Make exactly these adapters active, each at its weight: the model computes with the weighted sum of updates.
+
+    Exact for any adapters. Negative weights subtract; `merge` puts the sum into the weights. Modules trained in full
+    take no weights: the last named adapter's are in force.
+
+    Raises:
+        ValueError: If there is no weight, one is no finite number, or an adapter does not exist or is merged.
+    """
+    _check_weights(weights)
+    set_active(model, tuple(weights))
+    for name, weight in weights.items():
+        set_scale(model, weight, name)
+
+
+def weighted_sum(model: nn.Module, weights: Mapping[str, float], adapter_name: str) -> InjectionReport:
+    """Add one new adapter that is the weighted sum of others, and make it the only active one.
+
+    ``{"a": 2}`` scales, ``{"a": -1}`` negates, ``{"a": 1, "b": 1}`` adds. Exact, up to the rounding of its numbers;
+    run-time scales do not count.
+
+    Args:
+        model: The module that `inject` was called on.
+        weights: Adapter name -> weight.
+        adapter_name: Of the sum. Its configuration is the first adapter's.
+
+    Returns:
+        What was adapted.
+
+    Raises:
+        ValueError: If no single adapter equals the sum (see `randlora_vision.adapters.arithmetic`): other bases,
+            ranks or targets, or lambda and gamma both differ. The model is untouched then.
+    """
+    _check_weights(weights)
+    model = unwrap(model)
+    contents = {name: _content(model, name) for name in weights}
+    record = own_record(model)
+    assert record is not None
+    content = _sum(contents, weights, record.originals.__getitem__)
+    report = install(model, content, adapter_name, trainable=False, source=f"the sum of {_named(contents)}")
+    set_active(model, adapter_name)
+    return report
+
+
+def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: str | os.PathLike[str]) -> Path:
+    """`weighted_sum` of adapter files, without their model, into a new file.
+
+    Modules trained in full can be summed only where the base is not needed: with weights that add up to 1.
+
+    Args:
+        weights: Adapter file -> weight.
+        path: The file to write; it may be one of those that are read.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As `weighted_sum` and `load_adapter` do.
+    """
+    _check_weights(weights)
+    target = target_file(path)
+    contents = {}
+    for source in weights:
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"no adapter file {str(source)!r}")
+        contents[str(source)] = fileformat.read(Path(source))
+    content = _sum(contents, {str(source): weight for source, weight in weights.items()}, None)
+    targets = tuple(
+        Target(name, "", shape, rank, alpha, -(-min(shape) // rank)) for name, shape, rank, alpha in content.targets
+    )
+    packed = fileformat.pack(
+        content.config, content.spec, content.bases_sha256, targets, content.trained, content.saved
+    )
+    fileformat.write(target, *packed)
+    return target
+
+
+def _content(model: nn.Module, adapter_name: str) -> AdapterFile:
+    """What `save_adapter` would write, without a copy."""
+    adapter, trained, saved = own_adapter(model, adapter_name)
+    targets = tuple((target.name, target.shape, target.rank, target.alpha) for target in adapter.targets)
+    bases = get_bases(adapter.spec)
+    stored = bases if isinstance(bases, StoredBases) else None
+    return AdapterFile(adapter.config, adapter.spec, bases.sha256, targets, trained, saved, stored)
+
+
+@torch.no_grad()
+def _sum(
+    contents: Mapping[str, AdapterFile], weights: Mapping[str, float], base: Callable[[str], Tensor] | None
+) -> AdapterFile:
+    """The one adapter that equals the weighted sum."""
+    names = list(contents)
+    first = contents[names[0]]
+    alphas = {name: alpha for name, _, _, alpha in first.targets}
+    factors: dict[str, dict[str, float]] = {}
+    for name, content in contents.items():
+        _check_alike(names[0], first, name, content)
+        # One alpha serves the sum: lambda takes up the difference.
+        factors[name] = {target: weights[name] * alpha / alphas[target] for target, _, _, alpha in content.targets}
+    trained, apart = {}, []
+    for target in first.trained:
+        terms = [(*content.trained[target], factors[name][target]) for name, content in contents.items()]
+        pair = _add(terms)
+        if pair is None:
+            apart.append(target)
+        else:
+            trained[target] = pair
+    if apart:
+        raise ValueError(
+            f"no single adapter equals this sum of {_named(contents)}: lambda and gamma both differ at {apart[0]}"
+            f"{f' and {len(apart) - 1} more' if len(apart) > 1 else ''}, and an update is bilinear in them. Keep the "
+            "adapters active together (set_weights), and merge them if one set of weights is wanted"
+        )
+    saved = {}
+    for path in first.saved:
+        saved[path] = _add_whole(path, [(contents[name].saved[path], weights[name]) for name in names], base)
+    return AdapterFile(
+        first.config, first.spec, first.bases_sha256, first.targets, trained, saved, first.stored, first.notes
+    )
+
+
+def _check_alike(first_name: str, first: AdapterFile, name: str, content: AdapterFile) -> None:
+    """Raise ValueError unless both adapters multiply the same bases at the same weights."""
+    pair = f"{first_name!r} and {name!r}"
+    if not _same_bases(first.spec, content.spec):
+        raise ValueError(
+            f"{pair} have other bases ({first.spec.kind}, seed {first.spec.seed}; {content.spec.kind}, seed "
+            f"{content.spec.seed}): no single adapter equals their sum. Keep them active together (set_weights)"
+        )
+    shapes = [{target: (shape, rank) for target, shape, rank, _ in each.targets} for each in (first, content)]
+    if shapes[0] != shapes[1]:
+        different = sorted(
+            key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)
+        )
+        raise ValueError(
+            f"{pair} adapt different weights, or at different ranks ({different[0]}): no single adapter equals their "
+            "sum. Keep them active together (set_weights)"
+        )
+    if first.saved.keys() != content.saved.keys():
+        raise ValueError(f"{pair} train different modules in full: {sorted(first.saved.keys() ^ content.saved.keys())}")
+
+
+def _same_bases(one: BasesSpec, other: BasesSpec) -> bool:
+    if one.kind in _WINDOWS:
+        return (one.kind, one.seed) == (other.kind, other.seed)
+    return one == other
+
+
+def _add(terms: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor] | None:
+    """Lambda and gamma of ``sum of factor * update``, or None if there are none; terms are (lambda, gamma, factor)."""
+    lam, gamma, _ = terms[0]
+    terms = [term for term in terms if term[2] != 0 and term[0].any() and term[1].any()]
+    if not terms:
+        return torch.zeros_like(lam), gamma.clone()
+    lam, gamma, factor = terms[0]
+    if all(torch.equal(term[1], gamma) for term in terms):
+        total = sum((term[0].double() * term[2] for term in terms), torch.zeros_like(lam, dtype=torch.float64))
+        return total.to(lam.dtype), gamma.clone()
+    if all(torch.equal(term[0], lam) for term in terms):
+        total = sum((term[1].double() * term[2] for term in terms), torch.zeros_like(gamma, dtype=torch.float64))
+        return lam.clone(), total.to(gamma.dtype)
+    return None
+
+
+def _add_whole(path: str, tensors: list[tuple[Tensor, float]], base: Callable[[str], Tensor] | None) -> Tensor:
+    """``base + sum of w * (trained - base)`` of a module trained in full; integers (counters) are the first's."""
+    like = tensors[0][0]
+    if not like.is_floating_point():
+        return like.clone()
+    rest = 1 - math.fsum(weight for _, weight in tensors)
+    total = sum((tensor.double() * weight for tensor, weight in tensors), torch.zeros_like(like, dtype=torch.float64))
+    if abs(rest) > 1e-12:
+        if base is None:
+            raise ValueError(
+                f"{path} was trained in full, and its sum needs the base model's: load the adapters into their model "
+                "and use weighted_sum, or give weights that add up to 1"
+            )
+        total = total + rest * base(path).to(total)
+    return total.to(like.dtype)
+
+
+def _check_weights(weights: Mapping[str, float] | Mapping[str | os.PathLike[str], float]) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"weights must map adapters to numbers, got {weights!r}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"the weight of {str(name)!r} must be a finite number, got {weight!r}")
+
+
+def _named(contents: Mapping[str, AdapterFile]) -> str:
+    return ", ".join(repr(name) for name in contents)

@@ -1,0 +1,187 @@
+"""Save an adapter to one small .safetensors file, and load it into a base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.adapters import peft_folder as peft_format
+from randlora_vision.bases import get_bases
+from randlora_vision.files import adapter_file as fileformat
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.untrusted import check_finite
+from randlora_vision.injection.candidates import candidates
+from randlora_vision.injection.inject import add_adapter, plan_adapter
+from randlora_vision.injection.record import AdapterRecord, check_names, check_root, own_record, records, unwrap
+from randlora_vision.injection.trained_in_full import current_saved, find_saved
+from randlora_vision.layers.adapted import AdaptedModule
+from randlora_vision.report import InjectionReport
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Write an adapter's lambda, gamma and `modules_to_save`; the bases are stored as their seed.
+
+    Args:
+        model: The module that `inject` was called on (bare, compiled, or in DistributedDataParallel).
+        path: A name ending in ``.safetensors``; missing folders are made. The file appears whole or not at all.
+        adapter_name: Which adapter.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the model has no such adapter or the name does not end in ``.safetensors``.
+    """
+    target = target_file(path)
+    fileformat.write(target, *packed(model, adapter_name))
+    return target
+
+
+def target_file(path: str | os.PathLike[str]) -> Path:
+    """The path to write; raises ValueError unless it ends in ``.safetensors``."""
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"an adapter is saved as one .safetensors file, got the name {str(path)!r}")
+    return target
+
+
+def packed(model: nn.Module, adapter_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of the file that `save_adapter` writes."""
+    adapter, tensors, saved = own_adapter(model, adapter_name)
+    sha256 = get_bases(adapter.spec).sha256
+    return fileformat.pack(adapter.config, adapter.spec, sha256, adapter.targets, tensors, saved)
+
+
+def own_adapter(
+    model: nn.Module, adapter_name: str
+) -> tuple[AdapterRecord, dict[str, tuple[nn.Parameter, nn.Parameter]], dict[str, Tensor]]:
+    """An adapter of a model: its record, target name -> (lambda, gamma), and its tensors trained in full by path.
+
+    Raises:
+        ValueError: If the model has no such adapter, it was injected at another module, or it is on the meta device.
+    """
+    model = unwrap(model)
+    record = own_record(model)
+    if record is None:
+        where = records(model)[0][0]
+        raise ValueError(f"the adapters were injected at {where!r}: give save_adapter that module")
+    check_names(model, adapter_name)
+    tensors = _adapter_tensors(model, adapter_name)
+    if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
+        raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
+    return record.adapters[adapter_name], tensors, current_saved(model, record, adapter_name)
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    trainable: bool = False,
+    peft_dtype: torch.dtype = torch.bfloat16,
+) -> InjectionReport:
+    """Add the adapter in a file to its base model. Everything is checked before the model is touched.
+
+    Args:
+        model: The base model, or one that holds other adapters: the loaded one joins those that are active.
+        path: A file that `save_adapter` wrote, or a folder that PEFT wrote for its RandLora.
+        adapter_name: Its name in this model.
+        trainable: True to train it further.
+        peft_dtype: What PEFT drew projections in that its folder does not hold: bfloat16, or float16 on hardware
+            without it. The folder does not say.
+
+    Returns:
+        What was adapted. Of a PEFT folder without projections, its `warnings` name `peft_dtype`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no adapter, damaged, altered or of a newer format, the model is not the one it
+            was made for, or the bases cannot be reproduced. The model is untouched then.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"no adapter file {str(path)!r}")
+    model = unwrap(model)
+    content = peft_format.read(source, peft_dtype).fit(model) if source.is_dir() else fileformat.read(source)
+    return install(model, content, adapter_name, trainable, source)
+
+
+def install(
+    model: nn.Module, content: AdapterFile, adapter_name: str, trainable: bool, source: str | os.PathLike[str]
+) -> InjectionReport:
+    """`load_adapter` of what was read from `source`."""
+    check_fits(model, content, adapter_name, source)
+    report = add_adapter(model, content.config, adapter_name, trainable, content.stored)
+    record = own_record(model)
+    assert record is not None
+    with torch.no_grad():
+        for name, pair in _adapter_tensors(model, adapter_name).items():
+            for tensor, value in zip(pair, content.trained[name], strict=True):
+                tensor.copy_(value)
+        for name, whole in current_saved(model, record, adapter_name).items():
+            whole.copy_(content.saved[name])
+    return dataclasses.replace(report, warnings=(*report.warnings, *content.notes))
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Target name -> (lambda, gamma)."""
+    record = own_record(model)
+    assert record is not None
+    owners = {candidate.name: candidate.owners[0] for candidate in candidates(model)}
+    found = {}
+    for target in record.adapters[adapter_name].targets:
+        module, param = owners[target.name]
+        assert isinstance(module, AdaptedModule)
+        found[target.name] = module.adapter_tensors(param, adapter_name)
+    return found
+
+
+def check_fits(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> None:
+    """Raise unless the model has exactly the targets of the file, and the bases come out the same."""
+    try:
+        check_root(model)
+        report, chosen, spec = plan_adapter(model, content.config, adapter_name, content.stored)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    if any(tensor.is_meta for candidate in chosen for module, _ in candidate.owners for tensor in module.parameters()):
+        raise ValueError(f"{path} cannot be loaded on the meta device, where its numbers would be lost")
+    have = {target.name: (target.shape, target.rank, target.alpha) for target in report.targets}
+    want = {name: (shape, rank, alpha) for name, shape, rank, alpha in content.targets}
+    whole = find_saved(model, content.config.modules_to_save)
+    saved = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}
+    for present, expected in ((have, want), (saved, stored)):
+        _compare(present, expected, f"{path} does not fit this {type(model).__name__}")  # type: ignore[arg-type]
+    for name, tensor in whole.items():
+        if tensor.is_floating_point() != content.saved[name].is_floating_point():
+            raise ValueError(f"{path}: {name} is {content.saved[name].dtype}, in the model {tensor.dtype}")
+    # A buffer may hold infinity: a mask.
+    check_finite(path, {name: content.saved[name] for name, old in whole.items() if isinstance(old, nn.Parameter)})
+    if content.spec != spec:
+        raise ValueError(f"{path}: its bases are {content.spec}, but this model and its configuration need {spec}")
+    made = get_bases(spec).sha256
+    if made != content.bases_sha256:
+        raise ValueError(
+            f"{path}: the bases made from seed {spec.seed} are not those that the adapter was trained with "
+            f"(SHA-256 {made[:12]}..., expected {content.bases_sha256[:12]}...)"
+        )
+
+
+def _compare(have: dict[str, object], want: dict[str, object], prefix: str) -> None:
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for names, what in (
+                (missing, "of the file's targets are not in the model"),
+                (extra, "of the model's are not in the file"),
+            )
+            if names
+        ]
+        raise ValueError(f"{prefix}: {' and '.join(parts)}")
+    for name, expected in want.items():
+        if have[name] != expected:
+            raise ValueError(f"{prefix}: {name} is {have[name]} in the model and {expected} in the file")

@@ -1,0 +1,14 @@
+"""The frozen random matrices A and B. Importing this package registers every kind of bases."""
+
+import numpy as np
+
+from randlora_vision.bases import dense, peft, structured, ternary
+from randlora_vision.bases.base import Bases, BasesSpec, adopt, get_bases, sha256_of
+
+__all__ = ["Bases", "BasesSpec", "adopt", "generate", "get_bases", "sha256_of"]
+del dense, peft, structured, ternary
+
+
+def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
+    """`Bases.generate` of the kind's own class."""
+    return Bases.kinds[kind].generate(kind, seed, matrix, rows, columns, narrow)

@@ -1,0 +1,185 @@
+"""The frozen random bases A and B: a seed, not a file (DESIGN: bit-identical on every machine and version).
+
+Shapes: A (R, m) float32, ONE for all bases and layers; B (M, K) float32 with K = N * R columns, shared by all layers.
+
+Both are windows into infinite matrices, so a slice of a large basis equals the small basis, adapters of different rank
+share one B, and the size of a model never changes the numbers that a layer sees. Structured bases are the exception.
+
+Each kind has a file of its own beside this one and registers itself as a subclass of `Bases`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from randlora_vision.bases.products import Term
+
+A, B = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BasesSpec:
+    """Everything that determines a pair of bases.
+
+    Attributes:
+        kind: One of `randlora_vision.config.BASES_KINDS`.
+        seed: Key of the generator.
+        rank: Rows of A (the largest rank among the adapted targets).
+        narrow: Columns of A (the largest m).
+        wide: Rows of B (the largest M).
+        columns: Columns of B (the largest N * R).
+    """
+
+    kind: str
+    seed: int
+    rank: int
+    narrow: int
+    wide: int
+    columns: int
+
+
+class Bases:
+    """A pair of bases, generated on first use and kept once per device and dtype.
+
+    It is shared by every layer of an adapter and lives outside the module tree: copying a model shares it, and
+    pickling stores its spec alone.
+    """
+
+    kinds: ClassVar[dict[str, type[Bases]]] = {}
+    """The subclass of each kind that is drawn from a seed."""
+
+    def __init_subclass__(cls, kinds: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Bases.kinds.update(dict.fromkeys(kinds, cls))
+
+    def __init__(self, spec: BasesSpec) -> None:
+        self.spec = spec
+        self._tensors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._sha256: str | None = None
+
+    def a(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A (rank, narrow) on `device`, rounded to `dtype`."""
+        return self._get(A, device, dtype)
+
+    def b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """B (wide, columns) on `device`, rounded to `dtype`."""
+        return self._get(B, device, dtype)
+
+    def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> Term:
+        """The update of one adapter on one parameter.
+
+        Args:
+            lam: lambda (R, N).
+            gamma: gamma (N, m).
+            wide: M.
+            scale: s = alpha / rank times the run-time scale.
+            dtype: That matrix products run in.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
+        """A (rows, columns) float32 matrix of unit variance.
+
+        Args:
+            kind: One of the class's own kinds.
+            seed: Key of the generator.
+            matrix: 0 for A, 1 for B: separate streams.
+            rows: Number of rows.
+            columns: Number of columns.
+            narrow: Narrow side that sets the density of ``very_sparse``; no other kind reads it.
+        """
+        raise NotImplementedError
+
+    def _get(self, matrix: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        tensor = self._tensors.get((matrix, device, dtype))
+        return self._make(matrix, device, dtype) if tensor is None else tensor
+
+    @torch.compiler.disable
+    def _make(self, matrix: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        # Under inference_mode the result would be a tensor that autograd may not save later.
+        with torch.inference_mode(False):
+            if device.type == "meta":
+                tensor = torch.empty(self._shape(matrix), dtype=dtype, device=device)
+            else:
+                tensor = self._draw(matrix, dtype).to(device=device, dtype=dtype)
+        self._tensors[(matrix, device, dtype)] = tensor
+        return tensor
+
+    def _draw(self, matrix: int, dtype: torch.dtype) -> Tensor:
+        """The matrix in whatever dtype it is best made into `dtype` from."""
+        return self._source(matrix)
+
+    def _source(self, matrix: int) -> Tensor:
+        """The matrix in float32: any copy already in use, else drawn anew (and then not kept twice)."""
+        for (which, device, dtype), tensor in self._tensors.items():
+            if which == matrix and dtype == torch.float32 and device.type != "meta":
+                return tensor
+        return self._numbers(matrix)
+
+    def _numbers(self, matrix: int) -> Tensor:
+        """The matrix drawn anew, in float32."""
+        spec = self.spec
+        rows, columns = self._shape(matrix)
+        return torch.from_numpy(self.generate(spec.kind, spec.seed, matrix, rows, columns, spec.narrow))
+
+    def _shape(self, matrix: int) -> tuple[int, int]:
+        spec = self.spec
+        return (spec.rank, spec.narrow) if matrix == A else (spec.wide, spec.columns)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of A then B as little-endian float32, row by row."""
+        if self._sha256 is None:
+            self._sha256 = sha256_of(self._source(A), self._source(B))
+        return self._sha256
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes held for one device when matrix products run in `dtype` and lambda and gamma are float32."""
+        return 4 * self.spec.rank * self.spec.narrow + dtype.itemsize * self.spec.wide * self.spec.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for products in float32."""
+        return self.bytes_in(torch.float32)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bases:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[BasesSpec], Bases], tuple[BasesSpec]]:
+        return get_bases, (self.spec,)
+
+    def __repr__(self) -> str:
+        return f"Bases({self.spec})"
+
+
+_LIVE: weakref.WeakValueDictionary[BasesSpec, Bases] = weakref.WeakValueDictionary()
+
+
+def sha256_of(a: Tensor, b: Tensor) -> str:
+    """SHA-256 of two float32 matrices as little-endian numbers, row by row."""
+    digest = hashlib.sha256()
+    for tensor in (a, b):
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy(), dtype="<f4").data)
+    return digest.hexdigest()
+
+
+def adopt(bases: Bases) -> Bases:
+    """The live object of this one's spec, which becomes this one if there is none."""
+    return _LIVE.setdefault(bases.spec, bases)
+
+
+def get_bases(spec: BasesSpec) -> Bases:
+    """The one live `Bases` object of a spec: every model and adapter that uses it shares its memory."""
+    bases = _LIVE.get(spec)
+    if bases is None:
+        bases = _LIVE[spec] = Bases.kinds[spec.kind](spec)
+    return bases

@@ -1,0 +1,60 @@
+"""Bases that came as numbers, from a checkpoint that another library wrote, not from a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randlora_vision.bases.base import Bases, BasesSpec, adopt, sha256_of
+from randlora_vision.bases.dense import DenseBases
+
+STORED = "stored"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSpec(BasesSpec):
+    """Sizes and identity of stored bases.
+
+    Attributes:
+        sha256: As `randlora_vision.bases.Bases.sha256`.
+    """
+
+    sha256: str
+
+
+class StoredBases(DenseBases):
+    """A pair of given tensors. Adapters with equal ones share one object; pickling stores the numbers."""
+
+    def __init__(self, spec: StoredSpec, a: Tensor, b: Tensor) -> None:
+        super().__init__(spec)
+        self.given = (a, b)
+        self._sha256 = spec.sha256
+
+    def _source(self, matrix: int) -> Tensor:
+        return self.given[matrix]
+
+    def __reduce__(self) -> tuple[Callable[..., Bases], tuple[Any, ...]]:
+        return stored_bases, self.given
+
+
+def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
+    """The one live object of these numbers: A (R, m) and B (M, K), kept in float32 on the CPU.
+
+    Raises:
+        ValueError: If they are no matrices of finite numbers, or empty.
+    """
+    for name, tensor in (("A", a), ("B", b)):
+        if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
+            raise ValueError(f"base {name} must be a matrix of floats, got {tensor.dtype} {tuple(tensor.shape)}")
+    with torch.inference_mode(False):
+        a, b = (tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for tensor in (a, b))
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("the stored bases hold numbers that are not finite")
+    spec = StoredSpec(STORED, 0, a.shape[0], a.shape[1], b.shape[0], b.shape[1], sha256_of(a, b))
+    bases = adopt(StoredBases(spec, a, b))
+    assert isinstance(bases, StoredBases)
+    return bases

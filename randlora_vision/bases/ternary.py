@@ -1,0 +1,65 @@
+"""Ternary bases, of -c, 0 and +c: B is held as int8 and expanded for the span of one product."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from randlora_vision.bases.base import B
+from randlora_vision.bases.dense import DenseBases, DenseTerm
+from randlora_vision.bases.random import halves, words
+
+
+class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
+    """Bases of -c, 0 and +c: B is held as int8."""
+
+    def b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """B (wide, columns) on `device`, rounded to `dtype`; not kept."""
+        return self._get(B, device, torch.int8).to(dtype) * self._unit
+
+    def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
+        """As `Bases.term`."""
+        a = self.a(lam.device, lam.dtype)[: lam.shape[0], : gamma.shape[1]]
+        b = self._get(B, lam.device, torch.int8)[:wide, : lam.numel()]
+        return DenseTerm(a, b, lam, gamma, scale, self._unit, dtype)
+
+    @staticmethod
+    def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
+        """As `Bases.generate`."""
+        return ternary(kind, seed, matrix, rows, columns, narrow) * np.float32(ternary_unit(kind, narrow))
+
+    @property
+    def _unit(self) -> float:
+        return ternary_unit(self.spec.kind, self.spec.narrow)
+
+    def _draw(self, matrix: int, dtype: torch.dtype) -> Tensor:
+        if dtype != torch.int8:
+            return super()._draw(matrix, dtype)
+        spec = self.spec
+        return torch.from_numpy(ternary(spec.kind, spec.seed, matrix, spec.wide, spec.columns, spec.narrow))
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """As `Bases.bytes_in`."""
+        return super().bytes_in(torch.int8)
+
+
+def ternary(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
+    """The signs of a ternary matrix, int8: -1 and +1 with probability density / 2 each, else 0."""
+    limit = np.uint32(round(_density(kind, narrow) / 2 * 2**32))
+    out = np.empty((rows, columns), dtype=np.int8)
+    for row in range(rows):
+        bits = halves(words(seed, matrix, row, (columns + 1) // 2))[:columns]
+        out[row] = (bits < limit).astype(np.int8) - (bits >= np.uint32(2**32 - int(limit))).astype(np.int8)
+    return out
+
+
+def ternary_unit(kind: str, narrow: int) -> float:
+    """C = 1 / sqrt(density), a float32 number: it gives signs unit variance."""
+    return float(np.float32(math.sqrt(1 / _density(kind, narrow))))
+
+
+def _density(kind: str, narrow: int) -> float:
+    return 1 / math.sqrt(narrow) if kind == "very_sparse" else 1 / 3

@@ -1,0 +1,1 @@
+"""The exact, memory-efficient autograd core."""

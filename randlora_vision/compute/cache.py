@@ -1,0 +1,128 @@
+"""Evaluation without merging: inside a block, W + delta W of every layer is built once and kept while nothing changes.
+
+It is a block and not a habit of the layers because of what it costs: one more weight matrix for every adapted layer,
+freed when the block ends. Nothing is kept for passes that record gradients, nor in compiled code.
+
+A kept matrix is used only if everything that it was made of is what it was: the very tensors, their version counters
+and addresses, the scales, the dtype, and the numbers in lambda and gamma, so that even an optimiser or an average that
+writes through ``.data`` is noticed. (Of the frozen weights the numbers are not compared: load_state_dict, merging and
+every other in-place operation is noticed, a write through ``weight.data`` is not.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from randlora_vision.bases.products import Term
+from randlora_vision.compute.functional import pays_to_build
+from randlora_vision.compute.recompute import Recipe
+
+
+class _Entry(NamedTuple):
+    """A kept matrix and what it was made of."""
+
+    built: Tensor
+    recipe: Recipe
+    state: tuple[Any, ...]
+    trained: tuple[Tensor, ...]
+    """Copies of lambda and gamma."""
+
+    def holds_for(self, recipe: Recipe) -> bool:
+        own, new = _tensors(self.recipe), _tensors(recipe)
+        return (
+            self.state == _state(recipe)
+            and all(mine is other for mine, other in zip(own, new, strict=True))
+            and all(torch.equal(copy, now) for copy, now in zip(self.trained, new[1:], strict=True))
+        )
+
+
+class WeightCache:
+    """The effective weights of one block, by the frozen weight they belong to."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+        self._tokens: dict[int, int] = {}
+
+    def weight(self, recipe: Recipe, tokens: int | None = None) -> Tensor | None:
+        """The effective weight, kept or built now; None where it cannot be kept or does not pay yet.
+
+        Args:
+            recipe: What it is built from.
+            tokens: How many the layer is called with, if it could do without the matrix: it is built once it has
+                seen so many that building would have been cheaper. None: the matrix is needed now.
+        """
+        if any(_is_special(tensor) for tensor in _tensors(recipe)):
+            return None
+        key = id(recipe.weight)  # the entry keeps it alive, and with it the id
+        entry = self._entries.get(key)
+        if entry is not None and entry.holds_for(recipe):
+            return entry.built
+        if entry is not None:
+            del self._entries[key], self._tokens[key]
+        if tokens is not None:
+            self._tokens[key] = seen = self._tokens.get(key, 0) + tokens
+            if not pays_to_build(seen, recipe.weight, recipe.terms):
+                return None
+        self._tokens.setdefault(key, 0)
+        state = _state(recipe)
+        trained = tuple(tensor.detach().clone() for tensor in _tensors(recipe)[1:])
+        self._entries[key] = _Entry(recipe.build(), recipe, state, trained)
+        return self._entries[key].built
+
+
+def _tensors(recipe: Recipe) -> tuple[Tensor, ...]:
+    return (recipe.weight, *(tensor for term in recipe.terms for tensor in (term.lam, term.gamma)))
+
+
+def _state(recipe: Recipe) -> tuple[Any, ...]:
+    tensors = _tensors(recipe)
+    marks = tuple((tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
+    return recipe.dtype, marks, tuple(_constants(term) for term in recipe.terms)
+
+
+def _constants(term: Term) -> tuple[Any, ...]:
+    """The bases and scales of a term; the bases are shared and never written to."""
+    where = tuple((tensor.data_ptr(), tensor.dtype) for tensor in term.frozen)
+    return where, term.with_tensors((None,) * len(where), None, None)
+
+
+def _is_special(tensor: Tensor) -> bool:
+    """True for tensors without numbers or version counters, and inside torch.func."""
+    return tensor.is_meta or tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.cache: WeightCache | None = None
+
+
+_CURRENT = _Current()
+
+
+def current_cache() -> WeightCache | None:
+    """The cache of this thread, in passes that may use it."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return _CURRENT.cache
+
+
+@contextlib.contextmanager
+def cached() -> Iterator[None]:
+    """Keep every layer's W + delta W for the span of the block: evaluation as fast as after `merge`, which it spares.
+
+    Memory: one more matrix for every adapted weight, until the block ends. Training a step, loading, `set_scale`,
+    `set_active`, averaging or moving the model inside the block is safe: what changed is built anew. Passes that
+    record gradients, compiled models and other threads compute as ever.
+    """
+    before = _CURRENT.cache
+    _CURRENT.cache = before or WeightCache()
+    try:
+        yield
+    finally:
+        _CURRENT.cache = before

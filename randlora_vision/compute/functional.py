@@ -1,0 +1,296 @@
+"""The mathematics, once: an exact, memory-efficient autograd core under every layer, merge and export.
+
+Shapes: O out, I in, M = max(O, I) wide, m = min(O, I) narrow, R rank, N = ceil(m / R) bases, K = N * R, T tokens.
+
+    delta W = s * B Af            (O, I), transposed when O < I                  (RandLoRA, arXiv 2502.00987)
+    Af[k * N + n, j] = lambda[k, n] * A[k, j] * gamma[n, j]                      (K, m)
+
+with A (R, m) and B (M, K) frozen and random, lambda (R, N) and gamma (N, m) trained. The rows of Af are in PEFT's
+order, so its checkpoints mean the same numbers. The backward pass keeps lambda, gamma and the input, or the input
+times B where that is smaller and enough; what else it needs (the frozen weight, the shared bases) is alive anyway, and
+Af, B Af and W + s B Af are built again. The products themselves are those of `bases.products.Term`; their
+order is chosen by `planner`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from randlora_vision.bases.products import Term
+from randlora_vision.compute.planner import ANY, Plan, Problem, choose
+
+
+def randlora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    terms: tuple[Term, ...],
+    out_features: int,
+    dtype: torch.dtype | None = None,
+    pinned: Plan = ANY,
+) -> Tensor:
+    """``x (W + sum of the updates)^T + bias`` by the cheapest exact order for this number of tokens.
+
+    Args:
+        x: (..., I), any number of leading dimensions, empty ones too.
+        weight: (O, I) frozen weight, or None for the sum of the updates alone (the branch form that dropout and
+            quantised weights need).
+        bias: (O,) or None.
+        terms: The active adapters' parts, at least one.
+        out_features: O.
+        dtype: Of the matrix products; None means x's. Lambda, gamma and their gradients keep their own.
+        pinned: Orders to take instead of the cheapest.
+
+    Returns:
+        (..., O) in `dtype`.
+    """
+    x = x.to(x.dtype if dtype is None else dtype)
+    frozen = [tensor for term in terms for tensor in term.frozen]
+    trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
+    problem = _problem(x.shape[:-1].numel(), x.shape[-1], out_features, terms, weight is None)
+    plan = _cheapest(problem, *_needed(x, weight, trained), pinned)
+    kept = []
+    if plan.grad_adapter == "tokens" and not problem.tall:  # all that this gradient wants of x, and fewer numbers
+        kept = [term.times_b(x.reshape(-1, x.shape[-1])) for term in terms]
+    call = _Call(x.dtype, out_features, _blank(terms), plan, pinned, len(kept))
+    return _RandLoRALinear.apply(x, weight, bias, call, *kept, *frozen, *trained)
+
+
+def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """``W + sum of the updates``, differentiable in lambda, gamma and W, in W's shape.
+
+    Args:
+        weight: (O, ...); beyond two dimensions (convolutions) it is seen as (O, I).
+        terms: The active adapters' parts; their bases may be of a lower precision than W (autocast).
+        dtype: Of the result; None means W's.
+    """
+    call = (_blank(terms), weight.dtype if dtype is None else dtype)
+    frozen = [tensor for term in terms for tensor in term.frozen]
+    trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
+    return _EffectiveWeight.apply(weight, call, *frozen, *trained)
+
+
+def pays_to_build(tokens: int, weight: Tensor, terms: tuple[Term, ...]) -> bool:
+    """True if for so many tokens it is cheaper to build the effective weight (O, I) and use that."""
+    return choose(_problem(tokens, weight.shape[1], weight.shape[0], terms, branch=False)).forward == "dense"
+
+
+class _Call(NamedTuple):
+    """The arguments of `_RandLoRALinear` that are not tensors."""
+
+    dtype: torch.dtype
+    out_features: int
+    terms: tuple[Term, ...]
+    """Without their tensors."""
+    plan: Plan
+    pinned: Plan
+    kept: int
+    """How many tensors B was applied to in advance: one a term, or none."""
+
+
+def _blank(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    # The terms without their tensors, which autograd wants as arguments of their own.
+    return tuple(term.with_tensors((None,) * len(term.frozen), None, None) for term in terms)
+
+
+def _filled(blank: tuple[Term, ...], tensors: Sequence[Tensor]) -> tuple[Term, ...]:
+    # The frozen tensors of every term come first, then lambda and gamma of every term.
+    given, trained, terms = iter(tensors), iter(tensors[_count_frozen(blank) :]), []
+    for term in blank:
+        frozen = [next(given) for _ in term.frozen]
+        terms.append(term.with_tensors(frozen, next(trained), next(trained)))
+    return tuple(terms)
+
+
+def _count_frozen(terms: tuple[Term, ...]) -> int:
+    return sum(len(term.frozen) for term in terms)
+
+
+def _problem(tokens: int, in_features: int, out_features: int, terms: tuple[Term, ...], branch: bool) -> Problem:
+    narrow, wide = sorted((in_features, out_features))
+    costs = terms[0].costs()
+    for term in terms[1:]:
+        costs = costs.plus(term.costs())
+    inner = sum(term.lam.numel() for term in terms)
+    return Problem(tokens, wide, narrow, inner, out_features >= in_features, branch, costs)
+
+
+_remembered = functools.lru_cache(maxsize=4096)(choose)
+
+
+def _cheapest(problem: Problem, *rest: Any) -> Plan:
+    """`choose`, remembered: a model asks the same of every block. Symbolic sizes cannot be looked up."""
+    if torch.compiler.is_compiling() or not isinstance(problem.tokens, int):
+        return choose(problem, *rest)
+    return _remembered(problem, *rest)
+
+
+def _own(out: Tensor, leading: torch.Size) -> Tensor:
+    """A result as (*leading, O) and as no view: autograd lets no host write into the view that a Function returns."""
+    return torch.ops.aten._unsafe_view(out.contiguous(), [*leading, out.shape[-1]])
+
+
+def _needed(x: Tensor, weight: Tensor | None, trained: list[Tensor]) -> tuple[bool, bool, bool]:
+    """Whether the input, lambda or gamma, and the weight will be asked for gradients, as far as one can tell now."""
+    asked = torch.is_grad_enabled()
+    for_weight = weight is not None and weight.requires_grad
+    return asked and x.requires_grad, asked and any(t.requires_grad for t in trained), asked and for_weight
+
+
+def _updated(weight: Tensor | None, terms: tuple[Term, ...], tall: bool) -> Tensor:
+    """W + the sum of the updates, or the sum alone, as (O, I)."""
+    for term in terms:
+        weight = term.add_to(weight, tall)
+    assert weight is not None
+    return weight
+
+
+class _RandLoRALinear(torch.autograd.Function):
+    """See `randlora_linear`. Arguments: x, weight, bias, call, x B of every term if kept, bases, lambdas and gammas.
+
+    A kept x B is an input of its own: what reaches x through it, autograd adds up.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, *tensors: Tensor) -> Tensor:
+        kept, terms = tensors[: call.kept], _filled(call.terms, tensors[call.kept :])
+        tall = call.out_features >= x.shape[-1]
+        base = None if weight is None else weight.to(call.dtype)
+        bias = None if bias is None else bias.to(call.dtype)
+        if call.plan.forward == "dense":
+            return _own(F.linear(x, _updated(base, terms, tall), bias), x.shape[:-1])
+        flat = x.reshape(-1, x.shape[-1])
+        out = None if base is None else F.linear(flat, base, bias)
+        for i, term in enumerate(terms):
+            if tall:
+                out = term.times_b_t(out, term.times_af_t(flat))
+            else:
+                out = term.times_af(out, kept[i] if kept else term.times_b(flat))
+        assert out is not None
+        return _own(out, x.shape[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, call, *tensors = inputs
+        kept, tensors = tensors[: call.kept], tensors[call.kept :]
+        frozen = _count_frozen(call.terms)
+        # The bases are shared constants: on the context they are neither copied nor offloaded layer by layer.
+        ctx.frozen = tuple(tensors[:frozen])
+        ctx.call, ctx.shape = call, x.shape
+        ctx.need_terms = any(ctx.needs_input_grad[4 + call.kept + frozen :])
+        need_x = ctx.needs_input_grad[1] or (ctx.need_terms and not kept)
+        ctx.save_for_backward(x if need_x else None, weight, *kept, *tensors[frozen:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        call, (need_x, need_weight, need_bias) = ctx.call, ctx.needs_input_grad[:3]
+        kept, trained = saved[: call.kept], saved[call.kept :]
+        terms = _filled(call.terms, (*ctx.frozen, *trained))
+        g = grad.reshape(-1, call.out_features)
+        flat = None if x is None else x.reshape(-1, ctx.shape[-1])
+        base = None if weight is None else weight.to(call.dtype)
+        problem = _problem(g.shape[0], ctx.shape[-1], call.out_features, terms, weight is None)
+        fixed = Plan(call.plan.forward, call.pinned.grad_input, "tokens" if kept else call.pinned.grad_adapter)
+        plan = _cheapest(problem, need_x, ctx.need_terms, need_weight, fixed)
+
+        d_x, contracted, d_kept = _input_gradient(g, base, terms, problem.tall, plan, kept)
+        d_weight = None
+        if flat is not None and (need_weight or plan.grad_adapter == "weight"):
+            d_weight = torch.mm(g.t(), flat)
+        d_trained = _adapter_gradients(g, flat, d_weight, contracted, terms, problem.tall, plan)
+        return (
+            None if d_x is None else d_x.reshape(ctx.shape),
+            d_weight.to(weight.dtype) if need_weight and d_weight is not None else None,
+            g.sum(0) if need_bias else None,
+            None,
+            *d_kept,
+            *(None for _ in ctx.frozen),
+            *d_trained,
+        )
+
+
+def _input_gradient(
+    g: Tensor, base: Tensor | None, terms: tuple[Term, ...], tall: bool, plan: Plan, kept: list[Tensor]
+) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+    """G (W + the sum of the updates); the wide side's tokens times B as far as known; what goes through kept x B."""
+    none: list[Tensor | None] = [None for _ in kept]
+    if plan.grad_input is None:
+        return None, kept, none
+    if plan.grad_input == "dense":
+        return torch.mm(g, _updated(base, terms, tall)), kept, none
+    d_x = None if base is None else torch.mm(g, base)
+    if kept:
+        return d_x, kept, [term.times_af_t(g) * term.product_scale for term in terms]
+    contracted = []
+    for term in terms:
+        if tall:
+            contracted.append(term.times_b(g))
+            d_x = term.times_af(d_x, contracted[-1])
+        else:
+            d_x = term.times_b_t(d_x, term.times_af_t(g))
+    return d_x, contracted, none
+
+
+def _adapter_gradients(
+    g: Tensor,
+    x: Tensor | None,
+    d_weight: Tensor | None,
+    contracted: list[Tensor],
+    terms: tuple[Term, ...],
+    tall: bool,
+    plan: Plan,
+) -> list[Tensor | None]:
+    """Gradients of every lambda and gamma, over the weight's gradient or over the tokens."""
+    if plan.grad_adapter is None:
+        return [None] * (2 * len(terms))
+    gradients: list[Tensor | None] = []
+    for i, term in enumerate(terms):
+        if plan.grad_adapter == "weight":
+            assert d_weight is not None
+            gradients.extend(term.weight_gradients(d_weight if tall else d_weight.t()))
+            continue
+        wide, narrow = (g, x) if tall else (x, g)
+        u = contracted[i] if contracted else term.times_b(wide)  # type: ignore[arg-type]
+        gradients.extend(term.gradients(u, narrow))  # type: ignore[arg-type]
+    return gradients
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """See `effective_weight`. Arguments: weight, (terms without tensors, dtype), the bases, every lambda and gamma."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, call: tuple[tuple[Term, ...], torch.dtype], *tensors: Tensor) -> Tensor:
+        blank, dtype = call
+        flat = weight.reshape(weight.shape[0], -1).to(dtype)
+        terms = _filled(blank, tensors)
+        return _updated(flat, terms, flat.shape[0] >= flat.shape[1]).reshape(weight.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, (blank, _), *tensors = inputs
+        frozen = _count_frozen(blank)
+        ctx.terms, ctx.frozen, ctx.dtype = blank, tuple(tensors[:frozen]), weight.dtype
+        ctx.need_terms = any(ctx.needs_input_grad[2 + frozen :])
+        ctx.save_for_backward(*tensors[frozen:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        terms = _filled(ctx.terms, (*ctx.frozen, *ctx.saved_tensors))
+        gradients: list[Tensor | None] = [None] * (2 * len(terms))
+        if ctx.need_terms:
+            flat = grad.reshape(grad.shape[0], -1)
+            wide_first = flat if flat.shape[0] >= flat.shape[1] else flat.t()
+            gradients = [d for term in terms for d in term.weight_gradients(wide_first.to(term.product_dtype))]
+        d_weight = grad.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return (d_weight, None, *(None for _ in ctx.frozen), *gradients)

@@ -1,0 +1,118 @@
+"""Which order of matrix products is cheapest for one step of a layer: a choice among exact equals.
+
+Shapes: M wide side, m narrow side, K = sum of N * R over the active adapters, T tokens. The update is B Af with
+B (M, K) random and Af (K, m) trained; `tall` says that the wide side is the output (M = O). FLOPs count a
+multiply-add as two, as `torch.utils.flop_counter` does; equal FLOPs are decided by the size of the intermediates.
+
+The cost is FLOPs on every device. One on which products are bound by memory would be given its own in `_cost`, the
+only place that compares orders.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from randlora_vision.bases.products import Costs
+
+FORWARDS = ("dense", "factored")
+GRAD_INPUTS = ("dense", "factored")
+GRAD_ADAPTERS = ("weight", "tokens")
+
+
+class Problem(NamedTuple):
+    """One call of an adapted linear map."""
+
+    tokens: int
+    wide: int
+    narrow: int
+    inner: int
+    tall: bool
+    """True when the wide side is the output."""
+    branch: bool
+    """True when the frozen weight is applied elsewhere (dropout, quantised weights)."""
+    costs: Costs
+
+
+class Plan(NamedTuple):
+    """How the products of a step are computed; None where a gradient is not needed, or where nothing is pinned."""
+
+    forward: str | None = None
+    """``dense`` builds W + B Af and applies it; ``factored`` applies Af and B to the tokens."""
+    grad_input: str | None = None
+    """Likewise."""
+    grad_adapter: str | None = None
+    """Over the weight's gradient (``weight``: B^T (g^T x)) or over the tokens (``tokens``: (g B)^T x)."""
+
+
+ANY = Plan()
+PINNED = {
+    "auto": ANY,
+    "dense": Plan("dense", "dense", "weight"),
+    "factored": Plan("factored", "factored", "tokens"),
+}
+"""What each value of `RandLoRAConfig.compute` leaves to choose."""
+
+
+def forward_flops(problem: Problem, order: str) -> int:
+    """FLOPs of the output."""
+    t, costs = problem.tokens, problem.costs
+    base = 2 * t * problem.wide * problem.narrow
+    if order == "dense":
+        return costs.build + base
+    return (0 if problem.branch else base) + t * (costs.times_af_t + costs.times_b)
+
+
+def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> int:
+    """FLOPs of the input's and the adapter's gradients.
+
+    `tokens` needs the wide side's tokens times B: the ``factored`` input gradient of a tall map has them, and so has
+    the ``factored`` forward of a wide one.
+
+    Args:
+        problem: The call.
+        plan: The orders, that of the forward pass included.
+        weight_grad: True if the frozen weight's own gradient g^T x is computed anyway.
+    """
+    t, costs = problem.tokens, problem.costs
+    total = 0 if plan.grad_input is None else forward_flops(problem, plan.grad_input)
+    if plan.grad_adapter == "weight":
+        product = 0 if weight_grad else 2 * t * problem.wide * problem.narrow
+        total += product + costs.weight_gradient
+    elif plan.grad_adapter == "tokens":
+        shared = (plan.grad_input if problem.tall else plan.forward) == "factored"
+        total += t * (costs.gradient + (0 if shared else costs.times_b)) + costs.gradient_once
+    return total
+
+
+def plans(grad_input: bool, grad_adapter: bool, pinned: Plan = ANY) -> list[Plan]:
+    """Every plan of a step that yields the gradients asked for and keeps to what is pinned."""
+    forward, for_input, for_adapter = pinned
+    return [
+        Plan(*orders)
+        for orders in itertools.product(
+            (forward,) if forward else FORWARDS,
+            ((for_input,) if for_input else GRAD_INPUTS) if grad_input else (None,),
+            ((for_adapter,) if for_adapter else GRAD_ADAPTERS) if grad_adapter else (None,),
+        )
+    ]
+
+
+def choose(
+    problem: Problem,
+    grad_input: bool = False,
+    grad_adapter: bool = False,
+    weight_grad: bool = False,
+    pinned: Plan = ANY,
+) -> Plan:
+    """The cheapest plan of a whole step: its products are chosen together because they share work."""
+    return min(plans(grad_input, grad_adapter, pinned), key=lambda plan: _cost(problem, plan, weight_grad))
+
+
+def _cost(problem: Problem, plan: Plan, weight_grad: bool) -> tuple[int, int]:
+    """(FLOPs of the step, numbers in its intermediates)."""
+    assert plan.forward is not None
+    flops = forward_flops(problem, plan.forward) + backward_flops(problem, plan, weight_grad)
+    matrix = problem.narrow * (problem.inner + problem.wide)
+    factored = problem.tokens * problem.inner
+    return flops, sum(factored if order in ("factored", "tokens") else matrix for order in plan if order)

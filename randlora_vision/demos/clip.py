@@ -1,0 +1,96 @@
+"""The embedded demo's 'pretrained model': a tiny open_clip CLIP taught the digits 0-4, kept on disk.
+
+It is built from open_clip's stock classes and its stock tokenizer, and saved the way open_clip
+saves models, so that `--model local-dir:<folder>` loads it by the code that loads any other.
+"""
+
+import json
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import Compose
+
+from randlora_vision.demos.pretraining import Pretraining, cached_folder, teach
+from randlora_vision.training.clip.contrastive import softmax_loss
+from randlora_vision.training.data.labelled import Batch
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.sources import digits
+from randlora_vision.training.data.sources.digits import KNOWN_DIGITS
+
+_MODEL_CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4},
+}
+_PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear"}
+_PRETRAINING = Pretraining(steps=150)
+
+
+def demo_model_folder(cache_dir: str | None = None) -> Path:
+    """Return the folder of the pretrained demo model, pretraining it first where it is not cached.
+
+    The settings that its name stands for include the versions of torch and open_clip.
+    """
+    settings = {
+        "model": _MODEL_CONFIG,
+        "preprocess": _PREPROCESS,
+        "pretraining": asdict(_PRETRAINING),
+        "digits": list(KNOWN_DIGITS),
+        "templates": list(digits.TEMPLATES),
+        "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch", "scikit-learn")},
+    }
+    return cached_folder("digits-clip", settings, lambda folder: _save(_pretrain(), folder, settings), cache_dir)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, captions: Tensor) -> Tensor:
+    """Return CLIP's loss (a scalar) in which pairs with the same caption are no negatives of each other.
+
+    The features `images` and `texts` are (B, D), of unit length; `captions` (B,) numbers the captions.
+    Where no caption repeats, this is CLIP's own loss.
+    """
+    logits = scale * images @ texts.T
+    same = captions[:, None] == captions
+    return (softmax_loss(logits, same) + softmax_loss(logits.T, same)) / (2 * len(captions))
+
+
+def _pretrain() -> torch.nn.Module:
+    """Train the tiny CLIP from scratch on upright 0-4 and their captions; on CPU, in float32, seeded."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    preprocess = image_transform_v2(PreprocessCfg(size=digits.IMAGE_SIZE, **_PREPROCESS), is_train=False)
+    known = digits.read_digits(KNOWN_DIGITS)
+    data = known.select("train", Compose([known.augment, preprocess]), SkipList())
+    context = _MODEL_CONFIG["text_cfg"]["context_length"]
+    tokens = open_clip.SimpleTokenizer(context_length=context)(
+        [template.format(digits.NAMES[digit]) for digit in KNOWN_DIGITS for template in digits.TEMPLATES]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_PRETRAINING.seed)
+        model = open_clip.CLIP(**_MODEL_CONFIG)
+
+        def loss(batch: Batch) -> Tensor:
+            labels = batch["labels"]
+            captions = labels * len(digits.TEMPLATES) + torch.randint(len(digits.TEMPLATES), labels.shape)
+            text_features = model.encode_text(tokens, normalize=True)[captions]  # each caption once
+            image_features = model.encode_image(batch["images"], normalize=True)
+            return contrastive_loss(image_features, text_features, model.logit_scale.exp(), captions)
+
+        # Three quarters of the weights, few rows of which are used: frozen, a step is four times faster.
+        model.token_embedding.requires_grad_(False)
+        teach(model.parameters(), loss, data, _PRETRAINING)
+    return model.eval()
+
+
+def _save(model: torch.nn.Module, folder: Path, settings: dict[str, Any]) -> None:
+    """Write the model as open_clip's local-dir format, and beside it the settings that made it."""
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": _MODEL_CONFIG, "preprocess_cfg": _PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -1,0 +1,94 @@
+"""What the demos' 'pretrained models' share: where they are kept on disk, and how they are trained."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from randlora_vision.files.atomic import fingerprint
+from randlora_vision.training.data.labelled import Batch, LabelledImages, training_batches
+from randlora_vision.training.harness.ema import Ema
+from randlora_vision.training.harness.optim import adamw, warmup_schedule
+
+CACHE_VARIABLE = "RANDLORA_CACHE"
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a demo's model is taught."""
+
+    steps: int
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 15
+    seed: int = 0
+
+
+def cached_folder(
+    name: str, settings: dict[str, Any], fill: Callable[[Path], None], cache_dir: str | None = None
+) -> Path:
+    """Return the folder that `fill` has filled, filling it first where it is not cached.
+
+    The folder's name ends with a hash of `settings`: a change of any makes another folder rather
+    than reusing this one. It is filled under a temporary name.
+    """
+    root = cache_root(cache_dir)
+    folder = root / f"{name}-{fingerprint(settings)}"
+    if folder.is_dir():
+        return folder
+    print(f"pretraining the demo's {name} (once; kept in {folder})", flush=True)
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    try:
+        fill(unfinished)
+        os.replace(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():  # another process may have finished the same model first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """Return where demo models are kept: the argument, else $RANDLORA_CACHE, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "randlora_vision"
+
+
+def teach(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[Batch], Tensor],
+    data: LabelledImages,
+    how: Pretraining,
+    ema_decay: float = 0.0,
+) -> None:
+    """Train `parameters` on the CPU, in float32, from the random state that is current.
+
+    With an `ema_decay` they end as their moving averages.
+    """
+    trained = list(parameters)
+    optimizer = adamw(trained, how.lr, how.weight_decay)
+    schedule = warmup_schedule(optimizer, how.steps, how.warmup)
+    ema = Ema({str(number): parameter for number, parameter in enumerate(trained)}, ema_decay) if ema_decay else None
+    batches = training_batches(data, how.batch_size, how.steps, how.seed, workers=0)
+    for step, batch in enumerate(tqdm(batches, desc="pretraining", unit="step"), start=1):
+        optimizer.zero_grad()
+        loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if ema:
+            ema.update(step)
+    if ema:
+        ema.put_into_model()

@@ -1,0 +1,292 @@
+"""The adapter file: one .safetensors with lambda and gamma, and a seed in the place of the bases.
+
+Targets of equal (R, N, m) share two tensors, ``lambda.RxN.m`` (count, R, N) and ``gamma.RxN.m`` (count, N, m), in
+the order of the target list, which the metadata hold compressed: the header stays small however deep the model.
+Modules trained in full are stored as ``saved.PATH``. Bases that came from no seed but as numbers ("stored") are the
+tensors ``bases.A`` and ``bases.B``. Equal content gives equal bytes. The metadata are strings:
+
+    format           "randlora_vision"
+    format_version   "1"
+    config           JSON of the RandLoRAConfig
+    bases            JSON of the BasesSpec and the SHA-256 of the bases in float32
+    targets          base64 of zlib of a JSON list of [name, O, I, R, alpha]
+    sha256           of the tensors and the entries above
+
+Version 2 is a bundle of such adapters: see `randlora_vision.files.bundle`.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from randlora_vision.bases import BasesSpec, get_bases
+from randlora_vision.bases.stored import STORED, StoredBases, StoredSpec, stored_bases
+from randlora_vision.config import RandLoRAConfig
+from randlora_vision.files.atomic import replacing
+from randlora_vision.files.untrusted import check_container, check_finite
+from randlora_vision.report import Target
+
+FORMAT = "randlora_vision"
+VERSION, BUNDLE_VERSION = 1, 2
+_PLACEHOLDER = "0" * 64  # a digest, for the size estimate
+_TARGETS_LIMIT = 2 * 2**20  # bytes of target list that a file may unfold to: about 30,000 targets
+_CONFIG_LIMIT = 2**20  # characters of a configuration: long lists of patterns take long to match
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.bool: "BOOL",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """The content of an adapter file.
+
+    Attributes:
+        config: The adapter's configuration.
+        spec: Spec of its bases.
+        bases_sha256: Digest of the bases in float32.
+        targets: (name, (O, I), R, alpha) in the file's order.
+        trained: Target name -> (lambda (R, N), gamma (N, m)).
+        saved: Path -> tensor of a module trained in full.
+        stored: The bases themselves, where they came from no seed; get_bases(spec) would not know them.
+        notes: What the reader had to assume.
+    """
+
+    config: RandLoRAConfig
+    spec: BasesSpec
+    bases_sha256: str
+    targets: tuple[tuple[str, tuple[int, int], int, float], ...]
+    trained: Mapping[str, tuple[Tensor, Tensor]]
+    saved: Mapping[str, Tensor]
+    stored: StoredBases | None = None
+    notes: tuple[str, ...] = ()
+
+
+def pack(
+    config: RandLoRAConfig,
+    spec: BasesSpec,
+    bases_sha256: str,
+    targets: tuple[Target, ...],
+    trained: Mapping[str, tuple[Tensor, Tensor]],
+    saved: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata that hold an adapter."""
+    values = {name: [tensor.detach().cpu() for tensor in pair] for name, pair in trained.items()}
+    widest = max((tensor.dtype for pair in values.values() for tensor in pair), key=lambda dtype: dtype.itemsize)
+    tensors: dict[str, Tensor] = {}
+    for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
+        tensors[f"lambda.{group}"] = torch.stack([values[name][0] for name in members]).to(widest)
+        tensors[f"gamma.{group}"] = torch.stack([values[name][1] for name in members]).to(widest)
+    tensors.update({f"saved.{name}": tensor.detach().cpu().contiguous() for name, tensor in saved.items()})
+    bases = get_bases(spec)
+    if isinstance(bases, StoredBases):
+        tensors["bases.A"], tensors["bases.B"] = bases.given
+    metadata = _metadata(config, spec, bases_sha256, targets)
+    metadata["sha256"] = _digest(tensors, metadata)
+    return tensors, metadata
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write what `pack` made under a temporary name and rename it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(_in_order(safetensors.torch.save(dict(tensors), dict(metadata))))
+
+
+def read(path: Path) -> AdapterFile:
+    """Read and verify an adapter file. Nothing but safetensors and JSON is ever opened.
+
+    Raises:
+        ValueError: If the file is no adapter, truncated, altered, of a newer format, or a bundle of several
+            adapters: one message each.
+    """
+    tensors, metadata = open_file(path)
+    if metadata["format_version"] == str(BUNDLE_VERSION):
+        raise ValueError(
+            f"{path} holds adapters of the components of a pipeline: load it with "
+            "randlora_vision.integrations.diffusers.load_adapter(pipe, path)"
+        )
+    return unpack(path, tensors, metadata)
+
+
+def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata in a file that says it is ours, of a version that we know; nothing else checked.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_container(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is no RandLoRA adapter: its metadata do not say format={FORMAT!r}")
+            _check_version(path, metadata.get("format_version", ""))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from None
+    return tensors, metadata
+
+
+def file_bytes(
+    config: RandLoRAConfig,
+    spec: BasesSpec,
+    targets: tuple[Target, ...],
+    dtype: torch.dtype,
+    saved: Mapping[str, Tensor],
+) -> int:
+    """Size of the file that `write` makes of these, to the byte; `dtype` is lambda's and gamma's."""
+    shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
+    for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
+        first = next(t for t in targets if t.name == members[0])
+        shapes[f"lambda.{group}"] = (dtype, [len(members), first.rank, first.bases])
+        shapes[f"gamma.{group}"] = (dtype, [len(members), first.bases, first.narrow])
+    shapes.update({f"saved.{name}": (tensor.dtype, list(tensor.shape)) for name, tensor in saved.items()})
+    if spec.kind == STORED:
+        shapes["bases.A"] = (torch.float32, [spec.rank, spec.narrow])
+        shapes["bases.B"] = (torch.float32, [spec.wide, spec.columns])
+    metadata = {**_metadata(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, (kind, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = offset + kind.itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": _DTYPES[kind], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return 8 + len(_header_text(header)) + offset
+
+
+def _header_text(header: Mapping[str, Any]) -> bytes:
+    """The header of a safetensors file: compact JSON, filled with spaces to a multiple of 8 bytes."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the library writes them in a random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = _header_text(header)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def _groups(targets: list[tuple[str, tuple[int, int], int, float]]) -> dict[str, list[str]]:
+    """Group key -> target names, for targets whose lambda and gamma have equal shapes."""
+    groups: dict[str, list[str]] = {}
+    for name, shape, rank, _ in targets:
+        groups.setdefault(f"{rank}x{-(-min(shape) // rank)}.{min(shape)}", []).append(name)
+    return groups
+
+
+def _metadata(
+    config: RandLoRAConfig, spec: BasesSpec, bases_sha256: str, targets: tuple[Target, ...]
+) -> dict[str, str]:
+    listed = [[t.name, *t.shape, t.rank, t.alpha] for t in targets]
+    packed = zlib.compress(json.dumps(listed, separators=(",", ":")).encode(), 9)
+    return {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "config": config.to_json(),
+        "bases": json.dumps({**dataclasses.asdict(spec), "sha256": bases_sha256}),
+        "targets": base64.b64encode(packed).decode(),
+    }
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in ("format", "format_version", "config", "bases", "targets"):
+        digest.update(f"{key}={metadata.get(key)}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_version(path: Path, version: str) -> None:
+    if not re.fullmatch("[1-9][0-9]{0,8}", version):
+        raise ValueError(f"{path} names no valid format_version: {version[:20]!r}")
+    if int(version) > BUNDLE_VERSION:
+        raise ValueError(f"{path} has format version {version}, newer than this library's {BUNDLE_VERSION}: upgrade it")
+
+
+def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterFile:
+    """Verify and read what `pack` made; `path` is for messages.
+
+    Raises:
+        ValueError: If it was altered or is malformed.
+    """
+    if metadata.get("sha256") != _digest(tensors, metadata):
+        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
+    try:
+        if len(metadata["config"]) > _CONFIG_LIMIT:
+            raise ValueError(f"a config of {len(metadata['config']):,} characters")
+        config = RandLoRAConfig.from_json(metadata["config"])
+        bases = json.loads(metadata["bases"])
+        sha256 = str(bases.pop("sha256"))
+        spec = StoredSpec(**bases, sha256=sha256) if bases["kind"] == STORED else BasesSpec(**bases)
+        unfold = zlib.decompressobj()
+        listed = json.loads(unfold.decompress(base64.b64decode(metadata["targets"], validate=True), _TARGETS_LIMIT))
+        targets = tuple((str(n), (int(o), int(i)), int(r), float(alpha)) for n, o, i, r, alpha in listed)
+        if any(min(o, i, r) < 1 for _, (o, i), r, _ in targets):
+            raise ValueError("a target has a size or rank below 1")
+        if len({name for name, *_ in targets}) < len(targets):
+            raise ValueError("a target is listed twice")
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
+        raise ValueError(f"{path} has malformed metadata (config, bases or targets): {error}") from None
+    groups = _groups(list(targets))
+    expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
+    expected |= {"bases.A", "bases.B"} if spec.kind == STORED else set()
+    present = {name for name in tensors if not name.startswith("saved.")}
+    if expected != present:
+        missing, extra = sorted(expected - present), sorted(present - expected)
+        raise ValueError(f"{path} does not hold what it lists: missing {missing}, unexpected {extra}")
+    check_finite(path, {name: tensors[name] for name in sorted(expected)})
+    trained: dict[str, tuple[Tensor, Tensor]] = {}
+    for group, members in groups.items():
+        lam, gamma = tensors[f"lambda.{group}"], tensors[f"gamma.{group}"]
+        size, narrow = group.split(".")
+        rank, count = (int(part) for part in size.split("x"))
+        shapes = ((len(members), rank, count), (len(members), count, int(narrow)))
+        if (tuple(lam.shape), tuple(gamma.shape)) != shapes:
+            raise ValueError(f"{path}: tensors of group {group} have shapes {lam.shape}, {gamma.shape}, not {shapes}")
+        if not (lam.is_floating_point() and gamma.is_floating_point()):
+            raise ValueError(f"{path}: tensors of group {group} have dtypes {lam.dtype}, {gamma.dtype}, not floats")
+        trained.update({name: (lam[i], gamma[i]) for i, name in enumerate(members)})
+    prefix = len("saved.")
+    saved = {name[prefix:]: tensor for name, tensor in tensors.items() if name.startswith("saved.")}
+    stored = None
+    if spec.kind == STORED:
+        try:
+            stored = stored_bases(tensors["bases.A"], tensors["bases.B"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if stored.spec != spec:
+            raise ValueError(f"{path}: the bases in it are {stored.spec}, not {spec} as it says")
+    return AdapterFile(config, spec, sha256, targets, trained, saved, stored)

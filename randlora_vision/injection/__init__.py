@@ -1,0 +1,1 @@
+"""Adapters on a model: choosing weights, adding, controlling, merging and removing adapters."""

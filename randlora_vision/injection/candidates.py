@@ -1,0 +1,204 @@
+"""What can be adapted in a model.
+
+A target is a (module, parameter) pair, or several when the parameter is tied. It is called by the path of its
+module if the parameter is a layer's ``weight``, else by the parameter's own path
+(``visual.transformer.resblocks.0.attn.in_proj_weight``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from randlora_vision.layers.adapted import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized
+from randlora_vision.layers.peft_around import plain_modules
+from randlora_vision.names import is_adapter_name, with_parents
+
+LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
+    "linear",
+    "transposed",
+    "attention",
+    "convolution",
+    "parameter",
+    "quantized",
+)
+_LINEAR_KINDS = (LINEAR, TRANSPOSED, ATTENTION, QUANTIZED)
+# Components of a path that mean the classifier or a task head in timm, torchvision, transformers and open_clip.
+_HEAD_NAMES = frozenset(
+    "head heads head_dist classifier cls_classifier distillation_classifier classification_head lm_head "
+    "score class_labels_classifier bbox_predictor qa_outputs pre_logits decode_head auxiliary_head".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A parameter that could be adapted, or the reason why it cannot.
+
+    Attributes:
+        name: Its canonical name.
+        aliases: Its names under other parents, and those of tied parameters.
+        paths: Every path that a pattern may match: of the module, of the parameter, aliases of both.
+        owners: (module, parameter name) pairs: more than one when the parameter is tied.
+        kind: What holds it.
+        shape: (O, I), convolution kernels flattened into I; None when unknown.
+        problem: Why it cannot be adapted, or None.
+        head: True for a classifier or task head.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    paths: tuple[str, ...]
+    owners: tuple[tuple[nn.Module, str], ...]
+    kind: str
+    shape: tuple[int, int] | None
+    problem: str | None
+    head: bool
+
+
+class _Tree:
+    """What candidates are found by: modules by path and by identity, the holders of every parameter, the heads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_path = dict(plain_modules(model))
+        self.paths: dict[int, list[str]] = {}
+        for path, module in self.by_path.items():
+            self.paths.setdefault(id(module), []).append(path)
+        self.modules = list(dict.fromkeys(self.by_path.values()))
+        self.uses: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.modules:
+            for name, parameter in _parameters(module).items():
+                if parameter is not None:
+                    self.uses.setdefault(id(parameter), []).append((module, name))
+        self.heads = self._head_roots()
+
+    def _head_roots(self) -> set[str]:
+        """Paths of classifiers and task heads: by name, and by what timm's `get_classifier` returns."""
+        roots = {path for path in self.by_path if path.rpartition(".")[2] in _HEAD_NAMES or path == "fc"}
+        # SigLIP's pooling is called `head`, but an attention is no classifier.
+        attentions = [path for path, module in self.by_path.items() if _holds_attention(module)]
+        roots = {root for root in roots if not any(f"{path}.".startswith(f"{root}.") for path in attentions)}
+        for module in self.modules:
+            try:
+                classifier = module.get_classifier()  # type: ignore[operator]
+            except (AttributeError, NotImplementedError, TypeError):
+                continue
+            found = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+            for head in found:
+                roots.update(path for path in self.paths.get(id(head), ()) if path)
+        return roots
+
+    def in_head(self, path: str) -> bool:
+        """True for a head and for everything under one."""
+        return any(parent in self.heads for parent in with_parents((path,)))
+
+    def in_attention(self, path: str) -> bool:
+        """True for the output projection of an attention that holds its own packed projection."""
+        parent, _, last = path.rpartition(".")
+        return last == "out_proj" and _holds_attention(self.by_path[parent])
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Every candidate of a model in module order, tied parameters once."""
+    tree = _Tree(model)
+    found: list[Candidate] = []
+    seen: set[int] = set()
+    for module in tree.modules:
+        for param, kind in _own_parameters(module):
+            raw = _parameters(module).get(param)
+            if raw is None or id(raw) not in seen:
+                seen.add(id(raw))
+                found.append(_candidate(module, param, kind, tree))
+    return found
+
+
+def _candidate(module: nn.Module, param: str, kind: str, tree: _Tree) -> Candidate:
+    raw = _parameters(module).get(param)
+    others = [] if raw is None else [use for use in tree.uses[id(raw)] if use != (module, param)]
+    owners = [(module, param), *others]
+    names: list[str] = []
+    patterns: list[str] = []
+    for owner, owned in owners:
+        for path in tree.paths[id(owner)]:
+            full = f"{path}.{owned}" if path else owned
+            names.append(path if owned == "weight" and path else full)
+            patterns.append(full)
+            if kind == ATTENTION:
+                patterns.append(path)
+            elif tree.in_attention(path):
+                patterns.append(path.rpartition(".")[0])
+    shape, problem = _shape_and_problem(module, param, kind, raw)
+    strangers = [owner for owner, owned in others if owned not in dict(_own_parameters(owner))]
+    if strangers and problem is None:
+        path = tree.paths[id(strangers[0])][0]
+        problem = f"tied to {path!r} ({type(strangers[0]).__name__}), which cannot be adapted with it"
+    paths = tuple(dict.fromkeys(name for name in (*names, *patterns) if name))
+    head = all(tree.in_head(path) for path in tree.paths[id(module)])
+    return Candidate(names[0], tuple(names[1:]), paths, tuple(owners), kind, shape, problem, head)
+
+
+def _shape_and_problem(
+    module: nn.Module, param: str, kind: str, raw: nn.Parameter | None
+) -> tuple[tuple[int, int] | None, str | None]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, "a TorchScript module cannot be changed"
+    if kind == QUANTIZED:
+        return (int(module.out_features), int(module.in_features)), None  # type: ignore[arg-type]
+    if isinstance(raw, nn.parameter.UninitializedParameter):
+        return None, "its weight is not initialised yet: run one batch through the lazy module first"
+    tensor = raw
+    if tensor is None:
+        if not parametrize.is_parametrized(module, param):
+            return None, f"it has no parameter {param!r} (old-style weight_norm or pruning?)"
+        with torch.no_grad():
+            tensor = getattr(module, param)
+    assert tensor is not None
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        return None, f"its {param} of shape {tuple(tensor.shape)} is no matrix"
+    if not tensor.is_floating_point():
+        return None, f"its {param} has dtype {tensor.dtype}"
+    return (tensor.shape[0], math.prod(tensor.shape[1:])), None
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(parameter name, kind) of what a module itself holds that could be adapted."""
+    if isinstance(module, torch.jit.ScriptModule):
+        if module.original_name == "Linear":
+            yield "weight", LINEAR
+    elif isinstance(module, nn.Linear):
+        yield "weight", QUANTIZED if is_quantized(module) else LINEAR
+    elif isinstance(module, _transformers_conv1d()):
+        yield "weight", TRANSPOSED
+    elif isinstance(module, CONVOLUTIONS):
+        yield "weight", CONVOLUTION
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):
+        return
+    else:
+        own = list(module._parameters) + list(getattr(module, "parametrizations", ()))
+        for name in own:
+            if name in ATTENTION_PARAMETERS:
+                if module._parameters.get(name) is not None or name not in module._parameters:
+                    yield name, ATTENTION
+            elif getattr(module._parameters.get(name), "ndim", 0) == 2 and not is_adapter_name(name):
+                yield name, PARAMETER
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters; a TorchScript module has no table of them."""
+    return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters
+
+
+def _transformers_conv1d() -> tuple[type, ...]:
+    """Conv1D of transformers, a linear layer with its weight transposed, if transformers is loaded at all."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return (loaded.Conv1D,) if loaded is not None else ()
+
+
+def _holds_attention(module: nn.Module) -> bool:
+    """True for a module with a packed or separate attention projection of its own."""
+    return any(kind == ATTENTION for _, kind in _own_parameters(module))

@@ -1,0 +1,114 @@
+"""Adapters at run time: which are active, how strongly, and how many numbers they train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from randlora_vision.injection.record import check_names, count_base, records, unwrap
+from randlora_vision.injection.trained_in_full import install_saved
+from randlora_vision.layers.adapted import adapted_modules
+from randlora_vision.layers.peft_around import plain_name
+from randlora_vision.layers.state import Slot
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, Parameter) of every lambda and gamma, each once; of all adapters unless one is named.
+
+    Raises:
+        ValueError: If the model has no such adapter.
+    """
+    model = unwrap(model)
+    wanted = check_names(model, adapter_name)
+    seen: set[int] = set()
+    for path, module, param, state in adapted_modules(model):
+        for name in state.slots:
+            if name not in wanted:
+                continue
+            for part, tensor in zip(("lambda", "gamma"), module.adapter_tensors(param, name), strict=True):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{param}.{name}.{part}".lstrip("."), tensor
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(numbers that require a gradient, numbers of the model without its adapters)."""
+    model = unwrap(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, count_base(model)
+
+
+def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...]) -> None:
+    """Make exactly these adapters active; their updates add up. Others neither act nor require gradients.
+
+    Of modules trained in full by several adapters, the last named adapter's is in force.
+
+    Raises:
+        ValueError: If the model has no such adapter.
+    """
+    model = unwrap(model)
+    wanted = check_names(model, () if not adapter_names else adapter_names)
+    for _, root, record in records(model):
+        record.active = tuple(name for name in wanted if name in record.adapters)
+        install_saved(root, record)
+    for _, module, param, state in adapted_modules(model):
+        state.active = tuple(name for name in wanted if name in state.slots)
+        for name, slot in state.slots.items():
+            for tensor in module.adapter_tensors(param, name):
+                tensor.requires_grad_(slot.trainable and name in wanted)
+
+
+def set_scale(model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None = None) -> None:
+    """Multiply an adapter's update (all adapters' unless one is named) by `scale`; 1 is as trained, 0 is off.
+
+    Args:
+        model: The adapted model.
+        scale: A number, or numbers by part: ``{"down_blocks": 0.5, "down_blocks.1": 0}``. A part is the beginning of
+            targets' names, in whole components; of several the longest holds, and targets in none keep their scale.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: If `scale` is no finite number, there is no such adapter or part, or the adapter is merged.
+    """
+    for slot, value in scale_changes(model, scale, adapter_name):
+        slot.scale = value
+
+
+def scale_changes(
+    model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None
+) -> list[tuple[Slot, float]]:
+    """What `set_scale` would set."""
+    for value in scale.values() if isinstance(scale, Mapping) else (scale,):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"scale must be a finite number, got {value!r}: set_scale(model, scale, adapter_name)")
+    model = unwrap(model)
+    wanted = check_names(model, adapter_name)
+    _refuse_merged(model, wanted)
+    slots = [
+        (plain_name(f"{path}.{param}".lstrip(".")), state.slots[name])
+        for path, _, param, state in adapted_modules(model)
+        for name in wanted
+        if name in state.slots
+    ]
+    if not isinstance(scale, Mapping):
+        return [(slot, float(scale)) for _, slot in slots]
+    for part in scale:
+        if not any(f"{target}.".startswith(f"{part}.") for target, _ in slots):
+            tops = dict.fromkeys(target.partition(".")[0] for target, _ in slots)
+            raise ValueError(f"scale: no adapted weight is in {part!r}; the model's parts are: {', '.join(tops)}, ...")
+    # The longest part comes last, and holds.
+    return [
+        (slot, float(scale[part]))
+        for part in sorted(scale, key=len)
+        for target, slot in slots
+        if f"{target}.".startswith(f"{part}.")
+    ]
+
+
+def _refuse_merged(model: nn.Module, names: tuple[str, ...]) -> None:
+    for _, _, record in records(model):
+        for name in names:
+            if name in record.merged:
+                raise ValueError(f"adapter {name!r} is merged into the weights: unmerge it first")

@@ -1,0 +1,56 @@
+"""The first-step check: after the first backward pass, does every adapter learn?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from randlora_vision.injection.record import records, unwrap
+from randlora_vision.layers.adapted import adapted_modules
+
+
+def check_gradients(model: nn.Module) -> list[str]:
+    """Check the gradients of every trainable active adapter; call it after the first ``loss.backward()``.
+
+    At the start one of lambda and gamma is zero, so that the other's gradient is zero by construction; the former's
+    must not be. Layers whose paths differ in numbers alone (blocks, experts) are judged together: if some of them
+    learn, the others are reported (an expert without tokens, a last block whose output is not used); if none
+    does, their adapters are dead and that is an error.
+
+    Returns:
+        One note for every target without a gradient that is explained by its siblings.
+
+    Raises:
+        ValueError: If a gradient is not finite, or a target and all its siblings get none. It names them.
+    """
+    model = unwrap(model)
+    records(model)
+    learning: dict[str, list[str]] = {}
+    silent: dict[str, list[str]] = {}
+    broken: list[str] = []
+    for path, module, param, state in adapted_modules(model):
+        for name in state.live:
+            if not state.slots[name].trainable:
+                continue
+            pair = module.adapter_tensors(param, name)
+            gradients = [tensor.grad for tensor in pair if tensor.grad is not None]
+            full = f"{path}.{param}".lstrip(".")
+            group = ".".join([name, *("*" if part.isdecimal() else part for part in full.split("."))])
+            if any(not torch.isfinite(gradient).all() for gradient in gradients):
+                broken.append(full)
+            learns = len(gradients) == 2 and any(gradient.any() for gradient in gradients)
+            (learning if learns else silent).setdefault(group, []).append(full)
+    if broken:
+        raise ValueError(f"gradients are not finite at {_shown(broken)}: lower the learning rate or check the data")
+    dead = [name for group, names in silent.items() if group not in learning for name in names]
+    if dead:
+        raise ValueError(
+            f"no gradient reaches the adapters of {_shown(dead)}: the model does not use these weights for its loss; "
+            "leave them out with exclude_modules"
+        )
+    return [f"no gradient at {name} in this step" for names in silent.values() for name in names]
+
+
+def _shown(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:5]) + (f" and {len(unique) - 5} more" if len(unique) > 5 else "")

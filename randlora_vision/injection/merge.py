@@ -1,0 +1,132 @@
+"""Adapters merged into the weights, taken out again bit for bit, or left out for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
+from randlora_vision.injection.trained_in_full import install_saved
+from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, updated_weight
+from randlora_vision.layers.state import ParameterState
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Make the model the base within the context.
+
+    No adapter acts, not even a merged one, and modules trained in full are the base's.
+    """
+    model = unwrap(model)
+    before = [(root, record, record.enabled, record.merged) for _, root, record in records(model)]
+    for root, record, _, _ in before:
+        _set_merged(root, record, (), safe=False)
+        _set_enabled(root, record, False)
+    try:
+        yield
+    finally:
+        for root, record, enabled, merged in before:
+            _set_enabled(root, record, enabled)
+            _set_merged(root, record, merged, safe=False)
+
+
+def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None, safe: bool = True) -> None:
+    """Put adapters into the weights: no cost at inference, and `state_dict` holds the merged weights.
+
+    The weight becomes a new Parameter and the base's own is kept beside it, so that `unmerge` is bit-exact: until
+    then adapted weights take twice their memory (`remove` frees it and keeps the merged weights).
+
+    Args:
+        model: The adapted model.
+        adapter_names: Which, at their present scale; None means all that are active.
+        safe: Refuse to merge if any result is not finite.
+
+    Raises:
+        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization,
+            or a merged weight is not finite. The model is untouched then.
+    """
+    model = unwrap(model)
+    wanted = None if adapter_names is None else check_names(model, adapter_names)
+    for _, root, record in records(model):
+        names = record.active if wanted is None else [name for name in wanted if name in record.adapters]
+        _set_merged(root, record, tuple(dict.fromkeys((*record.merged, *names))), safe)
+
+
+def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None) -> None:
+    """Take merged adapters (all unless some are named) out of the weights again, bit for bit.
+
+    Raises:
+        ValueError: If there is no such adapter.
+    """
+    model = unwrap(model)
+    wanted = check_names(model, adapter_names)
+    for _, root, record in records(model):
+        _set_merged(root, record, tuple(name for name in record.merged if name not in wanted), safe=False)
+
+
+def _set_enabled(root: nn.Module, record: ModelRecord, enabled: bool) -> None:
+    record.enabled = enabled
+    install_saved(root, record)
+    for _, _, _, state in adapted_modules(root):
+        state.enabled = enabled
+
+
+def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], safe: bool) -> None:
+    """Make exactly the named adapters merged: compute every weight first, then put them in place."""
+    if names == record.merged:
+        return
+    weights: dict[int, nn.Parameter] = {}
+    holders = list(adapted_modules(root))
+    for path, module, param, state in holders:
+        if state.written:
+            _take_over(path, module, param, state)
+        if id(state) not in weights:
+            weights[id(state)] = _merged_weight(f"{path}.{param}".lstrip("."), module, param, state, names, safe)
+    for _, module, param, state in holders:
+        merged = tuple(name for name in names if name in state.slots)
+        if merged and not state.merged:
+            state.original = module._parameters[param]
+        module._parameters[param] = weights[id(state)]
+    for _, _, _, state in holders:
+        state.merged = tuple(name for name in names if name in state.slots)
+        if not state.merged:
+            state.original = None
+    record.merged = names
+    install_saved(root, record)
+
+
+@torch.no_grad()
+def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterState) -> None:
+    """Give the base's Parameter what PEFT wrote to the merged one: all that differs from a fresh merge."""
+    merged, original = module._parameters[param], state.original
+    assert merged is not None and original is not None
+    fresh = _merged_weight(path, module, param, state, state.merged, safe=False)
+    if not torch.equal(merged, fresh):
+        original.add_((merged.float() - fresh.float()).to(original.dtype))
+    state.written = False
+
+
+@torch.inference_mode(False)  # a weight made in inference mode could not be trained with afterwards
+@torch.no_grad()
+def _merged_weight(
+    path: str, module: AdaptedModule, param: str, state: ParameterState, names: tuple[str, ...], safe: bool
+) -> nn.Parameter:
+    """The base's Parameter with the named adapters added, in float32 at least; itself for none."""
+    if module._randlora_quantized:
+        raise ValueError(f"{path} is quantised: its packed weight cannot take an update; dequantise the base to merge")
+    if parametrize.is_parametrized(module, param):
+        raise ValueError(f"{path} is computed by a parametrization: remove_parametrizations before inject to merge")
+    base = state.original if state.original is not None else module._parameters[param]
+    assert isinstance(base, nn.Parameter)
+    own = [name for name in names if name in state.slots]
+    if not own:
+        return base
+    exact = base.to(torch.promote_types(base.dtype, torch.float32))
+    merged = updated_weight(state, exact, module._terms(param, own, exact.dtype)).to(base.dtype).contiguous()
+    if safe and not merged.is_meta and not torch.isfinite(merged).all():
+        raise ValueError(f"merging {', '.join(own)} into {path} gives non-finite numbers: the adapter is broken")
+    return nn.Parameter(merged, requires_grad=base.requires_grad)

@@ -1,0 +1,154 @@
+"""Which weights a configuration asks for, and the words for it when there are none."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from randlora_vision.config import RandLoRAConfig
+from randlora_vision.injection.candidates import (
+    _LINEAR_KINDS,
+    CONVOLUTION,
+    PARAMETER,
+    Candidate,
+    candidates,
+)
+from randlora_vision.names import is_preset, matches_any, summarise, with_parents
+
+
+def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
+    """The candidates that a configuration asks for.
+
+    Returns:
+        The candidates to adapt, (name, reason) of those that were asked for or would be but are left out, and
+        warnings about patterns that match nothing.
+
+    Raises:
+        ValueError: If nothing matches, saying what the model has.
+    """
+    everything = candidates(model)
+    wanted, warnings = _wanted(model, everything, config)
+    warnings += _unmatched(everything, config)
+    chosen, skipped = [], []
+    for candidate in everything:
+        reason = wanted.get(candidate.name)
+        if reason is None:
+            continue
+        reason = reason or _left_out(candidate, config)
+        if reason:
+            skipped.append((candidate.name, reason))
+        else:
+            chosen.append(candidate)
+    if not chosen:
+        raise ValueError(_nothing(config, everything, skipped))
+    return chosen, skipped, warnings
+
+
+def is_preset_choice(config: RandLoRAConfig) -> bool:
+    """True if the targets come from a preset, which passes over layers narrower than the rank.
+
+    The user who names layers is told instead.
+    """
+    asked = config.target_modules
+    return isinstance(asked, str) and (asked in ("all", "all-linear") or is_preset(asked))
+
+
+def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfig) -> tuple[dict[str, str], list[str]]:
+    """Name -> "" (wanted) or the reason why a preset passes it over, and warnings."""
+    asked = config.target_modules
+    if asked in ("all", "all-linear"):
+        kinds = (*_LINEAR_KINDS, CONVOLUTION) if asked == "all" else _LINEAR_KINDS
+        wanted = {c.name: "" for c in everything if c.kind in kinds}
+        if asked == "all-linear":
+            wanted.update({c.name: "classifier head" for c in everything if c.name in wanted and c.head})
+        return wanted, []
+    if isinstance(asked, str) and is_preset(asked):
+        return {name: "" for name in preset_names(model, asked)}, []
+    if isinstance(asked, str):
+        pattern = re.compile(asked)
+        return {c.name: "" for c in everything if any(pattern.fullmatch(path) for path in c.paths)}, []
+    hits = {name: [c for c in everything if matches_any(name, c.paths)] for name in asked}
+    warnings = [f"target_modules: {name!r} matches nothing in the model" for name, found in hits.items() if not found]
+    return {c.name: "" for found in hits.values() for c in found}, warnings
+
+
+def _unmatched(everything: list[Candidate], config: RandLoRAConfig) -> list[str]:
+    """Warnings about names in the other options that match nothing."""
+    excluded = config.exclude_modules
+    rules: list[tuple[str, str, str | Sequence[str]]] = (
+        [("exclude_modules", excluded, excluded)]
+        if isinstance(excluded, str)
+        else [("exclude_modules", name, (name,)) for name in excluded]
+    )
+    unmatched = [
+        (option, name) for option, name, rule in rules if not any(_excluded(c.paths, rule) for c in everything)
+    ]
+    for option, names in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        unmatched += [(option, name) for name in names if not any(matches_any(name, c.paths) for c in everything)]
+    return [f"{option}: {name!r} matches nothing in the model" for option, name in unmatched]
+
+
+def preset_names(model: nn.Module, preset: str) -> list[str]:
+    """Target names that ``integration:preset`` chooses in this model.
+
+    Raises:
+        ValueError: If the integration or the preset does not exist, or does not fit the model.
+    """
+    integration, _, name = preset.partition(":")
+    module_name = f"randlora_vision.integrations.{integration}"
+    try:
+        presets = importlib.import_module(module_name).PRESETS
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module_name:
+            raise
+        raise ValueError(f"target_modules={preset!r}: there is no integration {integration!r} with presets") from None
+    if name not in presets:
+        raise ValueError(f"target_modules={preset!r}: {integration} has the presets {', '.join(sorted(presets))}")
+    return list(presets[name](model))
+
+
+def _left_out(candidate: Candidate, config: RandLoRAConfig) -> str | None:
+    if _excluded(candidate.paths, config.exclude_modules):
+        return "exclude_modules"
+    if any(matches_any(name, with_parents(candidate.paths)) for name in config.modules_to_save):
+        return "trained in full (modules_to_save)"
+    layers = config.layers_to_transform
+    if layers is not None and _layer_index(candidate.name) not in layers:
+        return f"not in layers_to_transform={list(layers)}"
+    if candidate.problem:
+        return candidate.problem
+    narrow = min(candidate.shape or (0, 0))
+    if narrow < config.rank_of(candidate.paths) and is_preset_choice(config):
+        return f"its narrow side {narrow} is below rank {config.rank_of(candidate.paths)}"
+    return None
+
+
+def _excluded(paths: tuple[str, ...], exclude: str | Sequence[str]) -> bool:
+    if isinstance(exclude, str):
+        return any(re.fullmatch(exclude, path) for path in paths)
+    return any(f".{name}." in f".{path}." for name in exclude for path in paths)
+
+
+def _layer_index(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _nothing(config: RandLoRAConfig, everything: list[Candidate], skipped: list[tuple[str, str]]) -> str:
+    asked = config.target_modules
+    message = f"target_modules={asked if isinstance(asked, str) else list(asked)!r} leaves nothing to adapt"
+    if skipped:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        return f"{message}: every match was skipped ({shown}{more})"
+    groups = summarise([candidate.name for candidate in everything if candidate.kind != PARAMETER])
+    if not groups:
+        return f"{message}: the model has no linear layer, attention projection or convolution"
+    components = {part for group in groups for part in group.split(" ")[0].split(".")}
+    words = (asked,) if isinstance(asked, str) else asked
+    close = [c for word in words for c in difflib.get_close_matches(word.split(".")[-1], components, n=2)]
+    hint = f"; did you mean {' or '.join(repr(c) for c in dict.fromkeys(close))}?" if close else ""
+    return f"{message}{hint}; the model has: {', '.join(groups[:12])}{', ...' if len(groups) > 12 else ''}"

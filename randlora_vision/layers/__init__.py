@@ -1,0 +1,1 @@
+"""Modules that are adapted in place."""

@@ -1,0 +1,211 @@
+"""What every adapted module can do besides what its own type does: effective weights, copies, state dicts.
+
+Lambda and gamma are registered on the module itself, beside its own parameters.
+
+Shapes: see `randlora_vision.compute.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora_vision.bases.products import Term
+from randlora_vision.compute.cache import current_cache
+from randlora_vision.compute.functional import effective_weight, randlora_linear
+from randlora_vision.compute.recompute import Recipe, current_scope
+
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:  # the adapted class inherits nn.Module from its own base
+    _Mixin = object
+from randlora_vision.layers.state import ParameterState
+from randlora_vision.names import PARTS, parameter_name
+
+ATTENTION_PARAMETERS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+class AdaptedModule(_Mixin):
+    """What every adapted module is an instance of, besides its own type."""
+
+    _randlora_base: type[nn.Module]
+    """The class before the swap."""
+    _randlora: dict[str, ParameterState]
+    """Adapted parameter names and their adapters."""
+    _randlora_quantized: bool
+
+    def base_weight(self, param: str = "weight") -> Tensor:
+        """The frozen parameter itself, where attribute access gives the effective weight."""
+        own = self._parameters.get(param)
+        if own is not None:
+            return own
+        computed = getattr(self._randlora_base, param, None)  # torch.nn.utils.parametrize made it a property
+        if not isinstance(computed, property) or computed.fget is None:
+            raise AttributeError(f"{type(self).__name__} has no parameter {param!r}")
+        return computed.fget(self)
+
+    def adapter_tensors(self, param: str, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Lambda (R, N) and gamma (N, m) of an adapter."""
+        lam, gamma = (self._parameters[parameter_name(param, part, adapter_name)] for part in PARTS)
+        assert lam is not None and gamma is not None
+        return lam, gamma
+
+    def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
+        """The named adapters' parts of the update, with products to run in `dtype`."""
+        state = self._randlora[param]
+        wide = max(state.out_features, state.in_features)
+        terms = []
+        for name in names:
+            slot = state.slots[name]
+            lam, gamma = self.adapter_tensors(param, name)
+            terms.append(slot.bases.term(lam, gamma, wide, slot.factor, dtype))
+        return tuple(terms)
+
+    def _effective(self, param: str) -> Tensor:
+        base, state = self.base_weight(param), self._randlora[param]
+        # FSDP2 reads sharded parameters by attribute: it must find its own objects.
+        if not state.live or _is_sharded(base):
+            return base
+        low = autocast_dtype(base)
+        terms = self._terms(param, state.live, low or base.dtype)
+        opened = current_scope()
+        if opened is None or state.transposed:
+            return updated_weight(state, base, terms)
+        # Inside a scope the reader is a matrix product, which autocast would round the weight for anyway.
+        recipe, cache = Recipe(base, terms, low or base.dtype), current_cache()
+        kept = None if cache is None else cache.weight(recipe)
+        return opened.weight((id(self), param), recipe) if kept is None else kept
+
+    def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool) -> Tensor | None:
+        """The named adapters' part of a linear layer's output (..., O), or None; `drop` applies dropout."""
+        state, total = self._randlora["weight"], None
+        for name in names:
+            dropped = F.dropout(x, state.slots[name].dropout) if drop else x
+            terms, pinned = self._terms("weight", [name], dtype), state.pinned([name])
+            out = randlora_linear(dropped, None, None, terms, state.out_features, dtype, pinned)
+            total = out if total is None else total + out
+        return total
+
+    def _split_dropout(self) -> tuple[list[str], list[str]]:
+        """Live adapters of a linear layer without and with dropout in force."""
+        state = self._randlora["weight"]
+        training = self.training
+        dropped = [name for name in state.live if training and state.slots[name].dropout > 0]
+        return [name for name in state.live if name not in dropped], dropped
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As nn.Module's, but lambda and gamma stay float32 when the model goes to half precision."""
+        masters: set[int] = set()
+        for param, state in self._randlora.items():
+            for name in state.slots:
+                for tensor in self.adapter_tensors(param, name):
+                    masters.update((id(tensor), id(tensor.grad)))
+        masters.discard(id(None))
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in masters and result.dtype.itemsize < torch.float32.itemsize:
+                return tensor.to(result.device)
+            return result
+
+        for state in self._randlora.values():
+            if state.original is not None:
+                moved = fn(state.original.detach())
+                if moved.data_ptr() != state.original.data_ptr() or moved.dtype != state.original.dtype:
+                    state.original = nn.Parameter(moved, requires_grad=False)
+        return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As nn.Module's, but a checkpoint of the bare base model is complete: it has no lambda and gamma."""
+        own = [
+            prefix + parameter_name(param, part, name)
+            for param, state in self._randlora.items()
+            for name in state.slots
+            for part in PARTS
+        ]
+        merged = sorted({name for state in self._randlora.values() for name in state.merged})
+        # A state dict of other layers alone, such as a LoRA that PEFT loads, changes nothing here.
+        if merged and any(key in state_dict for key in (*own, *(prefix + param for param in self._randlora))):
+            error_msgs.append(f"{prefix[:-1]}: {', '.join(merged)} merged into the weight; call unmerge first")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not any(key in state_dict for key in own):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._randlora:
+            raise RuntimeError(_replaced(type(self).__name__, name))
+        super().__delattr__(name)
+
+    def extra_repr(self) -> str:
+        """The base's, then one entry an adapter."""
+        parts = [super().extra_repr()]
+        for param, state in self._randlora.items():
+            for name, slot in state.slots.items():
+                note = " merged" if name in state.merged else "" if name in state.active else " inactive"
+                parts.append(f"randlora[{param}]: {name} (rank={slot.rank}, alpha={slot.alpha:g}){note}")
+        return ", ".join(part for part in parts if part)
+
+
+def updated_weight(state: ParameterState, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
+    """`effective_weight` of a parameter, in the orientation that its module stores."""
+    return effective_weight(weight.t(), terms).t() if state.transposed else effective_weight(weight, terms)
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str, ParameterState]]:
+    """(module path, module, parameter name, state) of every adapted parameter; tied owners each once."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedModule):
+            for param, state in module._randlora.items():
+                yield path, module, param, state
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for a linear layer whose weight is packed: integers, or a tensor subclass of a quantisation library."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or _is_sharded(weight):
+        return False
+    return not weight.is_floating_point() or type(weight.detach()) is not Tensor
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs matrix products of `tensor` in, or None where it does not."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def _replaced(type_name: str, param: str) -> str:
+    return (
+        f"{param!r} of an adapted {type_name} cannot be replaced or deleted (weight norm, pruning and "
+        "parametrizations do that): apply them before inject, or merge and remove the adapters first"
+    )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, without importing torch.distributed for it."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")

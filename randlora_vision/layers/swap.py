@@ -1,0 +1,208 @@
+"""Adapted layers, in place: a module keeps its name, parameters and type, and its weight becomes W + delta W.
+
+The module's class is swapped for a cached subclass of it (as `torch.nn.utils.parametrize` does). The adapted
+parameter becomes a property that returns the effective weight, so code that reads `module.weight` instead of
+calling the module is right; a plain linear layer's `forward` takes the memory-efficient core instead. Lambda and
+gamma are registered on the module itself, beside its own parameters.
+
+Shapes: see `randlora_vision.compute.functional`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randlora_vision.bases.products import Term
+from randlora_vision.compute.cache import current_cache
+from randlora_vision.compute.functional import randlora_linear
+from randlora_vision.compute.planner import Plan
+from randlora_vision.compute.recompute import Recipe, scope
+from randlora_vision.layers.adapted import (
+    ATTENTION_PARAMETERS,
+    CONVOLUTIONS,
+    AdaptedModule,
+    _is_sharded,
+    _replaced,
+    autocast_dtype,
+    is_quantized,
+)
+from randlora_vision.layers.peft_around import peft_reader
+from randlora_vision.layers.state import ParameterState
+
+WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
+"""Modules whose forward reads its weight for a matrix product."""
+
+
+def adapt_module(module: nn.Module, param: str, state: ParameterState) -> None:
+    """Attach `state` to `param` and swap the module's class for one that knows of it."""
+    _set_states(module, {**module.__dict__.get("_randlora", {}), param: state})
+
+
+def restore_module(module: AdaptedModule, param: str) -> None:
+    """Detach `param`; the last one gives the module its own class back."""
+    _set_states(module, {name: state for name, state in module._randlora.items() if name != param})
+
+
+def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
+    if isinstance(module, AdaptedModule) and type(module) not in _CLASSES.values():
+        raise RuntimeError(
+            f"an adapted {type(module).__name__} was given a parametrization after inject: take it off first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    base, quantized = base_class(module), is_quantized(module)
+    if states:
+        module.__dict__["_randlora"] = states
+        swapped = adapted_class(base, tuple(sorted(states)), quantized)
+    else:
+        del module.__dict__["_randlora"]
+        swapped = base
+    before = type(module)
+    module.__class__ = swapped
+    # Hooks of accelerate keep the forward that they found, bound, among the module's own attributes.
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is before.forward:
+            module.__dict__[name] = MethodType(swapped.forward, module)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class before any swap."""
+    return module._randlora_base if isinstance(module, AdaptedModule) else type(module)
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
+
+
+def adapted_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool) -> type[nn.Module]:
+    """The one subclass of `base` whose `params` are effective weights, under the base's own name."""
+    key = (base, params, quantized)
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(base, params, quantized)
+    return _CLASSES[key]
+
+
+def _make_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool) -> type[nn.Module]:
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace: dict[str, Any] = {name: getattr(base, name) for name in names}
+    namespace.update(_randlora_base=base, _randlora_quantized=quantized, __reduce_ex__=_reduce)
+    forward: Callable[..., Any] | None = None
+    if quantized:
+        forward = _quantized_forward(base)
+    else:
+        namespace.update({param: _weight_property(param) for param in params})
+        if base.forward is nn.Linear.forward:
+            forward = _linear_forward
+        elif issubclass(base, WEIGHT_READERS) or ATTENTION_PARAMETERS & set(params):
+            forward = _scoped_forward(base)
+    if forward is not None:
+        namespace["forward"] = functools.wraps(base.forward)(forward)
+    metaclass: Any = type(base)
+    if any(isinstance(getattr(base, param, None), property) for param in params):
+        # remove_parametrizations would delete the property from this shared class.
+        metaclass = type(metaclass.__name__, (metaclass,), {"__delattr__": _refuse_delete})
+    return metaclass(base.__name__, (AdaptedModule, base), namespace)
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    if not isinstance(self, AdaptedModule):  # a hook kept this method, and the adapters were removed
+        return F.linear(input, self.weight, self.bias)
+    weight: Tensor = self.base_weight()
+    bias: Any = self.bias
+    if _is_sharded(weight):
+        raise RuntimeError("forward of an adapted layer met a sharded weight: FSDP must unshard its module first")
+    fused, dropped = self._split_dropout()
+    dtype = autocast_dtype(weight)
+    if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):
+        return F.linear(input, weight, bias)  # the base layer, its complaint about a wrong dtype included
+    dtype = dtype or weight.dtype
+    if fused:
+        terms = self._terms("weight", fused, dtype)
+        out = _fused_linear(input, weight, bias, terms, dtype, self._randlora["weight"].pinned(fused))
+    else:
+        out = F.linear(input, weight, bias)
+    branch = self._branch(input, dropped, dtype, drop=True)
+    return out if branch is None else out + branch
+
+
+def _fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...], dtype: torch.dtype, pinned: Plan
+) -> Tensor:
+    """`randlora_linear`, with the effective weight kept inside a `cached` block."""
+    cache = current_cache() if pinned.forward != "factored" else None
+    if cache is not None:
+        kept = cache.weight(Recipe(weight, terms, dtype), x.shape[:-1].numel())
+        if kept is not None:
+            return F.linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
+    return randlora_linear(x, weight, bias, terms, weight.shape[0], dtype, pinned)
+
+
+def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The base layer as it is, plus the adapters' branch: the packed weight is never touched."""
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = base.forward(self, input, *args, **kwargs)
+        if not isinstance(self, AdaptedModule):  # as in `_linear_forward`
+            return out
+        kept, dropped = self._split_dropout()
+        dtype = autocast_dtype(input) or input.dtype
+        for names, drop in ((kept, False), (dropped, True)):
+            branch = self._branch(input, names, dtype, drop)
+            if branch is not None:
+                out = out + branch.to(out.dtype)
+        return out
+
+    return forward
+
+
+def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The base's forward, for modules that read their weights and hand them to a matrix product."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+            return base.forward(self, *args, **kwargs)
+        with scope():
+            return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _weight_property(param: str) -> property:
+    def get(self: Any) -> Tensor:
+        # Compiled code has none of the readers in question.
+        peft = None if torch.compiler.is_compiling() else peft_reader()
+        if peft is None:
+            return self._effective(param)
+        state = self._randlora[param]
+        state.written = state.written or bool(state.merged) and peft in ("merge", "unmerge")
+        return self.base_weight(param)
+
+    def set_(self: Any, value: object) -> None:
+        # nn.Module sends Parameters to its own table; only a plain tensor in a Parameter's place arrives here.
+        raise RuntimeError(_replaced(type(self).__name__, param))
+
+    return property(get, set_, doc=f"Effective {param}: the frozen one plus the active adapters' updates.")
+
+
+def _refuse_delete(cls: type, name: str) -> None:
+    raise RuntimeError(_replaced(cls.__name__, name))
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    # The swapped class cannot be found by name: store the base class and the adapted parameters instead.
+    reduced = super(AdaptedModule, self).__reduce_ex__(protocol)
+    if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__":
+        raise TypeError(f"{type(self).__name__} pickles itself in its own way: merge and remove adapters first")
+    arguments = (self._randlora_base, tuple(sorted(self._randlora)), self._randlora_quantized)
+    return _rebuild, arguments, *reduced[2:]
+
+
+def _rebuild(base: type[nn.Module], params: tuple[str, ...], quantized: bool) -> nn.Module:
+    """Unpickle: an empty instance of the swapped class, filled by the state that follows."""
+    cls = adapted_class(base, params, quantized)
+    return cls.__new__(cls)

@@ -1,0 +1,63 @@
+"""How weights are called: names of lambda and gamma, matching, and names in lists for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:  # the adapted class inherits nn.Module from its own base
+    _Mixin = object
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+PARTS = ("lambda", "gamma")
+
+
+def parameter_name(param: str, part: str, adapter_name: str) -> str:
+    """Name under which lambda or gamma of an adapter on `param` is registered on the module."""
+    return f"{param}_randlora_{part}_{adapter_name}"
+
+
+def is_adapter_name(path: str) -> bool:
+    """True for the path of a lambda or gamma."""
+    return "_randlora_" in path.rpartition(".")[2]
+
+
+def matches_suffix(pattern: str, path: str) -> bool:
+    """True if `pattern` equals whole trailing components of the dotted `path`."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def matches_any(pattern: str, paths: tuple[str, ...]) -> bool:
+    """True if `pattern` matches one of a target's paths (module path, parameter path, aliases)."""
+    return any(matches_suffix(pattern, path) for path in paths)
+
+
+def is_preset(target_modules: str) -> bool:
+    """True for the form ``integration:preset``."""
+    return re.fullmatch(r"[a-z_]+:[a-z0-9_-]+", target_modules) is not None
+
+
+def with_parents(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths and every module path above them."""
+    return tuple(path.rsplit(".", i)[0] for path in paths for i in range(path.count(".") + 1))
+
+
+def summarise(names: list[str]) -> list[str]:
+    """Names that differ in their numbers alone as one: ``blocks.*.attn.qkv (x12)``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        group = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        counts[group] = counts.get(group, 0) + 1
+    return [f"{group} (x{count})" if count > 1 else group for group, count in counts.items()]
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

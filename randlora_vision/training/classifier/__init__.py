@@ -1,0 +1,1 @@
+"""Fine-tuning timm models as image classifiers."""

@@ -1,0 +1,130 @@
+"""What is measured of a classifier: accuracy, overall and by class, on the task and on the base model's own."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.training.classifier.options import ClassifierOptions, model_title
+from randlora_vision.training.data.labelled import Batch, ImageSplits, evaluation_batches, sample_pictures
+from randlora_vision.training.data.pictures import SkipList, Transform
+from randlora_vision.training.evaluation.accuracy import Scores, measure
+from randlora_vision.training.evaluation.plots import Prediction, plot_confusion, plot_curves, plot_predictions
+from randlora_vision.training.evaluation.results import in_words, summarise
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.harness.task import Speed
+from randlora_vision.training.methods.adaptation import Adaptation
+
+_PICTURES = 32
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores:
+    """Measure a model on data of `classes` classes; leaves it in eval mode."""
+    model.eval()
+    return measure(model, batches, classes, next(model.parameters()).device)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of the tests."""
+
+    tasks: Mapping[str, str]  # what each test is of
+    scores: Mapping[str, Scores]
+    logits: Tensor  # of the sample of pictures (P, K)
+
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        """The numbers of each test."""
+        return {name: scores.values for name, scores in self.scores.items()}
+
+    def __str__(self) -> str:
+        return in_words(self.tasks, self.results)
+
+
+class Exam:
+    """The test split, a sample of its pictures, and where there is one the test split of the original task."""
+
+    def __init__(
+        self,
+        splits: ImageSplits,
+        original: ImageSplits | None,
+        transform: Transform,
+        skipped: SkipList,
+        batch_size: int,
+        workers: int | None,
+    ) -> None:
+        self.skipped = skipped
+        self.class_names = splits.class_names
+        tests = {"test": splits, **({"original": original} if original else {})}
+        self.tasks = {name: test.name for name, test in tests.items()}
+        data = {name: test.select("test", transform, skipped) for name, test in tests.items()}
+        self._tests = {
+            name: (evaluation_batches(data[name], batch_size, workers), len(test.class_names))
+            for name, test in tests.items()
+        }
+        self.pictures, self.truths = sample_pictures(data["test"], _PICTURES)
+        self.images = torch.stack([transform(picture) for picture in self.pictures])
+
+    def take(self, model: nn.Module) -> Answers:
+        """Measure a model."""
+        scores = {name: evaluate(model, batches, classes) for name, (batches, classes) in self._tests.items()}
+        return Answers(self.tasks, scores, self.predict(model))
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module) -> Tensor:
+        """Return the logits (P, K) of the sample of pictures, in eval mode, in float32 on the CPU."""
+        model.eval()
+        logits: Tensor = model(self.images.to(next(model.parameters()).device))
+        return logits.float().cpu()
+
+    def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
+        """Return the sample of pictures with both answers."""
+        was = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
+        return [
+            Prediction(
+                picture,
+                self.class_names[truth],
+                None if old is None else self.class_names[old],
+                self.class_names[new],
+            )
+            for picture, truth, old, new in zip(
+                self.pictures, self.truths, was, after.logits.argmax(dim=1).tolist(), strict=True
+            )
+        ]
+
+
+def write_results(
+    run: RunFolder,
+    options: ClassifierOptions,
+    adaptation: Adaptation,
+    head_numbers: int,
+    exam: Exam,
+    before: Answers | None,
+    after: Answers,
+    speed: Speed,
+    reload_difference: float,
+) -> dict[str, Any]:
+    """Write what is left of the run folder; return the content of summary.json."""
+    for step, answers in ((0, before), (speed.steps, after)):
+        for name, values in (answers.results if answers else {}).items():
+            run.log(step, name, values)
+    method, title = options.adapter.method, model_title(options)
+    plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
+    when = "after" if before is None else "before and after"
+    plot_predictions(exam.predictions(before, after), f"Test images and the answers {when} training", run.predictions)
+    scores, names = after.scores["test"], exam.class_names
+    top1 = scores.values["top1"]
+    # The head has one output for each class of the data: the matrix is square.
+    plot_confusion(scores.confusion.tolist(), names, f"Answers on the test images, top-1 {top1:.1%}", run.confusion)
+    summary = {
+        **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
+        "head_numbers": head_numbers,
+        "tasks": exam.tasks,
+        "before": None if before is None else before.results,
+        "after": after.results,
+        "per_class": dict(zip(names, scores.per_class, strict=True)),
+    }
+    run.write(run.summary, summary)
+    return summary

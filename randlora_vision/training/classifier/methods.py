@@ -1,0 +1,101 @@
+"""The ways of training a timm classifier: RandLoRA with its head, PEFT's LoRA and VeRA, all of it, or its head."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, plan
+from randlora_vision.integrations.timm import head_modules, load_adapter
+from randlora_vision.training.classifier.options import ClassifierOptions
+from randlora_vision.training.methods.adaptation import Adaptation, RandLoRA, TrainedTensors, finite_gradients, quiet
+from randlora_vision.training.methods.lora import rank_for_budget
+from randlora_vision.training.methods.peft import Peft
+
+_PLAIN_CODE = (
+    "from safetensors.torch import load_file",
+    "model.load_state_dict(load_file({path!r}), strict=False)",
+)
+
+
+class RandLoRAWithHead(RandLoRA):
+    """RandLoRA beside a classifier that is trained in full, in one file."""
+
+    def check_gradients(self) -> list[str]:
+        """Check both."""
+        return super().check_gradients() + finite_gradients(head_parameters(self.model))
+
+    def load(self, model: nn.Module, path: Path) -> None:
+        """Load the adapter file, head included."""
+        load_adapter(model, path)
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return the integration's call."""
+        return ["from randlora_vision.integrations.timm import load_adapter", f"load_adapter(model, {str(path)!r})"]
+
+
+def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a timm model's classifier."""
+    for head in head_modules(model):
+        for name, parameter in model.get_submodule(head).named_parameters():
+            yield f"{head}.{name}", parameter
+
+
+def resolve_budget(options: ClassifierOptions, model: nn.Module) -> ClassifierOptions:
+    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it."""
+    adapter = options.adapter
+    if adapter.budget is None:
+        return options
+    rank = rank_for_budget(model, _targets(model, options), adapter.budget)
+    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
+
+
+def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
+    """Make the model trainable by the chosen method, everything else frozen."""
+    adapter, seed = options.adapter, options.training.seed
+    if adapter.method == "full":
+        return TrainedTensors(model, [name for name, _ in model.named_parameters()], "full fine-tuning", _PLAIN_CODE)
+    if adapter.method == "linear-probe":
+        return TrainedTensors(model, [name for name, _ in head_parameters(model)], "linear classifier", _PLAIN_CODE)
+    assert adapter.rank is not None, "resolve the options first"
+    if adapter.method == "randlora":
+        return RandLoRAWithHead(model, randlora_config(model, options, adapter.rank, adapter.alpha))
+    from peft import LoraConfig, VeraConfig
+
+    targets = _targets(model, options)
+    shared = {
+        "r": adapter.rank,
+        "target_modules": "|".join(re.escape(name) for name in targets),
+        "modules_to_save": head_modules(model),
+    }
+    if adapter.method == "lora":
+        return Peft(model, LoraConfig(lora_alpha=adapter.alpha, **shared), targets)
+    # The projections come from the seed, as RandLoRA's bases do: in the file they would be most of it.
+    with quiet():
+        config = VeraConfig(projection_prng_key=seed, save_projection=False, **shared)
+    return Peft(model, config, targets)
+
+
+def randlora_config(
+    model: nn.Module, options: ClassifierOptions, rank: int, alpha: float | None = None
+) -> RandLoRAConfig:
+    """Return RandLoRA's configuration for these options: the backbone adapted, the head trained in full."""
+    adapter = options.adapter
+    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
+    return RandLoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=adapter.dropout,
+        target_modules=named or "timm:backbone",
+        bases=adapter.bases,
+        init=adapter.init,
+        seed=options.training.seed,
+        modules_to_save=head_modules(model),
+    )
+
+
+def _targets(model: nn.Module, options: ClassifierOptions) -> list[str]:
+    """Return the names of the weights that RandLoRA would adapt; rank 1 fits every weight."""
+    return [target.name for target in plan(model, randlora_config(model, options, rank=1)).targets]

@@ -1,0 +1,198 @@
+"""Loading any timm classifier with its transforms, with errors that a user can act on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from randlora_vision.integrations.timm import head_modules
+from randlora_vision.training.classifier.options import AugmentOptions, ModelOptions
+from randlora_vision.training.data.labelled import ImageSplits
+from randlora_vision.training.data.pictures import Transform
+
+_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+# A head of exact zeros would pass no gradient back, and the first step could not tell whether adapters learn.
+_HEAD_STD = 1e-3
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A timm model and what goes with it."""
+
+    model: nn.Module
+    data_config: Mapping[str, Any]
+    code: list[str]  # the Python that makes the model, under the name `model`
+    has_weights: bool
+    fresh_head: bool
+
+    @property
+    def eval_transform(self) -> Transform:
+        """Timm's transform of images that are measured."""
+        from timm.data import create_transform
+
+        transform: Transform = create_transform(**self.data_config)
+        return transform
+
+    def training_transform(self, splits: ImageSplits, augment: AugmentOptions) -> Transform:
+        """Return timm's transform of training images, or the data's own augmentation where none was asked for."""
+        from timm.data import create_transform
+
+        if splits.augment and not (augment.auto_augment or augment.random_erasing):
+            return Compose([splits.augment, self.eval_transform])
+        config = {name: value for name, value in self.data_config.items() if name not in ("crop_pct", "crop_mode")}
+        try:
+            transform: Transform = create_transform(
+                **config, is_training=True, auto_augment=augment.auto_augment, re_prob=augment.random_erasing
+            )
+        except Exception as error:  # asserts and others, on a string that it cannot read
+            raise ValueError(f"timm cannot make the --auto-augment {augment.auto_augment!r}: {error}") from error
+        return transform
+
+
+def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedClassifier:
+    """Load a timm model, frozen, with a head of `classes` outputs.
+
+    The head is a new one where the weights bring none, or one for another number of classes. What no
+    weights fill is drawn with `seed`: the same call gives the same model again. Raises ValueError for an
+    unknown model, naming close ones, for weights that do not fit or cannot be fetched, and for numbers
+    of classes that contradict each other.
+    """
+    assert options.model is not None
+    if options.num_classes not in (None, classes):
+        raise ValueError(f"the data has {classes} classes, --num-classes says {options.num_classes}: leave it out")
+    if not options.model.startswith(_SCHEMES):
+        _check_name(options.model)
+    arguments: dict[str, Any] = {}
+    if options.img_size and _is_fixed(options.model):
+        arguments["img_size"] = options.img_size
+    if options.pretrained:
+        arguments["pretrained"] = True
+    in_weights = _classes_of_weights(options, arguments)
+    kept = in_weights == classes and not options.fresh_head
+    if options.initial_checkpoint:
+        if in_weights != classes and not options.fresh_head:
+            raise ValueError(
+                f"{options.initial_checkpoint} holds a classifier of {in_weights} classes and the data has {classes}: "
+                "give --fresh-head to start with a new one"
+            )
+        arguments |= {"checkpoint_path": options.initial_checkpoint, "num_classes": in_weights}
+    else:
+        arguments["num_classes"] = classes
+    words = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    code = ["import timm, torch", f"model = timm.create_model({options.model!r}{words})"]
+    if not (options.pretrained or options.initial_checkpoint):
+        code.insert(1, f"torch.manual_seed({seed})  # random weights")
+    model = _create(options.model, arguments, seed)
+    if options.initial_checkpoint and in_weights != classes:
+        model.reset_classifier(classes)
+        code.append(f"model.reset_classifier({classes})")
+    _check_head(model, classes)
+    if not kept:
+        _renew_head(model, seed)
+    model.requires_grad_(False)
+    return LoadedClassifier(
+        model=model,
+        data_config=_data_config(model, options.img_size),
+        code=code,
+        has_weights=options.pretrained or options.initial_checkpoint is not None,
+        fresh_head=not kept,
+    )
+
+
+def with_own_head(options: ModelOptions, seed: int) -> nn.Module:
+    """Return the pretrained model with the head that its weights bring."""
+    assert options.model is not None
+    return _create(options.model, {"pretrained": True}, seed).requires_grad_(False)
+
+
+def _create(name: str, arguments: Mapping[str, Any], seed: int) -> Any:
+    """Call timm. Any: what a model of timm can do is more than a module's type says."""
+    import timm
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return timm.create_model(name, **arguments)
+    except Exception as error:  # of whatever library reads the file or asks the network
+        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
+        words = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+        raise ValueError(f"timm cannot make the model {name!r} with {words}: {reason}") from error
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    known = timm.list_models()
+    if timm.is_model(name):
+        _, _, tag = name.partition(".")
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*") if tag else [name]
+        known = [name] if name in tags else tags
+    if name not in known:
+        close = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; close matches: {', '.join(close)}" if close else ""
+        raise ValueError(
+            f"timm has no model {name!r}{hint} (python -c 'import timm; print(timm.list_models())' "
+            "lists them all; hf-hub:ORG/REPO and local-dir:FOLDER work too)"
+        )
+
+
+def _is_fixed(name: str) -> bool:
+    """Tell whether a model has to be built for one image size."""
+    import timm
+
+    config = None if name.startswith(_SCHEMES) else timm.get_pretrained_cfg(name)
+    return config is None or config.fixed_input_size
+
+
+def _classes_of_weights(options: ModelOptions, arguments: Mapping[str, Any]) -> int | None:
+    """Return how many classes the classifier tells apart that the weights bring; None if they bring none."""
+    assert options.model is not None
+    if not (options.pretrained or options.initial_checkpoint):
+        return None
+    with torch.device("meta"):
+        model = _create(options.model, {**arguments, "pretrained": False}, seed=0)
+    if options.pretrained:
+        return int(model.num_classes)
+    from timm.models import load_state_dict
+
+    assert options.initial_checkpoint is not None
+    if not Path(options.initial_checkpoint).is_file():
+        raise FileNotFoundError(f"no file {options.initial_checkpoint!r} (--initial-checkpoint)")
+    try:
+        weights: Mapping[str, Tensor] = load_state_dict(options.initial_checkpoint)
+    except Exception as error:  # of whatever library reads the file
+        raise ValueError(f"cannot read --initial-checkpoint {options.initial_checkpoint}: {error}") from error
+    outputs = {len(weights[f"{head}.weight"]) for head in head_modules(model) if f"{head}.weight" in weights}
+    if len(outputs) != 1:
+        raise ValueError(f"{options.initial_checkpoint} has no classifier of a {options.model}")
+    return outputs.pop()
+
+
+def _check_head(model: nn.Module, classes: int) -> None:
+    if not head_modules(model) or getattr(model, "num_classes", None) != classes:
+        raise ValueError(f"timm made a {type(model).__name__} without a classifier of {classes} classes: take another")
+
+
+def _renew_head(model: nn.Module, seed: int) -> None:
+    """Draw the head's last layers anew, all but zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for head in head_modules(model):
+        layers = [part for part in model.get_submodule(head).modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+        with torch.no_grad():
+            for layer in layers[-1:]:
+                layer.weight.copy_(_HEAD_STD * torch.randn(layer.weight.shape, generator=generator))
+                if layer.bias is not None:
+                    layer.bias.zero_()
+
+
+def _data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
+    from timm.data import resolve_data_config
+
+    config: dict[str, Any] = resolve_data_config({"img_size": img_size} if img_size else {}, model=model)
+    return config

@@ -1,0 +1,1 @@
+"""Fine-tuning CLIP and SigLIP models."""

@@ -1,0 +1,123 @@
+"""A CLIP model as an image classifier: class prompts, their loss, and accuracy.
+
+Shapes: B images, C classes, T templates, L tokens, D shared dimension.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from randlora_vision.integrations._open_clip_models import LoadedClip
+from randlora_vision.training.data.labelled import Batch
+from randlora_vision.training.evaluation.accuracy import Scores, measure
+
+PROBE = "class_features"  # the name of a probe's parameter, here and in its file
+_PROMPTS_AT_ONCE = 256
+
+
+class ClipClassifier(nn.Module):
+    """logits (B, C) = exp(logit_scale) * image features (B, D) @ class features (C, D)^T.
+
+    Class features are the text tower's, averaged over the templates. With `probe` they are a
+    parameter, `class_features`, that starts as those; otherwise they are recomputed at every call
+    while the text tower learns, and computed once while it is frozen (as it is when this is built).
+    """
+
+    def __init__(
+        self,
+        clip: LoadedClip,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        prompts: Literal["average", "sample"] = "average",
+        probe: bool = False,
+    ) -> None:
+        super().__init__()
+        # Any: the two towers' methods are open_clip's, which no type of PyTorch's knows.
+        self.clip: Any = clip.model
+        self.prompts = prompts
+        texts = [template.replace("{}", name) for name in class_names for template in templates]
+        device = next(clip.model.parameters()).device
+        tokens = clip.tokenize(texts).unflatten(0, (len(class_names), len(templates)))
+        self.register_buffer("tokens", tokens.to(device), persistent=False)  # (C, T, L)
+        self.tokens: Tensor
+        self.class_features: nn.Parameter | None = None
+        self._frozen: Tensor | None = None  # (C, T, D)
+        self.eval()  # what is computed once is computed as in evaluation: no dropout, all templates averaged
+        if not text_tower_learns(clip.model):
+            with torch.no_grad():
+                self._frozen = self._encode(self.tokens)
+        if probe:
+            self.class_features = nn.Parameter(self.prompt_features().detach().clone())
+
+    def prompt_features(self) -> Tensor:
+        """Return the class features (C, D), of unit length, that the prompts give now."""
+        tokens, features = self.tokens, self._frozen
+        if self.training and self.prompts == "sample":
+            chosen = torch.randint(tokens.shape[1], (tokens.shape[0],)).to(tokens.device)
+            classes = torch.arange(tokens.shape[0], device=tokens.device)
+            tokens = tokens[classes, chosen, None]
+            features = None if features is None else features[classes, chosen, None]
+        if features is None:
+            features = self._encode(tokens)
+        return F.normalize(features.mean(dim=1), dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (B, C) of the images (B, 3, H, W)."""
+        return self.logits(images, self._current_features())
+
+    def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
+        """Return the logits (B, C) for class features (C, D) that are already there."""
+        image_features = self.clip.encode_image(images, normalize=True)
+        return self.clip.logit_scale.exp() * image_features @ class_features.T
+
+    @torch.no_grad()
+    def scores(self, batches: Iterable[Batch]) -> Scores:
+        """Measure the classifier on the batches; leaves the model in eval mode."""
+        self.eval()
+        features = self._current_features()
+        return measure(lambda images: self.logits(images, features), batches, len(self.tokens), features.device)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the logits (B, C) in eval mode, in float32 on the CPU."""
+        self.eval()
+        return self(images.to(self.tokens.device)).float().cpu()
+
+    def _current_features(self) -> Tensor:
+        return self.prompt_features() if self.class_features is None else self.class_features
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """Return the unit-length text features (C, T, D) of tokens (C, T, L)."""
+        parts = tokens.flatten(0, 1).split(_PROMPTS_AT_ONCE)
+        features = torch.cat([self.clip.encode_text(part, normalize=True) for part in parts])
+        return features.unflatten(0, tokens.shape[:2])
+
+
+class ClassPromptLoss(nn.Module):
+    """Cross entropy of a classifier's logits: what training minimises."""
+
+    def __init__(self, classifier: ClipClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+        return F.cross_entropy(self.classifier(batch["images"]), batch["labels"])
+
+
+def text_tower_learns(model: nn.Module) -> bool:
+    """Tell whether any parameter of the text tower requires a gradient."""
+    return any(p.requires_grad for name, p in model.named_parameters() if belongs_to(name, "text"))
+
+
+def belongs_to(name: str, tower: str) -> bool:
+    """Tell whether an open_clip parameter is of the `vision` or the `text` tower, by its name.
+
+    The logit scale and bias, and CoCa's caption decoder, belong to neither.
+    """
+    if name.startswith("visual."):
+        return tower == "vision"
+    return tower == "text" and not name.startswith(("logit_", "text_decoder."))

@@ -1,0 +1,93 @@
+"""A saved file of any method on a CLIP model again, at its full strength or at part of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from randlora_vision import load_adapter, set_scale
+from randlora_vision.files.adapter_file import FORMAT
+from randlora_vision.integrations._open_clip_models import LoadedClip
+from randlora_vision.training.clip.classifier import PROBE, ClipClassifier
+from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.methods.adaptation import quiet
+from randlora_vision.training.methods.lora import FORMAT as LORA_FORMAT
+from randlora_vision.training.methods.lora import LowRank, load_lora
+
+
+def reload(
+    clip: LoadedClip, class_names: Sequence[str] | None, options: ClipOptions, path: Path, scale: float = 1.0
+) -> ClipClassifier | None:
+    """Put a saved file on a base model, in place, and return the classifier that this makes where there are classes.
+
+    See `put_on`. At part of its strength a linear probe is that far from the prompts' features.
+    """
+    probe = put_on(clip.model, path, scale)
+    if class_names is None:
+        if probe is not None:
+            raise ValueError(f"{path} is a linear classifier, and the data has captions, not classes")
+        return None
+    classifier = ClipClassifier(
+        clip, class_names, options.images.templates, options.images.prompts, probe=probe is not None
+    )
+    own = classifier.class_features
+    if probe is not None and own is not None:
+        if own.shape != probe.shape:
+            shapes = " x ".join(map(str, probe.shape)), " x ".join(map(str, own.shape))
+            raise ValueError(f"{path} is a linear classifier of {shapes[0]} numbers; model and data want {shapes[1]}")
+        with torch.no_grad():
+            own.copy_(torch.lerp(own, probe.to(own), scale))
+        own.requires_grad_(False)
+    return classifier
+
+
+def put_on(model: nn.Module, path: Path, scale: float = 1.0) -> Tensor | None:
+    """Put what a file holds on a frozen base model, in place; return a linear probe's class features (C, D).
+
+    At `scale` s the weights are base + s * (adapted - base): 1 is as trained, 0 the base. A probe is returned as
+    it is: it lies beside the model. Raises ValueError for a file that is none of ours or of another model.
+    """
+    if path.is_dir():  # PEFT's
+        _load_randlora(model, path, scale)
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            kind = (file.metadata() or {}).get("format")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no adapter file: {error}") from error
+    if kind == FORMAT:
+        _load_randlora(model, path, scale)
+    elif kind == LORA_FORMAT:
+        load_lora(model, path)
+        for part in model.modules():
+            if isinstance(part, LowRank):
+                part.scale *= scale
+    elif set(tensors) == {PROBE}:
+        return tensors[PROBE]
+    else:
+        _move(model, tensors, path, scale)
+    return None
+
+
+def _load_randlora(model: nn.Module, path: Path, scale: float) -> None:
+    with quiet():
+        load_adapter(model, path)
+    set_scale(model, scale)
+
+
+@torch.no_grad()
+def _move(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, scale: float) -> None:
+    """Take the parameters that were trained in full from the model's own towards the file's."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise ValueError(f"{path} is no adapter of this model: a {type(model).__name__} has no {name}")
+        if parameters[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file and {tuple(parameters[name].shape)} in the model"
+            raise ValueError(f"{path} is no adapter of this model: {name} is {shapes}")
+    for name, tensor in tensors.items():
+        own = parameters[name]
+        own.copy_(torch.lerp(own, tensor.to(own), scale))

@@ -1,0 +1,156 @@
+"""The ways of training a CLIP model, and their learning rates by layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, plan
+from randlora_vision.integrations._open_clip_models import LoadedClip
+from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to
+from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.harness.memory import checkpoint_activations
+from randlora_vision.training.harness.optim import (
+    _AS_THE_ONE_BEFORE,
+    Layers,
+    _layers,
+    _matcher,
+    layer_rates,
+)
+from randlora_vision.training.methods.adaptation import Adaptation, RandLoRA, TrainedTensors
+from randlora_vision.training.methods.lora import LoRA, rank_for_budget
+
+_FULL_CODE = (
+    "from safetensors.torch import load_file",
+    "model.load_state_dict(load_file({path!r}), strict=False)",
+)
+_PROBE_CODE = (
+    "from safetensors.torch import load_file",
+    "class_features = load_file({path!r})['class_features']",
+    "logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ class_features.T",
+)
+
+
+def resolve_budget(options: ClipOptions, model: nn.Module) -> ClipOptions:
+    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it."""
+    adapter = options.adapter
+    if adapter.budget is None:
+        return options
+    rank = rank_for_budget(model, _targets(model, options), adapter.budget)
+    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
+
+
+def adapt(
+    clip: LoadedClip, class_names: Sequence[str] | None, options: ClipOptions
+) -> tuple[ClipClassifier | None, Adaptation]:
+    """Make the model trainable by the chosen method, everything else frozen; return its classifier of classes too.
+
+    For the linear probe the trained weights are the classifier's, for the other methods the model's own.
+    """
+    probe = options.adapter.method == "linear-probe"
+    adaptation = None if probe else _adapt_model(clip.model, options)
+    classifier = None
+    if class_names is not None:
+        classifier = ClipClassifier(clip, class_names, options.images.templates, options.images.prompts, probe)
+    if adaptation is None:
+        assert classifier is not None, "a probe without classes: resolve_loss refuses it"
+        adaptation = TrainedTensors(classifier, [PROBE], "linear classifier", _PROBE_CODE)
+    return classifier, adaptation
+
+
+def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
+    adapter = options.adapter
+    if adapter.method == "randlora":
+        assert adapter.rank is not None, "resolve the options first"
+        config = randlora_config(options, adapter.rank, adapter.alpha)
+        return RandLoRA(model, replace(config, modules_to_save=tuple(_scalars(model, options))))
+    if adapter.method == "lora":
+        assert adapter.rank is not None and adapter.alpha is not None, "resolve the budget first"
+        return LoRA(model, _targets(model, options), adapter.rank, adapter.alpha)
+    towers = _towers(options)
+    # Token tables stay frozen: few of their rows are in any prompt, and they slow every step down.
+    tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in tables and any(belongs_to(name, tower) for tower in towers)
+    ]
+    names += _scalars(model, options)
+    return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
+
+
+def checkpoint_towers(model: nn.Module, options: ClipOptions) -> None:
+    """Let the towers that are adapted compute activations again; raise ValueError for one that cannot."""
+    for tower in _towers(options):
+        checkpoint_activations(model, f"the {tower} tower", partial(belongs_to, tower=tower))
+
+
+def _towers(options: ClipOptions) -> tuple[str, ...]:
+    return ("vision", "text") if options.clip.towers == "both" else (options.clip.towers,)
+
+
+def own_rates(model: Any, options: ClipOptions) -> dict[nn.Parameter, float]:
+    """Return the learning rates of an open_clip model that are not the common one, by parameter."""
+    assert options.training.lr is not None, "resolve the options first"
+    decay, scale_lr = options.rates.layer_decay, options.clip.logit_scale_lr
+    rates = layer_rates(model, clip_layers(model), options.training.lr, decay) if decay != 1 else {}
+    return {**rates, **({model.get_parameter(name): scale_lr for name in _scalars(model, options)} if scale_lr else {})}
+
+
+def _scalars(model: nn.Module, options: ClipOptions) -> list[str]:
+    """Return what is trained of the logit scale and bias. Of the losses only SigLIP's depends on the bias."""
+    if not options.clip.train_logit_scale:
+        return []
+    with_bias = options.loss.loss == "siglip" and getattr(model, "logit_bias", None) is not None
+    return ["logit_scale", "logit_bias"] if with_bias else ["logit_scale"]
+
+
+def _targets(model: nn.Module, options: ClipOptions) -> list[str]:
+    """Return the names of the weights that RandLoRA would adapt; rank 1 fits every weight."""
+    return [target.name for target in plan(model, randlora_config(options, rank=1)).targets]
+
+
+def randlora_config(options: ClipOptions, rank: int, alpha: float | None = None) -> RandLoRAConfig:
+    """Return RandLoRA's configuration for these options; the targets are those of the towers, or the named ones."""
+    adapter = options.adapter
+    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
+    return RandLoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=adapter.dropout,
+        target_modules=named or f"open_clip:{options.clip.towers}",
+        bases=adapter.bases,
+        init=adapter.init,
+        seed=options.training.seed,
+    )
+
+
+_CLIP_TOWER: Mapping[str, Any] = {
+    "stem": (
+        r"(?:conv\d|bn\d|class_embedding|cls_emb|positional_embedding|token_embedding|ln_pre|"
+        r"transformer\.(?:\w+\.)*(?:embeddings|embed_tokens|shared))\b"
+    ),
+    "blocks": [
+        (r"layer(\d)\.(\d+)\.", None),  # open_clip's ResNets
+        (r"transformer\.(?:\w+\.)*?(?:resblocks|layers?|blocks?|h)\.(\d+)\.", None),  # its own, and Hugging Face's
+        (r"(?:ln_post|ln_final|transformer\.(?:\w+\.)*\w*norm)\b", _AS_THE_ONE_BEFORE),
+    ],
+}
+
+
+def clip_layers(model: Any) -> list[Layers]:
+    """Return the layers of each tower of an open_clip model, its projection the last.
+
+    What is of no tower, such as the logit scale, is left out.
+    """
+    trunk, text = (getattr(*place, None) for place in ((model.visual, "trunk"), (model, "text")))
+    if trunk is None:
+        vision = _layers(model.visual, _CLIP_TOWER, "visual.")
+    else:
+        layers = _layers(trunk, _matcher(trunk), "visual.trunk.")
+        end = max(layers.values()) + 1
+        vision = {**layers, **{f"visual.head.{name}": end for name, _ in model.visual.head.named_parameters()}}
+    words = _layers(model, _CLIP_TOWER) if text is None else _layers(text, _CLIP_TOWER, "text.")
+    return [vision, {name: layer for name, layer in words.items() if belongs_to(name, "text")}]

@@ -1,0 +1,125 @@
+"""The end of a CLIP run: pictures and summary in the run folder, and what is said on the terminal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from randlora_vision.training.clip.evaluation import Answers, Exam
+from randlora_vision.training.clip.options import ClipOptions, model_title
+from randlora_vision.training.evaluation.plots import (
+    plot_confusion,
+    plot_curves,
+    plot_found,
+    plot_predictions,
+    plot_scales,
+)
+from randlora_vision.training.evaluation.results import Results, headline, summarise
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.harness.task import Speed
+from randlora_vision.training.methods.adaptation import Adaptation
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured in a run."""
+
+    exam: Exam
+    before: Answers
+    after: Answers | None  # None where only the base model was measured
+    scales: Sequence[tuple[float, Results]] = ()  # between the base model and the adapted one
+    truncated_captions: int = 0
+
+    @property
+    def last(self) -> Answers:
+        """The answers that the run is about."""
+        return self.after or self.before
+
+    def record(self) -> dict[str, Any]:
+        """Return what summary.json holds of it."""
+        names = self.exam.class_names
+        found = {"before": self.before, "after": self.after}
+        classes = {
+            when: dict(zip(names, answers.scores["test"].per_class, strict=True))
+            for when, answers in found.items()
+            if names is not None and answers is not None
+        }
+        return {
+            "tasks": self.exam.tasks,
+            **{when: answers.results if answers else None for when, answers in found.items()},
+            **({"per_class": classes} if classes else {"truncated_captions": self.truncated_captions}),
+            **({"scales": [{"scale": scale, **results} for scale, results in self.scales]} if self.scales else {}),
+        }
+
+
+def write_results(
+    run: RunFolder,
+    options: ClipOptions,
+    adaptation: Adaptation,
+    measured: Measured,
+    speed: Speed,
+    reload_difference: float,
+) -> dict[str, Any]:
+    """Write what is left of the run folder after training; return the content of summary.json."""
+    assert measured.after is not None
+    for step, answers in ((0, measured.before), (speed.steps, measured.after)):
+        for name, values in answers.results.items():
+            run.log(step, name, values)
+    method, title = options.adapter.method, model_title(options)
+    plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
+    _draw(run, measured, "before and after training")
+    summary = {
+        **summarise(run, method, title, adaptation, speed, reload_difference, measured.exam.skipped),
+        **measured.record(),
+    }
+    run.write(run.summary, summary)
+    return summary
+
+
+def write_evaluation(run: RunFolder, options: ClipOptions, measured: Measured) -> dict[str, Any]:
+    """Write the run folder of a run that only measures; return the content of summary.json."""
+    for name, values in measured.last.results.items():
+        run.log(0, name, values)
+    _draw(run, measured, "without and with the adapter" if measured.after else "of the base model")
+    summary = {
+        "method": "evaluation",
+        "model": model_title(options),
+        "adapter": options.evaluation.adapter,
+        **measured.record(),
+        "skipped_images": measured.exam.skipped.count(),
+    }
+    run.write(run.summary, summary)
+    return summary
+
+
+def _draw(run: RunFolder, measured: Measured, when: str) -> None:
+    exam, last = measured.exam, measured.last
+    before = measured.before if measured.after else None
+    if exam.class_names is None:
+        plot_found(exam.found(before, last), f"Test images and the nearest captions {when}", run.predictions)
+    else:
+        plot_predictions(exam.predictions(before, last), f"Test images and the answers {when}", run.predictions)
+        scores = last.scores["test"]
+        title = f"Answers on the test images, top-1 {scores.values['top1']:.1%}"
+        plot_confusion(scores.confusion.tolist(), exam.class_names, title, run.confusion)
+    if measured.scales:
+        lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
+        kind = "Mean recall" if exam.class_names is None else "Top-1 accuracy"
+        plot_scales(
+            [scale for scale, _ in measured.scales], lines, f"{kind} between base and adapted model", run.scales
+        )
+
+
+def loading_code(run: RunFolder, options: ClipOptions, adaptation: Adaptation) -> list[str]:
+    """Return the Python that makes the adapted model again."""
+    name, pretrained = options.clip.model or "", options.clip.pretrained
+    lines = ["import open_clip"]
+    if name.endswith(".json"):
+        lines.append(f"open_clip.add_model_config({name!r})")
+        name = model_title(options)
+    weights = f", pretrained={pretrained!r}" if pretrained else ""
+    lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}{weights})")
+    if options.evaluation.adapter is not None:
+        lines.append("from pathlib import Path")
+        lines.append("from randlora_vision.training.clip.load import put_on")
+        lines.append(f"put_on(model, Path({options.evaluation.adapter!r}))")
+    return lines + adaptation.loading_code(run.adapter)

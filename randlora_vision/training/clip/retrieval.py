@@ -1,0 +1,123 @@
+"""Image-text retrieval: the features of all images and captions of a split, and recall in both directions.
+
+Shapes: I images, T captions, U different texts among them, D shared dimension, Q queries at once, K candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from randlora_vision.training.data.captioned import CaptionedImages, evaluation_pair_batches
+from randlora_vision.training.harness.distributed import measure_all
+
+RECALL_AT = (1, 5, 10)
+_QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a CLIP model makes of images and their captions; all on the CPU, features of unit length in float32.
+
+    A text is right for an image when the image has a caption of the same number: this one, or one that means
+    the same (see `PairBatch`). A text that is the caption of many images is a candidate once.
+    """
+
+    images: Tensor  # (I, D)
+    indices: Tensor  # (I,) int64: each image's position in its split
+    words: Sequence[str]  # U, all different
+    texts: Tensor  # (U, D)
+    numbers: Tensor  # (U,) int64: equal ones mean the same
+    image_of: Tensor  # (T,) int64: which image (a row) each caption belongs to
+    text_of: Tensor  # (T,) int64: and which text it is
+
+    def recalls(self) -> dict[str, float]:
+        """Return recall@1, 5 and 10 of all images and all captions as queries, and the mean of the six."""
+        values = {}
+        ranks = {"image_to_text": self.text_ranks(), "text_to_image": self.image_ranks()[self.text_of]}
+        for direction, places in ranks.items():
+            for most in RECALL_AT:
+                values[f"{direction}_r{most}"] = (places < most).double().mean().item()
+        return {**values, "mean_recall": sum(values.values()) / len(values)}
+
+    def text_ranks(self) -> Tensor:
+        """Return for every image (I,) how many wrong texts are at least as near as its nearest right one."""
+        _, meaning = self.numbers.unique(return_inverse=True)
+
+        def right(start: int, end: int) -> Tensor:
+            own = self.image_of == torch.arange(start, end)[:, None]
+            found = torch.zeros(end - start, len(meaning)).index_add_(1, meaning[self.text_of], own.float())
+            return found[:, meaning] > 0
+
+        return _ranks(self.images, self.texts, right)
+
+    def image_ranks(self) -> Tensor:
+        """Return for every text (U,) how many wrong images are at least as near as its nearest right one."""
+        numbers = self.numbers[self.text_of]
+
+        def right(start: int, end: int) -> Tensor:
+            same = numbers == self.numbers[start:end, None]
+            return torch.zeros(end - start, len(self.images)).index_add_(1, self.image_of, same.float()) > 0
+
+        return _ranks(self.texts, self.images, right)
+
+    def nearest(self, index: int) -> tuple[str, bool]:
+        """Return the text nearest to the image at a position of the split, and whether it is a right one."""
+        (row,) = (self.indices == index).nonzero().flatten().tolist()
+        text = int((self.texts @ self.images[row]).argmax())
+        own = self.numbers[self.text_of[self.image_of == row]]
+        return self.words[text], bool((own == self.numbers[text]).any())
+
+
+def _ranks(queries: Tensor, candidates: Tensor, right: Any) -> Tensor:
+    """Return, for each query, how many wrong candidates are no farther than the nearest right one.
+
+    A tie counts against the model, and so does what is no number: equal features for all would otherwise
+    find everything. `right(start, end)` returns (Q, K) booleans of these queries.
+    """
+    ranks = []
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        end = min(start + _QUERIES_AT_ONCE, len(queries))
+        likeness = queries[start:end] @ candidates.T
+        correct = right(start, end)
+        nearest = likeness.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append((~(likeness < nearest) & ~correct).sum(dim=1))
+    return torch.cat(ranks)
+
+
+@torch.no_grad()
+def retrieval_features(model: Any, data: CaptionedImages, batch_size: int, workers: int | None) -> Features:
+    """Encode all images of a split and all their captions; leaves the model in eval mode.
+
+    Unreadable images are left out with their captions. Several processes share the work. Raises
+    ValueError where not one image could be read.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+
+    def encode_images(batch: Any) -> Sequence[Tensor]:
+        features = model.encode_image(batch["images"].to(device), normalize=True)
+        return features.float(), batch["indices"].to(device)
+
+    def encode_texts(texts: Sequence[str]) -> Sequence[Tensor]:
+        return (model.encode_text(data.tokenize(texts).to(device), normalize=True).float(),)
+
+    images, indices = measure_all(evaluation_pair_batches(data, batch_size, workers), encode_images)
+    rows = {index: row for row, index in enumerate(indices.tolist())}
+    captions = [caption for caption in zip(*data.texts(), strict=True) if caption[2] in rows]
+    numbers = {text: number for text, number, _ in captions}
+    words = list(numbers)
+    places = {text: place for place, text in enumerate(words)}
+    (texts,) = measure_all([words[at : at + batch_size] for at in range(0, len(words), batch_size)], encode_texts)
+    return Features(
+        images=F.normalize(images, dim=-1),
+        indices=indices,
+        words=words,
+        texts=F.normalize(texts, dim=-1),
+        numbers=torch.tensor(list(numbers.values())),
+        image_of=torch.tensor([rows[owner] for _, _, owner in captions]),
+        text_of=torch.tensor([places[text] for text, _, _ in captions]),
+    )

@@ -1,0 +1,126 @@
+"""The words for the classes of a dataset, and the prompts around them: the user's, or open_clip's."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from randlora_vision.names import listing
+from randlora_vision.training.data.labelled import ImageSplits
+
+IMAGENET = "imagenet"
+_WORDNET_ID = re.compile(r"n\d{8}")
+_TEMPLATE_SETS = ("openai", "simple")
+
+
+def with_class_names(splits: ImageSplits, source: str | None) -> ImageSplits:
+    """Return the splits with the class names of `source`, a file or 'imagenet'.
+
+    Without one the names stay; but the 1000 folder names of ImageNet, which are numbers in WordNet, become
+    open_clip's names for them.
+
+    Raises ValueError when the names do not match the classes, with what differs.
+    """
+    own = list(splits.class_names)
+    if source is None:
+        if len(own) != 1000 or not all(_WORDNET_ID.fullmatch(name) for name in own):
+            return splits
+        source = IMAGENET
+    given = _imagenet_names() if source == IMAGENET else _read_words(Path(source), "--class-names")
+    names = _by_folder(given, own, source) if isinstance(given, dict) else _in_order(given, own, source)
+    return replace(splits, class_names=names)
+
+
+def _by_folder(given: Mapping[str, Any], own: Sequence[str], source: str) -> list[str]:
+    """Return the name of every class, looked up by what the data calls it."""
+    words = {key.replace("_", " "): str(name) for key, name in given.items()}
+    _check_same(set(words), set(own), source)
+    return [words[name] for name in own]
+
+
+def _in_order(given: Sequence[Any], own: Sequence[str], source: str) -> list[str]:
+    """Return the names as they are given, once it is sure that their order is that of the labels."""
+    names = [str(name) for name in given]
+    if own == [str(number) for number in range(len(own))]:  # the data has numbers alone, maybe not all of them
+        if len(names) < len(own):
+            raise ValueError(f"--class-names {source} has {len(names)} names, and the labels go up to {len(own) - 1}")
+        return names
+    words = [name.replace("_", " ") for name in names]
+    if len(names) != len(own):
+        _check_same(set(words), set(own), source)
+        raise ValueError(f"--class-names {source} has {len(names)} names, and the data has {len(own)} classes")
+    moved = [(word, name) for word, name in zip(words, own, strict=True) if word != name and word in own]
+    if moved:
+        word, name = moved[0]
+        raise ValueError(
+            f"--class-names {source} is not in the order of the labels: it has {word!r} in the place of {name!r}; "
+            'sort it, or give JSON with a name for every class: {"folder": "name"}'
+        )
+    return names
+
+
+def _check_same(given: set[str], own: set[str], source: str) -> None:
+    if given != own:
+        missing, unknown = sorted(own - given), sorted(given - own)
+        parts = [f"without a name: {listing(missing)}"] if missing else []
+        parts += [f"not among the classes: {listing(unknown)}"] if unknown else []
+        raise ValueError(
+            f"--class-names {source} does not match the data ({len(given)} names, {len(own)} classes); "
+            + "; ".join(parts)
+        )
+
+
+def _imagenet_names() -> list[str]:
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
+
+
+def read_templates(given: Sequence[str]) -> tuple[str, ...]:
+    """Return prompts with {} for the class name: those given, and those of the sets and files that are named.
+
+    Raises ValueError for a prompt without {}, and for what is neither a prompt nor a set nor a file.
+    """
+    templates: list[str] = []
+    for item in given:
+        if item in _TEMPLATE_SETS:
+            templates += _open_clip_templates(item)
+        elif "{}" not in item and Path(item).is_file():
+            templates += _read_words(Path(item), "--templates", kinds=(list,))
+        else:
+            templates.append(item)
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(
+                f"--templates: {template!r} has no {{}} for the class name, and is neither a file nor one of "
+                f"{' and '.join(_TEMPLATE_SETS)}"
+            )
+    return tuple(templates)
+
+
+def _open_clip_templates(name: str) -> list[str]:
+    from open_clip import zero_shot_metadata
+
+    functions = getattr(zero_shot_metadata, f"{name.upper()}_IMAGENET_TEMPLATES")
+    return [function("{}") for function in functions]
+
+
+def _read_words(path: Path, flag: str, kinds: Sequence[type] = (list, dict)) -> Any:
+    """Return the list (or dictionary) of a JSON file, or the lines of a text file that are not empty."""
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no file {path}")
+    text = path.read_text(encoding="utf-8-sig")
+    words: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    if path.suffix == ".json":
+        try:
+            words = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{flag}: {path} is no JSON file: {error}") from error
+    if type(words) not in kinds or not words:
+        raise ValueError(f"{flag}: {path} holds no names")
+    for word in words.values() if isinstance(words, dict) else words:
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(f"{flag}: {path} holds {word!r}, which is no name")
+    return words

@@ -1,0 +1,136 @@
+"""Datasets of torchvision, and of others whose items are asked for one by one."""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from randlora_vision.errors import one_line
+from randlora_vision.names import listing
+from randlora_vision.training.data.options import SourceOptions
+from randlora_vision.training.data.pictures import StoredImage
+from randlora_vision.training.data.splits import Part
+
+_LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's datasets keep them
+
+
+def labels_of(dataset: Any) -> list[int]:
+    """Return every label, without decoding an image where the dataset has a list of them."""
+    reader: Any = getattr(dataset, "reader", None)  # timm's
+    if (files := files_of(dataset)) is not None:
+        return [int(label) for _, label in files]
+    if hasattr(reader, "label_key"):
+        return [int(label) for label in reader.dataset[reader.label_key]]
+    for name in _LABELS:
+        found = getattr(dataset, name, None)
+        if found is not None:
+            return [int(label) for label in found]
+    return [int(dataset[index][1]) for index in range(len(dataset))]
+
+
+def class_names_of(dataset: Any, labels: Sequence[int]) -> list[str]:
+    """Return the names of the classes, numbers where the dataset has none; the first of several names of one."""
+    reader: Any = getattr(dataset, "reader", None)
+    classes = getattr(dataset, "classes", None)
+    if classes is None and hasattr(reader, "label_key"):
+        classes = getattr(reader.dataset.features[reader.label_key], "names", None)
+    if classes is None and getattr(reader, "class_to_idx", None):
+        classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    if not classes:
+        return [str(number) for number in range(max(labels) + 1)]
+    return [str(name[0] if isinstance(name, tuple) else name) for name in classes]
+
+
+def files_of(dataset: Any) -> Any:
+    """Return the (file, label) pairs of a dataset that is a list of files, else None."""
+    return getattr(dataset, "samples", getattr(getattr(dataset, "reader", None), "samples", None))
+
+
+def forbid_fetching() -> None:
+    """Keep Hugging Face's `datasets` from the network; without effect once it is imported."""
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+_SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
+
+
+class _NoSplit(ValueError):
+    """A dataset does not know a split by that name."""
+
+
+def torchvision_parts(name: str, split: str | None, options: SourceOptions) -> dict[str, Part]:
+    """Open a dataset's own splits, or only the one that torchvision calls `split`.
+
+    Raises ValueError when there is no such dataset or split, its files are not there (or cannot be fetched),
+    or its images have no class each.
+    """
+    from torchvision import datasets
+
+    if name not in datasets.__all__:
+        close = get_close_matches(name, datasets.__all__, n=3)
+        raise ValueError(
+            f"torchvision has no dataset {name!r}" + (f"; close matches: {listing(close)}" if close else "")
+        )
+    parameters = inspect.signature(getattr(datasets, name).__init__).parameters
+    if split is not None:
+        return {"train": _part(f"{name}@{split}", _open(name, _chosen(name, split, parameters), options))}
+    parts = {}
+    for ours, choices in _own_splits(parameters).items():
+        for arguments in choices:
+            try:
+                parts[ours] = _part(f"the {ours} split of {name}", _open(name, arguments, options))
+                break
+            except _NoSplit:
+                continue
+    if "train" not in parts:
+        raise ValueError(f"torchvision's {name} has no split for training: choose one, as in torchvision:{name}@SPLIT")
+    return parts
+
+
+def _chosen(name: str, split: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that open a split of torchvision's name."""
+    if "train" in parameters and split in ("train", "test"):
+        return {"train": split == "train"}
+    if "split" in parameters:
+        return {"split": split}
+    theirs = "train and test" if "train" in parameters else "none"
+    raise ValueError(f"torchvision's {name} has no split {split!r}; its splits: {theirs}")
+
+
+def _own_splits(parameters: Mapping[str, Any]) -> Mapping[str, Sequence[dict[str, Any]]]:
+    """Return the arguments that may open each split."""
+    if "train" in parameters:
+        return {"train": [{"train": True}], "test": [{"train": False}]}
+    if "split" in parameters:
+        return {ours: [{"split": theirs} for theirs in names] for ours, names in _SPLITS.items()}
+    return {"train": [{}]}
+
+
+def _open(name: str, arguments: dict[str, Any], options: SourceOptions) -> Any:
+    from torchvision import datasets
+
+    parameters = inspect.signature(getattr(datasets, name).__init__).parameters
+    if "root" in parameters:
+        if options.data_root is None:
+            raise ValueError(f"torchvision:{name} needs --data-root, the folder where torchvision keeps its files")
+        arguments = {**arguments, "root": options.data_root}
+    if "download" in parameters:
+        arguments = {**arguments, "download": options.download}
+    try:
+        return getattr(datasets, name)(**arguments)
+    except Exception as error:  # of whatever reads the files or asks the network
+        reason = one_line(str(error))[:300] or type(error).__name__
+        if isinstance(error, ValueError) and "Valid values are" in reason:
+            raise _NoSplit(f"torchvision's {name}: {reason}") from error
+        hint = "" if options.download else "; --download allows to fetch it"
+        raise ValueError(f"cannot open torchvision's {name} in {options.data_root}: {reason}{hint}") from error
+
+
+def _part(source: str, dataset: Any) -> Part:
+    try:
+        labels = labels_of(dataset)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} is no dataset of images with one class each: {one_line(str(error))}") from error
+    images = [StoredImage(dataset, index) for index in range(len(labels))]
+    return Part(source, images, labels, class_names=class_names_of(dataset, labels))

@@ -1,0 +1,1 @@
+"""Fine-tuning diffusion pipelines on a subject."""

@@ -1,0 +1,135 @@
+"""Captioned images as training batches for a denoiser: pixels, or latents that were computed once.
+
+Everything that is computed once is kept under the index of its item, so no order can pair it with
+another item's caption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from randlora_vision.training.data.batches import worker_count
+from randlora_vision.training.data.pictures import Picture, open_picture
+from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit
+from randlora_vision.training.dreambooth.families import Encoded, Family
+from randlora_vision.training.harness.seeding import seed_everything
+
+
+class DiffusionBatch(TypedDict):
+    """B items of one size."""
+
+    inputs: Tensor
+    """Pixels (B, 3, h, w) between -1 and 1, or moments of latents (B, 2 C, H, W), float32."""
+    captions: Tensor
+    """Places in the list of prompts (B,)."""
+    prior: Tensor
+    """Whether an item is there to keep what the model knew (B,), bool."""
+    sizes: Tensor
+    """Original size, corner of the crop, size (B, 6), height first."""
+
+
+Entry = tuple[Tensor, Tensor, int, bool]  # input, sizes, caption, prior
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image with the place of its caption in the list of prompts, and the bucket that it goes to."""
+
+    image: Picture
+    caption: int
+    bucket: Size
+    prior: bool
+
+
+def read_picture(image: Picture) -> Image.Image:
+    """Return the image in RGB, the right way up. Raises ValueError where it cannot be read: a subject has few."""
+    try:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        return ImageOps.exif_transpose(open_picture(image))
+    except OSError as error:
+        raise ValueError(f"cannot read the image {image}: {error}") from error
+
+
+class CaptionedPixels(Dataset):
+    """Items as pixels, cut anew at every access unless in the middle."""
+
+    def __init__(self, items: Sequence[Item], center_crop: bool) -> None:
+        self.items = list(items)
+        self.center_crop = center_crop
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Entry:
+        item = self.items[index]
+        pixels, sizes = fit(read_picture(item.image), item.bucket, self.center_crop)
+        return pixels, sizes, item.caption, item.prior
+
+
+class CachedLatents(Dataset):
+    """The same items, each cut and encoded once; what is kept is the distribution that latents are drawn from."""
+
+    def __init__(self, data: CaptionedPixels, family: Family, seed: int) -> None:
+        self.items = data.items
+        self.entries: list[Entry] = []
+        for index in range(len(data)):
+            seed_everything("crop", seed, index)
+            pixels, sizes, caption, prior = data[index]
+            self.entries.append((family.moments(pixels[None])[0].cpu(), sizes, caption, prior))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.entries[index]
+
+
+def collate(entries: Sequence[Entry]) -> DiffusionBatch:
+    """Stack the items of a batch."""
+    inputs, sizes, captions, prior = zip(*entries, strict=True)
+    return DiffusionBatch(
+        inputs=torch.stack(inputs),
+        captions=torch.tensor(captions),
+        prior=torch.tensor(prior),
+        sizes=torch.stack(sizes),
+    )
+
+
+def diffusion_batches(
+    data: CaptionedPixels | CachedLatents, batch_size: int, batches: int, seed: int, workers: int | None
+) -> "DataLoader[DiffusionBatch]":
+    """Return a loader of exactly `batches` batches of `batch_size` instance items and as many prior ones."""
+    buckets, prior = [item.bucket for item in data.items], [item.prior for item in data.items]
+    return DataLoader(
+        data,
+        batch_sampler=BucketBatches(buckets, prior, batch_size, batches, seed),
+        collate_fn=collate,
+        num_workers=worker_count(workers, decoding=isinstance(data, CaptionedPixels)),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class Prompts:
+    """The encodings of a list of prompts: all computed once, or with gradients where text encoders are trained."""
+
+    def __init__(self, family: Family, texts: Sequence[str], trained: bool, at_once: int = 16) -> None:
+        self.family = family
+        self.texts = list(texts)
+        self.cached: Encoded | None = None
+        if not trained:
+            with torch.no_grad():
+                parts = [family.encode(self.texts[i : i + at_once]) for i in range(0, len(self.texts), at_once)]
+            self.cached = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+    def __call__(self, places: Tensor) -> Encoded:
+        """Return the encodings (B, ...) of the prompts at these places (B,), on the denoiser's device."""
+        if self.cached is None:
+            return self.family.encode([self.texts[place] for place in places.tolist()])
+        chosen = places.cpu()
+        return {name: table[chosen].to(self.family.device) for name, table in self.cached.items()}

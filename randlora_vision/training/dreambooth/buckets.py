@@ -1,0 +1,111 @@
+"""Sizes of training images: buckets of one shape each, fitting images into them, and batches that stay within one."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Sampler
+from torchvision.transforms.functional import pil_to_tensor
+
+Size = tuple[int, int]  # height, width
+# Of automatic buckets: width to height. The usual formats of photographs and screens, upright and lying.
+_RATIOS = (1.0, 4 / 5, 5 / 4, 3 / 4, 4 / 3, 2 / 3, 3 / 2, 9 / 16, 16 / 9, 1 / 2, 2.0)
+
+
+def parse_buckets(text: str | None, resolution: int, multiple: int) -> list[Size]:
+    """Return the buckets that an option names: `height,width` pairs between semicolons, "auto", or None for a square.
+
+    Automatic ones have about resolution * resolution pixels. Raises ValueError for a side that is no
+    multiple of `multiple`.
+    """
+    if text == "auto":
+        sides = (((resolution**2 / ratio) ** 0.5, (resolution**2 * ratio) ** 0.5) for ratio in _RATIOS)
+        rounded = ((max(1, round(h / multiple)) * multiple, max(1, round(w / multiple)) * multiple) for h, w in sides)
+        return list(dict.fromkeys(rounded))
+    if text is None:
+        buckets = [(resolution, resolution)]
+        flag = f"--resolution {resolution}"
+    else:
+        flag = f"--aspect-ratio-buckets {text}"
+        try:
+            buckets = [(int(h), int(w)) for h, w in (pair.split(",") for pair in text.split(";"))]
+        except ValueError:
+            raise ValueError(f"{flag}: expected height,width;height,width;... or auto") from None
+    if any(side < 1 or side % multiple for bucket in buckets for side in bucket):
+        raise ValueError(f"{flag}: the sides must be multiples of {multiple} for this model")
+    return buckets
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
+    """Return the bucket whose shape loses least of an image of this size (height, width); of equal ones the first."""
+    ratio = size[1] / size[0]
+    return max(buckets, key=lambda bucket: min(ratio / (bucket[1] / bucket[0]), (bucket[1] / bucket[0]) / ratio))
+
+
+def fit(image: Image.Image, bucket: Size, center_crop: bool) -> tuple[Tensor, Tensor]:
+    """Scale an image until it covers the bucket and cut out a part, the middle or one drawn by Python's `random`.
+
+    Returns the pixels (3, h, w) float32 between -1 and 1, and six integers: original size, the corner
+    of the crop, and the bucket's size, height first.
+    """
+    height, width = bucket
+    scale = max(height / image.height, width / image.width)
+    scaled = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+        Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BILINEAR,
+    )
+    room = (scaled.height - height, scaled.width - width)
+    top, left = (side // 2 if center_crop else random.randint(0, side) for side in room)
+    pixels = pil_to_tensor(scaled.crop((left, top, left + width, top + height))).float() / 127.5 - 1
+    return pixels, torch.tensor([image.height, image.width, top, left, height, width])
+
+
+class BucketBatches(Sampler[list[int]]):
+    """A fixed number of batches, each of one bucket: so many instance items, then as many prior ones if there are any.
+
+    Passes over the instance items follow each other without a break and in an order that only the seed
+    decides; what is left of a bucket waits for the next pass, so every batch is full. Prior items go
+    round in each bucket on their own.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Size], prior: Sequence[bool], batch_size: int, batches: int, seed: int
+    ) -> None:
+        self.buckets = buckets
+        self.instances = [index for index, is_prior in enumerate(prior) if not is_prior]
+        self.priors: dict[Size, list[int]] = defaultdict(list)
+        for index, is_prior in enumerate(prior):
+            if is_prior:
+                self.priors[buckets[index]].append(index)
+        self.instances_at_once = batch_size
+        self.batches = batches
+        self.seed = seed
+        # What accelerate asks of a batch sampler: it deals out batches of this length.
+        self.batch_size = 2 * batch_size if self.priors else batch_size
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = random.Random(self.seed)
+        waiting: dict[Size, list[int]] = defaultdict(list)
+        priors = {bucket: _round_and_round(items, order) for bucket, items in self.priors.items()}
+        made = 0
+        while made < self.batches:
+            for index in order.sample(self.instances, len(self.instances)):
+                bucket = self.buckets[index]
+                waiting[bucket].append(index)
+                if len(waiting[bucket]) == self.instances_at_once and made < self.batches:
+                    chosen = waiting.pop(bucket)
+                    yield chosen + [next(priors[bucket]) for _ in chosen if priors]
+                    made += 1
+
+
+def _round_and_round(items: Sequence[int], order: random.Random) -> Iterator[int]:
+    own = random.Random(order.random())
+    while True:
+        yield from own.sample(items, len(items))

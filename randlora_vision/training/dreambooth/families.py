@@ -1,0 +1,273 @@
+"""The families of diffusion pipelines, each a small class: what differs between them when one is trained.
+
+Prompts are encoded by the pipeline's own `encode_prompt`, so training sees what sampling sees. Latents
+here are always unpacked, (B, C, H, W); a family that packs them for its denoiser does so inside.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.training.dreambooth.objectives import FlowMatching, NoisePrediction, Objective, ObjectiveOptions
+
+Encoded = dict[str, Tensor]  # under the names of the pipeline's own arguments
+
+
+class Family:
+    """Stable Diffusion 1.5 and 2, and what the other families share."""
+
+    pipeline = "StableDiffusionPipeline"
+    denoiser_name = "unet"
+    text_encoder_names: tuple[str, ...] = ("text_encoder",)  # all of them
+    trainable_text_encoders: tuple[str, ...] = ("text_encoder",)  # the CLIP ones
+    loading: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    """What the pipeline is loaded with, whatever it was saved with."""
+
+    def __init__(self, pipe: Any, options: ObjectiveOptions, max_sequence_length: int | None) -> None:
+        self.pipe = pipe
+        self.options = options
+        self.max_sequence_length = max_sequence_length
+        self.objective = self.make_objective()
+
+    def make_objective(self) -> Objective:
+        """Return the rule by which this family learns."""
+        return NoisePrediction(self.pipe.scheduler, self.options)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is asked at every step of sampling."""
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of an image must be divisible by, in pixels."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
+    def default_resolution(self) -> int:
+        """The side of the squares that the pipeline makes by default, in pixels."""
+        latents = getattr(self.pipe, "default_sample_size", None) or self.pipe.unet.config.sample_size
+        return int(latents) * int(self.pipe.vae_scale_factor)
+
+    def drop_text_encoders(self) -> None:
+        """Take the text encoders out of the pipeline, where every prompt that is needed is encoded."""
+        for name in self.text_encoder_names:
+            setattr(self.pipe, name, None)
+
+    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
+        """Encode prompts (B of them), with the empty prompt's encoding beside them if `guided`."""
+        found, negative = self.pipe.encode_prompt(list(prompts), self.device, 1, guided)
+        return _present(prompt_embeds=found, negative_prompt_embeds=negative)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
+        """Ask the denoiser; `sizes` (B, 6) are the original size, the crop's corner, and the size (height first)."""
+        return self.denoiser(latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"]).sample
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return mean and log variance of the latents (B, 2 C, H, W) of images (B, 3, h, w) between -1 and 1."""
+        with _full_precision(self.device):
+            moments: Tensor = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
+            return moments.contiguous()  # random numbers like it are drawn in the order of memory
+
+    def latents(self, moments: Tensor) -> Tensor:
+        """Draw latents (B, C, H, W) from their distribution, on the denoiser's scale."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        drawn = DiagonalGaussianDistribution(moments).sample()
+        return (drawn - self._shift) * self.pipe.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images (B, 3, h, w) between 0 and 1, float32."""
+        with _full_precision(self.device):
+            scaled = latents.float() / self.pipe.vae.config.scaling_factor + self._shift
+            return self.pipe.image_processor.postprocess(
+                self.pipe.vae.decode(scaled, return_dict=False)[0], output_type="pt"
+            )
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
+
+    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return the latents that the pipeline gives out as (B, C, H, W)."""
+        return latents
+
+
+class SDXL(Family):
+    """Stable Diffusion XL: two text encoders, and conditions of image sizes."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    text_encoder_names = trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    loading: Mapping[str, Any] = {}
+
+    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
+        """Add the pooled encoding."""
+        return _four(
+            self.pipe.encode_prompt(prompt=list(prompts), device=self.device, do_classifier_free_guidance=guided)
+        )
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
+        """Add the pooled encoding and the sizes to the conditions."""
+        added = {"text_embeds": prompt["pooled_prompt_embeds"], "time_ids": sizes.to(latents.dtype)}
+        return self.denoiser(
+            latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"], added_cond_kwargs=added
+        ).sample
+
+
+class SD3(Family):
+    """Stable Diffusion 3 and 3.5: flow matching, two CLIP text encoders and a T5 one, which may be missing."""
+
+    pipeline = "StableDiffusion3Pipeline"
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    loading: Mapping[str, Any] = {}
+
+    def make_objective(self) -> Objective:
+        """Flow matching."""
+        return FlowMatching(self.pipe.scheduler, self.options)
+
+    @property
+    def size_multiple(self) -> int:
+        """The transformer's patches count too."""
+        return int(self.pipe.vae_scale_factor) * int(self.pipe.patch_size)
+
+    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
+        """Encode by all three."""
+        length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        texts = list(prompts)
+        return _four(
+            self.pipe.encode_prompt(
+                texts, texts, texts, device=self.device, do_classifier_free_guidance=guided, **length
+            )
+        )
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
+        """Ask the transformer."""
+        return self.denoiser(
+            hidden_states=latents,
+            timestep=timesteps,
+            encoder_hidden_states=prompt["prompt_embeds"],
+            pooled_projections=prompt["pooled_prompt_embeds"],
+        ).sample
+
+
+class Flux(Family):
+    """Flux.1: flow matching on packed latents, one CLIP text encoder (pooled) and a T5 one."""
+
+    pipeline = "FluxPipeline"
+    denoiser_name = "transformer"
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    trainable_text_encoders = ("text_encoder",)
+    loading: Mapping[str, Any] = {}
+
+    def make_objective(self) -> Objective:
+        """Flow matching."""
+        return FlowMatching(self.pipe.scheduler, self.options)
+
+    @property
+    def size_multiple(self) -> int:
+        """Latents are packed two by two."""
+        return 2 * int(self.pipe.vae_scale_factor)
+
+    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
+        """Encode by both; Flux has guidance inside and takes no negative prompt here."""
+        length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        found, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, **length)
+        return {"prompt_embeds": found, "pooled_prompt_embeds": pooled}
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
+        """Pack, ask the transformer, unpack."""
+        count, channels, height, width = latents.shape
+        text = prompt["prompt_embeds"]
+        guidance = None
+        if self.denoiser.config.guidance_embeds:  # type: ignore[union-attr]
+            guidance = torch.full((count,), self.options.guidance_scale, device=latents.device)
+        answer = self.denoiser(
+            hidden_states=self.pipe._pack_latents(latents, count, channels, height, width),
+            timestep=timesteps / 1000,  # which the transformer multiplies by 1000
+            guidance=guidance,
+            encoder_hidden_states=text,
+            pooled_projections=prompt["pooled_prompt_embeds"],
+            txt_ids=torch.zeros(text.shape[1], 3, device=latents.device, dtype=text.dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, text.dtype),
+        ).sample
+        scale = self.pipe.vae_scale_factor
+        return self.unpack(answer, height * scale, width * scale)
+
+    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Undo the pipeline's packing; height and width are the image's."""
+        unpacked: Tensor = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        return unpacked
+
+
+FAMILIES = {family.pipeline: family for family in (Family, SDXL, SD3, Flux)}
+
+
+def load_family(
+    path: str,
+    options: ObjectiveOptions,
+    max_sequence_length: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Family:
+    """Load a pipeline and return the family that it belongs to; its VAE stays in float32.
+
+    Raises ValueError for a pipeline of another class, and OSError where diffusers finds no pipeline.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
+    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~"))):
+        raise ValueError(f"--pretrained-model-name-or-path {path} is no folder of a pipeline (of save_pretrained)")
+    index = DiffusionPipeline.load_config(path, revision=revision)
+    name = index.get("_class_name")
+    family = FAMILIES.get(str(name))
+    if family is None:
+        raise ValueError(f"{path} is a {name}; pipelines that can be trained: {', '.join(FAMILIES)}")
+    pipe = DiffusionPipeline.from_pretrained(
+        path,
+        revision=revision,
+        variant=variant,
+        dtype={"default": dtype, "vae": torch.float32},
+        **{**_left_out(index), **family.loading},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return family(pipe, options, max_sequence_length)
+
+
+def _left_out(index: Mapping[str, Any]) -> dict[str, None]:
+    """Name the parts that a pipeline was saved without, such as Stable Diffusion 3's T5."""
+    return {part: None for part, home in index.items() if home == [None, None]}
+
+
+def _four(encoded: Sequence[Tensor | None]) -> Encoded:
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return _present(**dict(zip(names, encoded, strict=True)))
+
+
+def _present(**tensors: Tensor | None) -> Encoded:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast: VAEs overflow in fp16."""
+    with torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,99 @@
+"""PEFT's LoRA in a diffusers pipeline, in the file that `pipe.load_lora_weights` reads.
+
+Only PEFT's functional interface is used. The `add_adapter` of a transformers model calls the same functions, but
+refuses versions of PEFT: that of transformers 5.24 wants a PEFT that did not exist when it was released.
+
+The scripts have a second LoRA (lora.py), because neither can replace the other. PEFT wraps layers, so it misses the
+packed attention and the bare projections of open_clip's models. The parametrization of lora.py builds every adapted
+weight in full, so it cannot take quantised layers, and a step costs as much as full fine-tuning.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from randlora_vision.files.atomic import replacing
+from randlora_vision.training.methods.adaptation import finite_gradients, values_restored
+
+_ADAPTER = "default"
+
+
+class LoRAInPipeline:
+    """PEFT's LoRA on the weights that RandLoRA would adapt."""
+
+    def __init__(self, pipe: Any, targets: Mapping[str, Sequence[str]], rank: int, alpha: float) -> None:
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.pipe = pipe
+        self.parts: dict[str, nn.Module] = {name: getattr(pipe, name) for name in targets}
+        self.configs = {
+            name: LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(paths)) for name, paths in targets.items()
+        }
+        for name, part in self.parts.items():
+            part.requires_grad_(False)
+            inject_adapter_in_model(self.configs[name], part, _ADAPTER)
+            cast_training_params([part], torch.float32)
+        self.trained = {
+            f"{name}.{path}": parameter
+            for name, part in self.parts.items()
+            for path, parameter in part.named_parameters()
+            if parameter.requires_grad
+        }
+        numbers = sum(parameter.numel() for parameter in self.trained.values())
+        counts = ", ".join(f"{len(paths)} weights of {name}" for name, paths in targets.items())
+        self.report = f"PEFT's LoRA of rank {rank}, alpha {alpha:g}, on {counts}: {numbers:,} numbers are trained"
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield both factors of every adapted weight."""
+        yield from self.trained.items()
+
+    def check_gradients(self) -> list[str]:
+        """Require a gradient somewhere in every component: the factor that starts at zero gets one at once."""
+        for name in self.parts:
+            first = (p.grad for path, p in self.trained.items() if path.startswith(f"{name}.") and ".lora_B." in path)
+            if not any(gradient is not None and gradient.any() for gradient in first):
+                raise ValueError(f"no gradient reaches the LoRA of {name}")
+        return finite_gradients(self.parameters())
+
+    def save(self, path: Path) -> None:
+        """Write diffusers' LoRA file."""
+        from peft import get_peft_model_state_dict
+
+        arguments = {}
+        for name, part in self.parts.items():
+            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(part, adapter_name=_ADAPTER)
+            arguments[f"{name}_lora_adapter_metadata"] = self.configs[name].to_dict()
+        with replacing(path) as temporary:
+            self.pipe.save_lora_weights(temporary.parent, weight_name=temporary.name, **arguments)
+
+    def load(self, model: Any, path: Path) -> None:
+        """Load the file into a fresh pipeline."""
+        from peft import inject_adapter_in_model
+
+        for name, config in self.configs.items():
+            inject_adapter_in_model(config, getattr(model, name), _ADAPTER)
+        self._copy_in(model, path)
+
+    def lent(self, path: Path) -> AbstractContextManager[None]:
+        """Copy the file's tensors in for the time."""
+        return values_restored(self, lambda: self._copy_in(self.pipe, path))
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return diffusers' call."""
+        return [f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})"]
+
+    def _copy_in(self, pipe: Any, path: Path) -> None:
+        from peft import set_peft_model_state_dict
+
+        tensors = load_file(path)
+        for name in self.parts:
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            unknown = set_peft_model_state_dict(getattr(pipe, name), own, _ADAPTER).unexpected_keys
+            if unknown:
+                raise ValueError(f"{path} holds {unknown[0]}, and no such layer of {name} is adapted")

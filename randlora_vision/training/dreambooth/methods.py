@@ -1,0 +1,161 @@
+"""The ways of training a pipeline: RandLoRA, PEFT's LoRA in diffusers' file format, or every weight."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, plan, set_active
+from randlora_vision.integrations import diffusers as pipelines
+from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.lora import LoRAInPipeline
+from randlora_vision.training.dreambooth.options import DreamBoothOptions
+from randlora_vision.training.methods.adaptation import Adaptation, TrainedTensors, quiet, values_restored
+
+_TRAINED, _SAVED = "default", "saved"
+
+
+class PipelineAdaptation(Adaptation, Protocol):
+    """What is trained in a pipeline. `load` is given the pipeline."""
+
+    def lent(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Within the context the pipeline computes with what a saved file holds, in place of what is in training."""
+
+
+class RandLoRAInPipeline:
+    """Random bases and trained diagonals in each adapted component, one file for all."""
+
+    def __init__(self, pipe: Any, configs: Mapping[str, RandLoRAConfig]) -> None:
+        self.pipe = pipe
+        self.parts: dict[str, nn.Module] = {name: getattr(pipe, name) for name in configs}
+        with quiet():
+            reports = {name: inject(part, configs[name], _TRAINED) for name, part in self.parts.items()}
+        self.report = "\n\n".join(f"{name}\n{report}" for name, report in reports.items())
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield lambda and gamma of every adapted weight."""
+        for part, module in self.parts.items():
+            for name, parameter in adapter_parameters(module, _TRAINED):
+                yield f"{part}.{name}", parameter
+
+    def check_gradients(self) -> list[str]:
+        """Check every component: one that stays as it was is a mistake, not a slow learner."""
+        notes = []
+        for name, part in self.parts.items():
+            try:
+                notes += [f"{name}: {note}" for note in check_gradients(part)]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return notes
+
+    def save(self, path: Path) -> None:
+        """Write the adapter file."""
+        pipelines.save_adapter(self.pipe, path, _TRAINED)
+
+    def load(self, model: Any, path: Path) -> None:
+        """Load the adapter file."""
+        with quiet():
+            pipelines.load_adapter(model, path)
+
+    @contextlib.contextmanager
+    def lent(self, path: Path) -> Iterator[None]:
+        """Load the file as a second adapter and silence the one in training."""
+        with quiet():
+            pipelines.load_adapter(self.pipe, path, _SAVED)
+        try:
+            self._activate(_SAVED)
+            yield
+        finally:
+            pipelines.delete_adapter(self.pipe, _SAVED)
+            self._activate(_TRAINED)
+
+    def _activate(self, adapter: str) -> None:
+        for part in self.parts.values():
+            set_active(part, adapter)
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return the integration's call."""
+        return [
+            "from randlora_vision.integrations.diffusers import load_adapter",
+            f"load_adapter(pipe, {str(path)!r})",
+        ]
+
+
+class FullInPipeline(TrainedTensors):
+    """Every weight of the trained components, under the components' names."""
+
+    def __init__(self, pipe: Any, components: Sequence[str]) -> None:
+        container = components_of(pipe, components)
+        names = [name for name, _ in container.named_parameters()]
+        super().__init__(container, names, f"full fine-tuning of {' and '.join(components)}", ())
+        self.components = list(components)
+
+    def load(self, model: Any, path: Path) -> None:
+        """Copy the file's tensors into the pipeline's components."""
+        super().load(components_of(model, self.components), path)
+
+    def lent(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Copy the file's tensors in for the time."""
+        return values_restored(self, lambda: TrainedTensors.load(self, self.model, path))
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return the plain calls of safetensors and PyTorch."""
+        lines = ["from safetensors.torch import load_file", f"tensors = load_file({str(path)!r})"]
+        for name in self.components:
+            own = f"{{k.removeprefix('{name}.'): v for k, v in tensors.items() if k.startswith('{name}.')}}"
+            lines.append(f"pipe.{name}.load_state_dict({own}, strict=False)")
+        return lines
+
+
+def components_of(pipe: Any, names: Sequence[str]) -> nn.ModuleDict:
+    """Return some of a pipeline's components as one module."""
+    return nn.ModuleDict({name: getattr(pipe, name) for name in names})
+
+
+def trained_components(family: Family, options: DreamBoothOptions) -> list[str]:
+    """Return the names of the components that are trained, the denoiser first."""
+    texts = [name for name in family.trainable_text_encoders if getattr(family.pipe, name) is not None]
+    if options.pipeline.train_text_encoder and not texts:
+        raise ValueError("--train-text-encoder: this pipeline has no CLIP text encoder")
+    return [family.denoiser_name, *(texts if options.pipeline.train_text_encoder else ())]
+
+
+def adapt(family: Family, options: DreamBoothOptions) -> PipelineAdaptation:
+    """Make a pipeline trainable by the chosen method, everything else frozen."""
+    adapter, pipe = options.adapter, family.pipe
+    names = trained_components(family, options)
+    if adapter.method == "full":
+        return FullInPipeline(pipe, names)
+    assert adapter.rank is not None and adapter.alpha is not None, "resolve the options first"
+    configs = {name: _config(options, name == family.denoiser_name) for name in names}
+    if adapter.method == "randlora":
+        return RandLoRAInPipeline(pipe, configs)
+    # Rank 1 fits every weight: the names alone are asked for.
+    plans = {name: plan(getattr(pipe, name), replace(config, rank=1)) for name, config in configs.items()}
+    targets = {name: [target.name for target in found.targets] for name, found in plans.items()}
+    return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
+
+
+def _config(options: DreamBoothOptions, denoiser: bool) -> RandLoRAConfig:
+    adapter = options.adapter
+    assert adapter.rank is not None
+    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
+    return RandLoRAConfig(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=(named or "diffusers:attention") if denoiser else "diffusers:text",
+        bases=adapter.bases,
+        init=adapter.init,
+        seed=options.training.seed,
+    )
+
+
+def checkpoint_activations(parts: Iterable[nn.Module]) -> None:
+    """Let denoisers (diffusers) and text encoders (transformers) compute activations again in the backward pass."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    for part in parts:
+        next(method for name in names if (method := getattr(part, name, None)))()

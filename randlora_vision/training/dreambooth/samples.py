@@ -1,0 +1,134 @@
+"""Sampling from a pipeline while it is trained, and images of the subject's class: the same for the same seeds."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from randlora_vision.files.atomic import replacing
+from randlora_vision.training.dreambooth.buckets import Size
+from randlora_vision.training.dreambooth.families import Encoded, Family
+from randlora_vision.training.dreambooth.options import SubjectOptions
+from randlora_vision.training.dreambooth.subject import list_images
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class Sampler:
+    """Draws pictures of one size from a family's pipeline as it is at the moment."""
+
+    def __init__(
+        self, family: Family, size: Size, at_once: int, autocast: Autocast, steps: int | None, guidance: float | None
+    ) -> None:
+        self.family = family
+        self.size = size
+        self.at_once = at_once
+        self.autocast = autocast
+        self.settings: dict[str, Any] = {}
+        if steps is not None:
+            self.settings["num_inference_steps"] = steps
+        if guidance is not None:
+            self.settings["guidance_scale"] = guidance
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Encoded:
+        """Encode prompts, one a picture, for guided sampling."""
+        for name in self.family.text_encoder_names:
+            encoder = getattr(self.family.pipe, name)
+            if encoder is not None:
+                encoder.eval()
+        with self.autocast():
+            return self.family.encode(prompts, guided=True)
+
+    @torch.no_grad()
+    def draw(self, encoded: Encoded, seeds: Sequence[int]) -> Tensor:
+        """Return a picture for each encoded prompt and its seed (B, 3, h, w), float32 between 0 and 1, on the CPU."""
+        return torch.cat(
+            [
+                self._draw_few(
+                    {name: tensor[start : start + self.at_once] for name, tensor in encoded.items()},
+                    seeds[start : start + self.at_once],
+                )
+                for start in range(0, len(seeds), self.at_once)
+            ]
+        )
+
+    def _draw_few(self, encoded: Encoded, seeds: Sequence[int]) -> Tensor:
+        family, (height, width) = self.family, self.size
+        family.denoiser.eval()
+        # The scheduler keeps state while it samples; encoders are not needed, and may be elsewhere.
+        idle = dict.fromkeys(family.text_encoder_names)
+        view = type(family.pipe)(**{**family.pipe.components, **idle, **family.loading})
+        view.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        size = {"height": height, "width": width}
+        with self.autocast():
+            latents = view(**encoded, **self.settings, **size, generator=generators, output_type="latent").images
+        return family.decode(family.unpack(latents, height, width)).cpu()
+
+
+class Gallery:
+    """The pictures of validation: so many of each prompt, from the same seeds whenever they are drawn."""
+
+    def __init__(self, sampler: Sampler, prompts: Sequence[str], each: int, seed: int, text_trained: bool) -> None:
+        self.sampler = sampler
+        self.prompts = list(prompts)
+        self.each = each
+        self.seeds = [seed + number for _ in prompts for number in range(each)]
+        self._texts = [prompt for prompt in prompts for _ in range(each)]
+        self._encoded = None if text_trained else self._encode()
+
+    def _encode(self) -> Encoded | None:
+        return self.sampler.encode(self._texts) if self._texts else None
+
+    def draw(self) -> list[list[Tensor]]:
+        """Return a row of pictures (3, h, w) for each prompt."""
+        encoded = self._encoded or self._encode()
+        if encoded is None:
+            return []
+        pictures = self.sampler.draw(encoded, self.seeds)
+        return [list(pictures[start : start + self.each]) for start in range(0, len(pictures), self.each)]
+
+
+def as_image(picture: Tensor) -> Any:
+    """Return a picture (3, h, w) between 0 and 1 as a PIL image."""
+    from torchvision.transforms.functional import to_pil_image
+
+    return to_pil_image((picture * 255).round().to(torch.uint8))
+
+
+def largest_difference(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> float:
+    """Return the largest difference of a pixel between two galleries' pictures, of the range 0 to 1."""
+    pairs = [pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True)]
+    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+
+
+def class_images(options: SubjectOptions, folder: Path, sampler: Sampler, accelerator: Accelerator) -> list[Path]:
+    """Return the first `num_class_images` images of the folder, filled up first by all processes together.
+
+    An image's name tells its number, and the number its seed: what was interrupted goes on where it was.
+    """
+    if not options.with_prior_preservation:
+        return []
+    assert options.class_prompt is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = options.num_class_images - len(list_images(folder, "--class-data-dir"))
+    names = ((number, folder / f"made-{number:05}.png") for number in range(options.num_class_images))
+    accelerator.wait_for_everyone()  # before the folder changes
+    wanted = [(number, path) for number, path in names if not path.exists()][: max(0, missing)]
+    own = wanted[accelerator.process_index :: accelerator.num_processes]
+    if wanted:
+        accelerator.print(f"making {len(wanted)} images of {options.class_prompt!r} in {folder}")
+    for start in tqdm(range(0, len(own), sampler.at_once), disable=not (own and accelerator.is_main_process)):
+        some = own[start : start + sampler.at_once]
+        encoded = sampler.encode([options.class_prompt] * len(some))
+        for (_, path), picture in zip(some, sampler.draw(encoded, [number for number, _ in some]), strict=True):
+            with replacing(path) as temporary:
+                as_image(picture).save(temporary)
+    accelerator.wait_for_everyone()
+    return list_images(folder, "--class-data-dir")[: options.num_class_images]

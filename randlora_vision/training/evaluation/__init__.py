@@ -1,0 +1,1 @@
+"""Measuring, and writing up what was measured."""

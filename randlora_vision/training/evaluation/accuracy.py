@@ -1,0 +1,64 @@
+"""How often a classifier is right: overall, among its first five answers, and by class.
+
+Shapes: B images, C classes of the data, K outputs of the model.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from randlora_vision.training.data.labelled import Batch
+from randlora_vision.training.harness.distributed import measure_all
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of some images."""
+
+    confusion: Tensor  # (C, K) int64: how many images of each class (row) got which answer
+    top5: float
+    loss: float | None  # None where the model does not know every class of the data
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers by name: top1, top5, and loss where there is one."""
+        top1 = self.confusion.diagonal().sum().item() / self.confusion.sum().item()
+        return {"top1": top1, "top5": self.top5, **({} if self.loss is None else {"loss": self.loss})}
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """The accuracy of each class; None for a class without images."""
+        right = F.pad(self.confusion.diagonal(), (0, len(self.confusion) - min(self.confusion.shape)))
+        return [
+            hits / count if count else None
+            for hits, count in zip(right.tolist(), self.confusion.sum(dim=1).tolist(), strict=True)
+        ]
+
+
+@torch.no_grad()
+def measure(
+    logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, device: torch.device
+) -> Scores:
+    """Measure what `logits_of` makes of images (B, 3, H, W), logits (B, K), on data of `classes` classes.
+
+    Answers beyond the data's classes count as wrong ones. With fewer than five outputs, top-5 counts
+    them all. Several processes share the batches and all get the same numbers.
+    """
+    outputs = 0
+
+    def answer(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        nonlocal outputs
+        labels = batch["labels"].to(device)
+        logits = logits_of(batch["images"].to(device)).float()
+        outputs = logits.shape[1]
+        ranking = logits.topk(min(5, outputs)).indices
+        losses = F.cross_entropy(logits, labels, reduction="none") if outputs >= classes else torch.zeros_like(labels)
+        return labels, ranking[:, 0], (ranking == labels[:, None]).sum(dim=1), losses
+
+    labels, answers, hits, losses = measure_all(batches, answer)
+    confusion = torch.bincount(labels * outputs + answers, minlength=classes * outputs).view(classes, outputs)
+    loss = losses.double().mean().item() if outputs >= classes else None
+    return Scores(confusion, int(hits.sum()) / len(labels), loss)

@@ -1,0 +1,81 @@
+"""The results of every classification run: the part of summary.json and of the words that scripts share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.evaluation.plots import HEADLINES
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.harness.task import Speed
+from randlora_vision.training.methods.adaptation import Adaptation
+
+Results = Mapping[str, Mapping[str, float]]  # by the name of the test, its numbers by name
+
+
+def summarise(
+    run: RunFolder,
+    method: str,
+    model: str,
+    adaptation: Adaptation,
+    speed: Speed,
+    reload_difference: float,
+    skipped: SkipList,
+) -> dict[str, Any]:
+    """Return what was trained, how fast, and the proof of the reload."""
+    return {
+        "method": method,
+        "model": model,
+        "trained_numbers": sum(parameter.numel() for _, parameter in adaptation.parameters()),
+        "file_bytes": run.adapter.stat().st_size,
+        "steps": speed.steps,
+        "seconds": round(speed.seconds, 2),
+        "images_per_second": round(speed.images_per_second, 1),
+        "peak_memory_gb": round(speed.peak_memory, 2),
+        "reload_difference": reload_difference,
+        "skipped_images": skipped.count(),
+    }
+
+
+def in_words(tasks: Mapping[str, str], results: Results) -> str:
+    """Return accuracies or recalls of each test, under what it is a test of."""
+    return "; ".join(f"{tasks[name]} {_words(values)}" for name, values in results.items())
+
+
+def headline(values: Mapping[str, float]) -> float:
+    """Return the one number that stands for a test: top-1, or the mean recall."""
+    return next(values[name] for name in HEADLINES if name in values)
+
+
+def _words(values: Mapping[str, float]) -> str:
+    if "top1" in values:
+        return f"top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
+    ways = []
+    for way in ("image_to_text", "text_to_image"):
+        recalls = [f"{value:.1%}" for name, value in values.items() if name.startswith(f"{way}_r")]
+        ways.append(f"{way.replace('_', ' ')} {'/'.join(recalls)}")
+    return f"recall@1/5/10 {', '.join(ways)}"
+
+
+def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
+    """Return the accuracies, the file, the proof of the reload, and the Python that loads the file."""
+    return "\n".join(
+        [
+            f"\nbefore: {before}",
+            f"after:  {after}",
+            f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
+            f"{summary['images_per_second']:.0f} images/s",
+            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model it gives equal "
+            f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
+            *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
+            "\nTo use it:",
+            *(f"    {line}" for line in code),
+            f"\nresults: {run.path}",
+        ]
+    )
+
+
+def check_equal(difference: float, largest: float, run: RunFolder) -> float:
+    """Return the reloaded model's largest difference of a logit; raise RuntimeError when it is more than rounding."""
+    if difference > 1e-4 * largest:
+        raise RuntimeError(f"{run.adapter} does not give the trained model back: a logit differs by {difference}")
+    return difference

@@ -1,0 +1,249 @@
+"""Checkpoints of a run: tensors in safetensors and the rest in JSON, one folder per step, never half written."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
+
+FOLDER = "checkpoints"
+_FORMAT = 1
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """What training needs to go on after `step`: JSON values, and tensors on the CPU by name."""
+
+    step: int
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state read from disk, and the settings of the run that wrote it."""
+
+    path: Path
+    settings: dict[str, Any]
+    state: State
+
+    def check(self, settings: Mapping[str, Any], free: Sequence[str]) -> None:
+        """Raise ValueError, listing what differs, unless the run's settings are `settings`.
+
+        `free` names the settings, or groups of them, that may differ ("run", "training.workers").
+        """
+        then, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
+        differing = [
+            f"{_flag(name)} was {then.get(name)!r}, is now {now.get(name)!r}"
+            for name in {**then, **now}
+            if then.get(name) != now.get(name) and not any(name == part or name.startswith(f"{part}.") for part in free)
+        ]
+        if differing:
+            raise ValueError(f"cannot resume {self.path} with other settings: {'; '.join(differing)}")
+
+
+class Checkpoints:
+    """The checkpoints that a run writes: every so many steps, the oldest removed beyond a limit.
+
+    A process that must not write passes `writing=False`.
+    """
+
+    def __init__(
+        self, run: Path, options: CheckpointOptions, settings: Mapping[str, Any], writing: bool = True
+    ) -> None:
+        self.folder = run / FOLDER
+        self.every = options.checkpoint_every
+        self.limit = options.checkpoints_total_limit
+        self.settings = settings
+        self.writing = writing
+
+    def due(self, step: int) -> bool:
+        """Tell whether a checkpoint is to be written after this step."""
+        return self.every > 0 and step % self.every == 0
+
+    def write(self, state: State) -> None:
+        """Write a checkpoint under a temporary name, rename it, and only then remove what it makes superfluous."""
+        if not self.writing:
+            return
+        path = self.folder / f"step-{state.step:06}"
+        unfinished, old = (path.with_name(f".{path.name}.{what}") for what in ("new", "old"))
+        for leftover in (unfinished, old):  # of a process that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file(state.tensors, unfinished / _TENSORS)
+        content = {
+            "format": _FORMAT,
+            "step": state.step,
+            "settings": self.settings,
+            "sha256": _sha256(unfinished / _TENSORS),
+            "values": state.values,
+        }
+        (unfinished / _STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for file in unfinished.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if path.exists():  # a run that was resumed before it comes by again
+            os.replace(path, old)
+        os.replace(unfinished, path)
+        shutil.rmtree(old, ignore_errors=True)
+        self._prune(state.step)
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest ones up to `step`; later ones are of the course that a resumed run has left."""
+        found = list_checkpoints(self.folder)
+        past = [path for number, path in found if number <= step]
+        for path in [*past[: -self.limit], *(path for number, path in found if number > step)]:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(options: CheckpointOptions, run: RunOptions) -> tuple[Checkpoint | None, RunOptions]:
+    """Read what `--resume` names; return it and `run` with the output folder that it lies in.
+
+    Raises ValueError when there is none, when it is damaged, or when --output-dir is another folder.
+    """
+    if options.resume is None:
+        return None, run
+    if run.overwrite:
+        raise ValueError("--overwrite would remove the run that --resume goes on with: give one")
+    if options.resume == "latest":
+        if run.output_dir is None:
+            raise ValueError("--resume latest needs --output-dir: the run folder whose latest checkpoint is meant")
+        found = list_checkpoints(Path(run.output_dir) / FOLDER)
+        if not found:
+            raise ValueError(
+                f"--resume latest: {run.output_dir} holds no checkpoint (they are written with --checkpoint-every)"
+            )
+        return read_checkpoint(found[-1][1]), run
+    path = Path(options.resume)
+    checkpoint = read_checkpoint(path)
+    home = path.absolute().parent.parent
+    if run.output_dir is not None and Path(run.output_dir).resolve() != home.resolve():
+        raise ValueError(f"--resume {path} goes on in {home}, but --output-dir is {run.output_dir}: leave it out")
+    return checkpoint, replace(run, output_dir=run.output_dir or str(path.parent.parent))
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and path of the finished checkpoints in a folder, the oldest first."""
+    return sorted((int(path.name.removeprefix("step-")), path) for path in folder.glob("step-[0-9]*"))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; raise ValueError when it is missing or damaged."""
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
+        if content["sha256"] != _sha256(path / _TENSORS):
+            raise ValueError(f"{_TENSORS} is not the file that was written")
+        state = State(content["step"], content["values"], load_file(path / _TENSORS))
+        return Checkpoint(path, content["settings"], state)
+    except KeyError as error:
+        raise ValueError(f"the checkpoint {path} is damaged: {_STATE} has no {error}") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:
+    """Return what an optimiser remembers: its tensors by parameter name, and the numbers of its groups."""
+    tensors: dict[str, Tensor] = {}
+    saved = optimizer.state_dict()["state"]
+    memory = {
+        name: _pack(saved[index], f"optimizer/{name}", tensors)
+        for index, name in enumerate(_order(optimizer, names))
+        if index in saved
+    }
+    groups = [
+        {
+            key: _pack(value, f"optimizer-groups/{number}/{key}", tensors)
+            for key, value in group.items()
+            if isinstance(value, Tensor) or _is_number(value)
+        }
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+    return State(0, {"memory": memory, "groups": groups}, tensors)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: State) -> None:
+    """Give an optimiser over the same parameters what `optimizer_state` returned."""
+    content = optimizer.state_dict()
+    memory = state.values["memory"]
+    content["state"] = {
+        index: _unpack(memory[name], state.tensors)
+        for index, name in enumerate(_order(optimizer, names))
+        if name in memory
+    }
+    for group, numbers in zip(content["param_groups"], state.values["groups"], strict=True):
+        group.update({key: _unpack(value, state.tensors) for key, value in numbers.items()})
+    optimizer.load_state_dict(content)
+
+
+def _order(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> list[str]:
+    """Return the names in the order by which `Optimizer.state_dict` numbers the parameters."""
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU that training does not change."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` as JSON; its tensors go to `tensors` under names that start with `name`."""
+    if isinstance(value, Tensor):
+        tensors[name] = to_cpu(value)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: _pack(part, f"{name}/{key}", tensors) for key, part in value.items()}}
+    if isinstance(value, list):
+        return {"list": [_pack(part, f"{name}/{number}", tensors) for number, part in enumerate(value)]}
+    if value is None or _is_number(value):
+        return value
+    raise ValueError(f"the optimiser keeps a {type(value).__name__} ({name}), which a checkpoint cannot hold")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(part, tensors) for key, part in content.items()}
+    return [_unpack(part, tensors) for part in content]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _flag(name: str) -> str:
+    """Return the flag of an option by its name in groups; other settings are named as they are."""
+    return "--" + name.rpartition(".")[2].replace("_", "-") if "." in name else name

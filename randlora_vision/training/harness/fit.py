@@ -1,0 +1,114 @@
+"""Between a task and the loop: what a run folder and checkpoints need around the training itself."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from randlora_vision.files.atomic import fingerprint
+from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints, find_checkpoint
+from randlora_vision.training.harness.loop import Trainer
+from randlora_vision.training.harness.options import FREE_SETTINGS, CheckpointOptions, RunOptions, TrainingOptions
+from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
+from randlora_vision.training.harness.task import Speed, Task
+from randlora_vision.training.harness.trackers import report_pictures, start_trackers
+
+
+class FittingOptions(Protocol):
+    """Any script's options."""
+
+    @property
+    def training(self) -> TrainingOptions:
+        """How it is trained."""
+
+    @property
+    def checkpoints(self) -> CheckpointOptions:
+        """How a run that was cut off goes on."""
+
+    @property
+    def run(self) -> RunOptions:
+        """Where the results go."""
+
+
+_Options = TypeVar("_Options", bound=FittingOptions)
+
+
+class Data(Protocol):
+    """What is trained on."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what the run folder keeps of it, plain JSON."""
+
+
+def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[_Options, RunFolder, Checkpoint | None]:
+    """Open the run folder, for going on from the checkpoint that `--resume` names where it does.
+
+    Returns the options with the folder in them and without the wish to resume: whoever feeds config.yaml back
+    does not want it again. Raises ValueError as `find_checkpoint` and `open_run_folder` do.
+    """
+    resume, run_options = find_checkpoint(options.checkpoints, options.run)
+    checkpoints = replace(options.checkpoints, resume=None)
+    options = replace(options, run=run_options, checkpoints=checkpoints)  # type: ignore[type-var]  # a dataclass
+    run = open_run_folder(options.run, script, accelerator.is_main_process, resuming=resume is not None)
+    (path,) = broadcast_object_list(
+        [str(run.path)]
+    )  # the default is named after the time, by the first process's clock
+    if not run.writing:
+        run = RunFolder(Path(path), writing=False)
+    return options, run, resume
+
+
+def fit(
+    task: Task,
+    options: FittingOptions,
+    data: Data,
+    run: RunFolder,
+    accelerator: Accelerator,
+    resume: Checkpoint | None,
+    own_lr: Mapping[nn.Parameter, float],
+    after_save: Callable[[int], None] | None = None,
+) -> Speed:
+    """Write the settings to the run folder and train, from a checkpoint where one is given.
+
+    Raises ValueError when the checkpoint is of other settings or images, and as the loop does.
+    """
+    record = data.record()
+    processes = accelerator.num_processes
+    settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
+    if resume:
+        resume.check(settings, FREE_SETTINGS)
+        run.keep_metrics(resume.state.step)
+        accelerator.print(f"resumed from {resume.path}")
+    step = resume.state.step if resume else 0
+    run.listeners.append(start_trackers(accelerator, options.run.report_to, run.logs, settings, step))
+    run.write_config(options)
+    run.write(run.split, record)
+    checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
+    trainer = Trainer(
+        task,
+        options.training,
+        accelerator,
+        run.log,
+        checkpoints,
+        resume,
+        own_lr=own_lr,
+        keep_best=run.keep_best,
+        after_save=after_save,
+    )
+    speed = trainer.run()
+    if trainer.best:
+        metric, best = options.training.best_metric, trainer.best
+        accelerator.print(f"best validation {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
+    return speed
+
+
+def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:
+    """Give the run's pictures to the trackers, as of `step`, and close what accelerate has opened."""
+    if run.writing:
+        report_pictures(accelerator, step, run.pictures())
+    accelerator.end_training()
+    accelerator.free_memory()

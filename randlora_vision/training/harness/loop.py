@@ -1,0 +1,287 @@
+"""The training loop of every script. It knows nothing of CLIP: a task brings the loss and the data."""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import nn
+from tqdm import tqdm
+
+from randlora_vision.training.harness.accelerators import prepare_sharding, require_all_gradients
+from randlora_vision.training.harness.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    State,
+    optimizer_state,
+    restore_optimizer,
+    to_cpu,
+)
+from randlora_vision.training.harness.ema import Ema
+from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
+from randlora_vision.training.harness.options import TrainingOptions
+from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
+from randlora_vision.training.harness.seeding import seed_everything, seeded_items
+from randlora_vision.training.harness.task import JointTask, Speed, Task
+
+
+class Trainer:
+    """Runs a task: optimiser, schedule, accumulation, clipping, averaging, evaluation, saving, early stopping.
+
+    What was trained is saved at every evaluation, the one before the first step included, and only
+    when everything measured is finite: the file on disk is always the last good state. After the best
+    evaluation so far `keep_best` is called, which may keep a copy of that file; after every one `after_save`,
+    with the step, which may show what the file does.
+
+    Every forward pass starts from random states that follow from the seed, the process and the step,
+    so a run that continues from a checkpoint computes what one that was never cut off does.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        options: TrainingOptions,
+        accelerator: Accelerator,
+        log: Log,
+        checkpoints: Checkpoints | None = None,
+        resume: Checkpoint | None = None,
+        own_lr: Mapping[nn.Parameter, float] | None = None,
+        keep_best: Callable[[], None] | None = None,
+        after_save: Callable[[int], None] | None = None,
+    ) -> None:
+        assert options.steps is not None and options.lr is not None, "resolve the options first"
+        self.task = task
+        self.options = options
+        self.accelerator = accelerator
+        self.log = log
+        self.steps = options.steps
+        self.checkpoints = checkpoints
+        prepare_sharding(accelerator, task.loss, options, bool(resume or (checkpoints and checkpoints.every)))
+        trained = [parameter for parameter in task.loss.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(options.optimizer, trained, options.lr, options.weight_decay, own_lr)
+        batches = seeded_items(task.batches, options.seed)
+        self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
+        # Only now: FSDP puts parameters of its own in the place of the model's.
+        self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
+        self.parameters = list(self.names)
+        # Not prepared: accelerate would step it once per process.
+        warmup = round(options.warmup_fraction * self.steps)
+        self.schedule = warmup_schedule(optimizer, self.steps, warmup, options.schedule)
+        self.ema = Ema({name: p for p, name in self.names.items()}, options.ema_decay) if options.ema_decay else None
+        self.images_per_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+        self.step = 0
+        self.seconds = 0.0
+        self.checked = False
+        self.saved = "nothing was saved"
+        self.recent = Mean()
+        self.keep_best = keep_best
+        self.after_save = after_save
+        self.best: Best | None = None
+        if resume is not None:
+            self._restore(resume.state)
+
+    def run(self) -> Speed:
+        """Train to the last step, or to where patience ends.
+
+        Raises ValueError when the loss, a gradient or a result is not finite.
+        """
+        if self.step == 0:
+            self._evaluate()
+        loader = self._remaining_batches()
+        batches = iter(loader)
+        silent = not self.accelerator.is_main_process
+        with tqdm(total=self.steps, initial=self.step, unit="step", disable=silent) as bar:
+            while self.step < self.steps and not self._exhausted():
+                started = time.perf_counter()
+                lr = float(self.schedule.get_last_lr()[0])
+                loss, grad_norm = self._optimise(batches)
+                seconds = time.perf_counter() - started
+                self.step += 1
+                self.seconds += seconds
+                self.recent.add({"loss": loss, "grad_norm": grad_norm, "seconds": seconds})
+                if self.ema:
+                    self.ema.update(self.step)
+                bar.update()
+                if self.step % self.options.log_every == 0 or self.step == self.steps:
+                    means = self.recent.take()
+                    rate = self.images_per_step / means.pop("seconds")
+                    self.log(self.step, "train", {**means, "lr": lr, "images_per_second": rate})
+                    bar.set_postfix_str(
+                        f"loss {means['loss']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {peak_memory():.1f} GB"
+                    )
+                if self.step % self.options.eval_every == 0 or self.step == self.steps:
+                    self._evaluate()
+                if self.checkpoints is not None and self.checkpoints.due(self.step):
+                    self.checkpoints.write(self._state())
+                    self.accelerator.wait_for_everyone()
+        self._close(loader, batches)
+        if self.ema:
+            self.ema.put_into_model()
+        if self.accelerator.is_fsdp2:
+            self.loss.unshard()  # for good: what follows does not call the model through the loss
+        rate = self.step * self.images_per_step / self.seconds
+        return Speed(self.step, self.seconds, rate, peak_memory())
+
+    def _close(self, loader: Any, batches: Any) -> None:
+        """Tell accelerate, which keeps a loader open until it is read to its end, that this one is done with."""
+        if self.step == self.steps:
+            next(batches, None)
+        elif loader in self.accelerator.gradient_state.dataloader_references:
+            batches.close()
+            loader.end()
+
+    def _exhausted(self) -> bool:
+        patience = self.options.early_stopping_patience
+        return bool(patience and self.best and self.best.evaluations_since >= patience)
+
+    def _optimise(self, batches: Any) -> tuple[float, float]:
+        """Do one optimiser step; return its mean loss over all processes, and the gradient's norm."""
+        train_mode(self.loss)
+        losses, measured = [], (0.0, 0.0)
+        for number, part in enumerate(self._parts(batches)):
+            self._seed(number)
+            with self.accelerator.accumulate(self.loss):
+                loss = self.loss(part)
+                losses.append(loss.detach().float())
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+                    measured = self._clip(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.schedule.step()
+        return measured
+
+    def _parts(self, batches: Any) -> Iterable[Any]:
+        """Return what the loss is called with, one after the other, in an optimiser step."""
+        parts = itertools.islice(batches, self.options.gradient_accumulation_steps)
+        if self.options.gradient_accumulation_steps == 1 or not isinstance(self.task, JointTask):
+            return parts
+        with self._whole(), self.accelerator.autocast():
+            return self.task.join(list(parts), self._seed)
+
+    def _seed(self, part: int) -> None:
+        seed_everything("step", self.options.seed, self.accelerator.process_index, self.step, part)
+
+    def _clip(self, loss: torch.Tensor) -> tuple[float, float]:
+        """Clip the gradients to the allowed norm; return the loss and the norm, which are finite numbers.
+
+        Where it can, it asks the device for both at once: they are needed before the parameters change, and
+        nothing else of a step waits for the device. The first step's gradients are looked at one by one.
+        """
+        scaled = self.accelerator.scaler is not None  # fp16: overflows are expected, and their steps skipped
+        if not (scaled or self.checked):
+            self._require_finite("the loss", loss.item())
+            self._check_once()
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is in parts
+        value, length = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
+        self._require_finite("the loss", value)
+        if math.isfinite(length):
+            self._check_once()
+        elif not scaled:
+            self._require_finite("the norm of the gradient", length)
+        return value, length
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._stop(f"{what} is {value}")
+
+    def _check_once(self) -> None:
+        if not self.checked and self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # keeps them to itself
+            for note in self.task.check_gradients():
+                self.accelerator.print(f"note: {note}")
+            require_all_gradients(self.accelerator, self.names)
+        self.checked = True
+
+    def _evaluate(self) -> None:
+        with self.ema.applied() if self.ema else contextlib.nullcontext(), self._whole():
+            with self.accelerator.autocast():
+                # The first process's values are everyone's: all of them must stop at the same step.
+                (values,) = broadcast_object_list([self.task.evaluate()])
+            self._keep(values)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Have whole parameters where the model is not called through the loss, and where it is saved (FSDP)."""
+        if self.accelerator.is_fsdp2:
+            self.loss.unshard()
+        yield
+        if self.accelerator.is_fsdp2:
+            self.loss.reshard()
+
+    def _keep(self, values: dict[str, float]) -> None:
+        """Log and save what was measured, unless it is broken."""
+        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            self._stop(f"in evaluation {', '.join(broken)}")
+        self.log(self.step, "val", values)
+        self.saved = f"the state of step {self.step} is kept in {self.task.save()}"
+        if self.keep_best is not None or self.options.early_stopping_patience:
+            self.best = best_of(self.best, self.step, values, self.options.best_metric)
+            if self.keep_best is not None and self.best.step == self.step:
+                self.keep_best()
+        if self.after_save is not None:
+            self.after_save(self.step)
+
+    def _remaining_batches(self) -> Any:
+        done = self.step * self.options.gradient_accumulation_steps
+        return self.accelerator.skip_first_batches(self.batches, done) if done else self.batches
+
+    def _state(self) -> State:
+        """Return what a checkpoint holds. Random states are not among it: they follow from the step."""
+        optimizer = optimizer_state(self.optimizer.optimizer, self.names)
+        scaler = self.accelerator.scaler
+        values = {
+            "optimizer": optimizer.values,
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "recent": self.recent.state(),
+            "seconds": self.seconds,
+            "best": asdict(self.best) if self.best else None,
+        }
+        parameters = {f"parameters/{name}": to_cpu(p) for p, name in self.names.items()}
+        averages = {f"ema/{name}": to_cpu(average) for name, average in self.ema.averages.items()} if self.ema else {}
+        return State(self.step, values, {**parameters, **averages, **optimizer.tensors})
+
+    def _restore(self, state: State) -> None:
+        values = state.values
+        saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith("parameters/")}
+        own = {f"parameters/{name}": parameter for parameter, name in self.names.items()}
+        if {name: p.shape for name, p in own.items()} != {name: tensor.shape for name, tensor in saved.items()}:
+            raise ValueError(f"the checkpoint of step {state.step} holds other parameters than those trained here")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+        restore_optimizer(self.optimizer.optimizer, self.names, State(state.step, values["optimizer"], state.tensors))
+        self.schedule.load_state_dict(values["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        if self.ema:
+            self.ema.load({name: state.tensors[f"ema/{name}"] for name in self.ema.averages})
+        self.best = Best(**values["best"]) if values["best"] else None
+        self.recent = Mean(*values["recent"])
+        self.seconds = values["seconds"]
+        self.step = state.step
+
+    def _stop(self, reason: str) -> None:
+        raise ValueError(
+            f"training stopped after step {self.step}: {reason}; a lower --lr usually cures it ({self.saved})"
+        )
+
+
+def train_mode(module: nn.Module) -> None:
+    """Put a module in training mode, but batch normalisations: their running statistics are the base's.
+
+    They are in no adapter file, so a base that moved them would not be the one the adapter is loaded on.
+    """
+    module.train()
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()

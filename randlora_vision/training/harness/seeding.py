@@ -1,0 +1,80 @@
+"""Random numbers that the seed and the place in the run decide alone, so that a run can go on from anywhere."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+
+def seed_everything(*key: int | str) -> None:
+    """Seed Python, NumPy and PyTorch (every device) by a hash of `key`: near keys give unrelated numbers."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def seeded_items(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
+    """Return a loader of the same batches in which (seed, position) decides what augmentation draws for an item.
+
+    The position counts items from the start of training, so neither loader processes, nor reading ahead,
+    nor starting in the middle changes a picture. A loader without a batch sampler has no positions: its
+    data must draw from generators of their own.
+    """
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return loader
+    return with_batches(loader, _SeededItems(loader.dataset, seed), _Numbered(loader.batch_sampler))
+
+
+class _Numbered(Sampler[list[tuple[int, int]]]):
+    """Batches of (position, index) instead of batches of indices."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.batch_size = batches.batch_size  # accelerate asks for these two
+        self.drop_last = batches.drop_last
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position = 0
+        for batch in self.batches:
+            yield list(enumerate(batch, start=position))
+            position += len(batch)
+
+
+class _SeededItems(Dataset):
+    """The items of a dataset, asked for by (position, index)."""
+
+    def __init__(self, data: Any, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        position, index = place
+        seed_everything("item", self.seed, position)
+        return self.data[index]
+
+
+def with_batches(loader: "DataLoader[Any]", dataset: Dataset, batch_sampler: Any) -> "DataLoader[Any]":
+    """Return a loader as `loader` in all but its data and what of them makes a batch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )

@@ -1,0 +1,72 @@
+"""Trackers such as TensorBoard and Weights & Biases: accelerate drives them, a run folder feeds them."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, filter_trackers, get_available_trackers
+from accelerate.utils import LoggerType
+from PIL import Image
+
+from randlora_vision.training.harness.progress import Log
+
+_PROJECT = "randlora_vision"
+_DEFAULT = "tensorboard"
+
+
+def chosen_trackers(names: Sequence[str]) -> list[str]:
+    """Return the trackers that `--report-to` means: by default TensorBoard where it is installed, none for `none`.
+
+    Raises ValueError for an unknown name, with close matches, and for one that is not installed.
+    """
+    installed = [str(name) for name in get_available_trackers()]
+    if not names:
+        return [_DEFAULT] if _DEFAULT in installed else []
+    if "none" in names:
+        if len(names) > 1:
+            raise ValueError(f"--report-to {' '.join(names)}: none goes with no other")
+        return []
+    known = [name for name in LoggerType.list() if name != "all"]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(f"--report-to {name} is not known; known are none, {', '.join(close or known)}")
+        if name not in installed:
+            raise ValueError(f"--report-to {name}: the package is not installed (pip install {name.replace('_', '-')})")
+    return list(dict.fromkeys(names))
+
+
+def start_trackers(
+    accelerator: Accelerator, names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int
+) -> Log:
+    """Start the trackers of a run and return what reports values to them, under `split/name`.
+
+    `folder` is for trackers that write files; `step` is where a resumed run goes on: what TensorBoard was
+    told after it is hidden. On any process but the first nothing is reported.
+    """
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.log_with = filter_trackers(chosen_trackers(names), folder)
+    accelerator.init_trackers(_PROJECT, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
+    for tracker in accelerator.trackers:
+        if not isinstance(tracker, TensorBoardTracker):  # which would write them as a run of its own
+            tracker.store_init_configuration(dict(settings))
+
+    def log(step: int, split: str, values: Mapping[str, float]) -> None:
+        accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    return log
+
+
+def report_pictures(accelerator: Accelerator, step: int, paths: Sequence[Path]) -> None:
+    """Give PNG files, under their names, to the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        for path in paths:
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.log_images({path.stem: np.asarray(picture)[None]}, step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({path.stem: [picture]}, step)

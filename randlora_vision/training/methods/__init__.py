@@ -1,0 +1,1 @@
+"""What is trained: RandLoRA, LoRA, PEFT's methods, or the model's own parameters."""

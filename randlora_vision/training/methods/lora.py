@@ -1,0 +1,143 @@
+"""LoRA on the very weights that RandLoRA adapts, for comparison: W + (alpha / r) B A.
+
+It is written as a parametrization of the weight, so it holds wherever a model reads that weight. PEFT
+wraps layers instead: an out_proj of torch's attention so wrapped is never called, and the projections
+that open_clip's own attention keeps as bare parameters are out of reach. Where PEFT is right the two
+compute the same numbers (tests/training/methods/test_lora.py).
+
+Shapes: O out, I in (of a convolution: channels times kernel), R rank.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from randlora_vision.files.atomic import replacing
+from randlora_vision.training.methods.adaptation import _listing, finite_gradients
+
+FORMAT = "randlora_vision.lora"
+
+
+class LowRank(nn.Module):
+    """Parametrization W -> W + (alpha / rank) up @ down; `up` (O, R) starts at zero, `down` (R, I) at random."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), device=weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as PEFT and the LoRA paper's code
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the effective weight, in the weight's own shape and dtype."""
+        delta = self.scale * (self.up @ self.down)
+        return weight + delta.view_as(weight).to(weight.dtype)
+
+
+def weight_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """Return the (module, parameter name) of a target: a module's path (its `weight`), or a parameter's."""
+    path, _, parameter = target.rpartition(".")
+    modules = dict(model.named_modules())
+    if target in modules:
+        return modules[target], "weight"
+    if path in modules and isinstance(getattr(modules[path], parameter, None), Tensor):
+        return modules[path], parameter
+    raise ValueError(f"the model {type(model).__name__} has no weight {target!r}")
+
+
+def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> dict[str, LowRank]:
+    """Freeze `model` and put LoRA on the targets; returns the trained parts by target name.
+
+    Raises ValueError, before anything changes, when the rank is above a target's smaller side.
+    """
+    found = {target: weight_of(model, target) for target in targets}
+    for target, (module, name) in found.items():
+        weight = getattr(module, name)
+        narrow = min(weight.shape[0], weight[0].numel())
+        if rank > narrow:
+            raise ValueError(f"LoRA rank {rank} is above the smaller side of {target}, {narrow}")
+    model.requires_grad_(False)
+    added = {}
+    for target, (module, name) in found.items():
+        added[target] = LowRank(getattr(module, name), rank, alpha)
+        parametrize.register_parametrization(module, name, added[target])
+    return added
+
+
+def lora_parameters_per_rank(model: nn.Module, targets: Iterable[str]) -> int:
+    """Return the trained numbers of LoRA of rank 1 on the targets: the sum of O + I."""
+    weights = (getattr(*weight_of(model, target)) for target in targets)
+    return sum(weight.shape[0] + weight[0].numel() for weight in weights)
+
+
+def rank_for_budget(model: nn.Module, targets: Iterable[str], budget: int) -> int:
+    """Return the LoRA rank, 1 or more, whose trained numbers come nearest to `budget`."""
+    return max(1, round(budget / lora_parameters_per_rank(model, targets)))
+
+
+def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:
+    """Write the trained tensors and what is needed to put them back, as one safetensors file."""
+    tensors = {}
+    for target, part in added.items():
+        tensors[f"{target}.lora_A"] = part.down.detach().contiguous()
+        tensors[f"{target}.lora_B"] = part.up.detach().contiguous()
+    metadata = {"format": FORMAT, "rank": str(rank), "alpha": str(alpha), "targets": json.dumps(list(added))}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_lora(model: nn.Module, path: Path | str) -> None:
+    """Put the LoRA of a file on a base model, frozen."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no LoRA file of this package")
+        targets = json.loads(metadata["targets"])
+        added = inject_lora(model, targets, int(metadata["rank"]), float(metadata["alpha"]))
+        with torch.no_grad():
+            for target, part in added.items():
+                part.down.copy_(file.get_tensor(f"{target}.lora_A"))
+                part.up.copy_(file.get_tensor(f"{target}.lora_B"))
+                part.requires_grad_(False)
+
+
+class LoRA:
+    """Two low-rank factors beside each weight."""
+
+    def __init__(self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -> None:
+        self.added = inject_lora(model, targets, rank, alpha)
+        self.rank = rank
+        self.alpha = alpha
+        self.report = f"LoRA of rank {rank}, alpha {alpha:g}, on {len(self.added)} weights"
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield both factors of every adapted weight."""
+        for target, part in self.added.items():
+            for name, parameter in part.named_parameters():
+                yield f"{target}.{name}", parameter
+
+    def check_gradients(self) -> list[str]:
+        """Require a gradient on `up`; the one of `down` is zero until `up` has moved."""
+        dead = [name for name, part in self.added.items() if part.up.grad is None or not part.up.grad.any()]
+        if dead:
+            raise ValueError(f"no gradient reaches the LoRA of {_listing(dead)}")
+        return finite_gradients(self.parameters())
+
+    def save(self, path: Path) -> None:
+        """Write the factors."""
+        save_lora(self.added, path, self.rank, self.alpha)
+
+    def load(self, model: nn.Module, path: Path) -> None:
+        """Load the factors."""
+        load_lora(model, path)
+
+    def loading_code(self, path: Path) -> list[str]:
+        """Return the call of `load_lora`."""
+        return ["from randlora_vision.training.methods.lora import load_lora", f"load_lora(model, {str(path)!r})"]

@@ -1,0 +1,377 @@
+"""The adapter file: it gives back the same bits, stays small, and whatever is wrong with it leaves the model alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from randlora_vision import (
+    RandLoRAConfig,
+    adapter_parameters,
+    inject,
+    load_adapter,
+    merge,
+    plan,
+    remove,
+    save_adapter,
+    set_active,
+)
+from randlora_vision.bases import BasesSpec, get_bases
+from randlora_vision.files.adapter_file import _digest
+from tests.helpers import IMAGES, clip, mlp, randomize, snapshot, tensor_bytes, vit
+
+CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"])
+X = torch.linspace(-2, 2, 24).reshape(3, 8)
+
+
+def saved(path: Path, model: nn.Module | None = None, config: RandLoRAConfig = CONFIG) -> Path:
+    """A file with a random adapter of a fresh base."""
+    model = mlp() if model is None else model
+    inject(model, config)
+    randomize(model)
+    return save_adapter(model, path / "adapter.safetensors")
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize("bases", ["uniform", "normal", "sparse", "very_sparse"])
+def test_a_vit_comes_back_bit_for_bit(tmp_path: Path, bases: str) -> None:
+    model, x = vit(), torch.randn(IMAGES)
+    config = RandLoRAConfig(
+        rank=4,
+        bases=bases,
+        seed=2**64 - 1,
+        rank_pattern={"fc1": 8},
+        alpha_pattern={"qkv": 3.0},
+        modules_to_save=["head"],
+    )
+    path = saved(tmp_path, model, config)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    save_adapter(model, path)
+    fresh = vit()
+    report = load_adapter(fresh, path)
+    assert report.config == config and torch.equal(fresh(x), model(x))
+    assert not any(parameter.requires_grad for parameter in fresh.parameters())
+    remove(fresh)
+    assert torch.equal(fresh(x), vit()(x))
+    load_adapter(fresh, path, "again", trainable=True)
+    trained = {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in fresh.state_dict() if "_randlora_" in name} | {"head.weight", "head.bias"}
+
+
+def test_a_clip_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model, fresh = clip(), clip()
+    path = saved(tmp_path, model, RandLoRAConfig(rank=4, modules_to_save=["logit_scale"]))
+    load_adapter(fresh, path)
+    image, text = torch.randn(IMAGES), torch.randint(1, 32, (2, 8))
+    with torch.no_grad():  # frozen attention takes another kernel where gradients are on
+        assert all(torch.equal(a, b) for a, b in zip(model(image, text), fresh(image, text), strict=True))
+
+
+def test_float64_adapters_keep_all_their_bits(tmp_path: Path) -> None:
+    model, fresh = mlp().double(), mlp().double()
+    load_adapter(fresh, saved(tmp_path, model))
+    assert torch.equal(fresh(X.double()), model(X.double()))
+
+
+def test_a_loaded_adapter_joins_the_others(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    alone, model = mlp(), mlp()
+    load_adapter(alone, path)
+    inject(model, RandLoRAConfig(rank=3, seed=4, target_modules=["0"]), "first")
+    load_adapter(model, path, "second")
+    assert torch.equal(model(X), alone(X))  # the first has not been trained
+    assert all(parameter.requires_grad for _, parameter in adapter_parameters(model, "first"))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already has an adapter 'second'"):
+        load_adapter(model, path, "second")
+    assert snapshot(model) == before
+
+
+def test_saving_an_inactive_or_merged_adapter_saves_its_own_numbers(tmp_path: Path) -> None:
+    model = vit()
+    config = RandLoRAConfig(rank=4, modules_to_save=["head"])
+    for i, name in enumerate(("a", "b")):
+        inject(model, config, name)
+        set_active(model, name)
+        randomize(model, name, seed=i)
+        with torch.no_grad():
+            model.head.weight.add_(i + 1)
+    x = torch.randn(IMAGES)
+    outs = {}
+    for name in ("a", "b"):
+        set_active(model, name)
+        outs[name] = model(x)
+    merge(model, "b")
+    for name in ("a", "b"):
+        fresh = vit()
+        load_adapter(fresh, save_adapter(model, tmp_path / f"{name}.safetensors", name))
+        assert torch.equal(fresh(x), outs[name])
+
+
+def test_saving_takes_buffers_as_they_are_now(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).double()
+
+    model, fresh = make().float(), make()
+    inject(model, RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    randomize(model)
+    model.double().train()(X.double())  # the move makes new buffers, the step moves them on
+    load_adapter(fresh, save_adapter(model, tmp_path / "adapter.safetensors"))
+    assert int(fresh[1].num_batches_tracked) == 1
+    assert torch.equal(fresh[1].running_mean, model[1].running_mean)
+
+
+def test_wrapped_models_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = mlp()
+    path = saved(tmp_path, model)
+    compiled = torch.compile(model, backend="eager")
+    path.unlink()
+    assert save_adapter(compiled, path) == path
+    fresh = mlp()
+    load_adapter(torch.compile(fresh, backend="eager"), path)
+    assert torch.equal(fresh(X), model(X))
+
+
+def test_saved_tensors_that_are_tied(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        model[2].weight = model[1].weight
+        return model
+
+    model, fresh = make(), make()
+    config = RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"])
+    path = saved(tmp_path, model, config)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    save_adapter(model, path)
+    load_adapter(fresh, path)
+    assert torch.equal(fresh(X), model(X)) and fresh[1].weight is fresh[2].weight
+
+
+# Size and writing.
+
+
+def payload(report: Any, model: nn.Module) -> int:
+    kept = sum(model.state_dict()[name].nbytes for name, _ in report.saved)
+    return 4 * sum(target.num_parameters for target in report.targets) + kept
+
+
+def test_a_file_is_at_most_16_kib_above_its_numbers(tmp_path: Path) -> None:
+    import open_clip
+    import timm
+
+    for model in (vit(depth=48), clip()):
+        report = inject(model, RandLoRAConfig(rank=4))
+        path = save_adapter(model, tmp_path / "adapter.safetensors")
+        assert path.stat().st_size == report.file_bytes <= payload(report, model) + 16 * 1024
+    with torch.device("meta"):
+        large = [
+            (timm.create_model("vit_base_patch16_224"), RandLoRAConfig(rank=32, modules_to_save=["head"])),
+            (timm.create_model("vit_giant_patch14_clip_224"), RandLoRAConfig(rank=32)),
+            (
+                open_clip.create_model("ViT-B-32", device="meta"),
+                RandLoRAConfig(rank=32, modules_to_save=["logit_scale"]),
+            ),
+        ]
+    for model, config in large:
+        report = plan(model, config)
+        assert len(report.targets) >= 48
+        assert report.file_bytes <= payload(report, model) + 16 * 1024
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    path = saved(tmp_path, model)
+    old = path.read_bytes()
+    randomize(model, seed=7)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, path)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_file_mode_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = saved(tmp_path / "made" / "on the way")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model, other = mlp(), mlp()
+    path = saved(tmp_path)
+    inject(model, CONFIG)
+    with pytest.raises(ValueError, match="meta device"):
+        save_adapter(model, tmp_path / "meta.safetensors")
+    with pytest.raises(ValueError, match="meta"):  # the numbers would be lost without a word
+        load_adapter(other, path)
+    with pytest.raises(ValueError, match=r"one .safetensors file"):
+        save_adapter(model, tmp_path / "adapter.bin")
+    with pytest.raises(ValueError, match="has no adapters"):
+        save_adapter(mlp(), path)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        save_adapter(model, path, "other")
+    with pytest.raises(FileNotFoundError, match="no adapter file"):
+        load_adapter(mlp(), tmp_path / "missing.safetensors")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+# Everything that can be wrong with a file.
+
+Tamper = Callable[[dict[str, str], dict[str, Tensor]], object]
+
+
+def rewritten(path: Path, tamper: Tamper, keep_digest: bool = False) -> Path:
+    """The file with its metadata or tensors changed, and a digest that fits unless `keep_digest`."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tamper(metadata, tensors)
+    if not keep_digest:
+        metadata["sha256"] = _digest(tensors, metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    return path
+
+
+def edit(key: str, **changes: object) -> Tamper:
+    return lambda metadata, _: metadata.update({key: json.dumps({**json.loads(metadata[key]), **changes})})
+
+
+def bases_of_another_seed(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
+    """Bases that are what their own record says, but not what the configuration's seed makes."""
+    spec = {**json.loads(metadata["bases"]), "seed": 5}
+    del spec["sha256"]
+    metadata["bases"] = json.dumps({**spec, "sha256": get_bases(BasesSpec(**spec)).sha256})
+
+
+def targets(text: str) -> Tamper:
+    packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return lambda metadata, _: metadata.update(targets=packed)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+GROUP = "2x4.8"
+LISTED = [["0", 16, 8, 2, 40.0], ["2", 6, 16, 2, 40.0]]
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda p: p.write_bytes(b""), "no readable safetensors"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "no readable safetensors"),
+    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:40]), "no readable safetensors"),
+    "text": (lambda p: p.write_text("hello, I am no adapter"), "no readable safetensors"),
+    "pickle": (lambda p: torch.save({"a": torch.zeros(3)}, p), "no readable safetensors"),
+    "flipped payload": (lambda p: flip(p, -1), "altered or damaged.*SHA-256"),
+    "plain safetensors": (lambda p: safetensors.torch.save_file({"a": torch.zeros(3)}, p), "no RandLoRA adapter"),
+    "format": (lambda p: rewritten(p, lambda m, _: m.update(format="other")), "no RandLoRA adapter"),
+    "newer": (lambda p: rewritten(p, lambda m, _: m.update(format_version="3")), "format version 3, newer.*upgrade"),
+    "version": (lambda p: rewritten(p, lambda m, _: m.update(format_version="x")), "no valid format_version"),
+    "no version": (lambda p: rewritten(p, lambda m, _: m.pop("format_version")), "no valid format_version"),
+    "no digest": (lambda p: rewritten(p, lambda m, _: m.pop("sha256"), keep_digest=True), "SHA-256"),
+    "altered config": (lambda p: rewritten(p, edit("config", alpha=1.0), keep_digest=True), "altered"),
+    "altered bases": (lambda p: rewritten(p, edit("bases", seed=1), keep_digest=True), "altered"),
+    "altered targets": (lambda p: rewritten(p, targets(json.dumps(LISTED[::-1])), keep_digest=True), "altered"),
+    "unknown key": (lambda p: rewritten(p, edit("config", rnak=3)), "unknown key 'rnak'.*'rank'"),
+    "bad value": (lambda p: rewritten(p, edit("config", rank=-1)), "rank must be an integer"),
+    "config no json": (lambda p: rewritten(p, lambda m, _: m.update(config="{")), "malformed metadata"),
+    "config missing": (lambda p: rewritten(p, lambda m, _: m.pop("config")), "malformed metadata"),
+    "config nested": (lambda p: rewritten(p, lambda m, _: m.update(config="[" * 200_000)), "malformed metadata"),
+    "targets nested": (lambda p: rewritten(p, targets("[" * 200_000)), "malformed metadata"),
+    "targets bomb": (lambda p: rewritten(p, targets("[" + " " * 2**27 + "]")), "malformed metadata"),
+    "targets base64": (lambda p: rewritten(p, lambda m, _: m.update(targets="???")), "malformed metadata"),
+    "targets zlib": (lambda p: rewritten(p, lambda m, _: m.update(targets="AAAA")), "malformed metadata"),
+    "targets number": (lambda p: rewritten(p, targets("5")), "malformed metadata"),
+    "rank zero": (lambda p: rewritten(p, targets(json.dumps([["0", 16, 8, 0, 1.0], LISTED[1]]))), "malformed|rank"),
+    "bases no object": (lambda p: rewritten(p, lambda m, _: m.update(bases='"x"')), "malformed metadata"),
+    "bases kind": (lambda p: rewritten(p, edit("bases", kind="zz")), "bases"),
+    "bases huge": (lambda p: rewritten(p, edit("bases", wide=2**40)), "bases"),
+    "bases negative": (lambda p: rewritten(p, edit("bases", rank=-1)), "bases"),
+    "bases seed type": (lambda p: rewritten(p, edit("bases", seed="x")), "bases"),
+    "bases digest": (lambda p: rewritten(p, edit("bases", sha256="0" * 64)), "bases.*SHA-256"),
+    "bases digest type": (lambda p: rewritten(p, edit("bases", sha256=None)), "malformed|bases"),
+    "bases seed": (lambda p: rewritten(p, bases_of_another_seed), "bases|seed"),
+    "missing tensor": (lambda p: rewritten(p, lambda _, t: t.pop(f"gamma.{GROUP}")), f"missing.*gamma.{GROUP}"),
+    "extra tensor": (lambda p: rewritten(p, lambda _, t: t.update(a=torch.zeros(2))), "unexpected.*'a'"),
+    "extra saved": (lambda p: rewritten(p, lambda _, t: t.update({"saved.0.bias": torch.zeros(16)})), "0.bias"),
+    "shape": (lambda p: rewritten(p, lambda _, t: t.update({f"gamma.{GROUP}": torch.zeros(1, 4, 9)})), "shapes"),
+    "integers": (
+        lambda p: rewritten(p, lambda _, t: t.update({f"gamma.{GROUP}": torch.zeros(1, 4, 8).int()})),
+        "dtype",
+    ),
+    "folder": (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_one_clear_error_and_the_model_is_untouched(tmp_path: Path, case: str) -> None:
+    damage, message = BAD_FILES[case]
+    path = saved(tmp_path)
+    damage(path)
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(model, path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert snapshot(model) == before
+
+
+def test_targets_in_another_order_are_still_the_right_ones(tmp_path: Path) -> None:
+    model, fresh = mlp(), mlp()
+    path = rewritten(saved(tmp_path, model), targets(json.dumps(LISTED[::-1])))
+    load_adapter(fresh, path)
+    assert torch.equal(fresh(X), model(X))
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "fewer": (lambda: vit(depth=1), "file's targets are not in the model"),
+    "more": (lambda: vit(depth=3), "of the model's are not in the file"),
+    "wider": (lambda: vit(width=48), r"blocks.0.attn.qkv is .*144.* in the model and .*96.* in the file"),
+    "head": (lambda: vit(classes=7), "head.(bias|weight) is .*7.* in the model and .*5.* in the file"),
+    "class": (mlp, "does not fit this Sequential"),
+    "empty": (lambda: nn.Sequential(nn.ReLU()), "does not fit this Sequential"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_wrong_model_is_refused_and_untouched(tmp_path: Path, case: str) -> None:
+    make, message = WRONG[case]
+    path = saved(tmp_path, vit(), RandLoRAConfig(rank=4, modules_to_save=["head"]))
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(model, path)
+    assert "\n" not in str(caught.value)
+    assert snapshot(model) == before
+
+
+def test_loading_does_not_change_the_base(tmp_path: Path) -> None:
+    model, base = vit(), vit()
+    load_adapter(model, saved(tmp_path, vit(), RandLoRAConfig(rank=4)))
+    for name, tensor in base.state_dict().items():
+        assert tensor_bytes(model.state_dict()[name]) == tensor_bytes(tensor)

@@ -1,0 +1,330 @@
+"""Files made to do harm: nothing in them runs, nothing large is made, nothing is written, and the error is one line."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import random
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+from randlora_vision.files.adapter_file import _digest
+from tests.helpers import mlp, randomize, snapshot
+
+CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"], modules_to_save=["2.bias"])
+LISTED = [["0", 16, 8, 2, 40.0], ["2", 6, 16, 2, 40.0]]
+X = torch.linspace(-2, 2, 24).reshape(3, 8)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    model = mlp()
+    inject(model, CONFIG)
+    randomize(model)
+    return save_adapter(model, tmp_path / "adapter.safetensors")
+
+
+def refuse(path: Path, message: str) -> None:
+    """One line that names the file; the model is untouched, and no memory to speak of was taken."""
+    model = mlp()
+    before = snapshot(model)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_adapter(model, path)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value)) < 2000
+    assert snapshot(model) == before
+
+
+# Pickles.
+
+
+class Bomb:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+WRITERS: dict[str, Callable[[object, Path], object]] = {
+    "torch": torch.save,
+    "torch, old": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
+    **{f"protocol {i}": lambda v, p, i=i: p.write_bytes(pickle.dumps(v, protocol=i)) for i in range(2, 6)},
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".BIN"])
+def test_a_pickle_is_never_opened(tmp_path: Path, writer: str, suffix: str) -> None:
+    trace, path = tmp_path / "trace", tmp_path / f"adapter{suffix}"
+    WRITERS[writer](Bomb(trace), path)
+    refuse(path, "is a pickle: opening one runs the code in it.*convert it yourself")
+    assert not trace.exists()
+    with path.open("rb") as file, file if writer.startswith("protocol") else open(path, "rb") as raw:
+        if writer.startswith("protocol"):  # it would have gone off
+            pickle.load(raw).close()
+            assert trace.exists()
+
+
+def test_a_header_that_starts_like_a_pickle_is_none(good: Path) -> None:
+    """A header of 640 bytes: its length begins with the two bytes of a pickle's second protocol."""
+    data = good.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    for wanted in (0x280, 0x380, 0x480, 0x580):
+        if wanted >= size:
+            good.write_bytes(struct.pack("<Q", wanted) + data[8 : 8 + size].ljust(wanted) + data[8 + size :])
+            load_adapter(mlp(), good)
+            return
+    raise AssertionError("the header has outgrown the test")
+
+
+# The container.
+
+
+def container(header: object, data: bytes = b"", size: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
+
+
+def tensor(shape: list[int], end: int, dtype: str = "F32", start: int = 0) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+CONTAINERS: dict[str, bytes] = {
+    "nothing": b"",
+    "eight bytes": b"\0" * 8,
+    "length of 2**63": container(b"{}", size=2**63),
+    "length of 10**12": container(b"{}", size=10**12),
+    "longer than the file": container(b"{}" + b" " * 40, size=43),
+    "no json": container(b"{" * 64),
+    "deep json": container(b'{"a":' * 100_000),
+    "a trillion numbers": container({"lambda": tensor([10**12], 4 * 10**12)}),
+    "a trillion in 4 bytes": container({"lambda": tensor([10**6, 10**6], 4)}, b"\0" * 4),
+    "overflowing shape": container({"lambda": tensor([2**32, 2**32, 2**32], 4)}, b"\0" * 4),
+    "negative shape": container({"lambda": tensor([-1], 4)}, b"\0" * 4),
+    "overlapping": container({"a": tensor([1], 4), "b": tensor([1], 4)}, b"\0" * 8),
+    "beyond the end": container({"a": tensor([2], 8)}, b"\0" * 4),
+    "backwards": container({"a": tensor([1], 0, start=4)}, b"\0" * 4),
+    "twice the name": container(b'{"a":%b,"a":%b}' % ((json.dumps(tensor([1], 4)).encode(),) * 2), b"\0" * 4),
+    "unknown dtype": container({"a": tensor([1], 4, "O32")}, b"\0" * 4),
+    "metadata no strings": container({"__metadata__": {"format": 1}}),
+    "a zip": b"PK\x05\x06" + b"\0" * 18,
+    "a script": b"#!/bin/sh\nrm -rf /\n",
+}
+
+
+@pytest.mark.parametrize("case", CONTAINERS)
+def test_a_container_that_lies(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(CONTAINERS[case])
+    refuse(path, "no readable safetensors file|no RandLoRA adapter")
+
+
+def test_an_oversized_header(tmp_path: Path) -> None:
+    """64 MiB of header in a sparse file: parsing it is not even tried."""
+    path = tmp_path / "adapter.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 64 * 2**20) + b"{")
+        file.truncate(2**27)
+    refuse(path, "header of 67,108,864 bytes is oversized")
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(good: Path) -> None:
+    data, choice, fresh = good.read_bytes(), random.Random(0), mlp()
+    before = snapshot(fresh)
+    for _ in range(150):
+        position = choice.randrange(len(data))
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << choice.randrange(8)
+        if json_equal(data, bytes(flipped)):
+            continue
+        for damaged in (bytes(flipped), data[:position]):
+            good.write_bytes(damaged)
+            with pytest.raises(ValueError) as caught:
+                load_adapter(fresh, good)
+            assert str(good) in str(caught.value)
+    assert snapshot(fresh) == before
+
+
+def json_equal(one: bytes, other: bytes) -> bool:
+    """True if only blanks of the header differ: a space is as good as a tab."""
+    try:
+        end = 8 + int.from_bytes(one[:8], "little")
+        return one[:8] == other[:8] and one[end:] == other[end:] and json.loads(one[8:end]) == json.loads(other[8:end])
+    except ValueError:
+        return False
+
+
+# The content: well-formed files whose digest is right.
+
+Tamper = Callable[[dict[str, str], dict[str, Tensor]], object]
+LAMBDA, GAMMA = "lambda.2x4.8", "gamma.2x4.8"
+
+
+def rewritten(path: Path, tamper: Tamper) -> Path:
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tamper(metadata, tensors)
+    metadata["sha256"] = _digest(tensors, metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    return path
+
+
+def targets(text: str) -> Tamper:
+    return lambda metadata, _: metadata.update(targets=base64.b64encode(zlib.compress(text.encode(), 9)).decode())
+
+
+def listed(*changes: object) -> Tamper:
+    """The first target's entries replaced, from the left."""
+    return targets(json.dumps([[*changes, *LISTED[0][len(changes) :]], LISTED[1]]))
+
+
+def settings(key: str, **changes: object) -> Tamper:
+    return lambda metadata, _: metadata.update({key: json.dumps({**json.loads(metadata[key]), **changes})})
+
+
+def both(*tampers: Tamper) -> Tamper:
+    return lambda metadata, tensors: [tamper(metadata, tensors) for tamper in tampers]
+
+
+def fill(name: str, value: float) -> Tamper:
+    return lambda _, tensors: tensors[name].view(-1)[-1:].fill_(value)
+
+
+def cast(name: str, dtype: torch.dtype) -> Tamper:
+    return lambda _, tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
+def bomb(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
+    """60 MiB of brackets in a few KiB."""
+    pack = zlib.compressobj(9)
+    data = pack.compress(b"[") + b"".join(pack.compress(b"[]," * 2**20) for _ in range(20)) + pack.flush()
+    assert len(data) < 2**19
+    metadata["targets"] = base64.b64encode(data).decode()
+
+
+def absurd_rank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    listed("0", 16, 8, 10**12)(metadata, tensors)
+    settings("config", rank=10**12)(metadata, tensors)
+    tensors[f"lambda.{10**12}x1.8"] = tensors.pop(LAMBDA)
+    tensors[f"gamma.{10**12}x1.8"] = tensors.pop(GAMMA)
+
+
+CONTENTS: dict[str, tuple[Tamper, str]] = {
+    "a bomb": (bomb, "malformed metadata"),
+    "a config of patterns": (
+        settings("config", rank_pattern={f"layer{i}": 1 for i in range(10**5)}),
+        "malformed metadata.*characters",
+    ),
+    "a trillion rows": (listed("0", 10**12, 8), r"0 is .*16, 8.* in the model and .*1000000000000"),
+    "a trillion by a trillion": (listed("0", 10**12, 10**12), "does not hold what it lists"),
+    "rank of a trillion": (absurd_rank, "shapes"),
+    "rank of a trillion, bare": (settings("config", rank=10**12), "rank 1000000000000 is above the narrow side"),
+    "bases of a trillion": (settings("bases", wide=10**12, columns=10**12), "its bases are"),
+    "a number beyond floats": (targets(f"[[{'9' * 400}, 1e400, 8, 2, 40.0]]"), "malformed metadata"),
+    "a number of 5000 digits": (targets(f"[[\"0\", {'9' * 5000}, 8, 2, 40.0]]"), "malformed metadata"),
+    "alpha of infinity": (listed("0", 16, 8, 2, float("inf")), "in the model and"),
+    "alpha of NaN": (listed("0", 16, 8, 2, float("nan")), "in the model and"),
+    "config of infinity": (settings("config", alpha=float("inf")), "alpha must be a positive number"),
+    "a target twice": (targets(json.dumps([LISTED[0], *LISTED])), "listed twice"),
+    "a target outside": (listed("../../etc/passwd"), "not in the model"),
+    "a root target": (listed("/etc/passwd"), "not in the model"),
+    "a target of the class": (listed("__class__"), "not in the model"),
+    "a tensor outside": (
+        lambda _, tensors: tensors.update({"saved.../../etc/passwd": torch.zeros(1)}), "not in the model",
+    ),
+    "a dunder tensor": (lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}), "not in the model"),
+    "modules outside": (settings("config", modules_to_save=["../x"]), "matches nothing"),
+    "a stranger's preset": (settings("config", target_modules="os:system"), "no integration 'os'"),
+    "NaN lambda": (fill(LAMBDA, float("nan")), f"{LAMBDA} holds NaN or infinity"),
+    "infinite gamma": (fill(GAMMA, -float("inf")), f"{GAMMA} holds NaN or infinity"),
+    "NaN saved": (fill("saved.2.bias", float("nan")), "2.bias holds NaN or infinity"),
+    "infinite saved": (fill("saved.2.bias", float("inf")), "2.bias holds NaN or infinity"),
+    "NaN in 8 bits": (both(fill(LAMBDA, float("nan")), cast(LAMBDA, torch.float8_e5m2)), "holds NaN or infinity"),
+    "integers": (cast(LAMBDA, torch.int64), "not floats"),
+    "truth values": (cast(GAMMA, torch.bool), "not floats"),
+    "complex": (cast(GAMMA, torch.complex64), "not floats"),
+    "saved integers": (cast("saved.2.bias", torch.int32), "2.bias is torch.int32, in the model torch.float32"),
+    "saved complex": (cast("saved.2.bias", torch.complex64), "2.bias is torch.complex64"),
+    "version of 5000 digits": (lambda m, _: m.update(format_version="9" * 5000), "no valid format_version"),
+    "version zero": (lambda m, _: m.update(format_version="0"), "no valid format_version"),
+    "negative version": (lambda m, _: m.update(format_version="-1"), "no valid format_version"),
+    "fractional version": (lambda m, _: m.update(format_version="1.0"), "no valid format_version"),
+    "stored, but absent": (settings("bases", kind="stored"), "missing.*bases.A.*bases.B"),
+    "stored, but not said": (lambda _, t: t.update({"bases.A": torch.zeros(2, 16)}), "unexpected.*bases.A"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_content_that_lies(good: Path, case: str) -> None:
+    tamper, message = CONTENTS[case]
+    refuse(rewritten(good, tamper), message)
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+
+
+STORED: dict[str, tuple[Tamper, str]] = {
+    "NaN": (fill("bases.B", float("nan")), "bases.B holds NaN"),
+    "integers": (cast("bases.A", torch.int32), "must be a matrix of floats"),
+    "flat": (lambda _, t: t.update({"bases.A": torch.zeros(4)}), "must be a matrix"),
+    "empty": (lambda _, t: t.update({"bases.A": torch.zeros(0, 4)}), "must be a matrix"),
+    "others": (fill("bases.B", 3.0), "the bases in it are"),
+    "of a trillion": (settings("bases", wide=10**12), "the bases in it are"),
+    "from a seed": (settings("config", bases="uniform"), "bases"),
+    "by a seed": (settings("bases", kind="uniform"), "unexpected.*bases.A"),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
+    from randlora_vision.bases.stored import stored_bases
+    from randlora_vision.injection.inject import add_adapter
+
+    model = mlp()
+    given = stored_bases(torch.randn(2, 8), torch.randn(16, 16))
+    config = RandLoRAConfig(rank=2, target_modules=["0", "2"], bases="stored")
+    add_adapter(model, config, "default", True, given)
+    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    load_adapter(mlp(), path)
+    tamper, message = STORED[case]
+    refuse(rewritten(path, tamper), message)
+
+
+def test_a_buffer_may_hold_infinity(tmp_path: Path) -> None:
+    """A mask is full of it; a parameter never is."""
+
+    def make() -> nn.Sequential:
+        model = mlp()
+        model[1].register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+        return model
+
+    model, fresh = make(), make()
+    inject(model, RandLoRAConfig(rank=2, target_modules=["0", "2"], modules_to_save=["1"]))
+    load_adapter(fresh, save_adapter(model, tmp_path / "adapter.safetensors"))
+    assert torch.equal(fresh[1].mask, model[1].mask)
+
+
+def test_a_folder_may_not_point_to_other_files(tmp_path: Path, good: Path) -> None:
+    """PEFT's settings name models and revisions: nothing of that is opened."""
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    values = {"peft_type": "RANDLORA", "base_model_name_or_path": "../../secret", "revision": "../adapter.safetensors"}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    refuse(folder, "has no adapter_model.safetensors")

@@ -1,0 +1,192 @@
+"""Every family of timm through the presets: what is adapted acts, learns, merges, leaves and travels with its head.
+
+The reference outputs are taken from the frozen base: see test_zoo.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from randlora_vision import RandLoRAConfig, adapter_parameters, disabled, inject, merge, remove, save_adapter, unmerge
+from randlora_vision.integrations import timm as integration
+from tests.layers.test_zoo import MOVED, SAME, assert_same, difference, draw, is_rounding, snapshot
+from tests.timm_families import FAMILIES, Family, build, images
+from tests.zoo.base import reading
+
+
+def families(*chosen: Family) -> pytest.MarkDecorator:
+    marks = {True: [pytest.mark.slow], False: []}
+    return pytest.mark.parametrize("family", [pytest.param(f, id=f.id, marks=marks[f.slow]) for f in chosen])
+
+
+every_family = families(*FAMILIES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small spend their time on handing work to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(family: Family, **settings: Any) -> RandLoRAConfig:
+    """The widest preset: the others choose among its targets."""
+    return RandLoRAConfig(rank=family.rank, **{"target_modules": "timm:conv", **settings})
+
+
+def frozen(family: Family, **changes: Any) -> nn.Module:
+    return build(family, **changes).requires_grad_(False)
+
+
+def trained(family: Family, **changes: Any) -> nn.Module:
+    """A frozen base with an adapter that acts."""
+    model = frozen(family, **changes)
+    inject(model, config(family))
+    draw(model)
+    return model
+
+
+def run(family: Family, model: nn.Module) -> Tensor:
+    """The logits, or the features of a model without a classifier."""
+    return model(images(family, model))
+
+
+@every_family
+def test_presets_nest_and_leave_classifier_and_stem_alone(family: Family) -> None:
+    model = build(family)
+    backbone, attention, conv = (integration.PRESETS[name](model) for name in ("backbone", "attention", "conv"))
+    assert backbone and set(backbone) <= set(conv) and set(attention) <= set(conv)
+    assert len(set(conv)) == len(conv)
+    modules = dict(model.named_modules())
+    convolutions = [name for name in conv if isinstance(modules[name], nn.Conv2d)]
+    assert all(modules[name].groups == 1 for name in convolutions)
+    heads = integration.head_modules(model)
+    assert heads and modules.keys() >= set(heads)
+    outside = [*heads, *stems(model)]
+    assert not [name for name in conv if any(f"{name}.".startswith(f"{path}.") for path in outside)]
+
+
+def stems(model: nn.Module) -> list[str]:
+    """What timm's configuration says reads the pixels."""
+    names = model.pretrained_cfg["first_conv"]
+    return [names] if isinstance(names, str) else list(names)
+
+
+@every_family
+def test_adapters_act_and_learn(family: Family) -> None:
+    model = frozen(family)
+    reference = run(family, model)
+    report = inject(model, config(family))
+    assert difference(run(family, model), reference) < SAME
+    draw(model)
+    assert difference(run(family, model), reference) > MOVED
+    model.double()
+    reading(run(family, model)).backward()
+    parameters = dict(adapter_parameters(model))
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    assert len(parameters) == 2 * len(report.targets)
+    assert [name for name, g in gradients.items() if g is not None and not g.isfinite().all()] == []
+    largest = max(g.abs().max().item() for g in gradients.values() if g is not None)
+    dead = {name for name, g in gradients.items() if is_rounding(g, largest)}
+    assert dead == {name for name in parameters if family.cannot_reach(name)}
+
+
+@families(*(family for family in FAMILIES if family.unreachable))
+def test_unreachable_weights_are_so_in_the_base(family: Family) -> None:
+    base = build(family).double().requires_grad_(True)
+    reading(run(family, base)).backward()
+    gradients = {name: base.get_parameter(f"{name}.weight").grad for name in integration.conv_targets(base)}
+    largest = max(g.abs().max().item() for g in gradients.values() if g is not None)
+    dead = {name for name, g in gradients.items() if is_rounding(g, largest)}
+    assert dead == {name for name in gradients if family.cannot_reach(name)}
+
+
+@every_family
+@torch.no_grad()
+def test_merged_equals_unmerged(family: Family) -> None:
+    model = trained(family)
+    keys = build(family).state_dict().keys()
+    apart = run(family, model)
+    merge(model)
+    merged = run(family, model)
+    assert difference(merged, apart) < SAME
+    plain = frozen(family)
+    plain.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in keys})
+    assert torch.equal(run(family, plain), merged)
+    unmerge(model)
+    assert torch.equal(run(family, model), apart)
+
+
+@every_family
+def test_removal_restores_every_bit(family: Family) -> None:
+    model = build(family)
+    reference, before = run(family, model), snapshot(model)
+    keys = model.state_dict().keys()
+    inject(model, config(family, modules_to_save=integration.head_modules(model)))
+    draw(model)
+    assert [key for key in model.state_dict() if "_randlora_" not in key] == list(keys)
+    assert difference(run(family, model), reference) > MOVED
+    remove(model)
+    assert_same(snapshot(model), before)
+    assert torch.equal(run(family, model), reference)
+
+
+@every_family
+def test_classifier_is_trained_and_travels(family: Family, tmp_path: Path) -> None:
+    model = frozen(family)
+    heads = integration.head_modules(model)
+    inside = tuple(f"{head}." for head in heads)
+    report = inject(model, config(family, modules_to_save=heads))
+    assert not [target.name for target in report.targets if f"{target.name}.".startswith(inside)]
+    draw(model)
+    reading(run(family, model)).backward()
+    classifier = {name: parameter for name, parameter in model.named_parameters() if name.startswith(inside)}
+    assert all(p.requires_grad and p.grad is not None and p.grad.any() for p in classifier.values())
+    with torch.no_grad():
+        for parameter in classifier.values():
+            parameter -= 0.1 * parameter.grad
+    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    assert integration.num_classes(path) == model.num_classes
+    other = frozen(family)
+    integration.load_adapter(other, path)
+    with torch.no_grad():
+        assert torch.equal(run(family, other), run(family, model))
+
+
+@every_family
+@torch.no_grad()
+def test_headless_model_takes_the_same_adapter_places(family: Family) -> None:
+    model = frozen(family, num_classes=0)
+    assert integration.head_modules(model) == []
+    reference = run(family, model)
+    names = [target.name for target in inject(model, config(family)).targets]
+    assert names == [name for name in integration.conv_targets(build(family))]
+    draw(model)
+    assert difference(run(family, model), reference) > MOVED
+    with disabled(model):
+        assert torch.equal(run(family, model), reference)
+
+
+@every_family
+@torch.no_grad()
+def test_feature_maps_show_the_adapter(family: Family) -> None:
+    model = frozen(family, features_only=True, out_indices=(-1,))
+    (reference,) = model(images(family, model))
+    inject(model, config(family))
+    draw(model)
+    (adapted,) = model(images(family, model))
+    assert adapted.shape == reference.shape
+    assert difference(adapted, reference) > MOVED
+    merge(model)
+    (merged,) = model(images(family, model))
+    assert difference(merged, adapted) < SAME
+    unmerge(model)
+    remove(model)
+    (after,) = model(images(family, model))
+    assert torch.equal(after, reference)

@@ -1,0 +1,102 @@
+"""Who may import whom: the architecture, as one table that every file is held against."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ("names", "errors", "config", "report", "bases", "compute", "layers", "files", "injection", "adapters")
+HOSTS = ("", *CORE, "integrations")  # "" is randlora_vision itself, with the public names
+COMMON = (*HOSTS, "training.methods", "training.data", "training.harness", "training.evaluation")
+ALLOWED = {
+    "names": (),
+    "errors": (),
+    "versions": (),
+    "config": ("names",),
+    "report": ("config",),
+    "bases": (),
+    "compute": ("bases",),
+    "layers": ("compute", "bases", "names"),
+    "files": ("bases", "config", "report"),
+    "injection": ("layers", "files", "bases", "config", "report", "names"),
+    "adapters": ("injection", "layers", "files", "bases", "config", "report", "names"),
+    "": CORE + ("compute",),
+    "integrations": ("", *CORE),
+    "cli": (*HOSTS, "versions"),
+    "training": (),
+    "training.methods": HOSTS,
+    "training.data": ("names", "errors"),
+    "training.harness": ("errors", "files", "versions", "training.methods"),
+    "training.evaluation": ("files", "training.harness", "training.data", "training.methods"),
+    "training.clip": COMMON,
+    "training.classifier": COMMON,
+    "training.dreambooth": COMMON,
+    "demos": ("files", *(f"training.{room}" for room in ("data", "harness", "clip", "classifier", "dreambooth"))),
+    "train_scripts": (*COMMON, "demos", "training.clip", "training.classifier", "training.dreambooth"),
+}
+"""A room of `randlora_vision` and what it may import besides itself."""
+LIBRARIES = {"torch", "numpy", "safetensors"}
+"""What the core stands on; host libraries are imported by the rooms above it."""
+
+
+def module_of(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] != "randlora_vision":  # integrations/ and train_scripts/ are installed inside the package
+        parts.insert(0, "randlora_vision")
+    return ".".join(parts).removesuffix(".__init__")
+
+
+FILES = {
+    module_of(path): path
+    for folder in ("randlora_vision", "integrations", "train_scripts")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def room(module: str) -> str:
+    """The part of the package that a module is in: ``""`` for its face, ``training.clip`` for a part of training."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[: 2 if parts[:1] == ["training"] else 1])
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Everything that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            yield from (whole if (whole := f"{module}.{alias.name}") in FILES else module for alias in node.names)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module: str) -> None:
+    own = room(module)
+    for name in imports(FILES[module]):
+        if name.split(".")[0] == "randlora_vision":
+            assert room(name) in (own, *ALLOWED[own]), f"{module} imports {name}"
+        elif own in CORE:
+            top = name.split(".")[0]
+            assert top in LIBRARIES or top in sys.stdlib_module_names, f"{module} imports {name}"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    graph = {module: {name for name in imports(path) if name in FILES} for module, path in FILES.items()}
+    packages = {module for module, path in FILES.items() if path.name == "__init__.py"}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way, module))
+        if module not in done:
+            for name in graph[module] - packages:
+                visit(name, (*way, module))
+            done.add(module)
+
+    for module in FILES:
+        visit(module, ())

@@ -1,0 +1,83 @@
+"""Two CPU processes, really two, against one process at the same global batch: the scripts as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed_cases import CASES, RESUMED, Case, forget_accelerator, run_case
+from tests.training_helpers import TINY_CONFIG, write_class_folders, write_tiny_clip, write_tiny_vit
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data: 5 validation batches of 2 and 3 of 4, so never as many for each of two processes."""
+    work = tmp_path_factory.mktemp("work")
+    write_class_folders(work / "images", per_class=15)
+    rows = [f"{path.relative_to(work)},a {path.parent.name}" for path in sorted((work / "images").rglob("*.png"))]
+    (work / "captions.csv").write_text("\n".join(["path,caption", *rows]))
+    write_tiny_clip(work / "clip")
+    write_tiny_clip(work / "siglip", {**TINY_CONFIG, "init_logit_bias": -10.0, "init_logit_scale": 2.3})
+    write_tiny_vit(work / "vit", 3)
+    return work
+
+
+@pytest.fixture(scope="module")
+def two(work: Path) -> Path:
+    """The run folders of all cases on two processes."""
+    output = work / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(ROOT / "tests" / "distributed_cases.py"), str(work), str(output)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "find_unused_parameters" not in done.stderr
+    return output
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for speed in ("images_per_second", "memory_gb"):
+            line.pop(speed, None)
+    return lines
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_processes_are_one_at_the_same_global_batch(case: Case, work: Path, two: Path) -> None:
+    one = work / "one"
+    run_case(case, work, one, 1)
+    forget_accelerator()
+    ours, theirs = (load_file(folder / case.name / "adapter.safetensors") for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    before, after = metrics(one / case.name), metrics(two / case.name)
+    assert [line.pop("split") for line in after] == [line.pop("split") for line in before]
+    for expected, actual in zip(before, after, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert all(line["grad_norm"] > 1e-3 for line in before if "grad_norm" in line)
+
+
+def test_a_resumed_pair_ends_with_the_same_bytes(two: Path) -> None:
+    whole, resumed = two / "whole" / RESUMED.name, two / "resumed" / RESUMED.name
+    assert (resumed / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    assert metrics(resumed) == metrics(whole)
+
+
+def test_only_the_first_process_writes(work: Path, two: Path) -> None:
+    first, second = (json.loads((work / f"changes-{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) > 100  # that writing is noticed at all
+    assert second == []

@@ -1,0 +1,273 @@
+"""train_classifier.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+from randlora_vision.integrations.timm import load_adapter
+from randlora_vision.training.data.sources import digits
+from tests.train_scripts.test_train_clip import QUICK, RUN_FILES, SCRIPTS, script
+from tests.training_helpers import write_class_folders, write_tiny_vit
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_vit(tmp_path_factory.mktemp("models") / "tiny", classes=5)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture
+def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
+    """train_classifier.main on the tiny model and folder; a flag given again counts instead. Returns the run folder."""
+
+    def main(*argv: str) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+            state._shared_state.clear()
+        folder = tmp_path / "run"
+        given = ["--output-dir", str(folder)]
+        if "--model" not in argv:
+            given += ["--model", f"local-dir:{tiny}", "--pretrained"]
+        if "--data" not in argv:
+            given += ["--data", str(images)]
+        if not {"--rank", "--budget"} & set(argv):
+            given += ["--rank", "4"]
+        script("train_classifier").main([*given, *QUICK, *argv])
+        return folder
+
+    return main
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("--bases", "normal")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+    printed = capsys.readouterr().out
+    assert "blocks.*.attn.qkv" in printed and "head.weight" in printed  # the injection report
+    assert "equal outputs (largest difference of a logit: 0.0e+00)" in printed
+    assert f"model = timm.create_model('local-dir:{tiny}', pretrained=True, num_classes=3)" in printed
+    assert f"load_adapter(model, '{folder}/adapter.safetensors')" in printed
+
+    values = summary(folder)
+    assert values["method"] == "randlora" and values["steps"] == 3
+    assert values["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
+    assert values["head_numbers"] == 3 * 33 < values["trained_numbers"]
+    assert values["before"] is None  # the head is new
+    assert set(values["after"]["test"]) == {"top1", "top5", "loss"}
+    assert list(values["per_class"]) == ["one", "two", "zero"]
+    assert np.mean(list(values["per_class"].values())) == pytest.approx(values["after"]["test"]["top1"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["adapter"]["bases"] == "normal"
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = {split: [line["step"] for line in lines if line["split"] == split] for split in ("train", "val", "test")}
+    assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "test": [3]}
+
+
+def test_two_lines_of_python_give_the_accuracy_back(train: Any, tiny: Path) -> None:
+    folder = train()
+    model = timm.create_model(f"local-dir:{tiny}", pretrained=True, num_classes=3).eval()
+    load_adapter(model, folder / "adapter.safetensors")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    held_out = [Path(name) for name in json.loads((folder / "split.json").read_text())["held_out"]["test"]]
+    labels = torch.tensor([["one", "two", "zero"].index(path.parent.name) for path in held_out])
+    with torch.no_grad():
+        logits = model(torch.stack([transform(Image.open(path).convert("RGB")) for path in held_out]))
+    after = summary(folder)["after"]["test"]
+    assert (logits.argmax(dim=1) == labels).float().mean().item() == pytest.approx(after["top1"])
+    assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(after["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "full", "linear-probe"])
+def test_every_method_ends_with_a_file_that_loads(train: Any, method: str) -> None:
+    folder = train("--method", method)
+    assert summary(folder)["reload_difference"] == 0
+    if method in ("lora", "vera"):  # the random projections are in no file
+        assert summary(folder)["file_bytes"] <= 4 * summary(folder)["trained_numbers"] + 8192
+
+
+@pytest.mark.parametrize("model", ["test_convnext", "test_efficientnet", "deit_tiny_distilled_patch16_224"])
+def test_other_families_from_random_weights(train: Any, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("--model", model, "--img-size", "32")
+    assert summary(folder)["reload_difference"] == 0
+    assert "RANDOM weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["randlora", "lora", "full"])
+def test_the_statistics_of_batch_normalisation_stay_the_bases(train: Any, tmp_path: Path, method: str) -> None:
+    model = timm.create_model("resnet10t", num_classes=3, zero_init_last=False)
+    torch.save(model.state_dict(), tmp_path / "resnet.pth")
+    start = ["--model", "resnet10t", "--initial-checkpoint", str(tmp_path / "resnet.pth")]
+    assert summary(train(*start, "--img-size", "32", "--method", method))["reload_difference"] == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--mixup", "0.8", "--cutmix", "1.0", "--label-smoothing", "0.1"],
+        ["--auto-augment", "rand-m9-mstd0.5-inc1", "--random-erasing", "0.25", "--label-smoothing", "0.1"],
+        ["--shots", "2", "--method", "lora", "--budget", "1000"],
+        ["--target-modules", "timm:attention", "--gradient-accumulation-steps", "2", "--mixed-precision", "bf16"],
+        ["--layer-decay", "0.7", "--gradient-checkpointing", "--channels-last", "--report-to", "none"],
+        ["--method", "lora", "--layer-decay", "0.7", "--head-lr", "0.01", "--gradient-checkpointing"],
+    ],
+)
+def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
+    assert summary(train(*argv))["reload_difference"] == 0
+
+
+def test_few_shots_are_drawn_without_replacement_and_listed(train: Any) -> None:
+    folder = train("--shots", "3")
+    split = json.loads((folder / "split.json").read_text())
+    assert split["sizes"]["train"] == 9 and len(set(split["chosen"])) == 9
+    assert json.loads((train("--shots", "3", "--overwrite") / "split.json").read_text()) == split
+
+
+def test_a_checkpoint_with_the_right_head_is_measured_before(train: Any, tiny: Path, tmp_path: Path) -> None:
+    model = timm.create_model(f"local-dir:{tiny}", pretrained=True, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "three.pth")
+    start = ["--model", f"local-dir:{tiny}", "--initial-checkpoint", str(tmp_path / "three.pth")]
+    assert summary(train(*start))["before"]["test"].keys() == {"top1", "top5", "loss"}
+    assert summary(train(*start, "--fresh-head", "--overwrite"))["before"] is None
+
+
+def test_a_checkpoint_with_another_head_gets_a_fresh_one(
+    train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("--model", f"local-dir:{tiny}", "--initial-checkpoint", str(tiny / "model.safetensors"), "--fresh-head")
+    assert "model.reset_classifier(3)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["--mixup", "0.5", "--cutmix", "1"], ["--method", "vera"], ["--method", "full"]])
+def test_a_resumed_run_learns_the_same(train: Any, argv: list[str]) -> None:
+    argv = [*argv, "--steps", "4", "--checkpoint-every", "2", "--head-lr", "0.01"]
+    folder = train(*argv)
+    whole = (folder / "adapter.safetensors").read_bytes()
+    (folder / "adapter.safetensors").unlink()
+    checkpoint = next(path for path in (folder / "checkpoints").iterdir() if path.name.endswith("2"))
+    train(*argv, "--resume", str(checkpoint))
+    assert (folder / "adapter.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("method", ["randlora", "lora", "vera", "full"])
+def test_the_head_has_a_learning_rate_of_its_own(train: Any, method: str) -> None:
+    """So small a rate is none: the head keeps its first state."""
+    folder = train("--method", method, "--head-lr", "1e-30", "--lr", "0.01", "--weight-decay", "0")
+    saved = load_file(folder / "adapter.safetensors")
+    (weight,) = (tensor for name, tensor in saved.items() if name.endswith("head.weight"))
+    assert weight.abs().max() < 0.01
+    assert any(tensor.abs().max() > 0.01 for name, tensor in saved.items() if "head" not in name)
+
+
+def test_torchvisions_own_format(train: Any, tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    splits = digits.read_digits()
+    for split, name in (("train", "train"), ("test", "t10k")):
+        chosen = splits.images[split][:40]
+        pixels = np.stack([np.asarray(image.convert("L").resize((28, 28))) for image in chosen])
+        header = np.array([0x803, len(pixels), 28, 28], ">i4").tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = np.array([0x801, len(pixels)], ">i4").tobytes()
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + np.uint8(splits.labels[split][:40]).tobytes())
+    folder = train("--dataset", "torch/mnist", "--data", str(tmp_path))
+    split = json.loads((folder / "split.json").read_text())
+    assert len(split["class_names"]) == 10 and split["class_names"][3] == "3 - three"
+    assert split["sizes"]["test"] == 40 and split["sizes"]["train"] + split["sizes"]["val"] == 40
+    assert len(summary(folder)["per_class"]) == 10
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown model": (["--model", "vit_smal_patch16_224"], "close matches: vit_small_patch16_224"),
+    "unknown tag": (["--model", "resnet18.a1_in2k", "--pretrained"], "close matches: resnet18.a1_in1k"),
+    "unknown flag": (["--rnak", "3"], "Perhaps you meant --rank"),
+    "no folder": (["--data", "{tmp}/nowhere"], "does not exist"),
+    "no images": (["--data", "{tmp}/empty"], "no readable images"),
+    "one class": (["--data", "{tmp}/one"], "only one class with images"),
+    "corrupt image, strict": (["--data", "{tmp}/corrupt", "--strict-data"], "cannot read the image"),
+    "other number of classes": (["--num-classes", "4"], "the data has 3 classes, --num-classes says 4"),
+    "other head": (
+        ["--model", "local-dir:{tiny}", "--initial-checkpoint", "{tiny}/model.safetensors"],
+        "holds a classifier of 5 classes and the data has 3",
+    ),
+    "no checkpoint": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/no.pth"], "no file"),
+    "no checkpoint in it": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/text.pth"], "cannot read"),
+    "two sources of weights": (["--initial-checkpoint", "x"], "both choose the weights"),
+    "too few images": (["--shots", "50"], "--shots 50: too few training images: the class 'one' has"),
+    "no target": (["--target-modules", "no_such_layer"], "no_such_layer"),
+    "rank above m": (["--rank", "4096"], "4096"),
+    "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),
+    "augmentation": (["--auto-augment", "nonsense"], "timm cannot make the --auto-augment 'nonsense'"),
+    "odd mixup": (["--mixup", "0.2", "--batch-size", "7"], "need an even --batch-size"),
+    "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
+    "unknown dataset": (["--dataset", "torch/nope"], "Unknown torchvision dataset nope"),
+    "dataset not there": (["--dataset", "torch/mnist"], "--dataset-download"),
+    "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, train: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("no weights")
+    write_class_folders(tmp_path / "one", classes=(1,))
+    corrupt = write_class_folders(tmp_path / "corrupt")
+    (corrupt / "one" / "000.png").write_bytes(b"no image")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    argv, expected = BAD[case]
+    with pytest.raises(SystemExit) as stopped:
+        train(*[word.format(tmp=tmp_path, tiny=tiny) for word in argv])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    *_, last = error.strip().splitlines()
+    assert last.startswith("error: ") and expected in last
+    assert "Traceback" not in error and error.count("error: ") == 1
+
+
+# As processes of their own
+
+
+@pytest.mark.slow
+def test_the_embedded_default_from_start_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "train_classifier.py"), "--steps", "60", "--eval-every", "30"]
+    environment = {**os.environ, "RANDLORA_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
+    values = summary(tmp_path / "run")
+    assert values["before"]["original"]["top1"] > 0.9  # what the base was taught
+    assert values["before"]["test"]["top1"] < 0.2
+    assert values["after"]["test"]["top1"] > values["before"]["test"]["top1"] + 0.2
+    assert values["reload_difference"] == 0
+
+
+@pytest.mark.slow
+def test_bad_input_in_a_process_of_its_own() -> None:
+    command = [sys.executable, str(SCRIPTS / "train_classifier.py"), "--model", "vit_smal_patch16_224"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: timm has no model")

@@ -1,0 +1,483 @@
+"""train_clip.py and compare_clip.py as a user runs them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+from randlora_vision import load_adapter
+from randlora_vision.training.clip.classifier import ClipClassifier
+from randlora_vision.training.evaluation.accuracy import Scores
+from tests.training_helpers import tiny_clip, write_class_folders, write_tiny_clip
+
+SCRIPTS = Path(__file__).parents[2] / "train_scripts"
+QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1"]
+RUN_FILES = {
+    "adapter.safetensors",
+    "adapter_best.safetensors",
+    "config.yaml",
+    "confusion.png",
+    "curves.png",
+    "environment.json",
+    "logs",
+    "metrics.jsonl",
+    "predictions.png",
+    "split.json",
+    "summary.json",
+}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture
+def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
+    """train_clip.main on the tiny model and folder; a flag given again counts instead. Returns the run folder."""
+
+    def main(*argv: str) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+            state._shared_state.clear()
+        folder = tmp_path / "run"
+        defaults = {
+            "--model": f"local-dir:{tiny}",
+            "--data": str(images),
+            "--output-dir": str(folder),
+            "--rank": "4",
+        }
+        given = [word for name, value in defaults.items() if name not in argv for word in (name, value)]
+        script("train_clip").main(
+            [*given, "--rank", "4", *QUICK, *argv] if "--rank" not in argv else [*given, *QUICK, *argv]
+        )
+        return folder
+
+    return main
+
+
+def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("--bases", "normal")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+    printed = capsys.readouterr().out
+    assert "attn.in_proj_weight" in printed  # the injection report
+    assert "equal outputs (largest difference of a logit: 0.0e+00)" in printed
+    assert f"load_adapter(model, '{folder}/adapter.safetensors')" in printed
+    assert f"results: {folder}" in printed
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == "randlora" and summary["steps"] == 3
+    assert summary["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
+    assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
+    assert set(summary["before"]["test"]) == set(summary["after"]["test"]) == {"top1", "top5", "loss"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["adapter"]["bases"] == "normal"
+    assert json.loads((folder / "split.json").read_text())["class_names"] == ["one", "two", "zero"]
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = {split: [line["step"] for line in lines if line["split"] == split] for split in ("train", "val", "test")}
+    assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "test": [0, 3]}
+
+
+def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, images: Path) -> None:
+    folder = train()
+    summary = json.loads((folder / "summary.json").read_text())
+    clip = tiny_clip(tiny)
+    load_adapter(clip.model, folder / "adapter.safetensors")
+    held_out = [Path(name) for name in json.loads((folder / "split.json").read_text())["held_out"]["val"]]
+    labels = [["one", "two", "zero"].index(path.parent.name) for path in held_out]
+    pictures = torch.stack([clip.eval_transform(Image.open(path)) for path in held_out])
+    classifier = ClipClassifier(clip, ["one", "two", "zero"], ["a photo of a {}."])
+    accuracy = classifier.scores([{"images": pictures, "labels": torch.tensor(labels)}]).values
+    assert accuracy["top1"] == summary["after"]["test"]["top1"]
+    assert accuracy["loss"] == pytest.approx(summary["after"]["test"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "towers"), [("lora", "vision"), ("full", "text"), ("full", "both"), ("linear-probe", "both")]
+)
+def test_every_method_ends_with_a_file_that_loads(train: Any, method: str, towers: str) -> None:
+    folder = train("--method", method, "--towers", towers)
+    assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
+
+
+def test_the_same_seed_gives_the_same_adapter(train: Any) -> None:
+    def trained(*argv: str) -> dict[str, torch.Tensor]:
+        return load_file(train("--overwrite", *argv) / "adapter.safetensors")
+
+    first, again, other = trained(), trained(), trained("--seed", "1")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Return metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "12", "--log-every", "5", "--eval-every", "4", "--dropout", "0.1"]
+    flags += ["--templates", "a {}", "the {}", "--towers", "both", "--checkpoint-every", "3", "--ema-decay", "0.9"]
+    straight = train(*flags, "--output-dir", str(tmp_path / "straight")).parent / "straight"
+
+    scores = ClipClassifier.scores
+
+    def killed(self: ClipClassifier, batches: Any) -> Scores:
+        checkpoints = [path.name for path in (tmp_path / "killed").glob("checkpoints/*")]
+        if "step-000006" in checkpoints:  # so in the evaluation of step 8
+            raise KeyboardInterrupt
+        return scores(self, batches)
+
+    monkeypatch.setattr(ClipClassifier, "scores", killed)
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        train(*flags, "--output-dir", str(folder))
+    monkeypatch.undo()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "split": "val", "to')  # half a line
+
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        changed = ["--lr", "0.5", "--layer-decay", "0.9", "--workers", "1", "--eval-scales", "0,1"]
+        train(*flags, "--output-dir", str(folder), "--resume", "latest", *changed, "--report-to", "none")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "with other settings: --lr was 0.001, is now 0.5" in error and "workers" not in error
+    assert "--layer-decay was 1.0, is now 0.9" in error and "report" not in error and "scales" not in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    train(*flags, "--output-dir", str(folder), "--resume", "latest")
+    assert f"resumed from {folder}/checkpoints/step-000006" in capsys.readouterr().out
+    assert numbers(folder) == numbers(straight)
+    for name in ("adapter.safetensors", "adapter_best.safetensors"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+    assert yaml.safe_load((folder / "config.yaml").read_text())["checkpoints"]["resume"] is None
+
+    # A finished run too goes on from any of its checkpoints.
+    train(*flags, "--output-dir", str(folder), "--resume", str(folder / "checkpoints" / "step-000009"))
+    assert numbers(folder) == numbers(straight)
+
+
+def test_a_runs_own_config_repeats_it(train: Any, tmp_path: Path) -> None:
+    train("--method", "lora", "--optimizer", "nadamw", "--seed", "3", "--output-dir", str(tmp_path / "first"))
+    first = tmp_path / "first"
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    script("train_clip").main(["--config", str(first / "config.yaml"), "--output-dir", str(tmp_path / "again")])
+    assert numbers(tmp_path / "again") == numbers(first)
+    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("first", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--mixed-precision", "bf16", "--gradient-accumulation-steps", "2", "--max-grad-norm", "0"],
+        ["--workers", "1", "--val-fraction", "0.3", "--split-seed", "4"],
+        ["--dropout", "0.1", "--init", "gamma-zero", "--bases", "sparse", "--alpha", "8"],
+        ["--target-modules", "c_fc", "c_proj", "--weight-decay", "0", "--warmup-fraction", "0.5"],
+        ["--optimizer", "lookahead_lion", "--schedule", "linear", "--ema-decay", "0.9", "--best-metric", "loss"],
+        ["--train-logit-scale", "--logit-scale-lr", "0.1", "--optimizer", "nadamw", "--schedule", "constant"],
+        ["--train-logit-scale", "--method", "full"],
+        ["--target-modules", "all-linear", "--templates", "a {}", "the {}", "--prompts", "average"],
+        ["--channels-last", "--layer-decay", "0.7", "--gradient-checkpointing", "--report-to", "none"],
+        ["--method", "lora", "--towers", "text", "--gradient-checkpointing", "--layer-decay", "0.5"],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python, for loader processes
+def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
+    assert (train(*argv) / "summary.json").exists()
+
+
+def test_the_logit_scale_is_trained_at_its_own_rate_and_saved(train: Any, tiny: Path) -> None:
+    folder = train("--train-logit-scale", "--logit-scale-lr", "0.2", "--schedule", "constant", "--optimizer", "lion")
+    base, adapted = (tiny_clip(tiny).model for _ in range(2))
+    load_adapter(adapted, folder / "adapter.safetensors")
+    moved = (adapted.logit_scale - base.logit_scale).abs().item()
+    assert moved == pytest.approx(0.2, rel=1e-4) or moved == pytest.approx(0.6, rel=1e-4)  # Lion: by the rate itself
+    trained = json.loads((folder / "summary.json").read_text())["trained_numbers"]
+    plain = json.loads((train("--overwrite") / "summary.json").read_text())["trained_numbers"]
+    assert trained == plain + 1
+
+
+def test_training_stops_early_and_keeps_the_best_and_the_last(
+    train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "40", "--eval-every", "1", "--lr", "0.02", "--best-metric", "loss"]
+    folder = train(*flags, "--early-stopping-patience", "2")
+    loss = {line["step"]: line["loss"] for line in numbers(folder) if line["split"] == "val"}
+    best = min(loss, key=lambda step: loss[step])
+    assert max(loss) == best + 2 < 40
+    assert json.loads((folder / "summary.json").read_text())["steps"] == best + 2
+    assert f"after step {best}, kept in {folder}/adapter_best.safetensors" in capsys.readouterr().out
+    assert numbers(folder)[-1] == {"step": best + 2, "split": "test", **numbers(folder)[-1]}
+    last, kept = (load_file(folder / f"adapter{name}.safetensors") for name in ("", "_best"))
+    assert not all(torch.equal(last[name], kept[name]) for name in last)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+@pytest.fixture(scope="module")
+def captions(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table with two captions of every image."""
+    table = tmp_path_factory.mktemp("captions") / "pairs.csv"
+    lines = [
+        f"{path},{text} {path.parent.name} number {path.stem}"
+        for path in sorted(images.glob("*/*.png"))
+        for text in ("a", "the")
+    ]
+    table.write_text("\n".join(["path,caption", *lines]) + "\n")
+    return table
+
+
+def test_a_run_on_captions(train: Any, captions: Path, images: Path) -> None:
+    argv = ["--data", str(captions), "--eval-scales", "0,0.5", "1", "--retention-data", str(images)]
+    folder = train(*argv, "--lr", "0.01", "--loss", "siglip")
+    assert {path.name for path in folder.iterdir()} == (RUN_FILES | {"scales.png"}) - {"confusion.png"}
+    summary = summary_of(folder)
+    ways = {f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert set(summary["before"]["test"]) == {*ways, "mean_recall"}
+    assert set(summary["after"]["retention"]) == {"top1", "top5", "loss"} and "per_class" not in summary
+    assert [scale.pop("scale") for scale in summary["scales"]] == [0, 0.5, 1]
+    assert summary["scales"][0] == summary["before"] and summary["scales"][2] == summary["after"]
+    assert summary["scales"][1] not in (summary["before"], summary["after"])
+    assert summary["reload_difference"] == 0
+    val = [line for line in numbers(folder) if line["split"] == "val"]
+    assert all({*ways, "mean_recall"} <= set(line) for line in val)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["best_metric"] == "mean_recall"
+
+
+def test_classes_are_trained_on_their_captions_too(train: Any) -> None:
+    folder = train("--loss", "clip", "--gradient-accumulation-steps", "2")
+    assert set(summary_of(folder)["after"]["test"]) == {"top1", "top5", "loss"}
+
+
+def test_an_adapter_is_measured_without_training(train: Any, images: Path, tmp_path: Path) -> None:
+    trained = train("--lr", "0.02")
+    done = summary_of(trained)
+    assert done["before"] != done["after"]
+    assert list(done["per_class"]["after"]) == ["one", "two", "zero"]
+    measured = tmp_path / "measured"
+    argv = ["--eval-only", "--output-dir", str(measured)]
+    train(*argv, "--adapter", str(trained / "adapter.safetensors"), "--eval-scales", "0,1")
+    summary = summary_of(measured)
+    for key in ("before", "after", "tasks", "per_class"):
+        assert summary[key] == done[key]
+    assert [scale["test"] for scale in summary["scales"]] == [done["before"]["test"], done["after"]["test"]]
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json"}
+    pictures = {"confusion.png", "predictions.png", "scales.png"}
+    assert {path.name for path in measured.iterdir()} == expected | pictures
+
+    train(*argv, "--overwrite")
+    summary = summary_of(measured)
+    assert summary["before"] == done["before"] and summary["after"] is None
+    assert not (measured / "scales.png").exists()
+
+
+@pytest.mark.parametrize("method", ["randlora", "full"])
+def test_a_probe_learns_on_adapted_features(
+    train: Any, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = train("--method", method, "--lr", "0.01") / "adapter.safetensors"
+    done = summary_of(adapter.parent)
+    probed = tmp_path / "probe"
+    train("--method", "linear-probe", "--adapter", str(adapter), "--output-dir", str(probed), "--eval-scales", "0,1")
+    summary = summary_of(probed)
+    assert summary["before"]["test"]["loss"] == pytest.approx(done["after"]["test"]["loss"], rel=1e-5)
+    assert summary["after"] != summary["before"] and summary["reload_difference"] == 0
+    assert summary["scales"][0]["test"] == summary["before"]["test"]
+    assert load_file(probed / "adapter.safetensors").keys() == {"class_features"}
+    with pytest.raises(SystemExit):
+        train("--method", "linear-probe", "--adapter", str(probed / "adapter.safetensors"), "--overwrite")
+    assert "is a linear classifier itself: it has no features to learn on" in capsys.readouterr().err
+
+
+def test_the_towers_of_a_resnet_cannot_be_checkpointed(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-resnet.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        train("--model", str(tmp_path / "tiny-resnet.json"), "--gradient-checkpointing")
+    assert "the vision tower of this CLIP has no blocks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor takes a minute here; what it makes of the adapters is compared in test_layers_training.py.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain = train("--output-dir", str(tmp_path / "plain")).parent / "plain"
+    train("--torch-compile", "--output-dir", str(tmp_path / "compiled"))
+    for one, other in zip(numbers(plain), numbers(tmp_path / "compiled"), strict=True):
+        assert one.pop("split") == other.pop("split")
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_unreadable_images_are_counted_and_listed(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_class_folders(tmp_path / "data")
+    (data / "one" / "000.png").write_bytes(b"no image")
+    folder = train("--data", str(data))
+    assert "skipped 1 that cannot be used" in capsys.readouterr().out
+    assert (folder / "skipped.txt").read_text().startswith(f"{data}/one/000.png\t")
+    assert json.loads((folder / "summary.json").read_text())["skipped_images"] == 1
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown model": (["--model", "ViT-B-33"], "open_clip has no model 'ViT-B-33'; close matches: ViT-B-32"),
+    "unknown tag": (["--model", "RN50", "--pretrained", "opnai"], "close matches: openai"),
+    "unknown flag": (["--rnak", "3"], "Perhaps you meant --rank"),
+    "no folder": (["--data", "{tmp}/nowhere"], "does not exist"),
+    "no images": (["--data", "{tmp}/empty"], "no readable images"),
+    "one class": (["--data", "{tmp}/one"], "only one class with images"),
+    "corrupt image, strict": (["--data", "{tmp}/corrupt", "--strict-data"], "cannot read the image"),
+    "no target": (["--target-modules", "no_such_layer"], "no_such_layer"),
+    "rank above m": (["--rank", "4096"], "4096"),
+    "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),
+    "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
+    "unknown optimiser": (["--optimizer", "adanw2"], "--optimizer adanw2 is not known; close matches: adanw"),
+    "missing adapter": (["--eval-only", "--adapter", "{tmp}/a.safetensors"], "a.safetensors"),
+    "adapter that nobody asked for": (["--adapter", "{tmp}/a.safetensors"], "--adapter needs --eval-only, or"),
+    "scales of nothing": (["--eval-only", "--eval-scales", "0,1"], "--eval-scales with --eval-only needs --adapter"),
+    "scales that are no numbers": (["--eval-scales", "0,half"], "--eval-scales takes numbers with commas between"),
+    "scales that are not finite": (["--eval-scales", "0,inf"], "--eval-scales must be finite numbers"),
+    "layer decay": (["--layer-decay", "0"], "--layer-decay must be above 0 and at most 1, got 0.0"),
+    "resumed measuring": (["--eval-only", "--resume", "latest"], "--eval-only trains nothing: leave --resume out"),
+    "unknown tracker": (["--report-to", "tensorbord"], "--report-to tensorbord is not known"),
+    "retention data that is missing": (["--retention-data", "{tmp}/nowhere"], "nowhere"),
+    "unknown metric": (["--best-metric", "top3"], "nothing of that name is measured, only top1, top5, loss"),
+    "unknown key in the file": (["--config", "{tmp}/typo.yaml"], "no option training: stepz; close matches: steps"),
+    "no checkpoint": (["--output-dir", "{tmp}/old", "--resume", "latest"], "holds no checkpoint"),
+    "missing checkpoint": (["--resume", "{tmp}/old/checkpoints/step-000010"], "there is no checkpoint"),
+    "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_class_folders(tmp_path / "one", classes=(1,))
+    corrupt = write_class_folders(tmp_path / "corrupt")
+    (corrupt / "one" / "000.png").write_bytes(b"no image")
+    (tmp_path / "typo.yaml").write_text("training: {stepz: 3}")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    argv, expected = BAD[case]
+    with pytest.raises(SystemExit) as stopped:
+        train(*[word.format(tmp=tmp_path) for word in argv])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    *_, last = error.strip().splitlines()
+    assert last.startswith("error: ") and expected in last
+    assert "Traceback" not in error and error.count("error: ") == 1
+
+
+def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train("--lr", "1e30", "--max-grad-norm", "0", "--steps", "20")
+    model = tiny_clip(tiny).model
+    load_adapter(model, tmp_path / "run" / "adapter.safetensors")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# As processes of their own
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def launch(command: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RANDLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_the_embedded_default_from_start_to_end(cache: Path, tmp_path: Path) -> None:
+    argv = ["--steps", "30", "--eval-every", "15", "--output-dir", str(tmp_path / "run")]
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    done = launch([*start, str(SCRIPTS / "train_clip.py"), *argv], cache)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["original"]["top1"] > 0.95  # what the base was taught
+    assert summary["before"]["test"]["top1"] < 0.2
+    assert summary["after"]["test"]["top1"] > summary["before"]["test"]["top1"] + 0.2
+    assert summary["reload_difference"] == 0
+
+
+@pytest.mark.slow
+def test_bad_input_in_a_process_of_its_own(cache: Path, tmp_path: Path) -> None:
+    done = launch([sys.executable, str(SCRIPTS / "train_clip.py"), "--model", "ViT-B-33"], cache)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: open_clip has no model")
+
+
+@pytest.mark.slow
+def test_the_comparison_twice_into_one_folder(tiny: Path, images: Path, cache: Path, tmp_path: Path) -> None:
+    small = ["--model", f"local-dir:{tiny}", "--data", str(images), "--rank", "2", *QUICK]
+    for _ in range(2):
+        done = launch([sys.executable, str(SCRIPTS / "compare_clip.py"), "--output-dir", str(tmp_path), *small], cache)
+        assert done.returncode == 0, done.stderr
+    summaries = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(summaries) == ["randlora", "lora", "full"]
+    numbers = {method: summary["trained_numbers"] for method, summary in summaries.items()}
+    assert abs(numbers["lora"] - numbers["randlora"]) < 0.25 * numbers["randlora"]
+    for method in summaries:
+        assert {path.name for path in (tmp_path / method).iterdir()} == RUN_FILES
+    table = (tmp_path / "comparison.md").read_text()
+    assert all(label in table and label in done.stdout for label in ("RandLoRA", "LoRA", "full fine-tuning"))
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert f"{tmp_path}/comparison.png" in done.stdout
+
+
+def test_the_comparison_refuses_a_method_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script("compare_clip").main(["--method", "lora"])
+    assert stopped.value.code == 2
+    assert "leave --method and --lr out" in capsys.readouterr().err
+
+
+def test_the_comparison_does_not_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("compare_clip").main(["--resume", "latest"])
+    assert "trains from the start" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""train_clip.py from start to end on every kind of data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from tests.data_helpers import mnist, parquet, saved, shards, table, write_images
+from tests.train_scripts.test_train_clip import script
+from tests.training_helpers import write_tiny_clip
+
+FLAGS = ["--steps", "2", "--batch-size", "4", "--eval-every", "2", "--rank", "4", "--report-to", "none"]
+SOURCES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "csv of classes": (lambda folder: table(folder, "label"), ["--shots", "2"]),
+    "shards of classes": (lambda folder: shards(folder, "cls"), ["--templates", "simple"]),
+    "torchvision": (mnist, ["--data-root", "{tmp}", "--train-fraction", "0.4"]),
+    "dataset of classes": (lambda folder: parquet(folder, "label"), ["--data-root", "{tmp}/cache"]),
+    "csv of captions": (table, ["--caption-column", "caption", "--workers", "0"]),
+    "shards of captions": (shards, ["--val-fraction", "0.3", "--loss", "siglip"]),
+    "saved dataset of captions": (saved, []),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def train(tiny: Path, tmp_path: Path) -> Any:
+    def main(data: Any, *argv: str) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+            state._shared_state.clear()
+        folder = tmp_path / "run"
+        argv = tuple(word.replace("{tmp}", str(tmp_path)) for word in argv)
+        flags = ["--model", f"local-dir:{tiny}", "--output-dir", str(folder), *FLAGS, *argv]
+        script("train_clip").main(["--data", str(data), *flags])
+        return folder
+
+    return main
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_run_on(source: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write, argv = SOURCES[source]
+    folder = train(write(tmp_path), *argv)
+    split = json.loads((folder / "split.json").read_text())
+    assert len(split["held_out"]["val"]) == split["sizes"]["val"] > 0
+    assert ("class_names" in split) == ("caption" not in source)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"][-1] == 2
+    assert (folder / "adapter.safetensors").is_file()
+    assert "results: " in capsys.readouterr().out
+    if "--shots" in argv or "--train-fraction" in argv:
+        assert len(split["chosen"]) == split["sizes"]["train"]
+        assert max(split["chosen"]) >= len(split["chosen"])  # positions in the whole, not in the part
+
+
+def test_what_was_skipped_and_cut_is_told(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path)
+    text = path.read_text().splitlines()
+    text[1] = text[1].partition(",")[0] + "," + "so many words " * 10
+    text[2] = text[2].partition(",")[0] + ", "
+    path.write_text("\n".join([*text, "nowhere.png,words"]))
+    folder = train(path)
+    printed = capsys.readouterr().out
+    assert "skipped 2" in printed and "skipped.txt" in printed
+    assert "1 captions are longer than the model's context and are cut" in printed
+    assert json.loads((folder / "summary.json").read_text())["truncated_captions"] == 1
+
+
+def test_bad_data_is_one_line(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path, [])
+    with pytest.raises(SystemExit) as stop:
+        train(table(tmp_path), "--caption-column", "words")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "has no column 'words' (--caption-column); it has filepath, caption" in error

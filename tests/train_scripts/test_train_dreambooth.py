@@ -1,0 +1,401 @@
+"""train_dreambooth.py as a user runs it, on tiny random pipelines of every family."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from randlora_vision.demos import pipelines as demo_pipelines
+from randlora_vision.demos.pretraining import Pretraining
+from randlora_vision.integrations.diffusers import load_adapter
+from randlora_vision.training.data.sources import digits
+from randlora_vision.training.dreambooth.batches import Prompts
+from randlora_vision.training.dreambooth.options import DreamBoothOptions, HubOptions, PipelineOptions, SubjectOptions
+from randlora_vision.training.dreambooth.task import DreamBoothTask
+from randlora_vision.training.harness.run_folder import RunFolder
+from tests.tiny_pipelines import PIPELINES, sample
+
+SCRIPTS = Path(__file__).parents[2] / "train_scripts"
+PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
+PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
+RUN_FILES = {
+    "adapter.safetensors",
+    "adapter_best.safetensors",
+    "config.yaml",
+    "curves.png",
+    "environment.json",
+    "metrics.jsonl",
+    "split.json",
+    "summary.json",
+}
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_dreambooth", SCRIPTS / "train_dreambooth.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, make in PIPELINES.items():
+        make().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number, picture in enumerate(digits.read_digits((7,), inverted=True).images["train"][:3]):
+        assert not isinstance(picture, Path)
+        picture.save(folder / f"{number}.png")  # type: ignore[union-attr]
+    return folder
+
+
+@pytest.fixture
+def train(models: Path, images: Path, tmp_path: Path) -> Any:
+    """train_dreambooth.main on a tiny pipeline; a flag given again counts instead. Returns the run folder."""
+
+    def main(*argv: str, model: str = "sd15", module: ModuleType | None = None) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+            state._shared_state.clear()
+        defaults = {
+            "--pretrained-model-name-or-path": str(models / model),
+            "--instance-data-dir": str(images),
+            "--instance-prompt": PROMPT,
+            "--output-dir": str(tmp_path / "run"),
+            "--report-to": "none",
+            "--resolution": "16",
+            "--max-sequence-length": "16",
+            "--num-inference-steps": "2",
+            "--rank": "4",
+            "--batch-size": "2",
+            "--steps": "2",
+            "--eval-every": "1",
+            "--log-every": "1",
+            "--lr": "1e-2",
+        }
+        given = [word for name, value in defaults.items() if name not in argv for word in (name, value)]
+        (module or script()).main([*given, *argv])
+        return Path(argv[argv.index("--output-dir") + 1]) if "--output-dir" in argv else tmp_path / "run"
+
+    return main
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[Any]]:
+    """The script, and a list that gets the pipelines that it trains."""
+    module, trained = script(), []
+    adapt = module.adapt
+    monkeypatch.setattr(module, "adapt", lambda family, options: trained.append(family.pipe) or adapt(family, options))
+    return module, trained
+
+
+def fresh(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("model", PIPELINES)
+def test_the_saved_file_makes_a_fresh_pipeline_the_trained_one(
+    model: str, train: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, trained = watched(monkeypatch)
+    folder = train("--train-text-encoder", *PRIOR, model=model, module=module)
+    (pipe,) = trained
+    base, reloaded = fresh(models / model), fresh(models / model)
+    load_adapter(reloaded, folder / "adapter.safetensors")
+    for prompt in (PROMPT, "a dog"):
+        expected = sample(pipe, prompt)
+        assert torch.equal(sample(reloaded, prompt), expected)
+        assert (sample(base, prompt) - expected).abs().max() > 0.01
+    texts = [name for name, _ in pipe.components.items() if name.startswith("text_encoder") and name[-1] != "3"]
+    texts = texts[:1] if model == "flux" else texts
+    for name in texts:  # the text encoders were trained, and are in the file
+        before, after = getattr(base, name), getattr(reloaded, name)
+        ids = torch.tensor([[49406, 320, 1125, 49407]])
+        states = [part(ids, output_hidden_states=True).hidden_states[1] for part in (before, after)]
+        assert not torch.equal(*states)
+
+
+def test_a_run(train: Any, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(*PRIOR, "--validation-prompt", PROMPT, "a dog", "--num-validation-images", "2", "--steps", "3")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"class_images", "samples", "samples.png"}
+    pictures = {str(path.relative_to(folder / "samples")) for path in (folder / "samples").rglob("*.png")}
+    steps = [f"step-{step:06}" for step in (1, 2, 3)]
+    each = {f"{name}/{prompt}-{n}.png" for name in ("base", *steps) for prompt in (0, 1) for n in (0, 1)}
+    assert pictures == each | {f"{name}/base-and-adapted.png" for name in steps}
+    assert len(list((folder / "class_images").glob("*.png"))) == 3
+    printed = capsys.readouterr().out
+    assert "transformer_blocks" in printed  # the injection report
+    assert "the same pictures (largest difference of a pixel: 0.0e+00)" in printed
+    assert f"load_adapter(pipe, '{folder}/adapter.safetensors')" in printed
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == "randlora" and summary["steps"] == 3 and summary["reload_difference"] == 0
+    assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
+    assert set(summary["before"]) == set(summary["after"]) == {"loss", "prior_loss"}
+    assert summary["after"] != summary["before"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "val"] == [0, 1, 2, 3]
+    record = json.loads((folder / "split.json").read_text())
+    assert record["captions"] == [PROMPT] * 3 and record["images"] == [str(images / f"{i}.png") for i in range(3)]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["subject"]["class_prompt"] == CLASS_PROMPT
+
+
+def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Path, monkeypatch: Any) -> None:
+    """Spoil what is saved at step 1: the picture must show it, and training must go on as if nothing had been."""
+    plain = train("--validation-prompt", PROMPT)
+    save = DreamBoothTask.save
+
+    def spoilt(self: DreamBoothTask) -> str:
+        calls.append(1)
+        name, parameter = next((n, p) for n, p in self.adaptation.parameters() if n.endswith("gamma"))
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(-50.0 if len(calls) == 2 else 1.0)
+            where = save(self)
+            parameter.copy_(before)
+        return where
+
+    calls: list[int] = []
+    monkeypatch.setattr(DreamBoothTask, "save", spoilt)
+    other = train("--validation-prompt", PROMPT, "--output-dir", str(plain.parent / "other"))
+    pictures = [(folder / "samples/step-000001/0-0.png").read_bytes() for folder in (plain, other)]
+    assert pictures[0] != pictures[1]
+    assert (plain / "samples/step-000002/0-0.png").read_bytes() == (other / "samples/step-000002/0-0.png").read_bytes()
+    one, two = (load_file(folder / "adapter.safetensors") for folder in (plain, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_diffusers_loads_the_lora_file(train: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, trained = watched(monkeypatch)
+    folder = train("--method", "lora", "--validation-prompt", PROMPT, "--train-text-encoder", module=module)
+    assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
+    names = set(load_file(folder / "adapter.safetensors"))
+    assert {name.partition(".")[0] for name in names} == {"unet", "text_encoder"}
+    pipe, expected = fresh(models / "sd15"), sample(trained[0])
+    assert (sample(pipe) - expected).abs().max() > 0.01
+    pipe.load_lora_weights(folder, weight_name="adapter.safetensors")
+    torch.testing.assert_close(sample(pipe), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "argv"),
+    [
+        ("flux", ["--method", "full", "--lr", "1e-3", "--validation-prompt", PROMPT, "--weighting-scheme", "none"]),
+        ("sd3", ["--mixed-precision", "bf16", "--validation-prompt", PROMPT, "--gradient-checkpointing"]),
+        ("sdxl", ["--snr-gamma", "5", "--ema-decay", "0.9", "--gradient-accumulation-steps", "2",
+                  "--no-cache-latents"]),
+        ("sd15", ["--aspect_ratio_buckets", "16,16;16,32", "--train_batch_size", "1", "--center_crop", *PRIOR]),
+        ("sd15", ["--target-modules", "diffusers:backbone", "--dropout", "0.1", "--text_encoder_lr", "1e-3",
+                  "--train_text_encoder", "--gradient-checkpointing"]),
+    ],
+)  # fmt: skip
+def test_options_reach_the_run(train: Any, model: str, argv: list[str]) -> None:
+    summary = json.loads((train(*argv, model=model) / "summary.json").read_text())
+    assert summary["reload_difference"] <= (2 / 255 if "bf16" in argv else 0)
+
+
+def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
+    flags = ["--max_train_steps", "3", "--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lora_dropout", "0.1"]
+    flags += ["--validation_steps", "2", "--checkpointing_steps", "3", "--adam_weight_decay", "0.1"]
+    module, seen = script(), []
+    module.train = seen.append  # type: ignore[attr-defined]
+    module.main(flags)
+    (options,) = seen
+    training = options.training
+    assert (training.steps, training.lr, training.schedule, training.eval_every) == (3, 1e-3, "constant", 2)
+    assert options.checkpoints.checkpoint_every == 3 and options.adapter.dropout == 0.1
+    assert training.weight_decay == 0.1
+
+
+def test_the_adapter_goes_to_the_hub(tmp_path: Path) -> None:
+    module, calls = script(), []
+    module.push_to_hub = lambda *given, **named: calls.append((given, named)) or "https://hub"  # type: ignore[attr-defined]
+    options = DreamBoothOptions(
+        pipeline=PipelineOptions(pretrained_model_name_or_path="base"),
+        subject=SubjectOptions(instance_data_dir="x"),
+        hub=HubOptions(push_to_hub=True, hub_model_id="me/x"),
+    )
+    assert module.upload(options, RunFolder(tmp_path), {"after": {"loss": 0.5}}) == "https://hub"
+    named = {"base_model": "base", "library": "diffusers", "metrics": {"loss": 0.5}}
+    assert calls == [((tmp_path / "adapter.safetensors", "me/x"), named)]
+
+
+# The text encoder
+
+
+def test_a_text_encoder_that_gets_no_gradient_is_an_error(
+    train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Prompts.__init__
+    monkeypatch.setattr(Prompts, "__init__", lambda self, family, texts, trained: plain(self, family, texts, False))
+    with pytest.raises(SystemExit):
+        train("--train-text-encoder")
+    assert "error: text_encoder: no gradient reaches" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_text_encoder_learns_at_its_own_rate(train: Any) -> None:
+    folder = train("--train-text-encoder", "--text-encoder-lr", "1e-12")
+    largest = {name: t.abs().max().item() for name, t in load_file(folder / "adapter.safetensors").items()}
+    lambdas = {name.partition("/")[0]: value for name, value in largest.items() if "/lambda" in name}
+    assert lambdas["unet"] > 1e-4 and 0 < lambdas["text_encoder"] < 1e-10
+
+
+# Going on
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Return metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith(("second", "gb"))} for line in lines]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "6", "--eval-every", "3", "--dropout", "0.1", "--checkpointing-steps", "2", *PRIOR]
+    flags += ["--validation-prompt", PROMPT, "--num-validation-images", "1", "--no-cache-latents"]
+    straight, folder = (train(*flags, "--output-dir", str(tmp_path / name)) for name in ("straight", "x"))
+    evaluate = DreamBoothTask.evaluate
+
+    def killed(self: DreamBoothTask) -> dict[str, float]:
+        if (tmp_path / "killed/checkpoints/step-000004").exists():
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(DreamBoothTask, "evaluate", killed)
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        train(*flags, "--output-dir", str(folder))
+    monkeypatch.undo()
+    train(*flags, "--output-dir", str(folder), "--resume_from_checkpoint", "latest")
+    assert f"resumed from {folder}/checkpoints/step-000004" in capsys.readouterr().out
+    assert numbers(folder) == numbers(straight)
+    for name in ("adapter.safetensors", "samples.png", "samples/step-000003/0-0.png", "samples/step-000006/0-0.png"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes(models: Path, images: Path, tmp_path: Path) -> None:
+    """SD3 has adapters that get no gradient, and prior preservation makes batches twice as long."""
+    argv = ["--pretrained-model-name-or-path", str(models / "sd3"), "--instance-data-dir", str(images)]
+    argv += ["--instance-prompt", PROMPT, "--output-dir", str(tmp_path / "run"), "--report-to", "none", *PRIOR]
+    argv += ["--resolution", "16", "--max-sequence-length", "16", "--num-inference-steps", "2", "--rank", "4"]
+    argv += ["--batch-size", "1", "--steps", "3", "--lr", "1e-2", "--train-text-encoder", "--schedule", "constant"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    command = [*start, str(SCRIPTS / "train_dreambooth.py"), *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["reload_difference"] == 0 and summary["after"]["loss"] < summary["before"]["loss"]
+    assert len(list((tmp_path / "run/class_images").glob("*.png"))) == 3
+    losses = [line["loss"] for line in numbers(tmp_path / "run") if line["split"] == "train"]
+    assert min(losses) > 0.1
+
+
+# Wrong input
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no checkpoint": (["--resume", "latest", "--output-dir", "{tmp}/empty"], "holds no checkpoint"),
+    "missing checkpoint": (["--resume_from_checkpoint", "{tmp}/run/checkpoints/step-000100"], "there is no checkpoint"),
+    "unknown flag": (["--instance-promt", "x"], "Perhaps you meant --instance-prompt"),
+    "no images": (["--instance-data-dir", "{tmp}/empty"], "holds no images"),
+    "no folder": (["--instance-data-dir", "{tmp}/nowhere"], "does not exist or is no folder"),
+    "no caption": (["--instance-prompt", ""], "0.png has no caption: give --instance-prompt"),
+    "metadata": (["--instance-data-dir", "{tmp}/meta"], 'metadata.jsonl, line 2: expected {"file_name"'),
+    "metadata of another image": (["--instance-data-dir", "{tmp}/other"], "names b.png, which is no image"),
+    "broken image": (["--instance-data-dir", "{tmp}/broken"], "cannot read the image"),
+    "no pipeline": (["--pretrained-model-name-or-path", "{tmp}/empty"], "model_index.json"),
+    "a file": (["--pretrained-model-name-or-path", "{tmp}/x.safetensors"], "is no folder of a pipeline"),
+    "another pipeline": (["--pretrained-model-name-or-path", "{tmp}/ddpm"], "is a DDPMPipeline; pipelines that can be"),
+    "size": (["--resolution", "15"], "--resolution 15: the sides must be multiples of 2"),
+    "class prompt": (["--with-prior-preservation"], "--with-prior-preservation needs --class-prompt"),
+    "class images": (["--class-data-dir", "x"], "need --with-prior-preservation"),
+    "two sources": (["--dataset-name", "x"], "--instance-data-dir and --dataset-name both choose"),
+    "text encoder lr": (["--text-encoder-lr", "1"], "--text-encoder-lr needs --train-text-encoder"),
+    "gamma": (["--snr-gamma", "0"], "--snr-gamma must be above 0"),
+    "two optimisers": (["--use_8bit_adam", "--optimizer", "lion"], "--use-8bit-adam and --optimizer"),
+    "hub": (["--push-to-hub"], "--push-to-hub and --hub-model-id"),
+    "hub, LoRA": (["--push-to-hub", "--hub-model-id", "a/b", "--method", "lora"], "is for RandLoRA"),
+    "a target": (["--target-modules", "no_such_layer"], "no_such_layer"),
+    "diverged": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "9"], "training stopped after step"),
+    "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, train: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = (images / "0.png").read_bytes()
+    for name in ("empty", "meta", "other", "broken", "ddpm", "old"):
+        (tmp_path / name).mkdir()
+    for name in ("meta", "other"):
+        (tmp_path / name / "a.png").write_bytes(picture)
+    (tmp_path / "meta/metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file_name": "a.png"}\n')
+    (tmp_path / "other/metadata.jsonl").write_text('{"file_name": "b.png", "text": "a"}\n')
+    (tmp_path / "broken/a.png").write_bytes(b"no image")
+    (tmp_path / "ddpm/model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    (tmp_path / "old/metrics.jsonl").touch()
+    (tmp_path / "x.safetensors").touch()
+    argv, expected = BAD[case]
+    with pytest.raises(SystemExit) as stopped:
+        train(*[word.format(tmp=tmp_path) for word in argv])
+    assert stopped.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("error: ") and expected in last
+
+
+def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train("--lr", "1e30", "--max-grad-norm", "0", "--steps", "9")
+    pipe = fresh(models / "sd15")
+    load_adapter(pipe, tmp_path / "run" / "adapter.safetensors")
+    assert sample(pipe).isfinite().all()
+
+
+# The embedded default
+
+
+@pytest.mark.parametrize("family", ["unet", pytest.param("flow", marks=pytest.mark.slow)])
+def test_the_embedded_default(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its course, with a pipeline that has hardly been taught."""
+    little = Pretraining(steps=2, batch_size=4)
+    monkeypatch.setattr(demo_pipelines, "_VAE_TRAINING", little)
+    monkeypatch.setattr(demo_pipelines, "_DENOISER_TRAINING", {"unet": little, "flow": little})
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    argv = ["--family", family, "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
+    argv += ["--steps", "2", "--num-class-images", "2", "--num-inference-steps", "1", "--report-to", "none"]
+    script().main(argv)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (
+        set(summary["after"]) == {"loss", "prior_loss", "subject", "class_kept", "digits_kept"}
+        and summary["reload_difference"] == 0
+    )
+    assert "inverted sevens for the subject's prompt" in capsys.readouterr().out
+    assert (tmp_path / "run/samples.png").exists()

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+from randlora_vision.training.data.captioned import (
+    CaptionedImages,
+    PairSplits,
+    caption_number,
+    class_captions,
+    collate_pairs,
+    evaluation_pair_batches,
+    pair_batches,
+    truncated_captions,
+)
+from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.sources import digits
+from randlora_vision.training.harness.seeding import seeded_items
+
+CAPTIONS = [("a cat", "one cat", "cat!"), ("a dog",), ("a cat",), ("two dogs", "dogs")]
+
+
+def tokenize(texts: Sequence[str]) -> torch.Tensor:
+    return torch.tensor([[*text.encode(), *bytes(20 - len(text))] for text in texts])
+
+
+def text_of(tokens: torch.Tensor) -> str:
+    return bytes(tokens.tolist()).rstrip(b"\0").decode()
+
+
+def captioned(draw: bool = True, **more: Any) -> CaptionedImages:
+    images = [Image.new("RGB", (2, 2), (i, i, i)) for i in range(4)]
+    return CaptionedImages(images, CAPTIONS, to_tensor, tokenize, SkipList(), draw=draw, **more)
+
+
+def test_a_batch_holds_images_captions_numbers_and_places() -> None:
+    batch = collate_pairs([captioned(draw=False)[i] for i in (2, 0, 3)])
+    assert [text_of(tokens) for tokens in batch["tokens"]] == ["a cat", "a cat", "two dogs"]
+    assert batch["indices"].tolist() == [2, 0, 3]
+    assert (batch["images"][:, 0, 0, 0] * 255).round().tolist() == [2, 0, 3]
+    first, second, other = batch["captions"].tolist()
+    assert first == second != other
+    assert batch["images"].dtype == torch.float32 and batch["tokens"].dtype == batch["captions"].dtype == torch.int64
+
+
+def test_numbers_are_the_texts_own() -> None:
+    numbers = [caption_number(text) for text in ("a", "b", "a ", "", "äö", "x" * 10_000)]
+    assert len(set(numbers)) == len(numbers) and all(0 <= number < 2**63 for number in numbers)
+    assert caption_number("a cat") == 3745569759787347665  # the same in every process and release
+
+
+def test_captions_are_drawn_by_the_seed_alone_and_all_of_them() -> None:
+    def drawn(seed: int, workers: int = 0) -> list[str]:
+        loader = seeded_items(pair_batches(captioned(), 4, 6, seed=0, workers=workers), seed)
+        return [text_of(tokens) for batch in loader for tokens in batch["tokens"]]
+
+    first = drawn(0)
+    assert first == drawn(0) == drawn(0, workers=2) != drawn(1)
+    assert set(first) == {text for captions in CAPTIONS for text in captions}
+
+
+def test_every_pass_has_every_image_once() -> None:
+    batches = list(pair_batches(captioned(), batch_size=6, batches=4, seed=3, workers=0))
+    assert [len(batch["indices"]) for batch in batches] == [6] * 4
+    order = [index for batch in batches for index in batch["indices"].tolist()]
+    assert Counter(order) == {index: 6 for index in range(4)}
+    for start in range(0, 24, 4):
+        assert sorted(order[start : start + 4]) == [0, 1, 2, 3]
+
+
+def test_evaluation_reads_in_order_with_the_first_caption() -> None:
+    batches = list(evaluation_pair_batches(captioned(draw=False), batch_size=3, workers=0))
+    assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [3]]
+    assert [text_of(tokens) for batch in batches for tokens in batch["tokens"]] == [texts[0] for texts in CAPTIONS]
+
+
+def test_every_text_with_the_place_of_its_image() -> None:
+    texts, numbers, places = captioned().texts()
+    assert texts == ["a cat", "one cat", "cat!", "a dog", "a cat", "two dogs", "dogs"]
+    assert places == [0, 0, 0, 1, 2, 3, 3]
+    assert numbers == [caption_number(text) for text in texts]
+
+
+def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    skipped = SkipList(tmp_path / "skipped.txt")
+    data = CaptionedImages(
+        [tmp_path / "text.png", Image.new("RGB", (2, 2))], [["a"], ["b"]], to_tensor, tokenize, skipped
+    )
+    (batch,) = evaluation_pair_batches(data, 2, workers=0)
+    assert batch["indices"].tolist() == [1] and text_of(batch["tokens"][0]) == "b"
+    assert skipped.count() == 1
+    with pytest.raises(ValueError, match="not one image"):
+        collate_pairs([None])
+
+
+def test_classes_as_captions() -> None:
+    """Prompts of one class mean the same whatever their words; those of two classes never do."""
+    splits = digits.read_digits((3, 5))
+    pairs = class_captions(splits, ("a {}.", "the number {}"))
+    assert pairs.captions["train"][0] in (("a three.", "the number three"), ("a five.", "the number five"))
+    data = pairs.select("train", to_tensor, tokenize, SkipList())
+    items = [data[0] for _ in range(20)]
+    assert len({text_of(item[1]) for item in items if item}) == 2 and len({item[2] for item in items if item}) == 1
+    assert [data.number(i, "") for i in range(len(data))] == list(splits.labels["train"])
+    assert pairs.augment is splits.augment and pairs.record()["sizes"] == splits.record()["sizes"]
+    assert not pairs.select("val", to_tensor, tokenize, SkipList()).draw
+
+
+@pytest.mark.parametrize("context", [8, 12])
+def test_captions_that_the_context_cuts_are_counted(context: int) -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=context)
+    texts = ["cat", "a photo of a cat", "one two three four five six", "a b c d e f g h i j", "日本語のキャプション"]
+    texts += [" ".join("xyz"[: n % 4] or "q" for n in range(count)) for count in range(4, 14)]
+    truth = sum(len(tokenizer.encode(text)) + 2 > context for text in texts)
+    assert 0 < truth < len(texts)
+    captions = {"train": [texts[:9], texts[3:9]], "val": [texts[9:]], "test": [texts[9:]]}
+    splits = PairSplits("x", {split: [] for split in captions}, captions, "")
+    assert truncated_captions(splits, tokenizer) == truth
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(1, "1", 0), (2, "1", 1), (16, "1", 4), (16, "8", 1), (2, "2", 0), (2, "4", 0)]
+)
+def test_processes_that_load(cores: int, processes: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    decoded, files = captioned(), captioned()
+    files.images = [Path("x.png")] * 4
+    for loader in (pair_batches, evaluation_pair_batches):
+        more = {"batches": 1, "seed": 0} if loader is pair_batches else {}
+        assert loader(decoded, batch_size=2, workers=None, **more).num_workers == 0
+        assert loader(files, batch_size=2, workers=None, **more).num_workers == expected
+        assert loader(files, batch_size=2, workers=0, **more).num_workers == 0
+        assert loader(decoded, batch_size=2, workers=1, **more).num_workers == 1

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from randlora_vision.training.data.batches import ShuffledBatches
+from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    State,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+)
+from randlora_vision.training.harness.loop import Trainer
+from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, TrainingOptions
+from randlora_vision.training.harness.seeding import seeded_items
+
+SETTINGS = {"training": {"lr": 0.1, "workers": 0}, "run": {"output_dir": "a"}, "processes": 1}
+
+
+class Noisy(Dataset):
+    """Vectors that every reading changes, by all three sources of random numbers."""
+
+    def __init__(self) -> None:
+        self.values = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.read += 1
+        return self.values[index] + torch.rand(3) + random.random() + np.random.rand()
+
+
+class Fit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.calls = 0
+        self.killed_at = -1
+
+    def forward(self, batch: Tensor) -> Tensor:
+        if self.calls == self.killed_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return (self.model(batch)[:, 0] - batch.sum(dim=1)).square().mean()
+
+
+class FitTask:
+    def __init__(self, batches: int, killed_at: int = -1, workers: int = 0) -> None:
+        self.loss = Fit()
+        self.loss.killed_at = killed_at
+        self.data = Noisy()
+        self.batches: DataLoader[Any] = DataLoader(
+            self.data, batch_sampler=ShuffledBatches(len(self.data), 4, batches, seed=3), num_workers=workers
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        torch.rand(7)  # draws what no step may notice
+        return {"score": float(self.loss.model[0].weight.detach().sum())}
+
+    def check_gradients(self) -> list[str]:
+        return []
+
+    def save(self) -> str:
+        return "nowhere"
+
+
+def train(
+    task: FitTask, run: Path | None = None, resume: Checkpoint | None = None, every: int = 3, **options: Any
+) -> tuple[list[Any], list[Tensor]]:
+    """Return what was logged, but for the speed, and the trained parameters."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    settings = TrainingOptions(
+        **{"lr": 0.01, "steps": 12, "batch_size": 4, "log_every": 2, "eval_every": 4, "seed": 5, **options}
+    )
+    lines: list[Any] = []
+
+    def log(step: int, split: str, values: Any) -> None:
+        lines.append((step, split, {name: value for name, value in values.items() if name != "images_per_second"}))
+
+    checkpoints = Checkpoints(run, CheckpointOptions(checkpoint_every=every), SETTINGS) if run else None
+    Trainer(task, settings, make_accelerator(settings), log, checkpoints, resume).run()
+    return lines, [p.detach().clone() for p in task.loss.parameters()]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(accumulation: int, workers: int, tmp_path: Path) -> None:
+    batches, options = 12 * accumulation, {"gradient_accumulation_steps": accumulation}
+    lines, parameters = train(FitTask(batches), **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(FitTask(batches, killed_at=8 * accumulation), tmp_path, **options)
+    checkpoint = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1][1])
+    assert checkpoint.state.step == 6  # in the middle of a pass over the data
+    task = FitTask(batches, workers=workers)
+    again, resumed = train(task, resume=checkpoint, **options)
+    assert again == [line for line in lines if line[0] > 6]
+    assert all(torch.equal(one, other) for one, other in zip(parameters, resumed, strict=True))
+    if not workers:
+        assert task.data.read == 6 * 4 * accumulation  # what was consumed before is not read again
+
+
+def test_augmentation_depends_on_seed_and_position_alone() -> None:
+    def batches(seed: int, workers: int = 0) -> Tensor:
+        return torch.cat(list(seeded_items(FitTask(6, workers=workers).batches, seed)))
+
+    first = batches(1)
+    assert torch.equal(first, batches(1)) and not torch.equal(first, batches(2))
+    plain = torch.stack([Noisy().values[i] for batch in ShuffledBatches(10, 4, 6, seed=3) for i in batch])
+    assert len((first - plain)[:, 0].unique()) == 24  # not one draw twice
+
+
+def test_a_loader_without_positions_is_left_alone() -> None:
+    loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=None)
+    assert seeded_items(loader, 0) is loader
+
+
+def test_checkpoints_are_safetensors_and_json_and_pruned(tmp_path: Path) -> None:
+    train(FitTask(12), tmp_path)
+    folders = list_checkpoints(tmp_path / "checkpoints")
+    assert [step for step, _ in folders] == [9, 12]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+    for _, folder in folders:
+        assert {path.name for path in folder.iterdir()} == {"state.json", "tensors.safetensors"}
+    names = set(read_checkpoint(folders[0][1]).state.tensors)
+    assert {"parameters/model.0.weight", "optimizer/model.0.weight/exp_avg"} <= names
+
+
+def checkpoints(run: Path, limit: int = 2) -> Checkpoints:
+    return Checkpoints(run, CheckpointOptions(1, limit), SETTINGS)
+
+
+def state(step: int) -> State:
+    return State(step, {"a": 1}, {"x": torch.tensor([step])})
+
+
+def test_a_run_that_went_back_leaves_no_later_checkpoints(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 4):
+        checkpoints(tmp_path, limit=3).write(state(step))
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2, 4]
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints(tmp_path, limit=1).write(state(1))
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("randlora_vision.training.checkpoints.save_file", full)
+    with pytest.raises(OSError):
+        checkpoints(tmp_path, limit=1).write(state(2))
+    monkeypatch.undo()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [1]
+    checkpoints(tmp_path, limit=1).write(state(2))  # over what was left
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, CheckpointOptions(1), SETTINGS, writing=False).write(state(1))
+    assert not list(tmp_path.iterdir())
+
+
+def found(resume: str, **run: Any) -> tuple[Checkpoint | None, RunOptions]:
+    return find_checkpoint(CheckpointOptions(resume=resume), RunOptions(**run))
+
+
+def test_latest_and_a_path_find_their_checkpoint_and_folder(tmp_path: Path) -> None:
+    for step in (8, 10):
+        checkpoints(tmp_path).write(state(step))
+    latest, run = found("latest", output_dir=str(tmp_path))
+    assert latest is not None and latest.state.step == 10 and run.output_dir == str(tmp_path)
+    older, run = found(str(tmp_path / "checkpoints" / "step-000008"))
+    assert older is not None and older.state.tensors["x"].item() == 8 and run.output_dir == str(tmp_path)
+    assert find_checkpoint(CheckpointOptions(), RunOptions()) == (None, RunOptions())
+
+
+@pytest.mark.parametrize(
+    ("resume", "run", "expected"),
+    [
+        ("latest", {}, "--resume latest needs --output-dir"),
+        ("latest", {"output_dir": "{tmp}/none"}, "none holds no checkpoint"),
+        ("{tmp}/checkpoints/step-000009", {}, "there is no checkpoint"),
+        ("{tmp}/checkpoints/step-000001", {"output_dir": "{tmp}/other"}, "--output-dir is .*other: leave it out"),
+        ("{tmp}/checkpoints/step-000001", {"overwrite": True}, "--overwrite would remove"),
+    ],
+)
+def test_what_cannot_be_resumed_is_an_error(resume: str, run: Any, expected: str, tmp_path: Path) -> None:
+    checkpoints(tmp_path).write(state(1))
+    run = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in run.items()}
+    with pytest.raises(ValueError, match=expected):
+        found(resume.format(tmp=tmp_path), **run)
+
+
+def spoil_json(folder: Path) -> None:
+    (folder / "state.json").write_text('{"format": 1, ')
+
+
+def spoil_keys(folder: Path) -> None:
+    (folder / "state.json").write_text('{"format": 1}')
+
+
+def spoil_format(folder: Path) -> None:
+    (folder / "state.json").write_text('{"format": 7}')
+
+
+def spoil_tensors(folder: Path) -> None:
+    content = bytearray((folder / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "tensors.safetensors").write_bytes(content)
+
+
+def remove_tensors(folder: Path) -> None:
+    (folder / "tensors.safetensors").unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_json, spoil_keys, spoil_format, spoil_tensors, remove_tensors])
+def test_a_damaged_checkpoint_is_an_error(spoil: Any, tmp_path: Path) -> None:
+    checkpoints(tmp_path).write(state(1))
+    spoil(tmp_path / "checkpoints" / "step-000001")
+    with pytest.raises(ValueError, match="the checkpoint .*step-000001 is damaged: "):
+        found("latest", output_dir=str(tmp_path))
+
+
+def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
+    checkpoints(tmp_path).write(state(1))
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000001")
+    free = ("run", "training.workers")
+    changed = {**SETTINGS, "training": {"lr": 0.1, "workers": 4}, "run": {"output_dir": "b"}}
+    checkpoint.check(changed, free)
+    with pytest.raises(ValueError, match=r"other settings: --lr was 0.1, is now 0.2; processes was 1, is now 2$"):
+        checkpoint.check({"training": {"lr": 0.2, "workers": 0}, "run": {}, "processes": 2}, free)
+
+
+def test_other_parameters_are_refused(tmp_path: Path) -> None:
+    train(FitTask(12), tmp_path)
+    _, path = list_checkpoints(tmp_path / "checkpoints")[-1]
+    task = FitTask(12)
+    task.loss.model.append(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="holds other parameters"):
+        train(task, resume=read_checkpoint(path))
+
+
+def test_settings_are_readable_in_the_file(tmp_path: Path) -> None:
+    checkpoints(tmp_path).write(state(1))
+    content = json.loads((tmp_path / "checkpoints" / "step-000001" / "state.json").read_text())
+    assert content["settings"] == SETTINGS and content["step"] == 1

@@ -1,0 +1,257 @@
+"""Optimisers by name, schedules, moving averages, and the choice of the best state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from timm.optim import list_optimizers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    State,
+    list_checkpoints,
+    optimizer_state,
+    read_checkpoint,
+    restore_optimizer,
+)
+from randlora_vision.training.harness.ema import Ema
+from randlora_vision.training.harness.loop import Trainer
+from randlora_vision.training.harness.optim import _fused, decay_groups, make_optimizer, schedule_factor
+from randlora_vision.training.harness.options import CheckpointOptions, TrainingOptions
+from randlora_vision.training.harness.progress import Best
+from randlora_vision.training.harness.seeding import seed_everything
+
+USUAL = ("adamw", "sgd", "lion", "lookahead_adamw")
+CUDA_ONLY = ("bnb", "fused")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    for step in steps:
+        seed_everything(step)
+        optimizer.zero_grad()
+        (model(inputs) - 1).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in USUAL else pytest.mark.slow)
+        for name in sorted({*USUAL, *list_optimizers()} - {"adahessian"})
+        if not name.startswith(CUDA_ONLY)
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of timm's and PyTorch's, about the optimiser chosen
+def test_an_optimiser_goes_on_exactly_from_what_a_checkpoint_holds(name: str) -> None:
+    first, second = network(), network()
+    optimizers = [make_optimizer(name, model.parameters(), 1e-3, 0.01) for model in (first, second)]
+    train(first, optimizers[0], range(7))
+    held = optimizer_state(optimizers[0], names(first))
+    second.load_state_dict(first.state_dict())
+    restore_optimizer(optimizers[1], names(second), State(7, json.loads(json.dumps(held.values)), held.tensors))
+    for model, optimizer in zip((first, second), optimizers, strict=True):
+        train(model, optimizer, range(7, 19))
+    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first[0].weight, network()[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamww", "--optimizer adamww is not known; close matches: adamw"),
+        ("xyz123", "--optimizer xyz123 is not known; timm.optim.list_optimizers\\(\\) names"),
+        ("lookahead_xyz123", "is not known"),
+        ("adahessian", "--optimizer adahessian is not known"),
+    ],
+)
+def test_unknown_optimisers_are_refused_when_the_options_are_built(name: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        TrainingOptions(optimizer=name)
+
+
+def test_an_optimiser_that_lacks_its_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("no apex")
+
+    monkeypatch.setattr("timm.optim.create_optimizer_v2", missing)
+    with pytest.raises(ValueError, match="--optimizer fusedadam cannot be used here: ImportError no apex"):
+        make_optimizer("fusedadam", network().parameters(), 0.1, 0.0)
+
+
+def test_the_default_is_pytorchs_adamw() -> None:
+    first, second = network(), network()
+    train(first, make_optimizer("adamw", first.parameters(), 0.01, 0.1), range(5))
+    train(second, torch.optim.AdamW(decay_groups(second.parameters(), 0.1), lr=0.01), range(5))
+    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_kernel_for_all_parameters_at_once_is_asked_for_on_a_gpu_only() -> None:
+    def parameters(*devices: str) -> list[Any]:
+        return [SimpleNamespace(is_cuda=device == "cuda", is_floating_point=lambda: True) for device in devices]
+
+    assert _fused("adamw", parameters("cuda", "cuda")) == {"fused": True}
+    assert _fused("lion", parameters("cuda")) == _fused("adamw", parameters("cuda", "cpu")) == {}
+
+
+def test_parameters_with_a_rate_of_their_own() -> None:
+    model = network()
+    model[1].requires_grad_(False)
+    own = {parameter: 0.5 for parameter in model[2].parameters()}
+    groups = make_optimizer("sgd", model.parameters(), 0.1, 0.3, own).param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found == {
+        id(model[0].weight): (0.1, 0.3),
+        id(model[0].bias): (0.1, 0.0),
+        id(model[2].weight): (0.5, 0.3),
+        id(model[2].bias): (0.5, 0.0),
+    }
+    only = make_optimizer("sgd", model[2].parameters(), 0.1, 0.3, own).param_groups
+    assert [group["lr"] for group in only] == [0.5, 0.5]
+
+
+def test_schedules_share_their_warmup_and_end_differently() -> None:
+    linear = [schedule_factor(step, 100, 10, "linear") for step in range(100)]
+    constant = [schedule_factor(step, 100, 10, "constant") for step in range(100)]
+    assert linear[:10] == constant[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert linear[55] == pytest.approx(0.5) and linear[99] == pytest.approx(1 / 90)
+    assert set(constant[10:]) == {1.0}
+
+
+def test_averages_follow_the_formula_and_are_lent() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    ema = Ema({"x": parameter}, decay=0.3)
+    expected = 1.0
+    for step, value in enumerate([2.0, 5.0, 3.0], start=1):
+        with torch.no_grad():
+            parameter.fill_(value)
+        ema.update(step)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    with ema.applied():
+        assert parameter.item() == pytest.approx(expected)
+    assert parameter.item() == 3.0
+    ema.put_into_model()
+    assert parameter.item() == pytest.approx(expected)
+
+
+# In the loop
+
+
+class Fit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 1)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return (self.model(batch)[:, 0] - batch.sum(dim=1)).square().mean()
+
+
+class FitTask:
+    """Scores are given, one per evaluation."""
+
+    def __init__(self, scores: Mapping[int, float] | None = None) -> None:
+        self.loss = Fit()
+        data = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+        self.batches: DataLoader[Any] = DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+        self.scores = iter(scores.values()) if scores else None
+        self.measured: list[float] = []
+
+    def evaluate(self) -> dict[str, float]:
+        self.measured.append(self.loss.model.weight[0, 0].item())
+        return {"top1": next(self.scores) if self.scores else 0.0, "loss": float(len(self.measured))}
+
+    def check_gradients(self) -> list[str]:
+        return []
+
+    def save(self) -> str:
+        return "nowhere"
+
+
+def trainer(task: FitTask, resume: Checkpoint | None = None, kept: list[int] | None = None, **options: Any) -> Trainer:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    settings = TrainingOptions(**{"lr": 0.1, "steps": 10, "batch_size": 4, "eval_every": 1, **options})
+    keep_best = None if kept is None else lambda: kept.append(len(task.measured) - 1)
+    return Trainer(task, settings, make_accelerator(settings), lambda *_: None, resume=resume, keep_best=keep_best)
+
+
+SCORES = dict(enumerate([0.1, 0.5, 0.4, 0.6, 0.6, 0.2, 0.7, 0.7, 0.7, 0.7, 0.7]))
+
+
+def test_training_stops_after_so_many_evaluations_without_a_better_one() -> None:
+    kept: list[int] = []
+    loop = trainer(FitTask(SCORES), kept=kept, early_stopping_patience=2)
+    speed = loop.run()
+    assert kept == [0, 1, 3]  # an equal value is no better one
+    assert speed.steps == loop.step == 5
+    assert loop.best == Best(step=3, value=0.6, evaluations_since=2)
+    assert speed.images_per_second == pytest.approx(5 * 4 / speed.seconds)
+    assert not [loader for loader in GradientState().dataloader_references if loader is not None]
+
+
+def test_without_patience_the_best_is_kept_and_training_goes_on() -> None:
+    kept: list[int] = []
+    loop = trainer(FitTask(SCORES), kept=kept)
+    assert loop.run().steps == 10 and kept == [0, 1, 3, 6]
+
+
+def test_of_a_loss_the_smaller_is_the_better() -> None:
+    kept: list[int] = []
+    assert trainer(FitTask(), kept=kept, best_metric="loss", early_stopping_patience=3).run().steps == 3
+    assert kept == [0]
+
+
+def test_a_metric_that_is_not_measured_is_an_error() -> None:
+    with pytest.raises(ValueError, match="--best-metric f1: nothing of that name is measured, only top1, loss"):
+        trainer(FitTask(), kept=[], best_metric="f1").run()
+
+
+def test_the_averages_are_what_is_measured_and_left_in_the_model() -> None:
+    plain, averaged = FitTask(), FitTask()
+    trainer(plain).run()
+    loop = trainer(averaged, ema_decay=0.5)
+    loop.run()
+    expected = [plain.measured[0]]  # the weights, step by step, are those of a run without averages
+    for step, value in enumerate(plain.measured[1:], start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected.append(decay * expected[-1] + (1 - decay) * value)
+    assert averaged.measured == pytest.approx(expected, rel=1e-4)
+    assert averaged.loss.model.weight[0, 0].item() == averaged.measured[-1]
+    assert not math.isclose(plain.measured[-1], averaged.measured[-1], rel_tol=1e-3)
+
+
+def test_averages_and_patience_are_resumed(tmp_path: Path) -> None:
+    options = {"ema_decay": 0.5, "early_stopping_patience": 2, "optimizer": "lookahead_adamw", "schedule": "linear"}
+    whole = FitTask(SCORES)
+    loop = trainer(whole, **options)
+    loop.checkpoints = Checkpoints(tmp_path, CheckpointOptions(4), {})
+    loop.run()
+    ((_, path),) = list_checkpoints(tmp_path / "checkpoints")
+    later = FitTask({step: score for step, score in SCORES.items() if step > 4})
+    again = trainer(later, read_checkpoint(path), **options)
+    assert again.run().steps == 5 and again.best == loop.best
+    assert later.measured == whole.measured[5:]
+    assert torch.equal(later.loss.model.weight, whole.loss.model.weight)

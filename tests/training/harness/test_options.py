@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from randlora_vision.errors import DEBUG_VARIABLE, user_errors
+from randlora_vision.training.clip.options import ClipOptions, ModelOptions, resolve
+from randlora_vision.training.clip_options import ImageOptions
+from randlora_vision.training.harness.options import AdapterOptions, RunOptions, TrainingOptions, parse
+
+
+def clip_options(*argv: str) -> ClipOptions:
+    return parse(ClipOptions, argv, "A test.")
+
+
+def test_without_arguments_everything_has_its_default() -> None:
+    assert clip_options() == ClipOptions()
+
+
+def test_flags_reach_their_groups() -> None:
+    options = clip_options("--method", "lora", "--rank", "4", "--lr", "1e-3", "--overwrite", "--towers", "text")
+    assert options.adapter == AdapterOptions(method="lora", rank=4)
+    assert options.training == TrainingOptions(lr=1e-3)
+    assert options.run == RunOptions(overwrite=True)
+    assert options.clip == ModelOptions(towers="text")
+
+
+def test_several_values_make_a_tuple() -> None:
+    options = clip_options("--target-modules", "c_fc", "c_proj", "--templates", "a {}", "the {}.")
+    assert options.adapter.target_modules == ("c_fc", "c_proj")
+    assert options.images.templates == ("a {}", "the {}.")
+
+
+def test_help_names_flags_defaults_and_the_odd_meaning_of_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        clip_options("--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--gradient-accumulation-steps" in text
+    assert "a LARGER rank means FEWER trained numbers" in text
+    assert "(default: 0.01)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--rnak", "3"], "Unrecognized options: --rnak, 3. Perhaps you meant --rank."),
+        (["--rnak", "3", "--ovrwrite"], "Perhaps you meant --overwrite or --rank."),
+        (["--method", "lorra"], "invalid choice 'lorra' for argument '--method'"),
+        (["--rank", "abc"], "--rank"),
+        (["--rank"], "--rank"),
+        (["--rank", "0"], "--rank must be 1 or more, got 0"),
+        (["--lr", "nan"], "--lr must be above 0, got nan"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm must be 0 or more, got -1.0"),
+        (["--warmup-fraction", "1"], "--warmup-fraction must be at least 0 and below 1"),
+        (["--val-fraction", "1"], "--val-fraction must be between 0 and 1"),
+        (["--templates", "a photo"], "'a photo' has no {} for the class name"),
+        (["--dropout", "0.1", "--method", "full"], "--dropout is RandLoRA's"),
+        (["--budget", "100"], "--budget chooses the rank of --method lora"),
+        (["--method", "lora", "--budget", "100", "--rank", "2"], "give one"),
+        (["--towers", "text", "--target-modules", "c_fc"], "give one"),
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_mistakes_are_one_line(argv: list[str], expected: str, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # tyro looks there: it draws a frame, in colour, or neither.
+    stdout = SimpleNamespace(encoding="utf-8" if terminal else "ascii", isatty=lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(ValueError) as mistake:
+        clip_options(*argv)
+    message = str(mistake.value)
+    assert expected in message
+    unwanted = ("\n", "│", "---", "\x1b", "Parsing error", "Value error", "Error parsing adapter")
+    assert not any(mark in message for mark in unwanted)
+
+
+def test_resolving_fills_in_what_depends_on_method_and_data() -> None:
+    demo = resolve(ClipOptions())
+    assert demo.adapter.rank == 16 and demo.adapter.alpha == 320
+    assert demo.training.steps == 250 and demo.training.lr == 2e-3
+    assert len(demo.images.templates) == 5
+    assert demo.clip.model is None
+
+    own = resolve(ClipOptions(images=ImageOptions(data="folder")))
+    assert own.adapter.rank == 32 and own.training.steps == 1000
+    assert own.images.templates == ("a photo of a {}.",)
+    assert own.clip.model == "ViT-B-32" and own.clip.pretrained
+
+
+def test_resolving_keeps_what_was_given() -> None:
+    given = ClipOptions(
+        clip=ModelOptions(model="RN50", pretrained="openai"),
+        images=ImageOptions(data="folder", templates=("{}",)),
+        adapter=AdapterOptions(method="lora", rank=3, alpha=7.0),
+        training=TrainingOptions(steps=5, lr=0.5),
+    )
+    assert resolve(given) == given
+
+
+def test_a_budget_leaves_the_rank_of_lora_open() -> None:
+    adapter = resolve(ClipOptions(adapter=AdapterOptions(method="lora", budget=1000))).adapter
+    assert adapter.rank is None and adapter.alpha is None
+
+
+def test_the_demo_model_takes_no_other_weights() -> None:
+    with pytest.raises(ValueError, match="--pretrained needs --model"):
+        resolve(ClipOptions(clip=ModelOptions(pretrained="openai")))
+
+
+@pytest.mark.parametrize("error", [ValueError("no\n  good"), FileNotFoundError("no good")])
+def test_user_errors_are_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    @user_errors
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: no good\n"
+
+
+def test_a_loader_processs_traceback_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    @user_errors
+    def main() -> None:
+        raise ValueError(
+            "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            '  File "x.py", line 1, in f\nValueError: cannot read the image a.png: broken\n'
+        )
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "error: cannot read the image a.png: broken\n"
+
+
+def test_bugs_keep_their_traceback_and_so_do_user_errors_when_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    @user_errors
+    def main(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(KeyError):
+        main(KeyError("bug"))
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    with pytest.raises(ValueError):
+        main(ValueError("wrong"))

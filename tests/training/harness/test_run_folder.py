@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from randlora_vision.files.atomic import fingerprint, replacing, write_json
+from randlora_vision.training.clip.evaluation import Exam
+from randlora_vision.training.clip.options import ClipOptions, resolve
+from randlora_vision.training.data.labelled import ImageSplits
+from randlora_vision.training.evaluation.plots import (
+    Compared,
+    Prediction,
+    plot_comparison,
+    plot_curves,
+    plot_predictions,
+)
+from randlora_vision.training.harness.options import RunOptions
+from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder
+from randlora_vision.training.methods.adaptation import TrainedTensors, finite_gradients
+from tests.training_helpers import NO_SKIPS, tiny_clip
+
+METRICS = [
+    {"step": 0, "split": "val", "top1": 0.1, "top5": 0.5, "loss": 2.3},
+    {"step": 5, "split": "train", "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "images_per_second": 10.0},
+    {"step": 10, "split": "train", "loss": 1.0, "lr": 1e-4, "grad_norm": 1.0, "images_per_second": 10.0},
+    {"step": 10, "split": "val", "top1": 0.6, "top5": 0.9, "loss": 1.1},
+]
+
+
+def opened(path: Path, overwrite: bool = False, writing: bool = True) -> RunFolder:
+    return open_run_folder(RunOptions(output_dir=str(path), overwrite=overwrite), "test", writing)
+
+
+def test_a_new_folder_knows_its_environment(tmp_path: Path) -> None:
+    run = opened(tmp_path / "new" / "run")
+    versions = json.loads(run.environment.read_text())["packages"]
+    assert versions["torch"] == torch.__version__.partition("+")[0]
+    assert "randlora_vision" in versions
+
+
+def test_a_run_is_refused_or_replaced_and_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    opened(tmp_path)  # a folder with other files in it is no run
+    run = opened(tmp_path)  # nor is one that came to nothing
+    run.log(3, "val", {"top1": 0.5})
+    with pytest.raises(ValueError, match=r"already holds a run \(.*--overwrite"):
+        opened(tmp_path)
+    again = opened(tmp_path, overwrite=True)
+    assert not again.metrics.exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_default_folder_is_named_by_script_and_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = open_run_folder(RunOptions(), "clip")
+    assert run.path.parent == Path("runs") and run.path.name.startswith("clip-20")
+
+
+def test_metrics_are_one_object_a_line_on_disk_at_once(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    run.log(0, "val", {"top1": 0.25})
+    run.log(1, "train", {"loss": 2.0})
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert lines == [{"step": 0, "split": "val", "top1": 0.25}, {"step": 1, "split": "train", "loss": 2.0}]
+    assert run.read_metrics() == lines
+
+
+def test_the_configuration_is_written_resolved(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    run.write_config(resolve(ClipOptions()))
+    written = yaml.safe_load(run.config.read_text())
+    assert written["adapter"]["rank"] == 16
+    assert written["training"]["lr"] == 2e-3
+    assert len(written["images"]["templates"]) == 5
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run", writing=False)
+    run.log(0, "val", {"top1": 1.0})
+    run.write_config(ClipOptions())
+    run.write(run.summary, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half of")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_fingerprints_follow_the_content() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def is_picture(path: Path) -> bool:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return (
+        pixels.shape[0] > 300
+        and pixels.shape[1] > 1000
+        and len(np.unique(pixels[::4, ::4].reshape(-1, 3), axis=0)) > 20
+    )
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    plot_curves(METRICS, "a run", tmp_path / "curves.png")
+    pictures = [Image.new("RGB", (8, 8), "red")] * 3
+    answers = [Prediction(picture, "cat", "dog", "cat with a very long name indeed") for picture in pictures]
+    plot_predictions(answers, "answers", tmp_path / "predictions.png")
+    runs = [Compared(label, METRICS, {"new task": (0.1, 0.6)}) for label in ("RandLoRA", "LoRA")]
+    plot_comparison(runs, "methods", tmp_path / "comparison.png")
+    assert all(is_picture(tmp_path / f"{name}.png") for name in ("curves", "predictions", "comparison"))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> None:
+    clip = tiny_clip(tmp_path / "tiny")
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    splits = ImageSplits("colours", ["red", "blue"], {"test": [red, blue] * 3}, {"test": [0, 1] * 3}, "made up")
+    exam = Exam(clip, {"test": splits, "original": splits}, resolve(ClipOptions()), NO_SKIPS)
+    before = exam.take(clip)
+    assert set(before.results) == {"test", "original"}
+    assert str(before).count("colours top-1") == 2
+    predictions = exam.predictions(before, before)
+    assert len(predictions) == 6
+    right = [item.before == item.truth for item in predictions]
+    assert before.results["test"]["top1"] == pytest.approx(sum(right) / 6)
+    assert {(item.picture.getpixel((0, 0)), item.truth) for item in predictions} == {
+        ((255, 0, 0), "red"),
+        ((0, 0, 255), "blue"),
+    }
+
+
+def test_parameters_without_a_gradient_are_noted_or_all_an_error() -> None:
+    model = torch.nn.Linear(2, 2)
+    adaptation = TrainedTensors(model, ["weight", "bias"], "both", [])
+    with pytest.raises(ValueError, match="no trained parameter has a gradient"):
+        adaptation.check_gradients()
+    model.weight.grad = torch.zeros(2, 2)
+    assert adaptation.check_gradients() == ["no gradient reaches bias: left as they are"]
+    broken = SimpleNamespace(grad=torch.tensor([torch.inf]))
+    with pytest.raises(ValueError, match="the gradient of x is not finite"):
+        finite_gradients([("x", broken)])  # type: ignore[list-item]

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from randlora_vision.training.harness import trackers
+from randlora_vision.training.harness.options import RunOptions
+from randlora_vision.training.harness.run_folder import open_run_folder
+from randlora_vision.training.harness.trackers import chosen_trackers, report_pictures, start_trackers
+
+
+def events(folder: Path) -> EventAccumulator:
+    (place,) = folder.iterdir()
+    read = EventAccumulator(str(place), size_guidance={"scalars": 0, "images": 0})
+    read.Reload()
+    return read
+
+
+def test_values_and_pictures_reach_tensorboard(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    run = open_run_folder(RunOptions(output_dir=str(tmp_path / "run")), "test")
+    run.listeners.append(start_trackers(accelerator, (), run.logs, {"lr": 0.1}, step=0))
+    run.log(1, "train", {"loss": 2.5, "lr": 0.1})
+    run.log(2, "val", {"top1": 0.25})
+    picture = np.zeros((8, 6, 3), np.uint8)
+    picture[:, :2] = (200, 10, 30)
+    Image.fromarray(picture).save(run.curves)
+    report_pictures(accelerator, 2, run.pictures())
+    accelerator.end_training()
+
+    read = events(run.logs)
+    assert sorted(read.Tags()["scalars"]) == ["train/loss", "train/lr", "val/top1"]
+    assert [(value.step, value.value) for value in read.Scalars("train/loss")] == [(1, 2.5)]
+    (image,) = read.Images("curves/image") if "curves/image" in read.Tags()["images"] else read.Images("curves")
+    assert (image.step, image.width, image.height) == (2, 6, 8)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+
+    kept = run.logs / "mine.txt"
+    kept.touch()
+    open_run_folder(RunOptions(output_dir=str(run.path), overwrite=True), "test")
+    assert [path.name for path in run.logs.rglob("*") if path.is_file()] == ["mine.txt"]
+
+
+def test_a_resumed_run_hides_what_was_reported_after_its_checkpoint(tmp_path: Path) -> None:
+    for resumed, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        accelerator = Accelerator(cpu=True)
+        log = start_trackers(accelerator, ("tensorboard",), tmp_path / "logs", {}, step=resumed)
+        for step in steps:
+            log(step, "train", {"loss": step + 100.0 * resumed})
+        accelerator.end_training()
+    values = [(value.step, value.value) for value in events(tmp_path / "logs").Scalars("train/loss")]
+    assert values == [(1, 1.0), (2, 2.0), (3, 203.0), (4, 204.0), (5, 205.0)]
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    start_trackers(accelerator, ("none",), tmp_path / "logs", {}, step=0)(1, "train", {"loss": 1.0})
+    assert accelerator.trackers == [] and not (tmp_path / "logs").exists()
+
+
+def test_the_default_is_tensorboard_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen_trackers(()) == ["tensorboard"]
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb"])
+    assert chosen_trackers(()) == [] and chosen_trackers(["wandb", "wandb"]) == ["wandb"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("tensorbord",), "--report-to tensorbord is not known; known are none, tensorboard"),
+        (("comet_ml",), "--report-to comet_ml: the package is not installed .pip install comet-ml."),
+        (("none", "wandb"), "none goes with no other"),
+    ],
+)
+def test_mistakes_are_found_when_the_options_are_built(
+    names: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=expected):
+        RunOptions(report_to=names)
