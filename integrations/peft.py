@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora_vision.adapters.checkpoint import install, own_adapter
+from randlora_vision.adapters.checkpoint import install, own_adapter, plan_for
 from randlora_vision.adapters.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE, from_tensors
 from randlora_vision.bases import get_bases
 from randlora_vision.bases.structured import STRUCTURED
@@ -155,7 +155,8 @@ def from_peft(peft_model: nn.Module, trainable: bool = False) -> nn.Module:
     for path, module in whole.items():
         model.set_submodule(path, module)
     for name, content in found.items():
-        install(model, content.fit(model), name, trainable, content.source)
+        fitted = content.fit(model)
+        install(plan_for(model, fitted, name, content.source), fitted, trainable)
     set_active(model, active)
     return model
 

@@ -37,7 +37,7 @@ def merged_for_saving(model: nn.Module, adapter_name: str | None = None) -> Iter
     known = {name for _, _, record in records(model) for name in record.adapters}
     if adapter_name is not None and adapter_name not in known:
         raise ValueError(f"no adapter {adapter_name!r}; this model has: {', '.join(sorted(known))}")
-    before = [(root, record, record.merged, record.active) for _, root, record in records(model)]
+    before = [(root, record, record.switches.merged, record.switches.active) for _, root, record in records(model)]
     hook = model.register_state_dict_post_hook(_drop_adapters)
     try:
         for root, record, _, _ in before:
@@ -97,11 +97,11 @@ def save_merged_folder(host: Any, folder: str | os.PathLike[str], adapter_name: 
 
 def _put(root: nn.Module, record: ModelRecord, merged: tuple[str, ...], active: tuple[str, ...]) -> None:
     """Make exactly these adapters merged, in this order (a sum's rounding depends on it), and those active."""
-    if record.merged != merged:
+    if record.switches.merged != merged:
         unmerge(root)
         if merged:
             merge(root, merged)
-    record.active = active
+    record.switches.active = active
     install_saved(root, record)
 
 

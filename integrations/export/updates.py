@@ -97,7 +97,7 @@ def trained_in_full(host: Any, adapter_name: str | None) -> dict[tuple[str, str]
 
 def in_force(record: ModelRecord) -> tuple[str, ...]:
     """Names of the adapters that act on the model, merged or not."""
-    return tuple(dict.fromkeys((*record.merged, *record.active)))
+    return tuple(dict.fromkeys((*record.switches.merged, *record.switches.active)))
 
 
 def _roots(host: Any) -> Iterator[tuple[str, str, nn.Module, ModelRecord]]:

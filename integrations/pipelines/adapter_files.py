@@ -14,6 +14,7 @@ from randlora_vision.adapters import peft_folder as peft_format
 from randlora_vision.files import adapter_file as fileformat
 from randlora_vision.files import bundle
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.injection.plan import AdapterPlan
 from randlora_vision.integrations._download import ADAPTER_FILE, download
 from randlora_vision.integrations.pipelines.components import DENOISERS, adapted, components, refuse_offloaded
 
@@ -80,17 +81,14 @@ def load_adapter(
     """
     parts, path = components(pipe), _local(source)
     chosen = _place(parts, _read(path), adapter_name, path, component)
-    refuse_offloaded({name: model for name, (model, _) in chosen.items()}, "load an adapter")
-    for name, (model, content) in chosen.items():
-        checkpoint.check_fits(model, content, adapter_name, f"{path} ({name})")
     reports: dict[str, InjectionReport] = {}
     try:
-        for name, (model, content) in chosen.items():
-            reports[name] = checkpoint.install(model, content, adapter_name, trainable, path)
-            set_scale(model, scale, adapter_name)
+        for name, (plan, content) in chosen.items():
+            reports[name] = checkpoint.install(plan, content, trainable)
+            set_scale(plan.model, scale, adapter_name)
     except BaseException:
         for name in reports:
-            delete_adapter(chosen[name][0], adapter_name)
+            delete_adapter(chosen[name][0].model, adapter_name)
         raise
     return reports
 
@@ -133,8 +131,8 @@ def _place(
     adapter_name: str,
     path: Path,
     component: str | None,
-) -> dict[str, tuple[nn.Module, AdapterFile]]:
-    """Part of the pipeline -> the model there and what goes into it."""
+) -> dict[str, tuple[AdapterPlan, AdapterFile]]:
+    """Part of the pipeline -> the plan for the model there and what goes into it."""
     if component is not None and len(contents) > 1:
         raise ValueError(f"{path} holds adapters of {', '.join(contents)}: it takes no component={component!r}")
     wanted = {component or part: content for part, content in contents.items()}
@@ -142,25 +140,34 @@ def _place(
         if part and part not in parts:
             raise ValueError(f"{path} is for {part!r}, this pipeline has: {', '.join(parts)}")
     if "" in wanted:
-        wanted = {_home(parts, wanted[""], adapter_name, path): wanted[""]}
-    return {part: (parts[part], content(parts[part])) for part, content in wanted.items()}
+        return _home(parts, wanted[""], adapter_name, path)
+    refuse_offloaded({part: parts[part] for part in wanted}, "load an adapter")
+    found = {part: content(parts[part]) for part, content in wanted.items()}
+    return {
+        part: (checkpoint.plan_for(parts[part], content, adapter_name, f"{path} ({part})"), content)
+        for part, content in found.items()
+    }
 
 
-def _home(parts: Mapping[str, nn.Module], content: _Content, adapter_name: str, path: Path) -> str:
+def _home(
+    parts: Mapping[str, nn.Module], read: _Content, adapter_name: str, path: Path
+) -> dict[str, tuple[AdapterPlan, AdapterFile]]:
     """The part that an adapter without a name of one belongs to: the denoiser if it fits, else the only fit."""
     problems: dict[str, str] = {}
-    fits: list[str] = []
+    fits: dict[str, tuple[AdapterPlan, AdapterFile]] = {}
     for part, model in parts.items():
         try:
-            checkpoint.check_fits(model, content(model), adapter_name, path)
+            content = read(model)
+            fits[part] = checkpoint.plan_for(model, content, adapter_name, path), content
         except ValueError as error:
             problems[part] = str(error)
             continue
         if part in DENOISERS:
-            return part
-        fits.append(part)
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
-        raise ValueError(f"{path} fits {', '.join(fits)}: say which with component={fits[0]!r}")
-    raise ValueError(problems[next(iter(parts))] if parts else f"{path}: the pipeline has no models")
+            fits = {part: fits[part]}
+            break
+    if len(fits) > 1:
+        raise ValueError(f"{path} fits {', '.join(fits)}: say which with component={next(iter(fits))!r}")
+    if not fits:
+        raise ValueError(problems[next(iter(parts))] if parts else f"{path}: the pipeline has no models")
+    refuse_offloaded({part: parts[part] for part in fits}, "load an adapter")
+    return fits

@@ -62,7 +62,9 @@ def disabled(pipe: Any) -> Iterator[None]:
         ValueError: If the pipeline has no adapters, or merged ones in a part that is offloaded layer by layer.
     """
     parts = adapted(pipe)
-    merged = {name: model for name, model in parts.items() if any(record.merged for record in records_of(model))}
+    merged = {
+        name: model for name, model in parts.items() if any(record.switches.merged for record in records_of(model))
+    }
     refuse_offloaded(merged, "disable merged adapters")
     with contextlib.ExitStack() as stack:
         for model in parts.values():
@@ -84,7 +86,9 @@ def fuse(pipe: Any, adapter_names: str | Sequence[str] | None = None, safe: bool
     """
     chosen = holding(pipe, adapter_names)
     refuse_offloaded({part: model for part, (model, _) in chosen.items()}, "fuse adapters")
-    before = {part: {name for r in records_of(model) for name in r.merged} for part, (model, _) in chosen.items()}
+    before = {
+        part: {name for r in records_of(model) for name in r.switches.merged} for part, (model, _) in chosen.items()
+    }
     done = []
     try:
         for part, (model, names) in chosen.items():
@@ -93,7 +97,7 @@ def fuse(pipe: Any, adapter_names: str | Sequence[str] | None = None, safe: bool
     except BaseException:
         for part in done:
             model = chosen[part][0]
-            new = [name for r in records_of(model) for name in r.merged if name not in before[part]]
+            new = [name for r in records_of(model) for name in r.switches.merged if name not in before[part]]
             randlora_vision.unmerge(model, new)
         raise
 
@@ -117,7 +121,7 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
         ValueError: If no part has it, or it is merged in one, or one is offloaded layer by layer.
     """
     parts = adapted(pipe, adapter_name)
-    merged = [part for part, model in parts.items() for r in records_of(model) if adapter_name in r.merged]
+    merged = [part for part, model in parts.items() for r in records_of(model) if adapter_name in r.switches.merged]
     if merged:
         raise ValueError(f"adapter {adapter_name!r} is merged into {', '.join(merged)}: unfuse it first")
     refuse_offloaded(parts, "delete an adapter")

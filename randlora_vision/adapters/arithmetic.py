@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.adapters.checkpoint import install, own_adapter, target_file
+from randlora_vision.adapters.checkpoint import install, own_adapter, plan_for, target_file
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import StoredBases
 from randlora_vision.files import adapter_file as fileformat
@@ -77,7 +77,8 @@ def weighted_sum(model: nn.Module, weights: Mapping[str, float], adapter_name: s
     record = own_record(model)
     assert record is not None
     content = _sum(contents, weights, record.originals.__getitem__)
-    report = install(model, content, adapter_name, trainable=False, source=f"the sum of {_named(contents)}")
+    plan = plan_for(model, content, adapter_name, f"the sum of {_named(contents)}")
+    report = install(plan, content, trainable=False)
     set_active(model, adapter_name)
     return report
 

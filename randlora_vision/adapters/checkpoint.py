@@ -15,9 +15,10 @@ from randlora_vision.files import adapter_file as fileformat
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.untrusted import check_finite
 from randlora_vision.injection.candidates import candidates
-from randlora_vision.injection.inject import add_adapter, plan_adapter
-from randlora_vision.injection.record import AdapterRecord, check_names, check_root, own_record, records, unwrap
-from randlora_vision.injection.trained_in_full import current_saved, find_saved
+from randlora_vision.injection.inject import add_adapter
+from randlora_vision.injection.plan import AdapterPlan, make_plan
+from randlora_vision.injection.record import AdapterRecord, check_names, own_record, records, unwrap
+from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.layers.adapted import AdaptedModule
 from randlora_vision.report import InjectionReport
 
@@ -106,24 +107,24 @@ def load_adapter(
         raise FileNotFoundError(f"no adapter file {str(path)!r}")
     model = unwrap(model)
     content = peft_format.read(source, peft_dtype).fit(model) if source.is_dir() else fileformat.read(source)
-    return install(model, content, adapter_name, trainable, source)
+    return install(plan_for(model, content, adapter_name, source), content, trainable)
 
 
-def install(
-    model: nn.Module, content: AdapterFile, adapter_name: str, trainable: bool, source: str | os.PathLike[str]
-) -> InjectionReport:
-    """`load_adapter` of what was read from `source`."""
-    check_fits(model, content, adapter_name, source)
-    report = add_adapter(model, content.config, adapter_name, trainable, content.stored)
+def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> InjectionReport:
+    """Carry out a plan of `plan_for` and fill in the numbers."""
+    add_adapter(plan, trainable)
+    model, name = plan.model, plan.report.adapter_name
     record = own_record(model)
     assert record is not None
     with torch.no_grad():
-        for name, pair in _adapter_tensors(model, adapter_name).items():
-            for tensor, value in zip(pair, content.trained[name], strict=True):
+        for candidate in plan.candidates:
+            module, param = candidate.owners[0]
+            assert isinstance(module, AdaptedModule)
+            for tensor, value in zip(module.adapter_tensors(param, name), content.trained[candidate.name], strict=True):
                 tensor.copy_(value)
-        for name, whole in current_saved(model, record, adapter_name).items():
-            whole.copy_(content.saved[name])
-    return dataclasses.replace(report, warnings=(*report.warnings, *content.notes))
+        for path, whole in current_saved(model, record, name).items():
+            whole.copy_(content.saved[path])
+    return dataclasses.replace(plan.report, warnings=(*plan.report.warnings, *content.notes))
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -139,18 +140,26 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.
     return found
 
 
-def check_fits(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> None:
-    """Raise unless the model has exactly the targets of the file, and the bases come out the same."""
+def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> AdapterPlan:
+    """The plan of an adapter that was read from `path`.
+
+    Raises:
+        ValueError: Unless the model has exactly the targets of the file, and the bases come out the same.
+    """
     try:
-        check_root(model)
-        report, chosen, spec = plan_adapter(model, content.config, adapter_name, content.stored)
+        plan = make_plan(model, content.config, adapter_name, content.stored)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
-    if any(tensor.is_meta for candidate in chosen for module, _ in candidate.owners for tensor in module.parameters()):
+    if any(
+        tensor.is_meta
+        for candidate in plan.candidates
+        for module, _ in candidate.owners
+        for tensor in module.parameters()
+    ):
         raise ValueError(f"{path} cannot be loaded on the meta device, where its numbers would be lost")
-    have = {target.name: (target.shape, target.rank, target.alpha) for target in report.targets}
+    have = {target.name: (target.shape, target.rank, target.alpha) for target in plan.report.targets}
     want = {name: (shape, rank, alpha) for name, shape, rank, alpha in content.targets}
-    whole = find_saved(model, content.config.modules_to_save)
+    whole = plan.saved
     saved = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}
     for present, expected in ((have, want), (saved, stored)):
@@ -160,14 +169,16 @@ def check_fits(model: nn.Module, content: AdapterFile, adapter_name: str, path: 
             raise ValueError(f"{path}: {name} is {content.saved[name].dtype}, in the model {tensor.dtype}")
     # A buffer may hold infinity: a mask.
     check_finite(path, {name: content.saved[name] for name, old in whole.items() if isinstance(old, nn.Parameter)})
+    spec = plan.bases.spec
     if content.spec != spec:
         raise ValueError(f"{path}: its bases are {content.spec}, but this model and its configuration need {spec}")
-    made = get_bases(spec).sha256
+    made = plan.bases.sha256
     if made != content.bases_sha256:
         raise ValueError(
             f"{path}: the bases made from seed {spec.seed} are not those that the adapter was trained with "
             f"(SHA-256 {made[:12]}..., expected {content.bases_sha256[:12]}...)"
         )
+    return plan
 
 
 def _compare(have: dict[str, object], want: dict[str, object], prefix: str) -> None:

@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from randlora_vision.bases import dense, peft, structured, ternary
+from randlora_vision.bases import dense as dense
+from randlora_vision.bases import peft as peft
+from randlora_vision.bases import structured as structured
+from randlora_vision.bases import ternary as ternary
 from randlora_vision.bases.base import Bases, BasesSpec, adopt, get_bases, sha256_of
 
 __all__ = ["Bases", "BasesSpec", "adopt", "generate", "get_bases", "sha256_of"]
-del dense, peft, structured, ternary
 
 
 def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:

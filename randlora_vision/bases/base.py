@@ -64,6 +64,8 @@ class Bases:
         self.spec = spec
         self._tensors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._sha256: str | None = None
+        self._drawn: dict[int, Tensor] = {}
+        """Matrices that were drawn for the checksum, until they are made into what products need."""
 
     def a(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A (rank, narrow) on `device`, rounded to `dtype`."""
@@ -119,11 +121,11 @@ class Bases:
         return self._source(matrix)
 
     def _source(self, matrix: int) -> Tensor:
-        """The matrix in float32: any copy already in use, else drawn anew (and then not kept twice)."""
+        """The matrix in float32: any copy already in use, else drawn anew."""
         for (which, device, dtype), tensor in self._tensors.items():
             if which == matrix and dtype == torch.float32 and device.type != "meta":
                 return tensor
-        return self._numbers(matrix)
+        return self._drawn.pop(matrix) if matrix in self._drawn else self._numbers(matrix)
 
     def _numbers(self, matrix: int) -> Tensor:
         """The matrix drawn anew, in float32."""
@@ -139,7 +141,8 @@ class Bases:
     def sha256(self) -> str:
         """SHA-256 of A then B as little-endian float32, row by row."""
         if self._sha256 is None:
-            self._sha256 = sha256_of(self._source(A), self._source(B))
+            self._drawn = {matrix: self._source(matrix) for matrix in (A, B)}
+            self._sha256 = sha256_of(self._drawn[A], self._drawn[B])
         return self._sha256
 
     def bytes_in(self, dtype: torch.dtype) -> int:

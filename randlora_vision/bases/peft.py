@@ -25,7 +25,9 @@ class PeftBases(DenseBases, kinds=PEFT_KINDS):
 
     def _numbers(self, matrix: int) -> Tensor:
         spec = self.spec
-        return draw(spec.kind, spec.seed, spec.rank, spec.narrow, spec.wide)[matrix]
+        pair = draw(spec.kind, spec.seed, spec.rank, spec.narrow, spec.wide)  # from one stream, A first
+        self._drawn[1 - matrix] = pair[1 - matrix]
+        return pair[matrix]
 
 
 def draw(kind: str, seed: int, rank: int, narrow: int, wide: int) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,13 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
         self._factors[key] = factors
         return factors
 
+    @property
+    def sha256(self) -> str:
+        """As `Bases.sha256`; the matrices that are written out for it are not kept."""
+        digest = super().sha256
+        self._drawn.clear()
+        return digest
+
     def bytes_in(self, dtype: torch.dtype) -> int:
         """Bytes of the largest shape's factors; other shapes have about as many."""
         spec = self.spec

@@ -38,6 +38,8 @@ class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
     def _draw(self, matrix: int, dtype: torch.dtype) -> Tensor:
         if dtype != torch.int8:
             return super()._draw(matrix, dtype)
+        if matrix in self._drawn:
+            return self._drawn.pop(matrix).sign().to(torch.int8)
         spec = self.spec
         return torch.from_numpy(ternary(spec.kind, spec.seed, matrix, spec.wide, spec.columns, spec.narrow))
 

@@ -11,7 +11,7 @@ from randlora_vision.injection.record import check_names, count_base, records, u
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import adapted_modules
 from randlora_vision.layers.peft_around import plain_name
-from randlora_vision.layers.state import Slot
+from randlora_vision.layers.state import AdapterSlot
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
@@ -51,10 +51,9 @@ def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...
     model = unwrap(model)
     wanted = check_names(model, () if not adapter_names else adapter_names)
     for _, root, record in records(model):
-        record.active = tuple(name for name in wanted if name in record.adapters)
+        record.switches.active = tuple(name for name in wanted if name in record.adapters)
         install_saved(root, record)
     for _, module, param, state in adapted_modules(model):
-        state.active = tuple(name for name in wanted if name in state.slots)
         for name, slot in state.slots.items():
             for tensor in module.adapter_tensors(param, name):
                 tensor.requires_grad_(slot.trainable and name in wanted)
@@ -78,7 +77,7 @@ def set_scale(model: nn.Module, scale: float | Mapping[str, float], adapter_name
 
 def scale_changes(
     model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None
-) -> list[tuple[Slot, float]]:
+) -> list[tuple[AdapterSlot, float]]:
     """What `set_scale` would set."""
     for value in scale.values() if isinstance(scale, Mapping) else (scale,):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -110,5 +109,5 @@ def scale_changes(
 def _refuse_merged(model: nn.Module, names: tuple[str, ...]) -> None:
     for _, _, record in records(model):
         for name in names:
-            if name in record.merged:
+            if name in record.switches.merged:
                 raise ValueError(f"adapter {name!r} is merged into the weights: unmerge it first")

@@ -29,7 +29,7 @@ def check_gradients(model: nn.Module) -> list[str]:
     silent: dict[str, list[str]] = {}
     broken: list[str] = []
     for path, module, param, state in adapted_modules(model):
-        for name in state.live:
+        for name in state.live():
             if not state.slots[name].trainable:
                 continue
             pair = module.adapter_tensors(param, name)

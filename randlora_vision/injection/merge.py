@@ -22,7 +22,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     No adapter acts, not even a merged one, and modules trained in full are the base's.
     """
     model = unwrap(model)
-    before = [(root, record, record.enabled, record.merged) for _, root, record in records(model)]
+    before = [(root, record, record.switches.enabled, record.switches.merged) for _, root, record in records(model)]
     for root, record, _, _ in before:
         _set_merged(root, record, (), safe=False)
         _set_enabled(root, record, False)
@@ -52,8 +52,8 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
     model = unwrap(model)
     wanted = None if adapter_names is None else check_names(model, adapter_names)
     for _, root, record in records(model):
-        names = record.active if wanted is None else [name for name in wanted if name in record.adapters]
-        _set_merged(root, record, tuple(dict.fromkeys((*record.merged, *names))), safe)
+        names = record.switches.active if wanted is None else [name for name in wanted if name in record.adapters]
+        _set_merged(root, record, tuple(dict.fromkeys((*record.switches.merged, *names))), safe)
 
 
 def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None) -> None:
@@ -65,19 +65,17 @@ def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] |
     model = unwrap(model)
     wanted = check_names(model, adapter_names)
     for _, root, record in records(model):
-        _set_merged(root, record, tuple(name for name in record.merged if name not in wanted), safe=False)
+        _set_merged(root, record, tuple(name for name in record.switches.merged if name not in wanted), safe=False)
 
 
 def _set_enabled(root: nn.Module, record: ModelRecord, enabled: bool) -> None:
-    record.enabled = enabled
+    record.switches.enabled = enabled
     install_saved(root, record)
-    for _, _, _, state in adapted_modules(root):
-        state.enabled = enabled
 
 
 def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], safe: bool) -> None:
     """Make exactly the named adapters merged: compute every weight first, then put them in place."""
-    if names == record.merged:
+    if names == record.switches.merged:
         return
     weights: dict[int, nn.Parameter] = {}
     holders = list(adapted_modules(root))
@@ -91,11 +89,10 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
         if merged and not state.merged:
             state.original = module._parameters[param]
         module._parameters[param] = weights[id(state)]
+    record.switches.merged = names
     for _, _, _, state in holders:
-        state.merged = tuple(name for name in names if name in state.slots)
         if not state.merged:
             state.original = None
-    record.merged = names
     install_saved(root, record)
 
 

@@ -15,6 +15,7 @@ from randlora_vision.bases import BasesSpec
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.layers.adapted import AdaptedModule
 from randlora_vision.layers.peft_around import plain_name
+from randlora_vision.layers.state import Switches
 from randlora_vision.names import is_adapter_name
 from randlora_vision.report import Target
 
@@ -40,9 +41,8 @@ class ModelRecord:
     requires_grad: dict[str, bool]
     """The flags before the first injection, by parameter name."""
     adapters: dict[str, AdapterRecord] = dataclasses.field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
-    enabled: bool = True
+    switches: Switches = dataclasses.field(default_factory=Switches)
+    """The same object that every adapted weight holds."""
     originals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Path -> the base's tensor of a module trained in full."""
     installed: dict[str, str | None] = dataclasses.field(default_factory=dict)

@@ -58,7 +58,7 @@ def own_saved(model: nn.Module, record: ModelRecord, adapter: AdapterRecord) -> 
 
 def install_saved(model: nn.Module, record: ModelRecord) -> None:
     """Put in force, for every tensor trained in full, the last active adapter's, else the base's."""
-    in_force = (*record.merged, *record.active) if record.enabled else record.merged
+    in_force = (*record.switches.merged, *record.switches.active) if record.switches.enabled else record.switches.merged
     for path, holder in record.installed.items():
         wanted = next((name for name in reversed(in_force) if path in record.adapters[name].saved), None)
         if wanted == holder:

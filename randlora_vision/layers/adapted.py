@@ -76,10 +76,11 @@ class AdaptedModule(_Mixin):
     def _effective(self, param: str) -> Tensor:
         base, state = self.base_weight(param), self._randlora[param]
         # FSDP2 reads sharded parameters by attribute: it must find its own objects.
-        if not state.live or _is_sharded(base):
+        live = state.live()
+        if not live or _is_sharded(base):
             return base
         low = autocast_dtype(base)
-        terms = self._terms(param, state.live, low or base.dtype)
+        terms = self._terms(param, live, low or base.dtype)
         opened = current_scope()
         if opened is None or state.transposed:
             return updated_weight(state, base, terms)
@@ -101,9 +102,11 @@ class AdaptedModule(_Mixin):
     def _split_dropout(self) -> tuple[list[str], list[str]]:
         """Live adapters of a linear layer without and with dropout in force."""
         state = self._randlora["weight"]
-        training = self.training
-        dropped = [name for name in state.live if training and state.slots[name].dropout > 0]
-        return [name for name in state.live if name not in dropped], dropped
+        live = state.live()
+        if not self.training:
+            return live, []
+        dropped = [name for name in live if state.slots[name].dropout > 0]
+        return [name for name in live if name not in dropped], dropped
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As nn.Module's, but lambda and gamma stay float32 when the model goes to half precision."""
@@ -165,7 +168,8 @@ class AdaptedModule(_Mixin):
         parts = [super().extra_repr()]
         for param, state in self._randlora.items():
             for name, slot in state.slots.items():
-                note = " merged" if name in state.merged else "" if name in state.active else " inactive"
+                switches = state.switches
+                note = " merged" if name in switches.merged else "" if name in switches.active else " inactive"
                 parts.append(f"randlora[{param}]: {name} (rank={slot.rank}, alpha={slot.alpha:g}){note}")
         return ", ".join(part for part in parts if part)
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from randlora_vision.bases import Bases
 from randlora_vision.compute.planner import ANY, PINNED, Plan
 
-if TYPE_CHECKING:
-    _Mixin = nn.Module
-else:  # the adapted class inherits nn.Module from its own base
-    _Mixin = object
+
+@dataclasses.dataclass
+class Switches:
+    """Which adapters of a model act: one object for all of its adapted weights."""
+
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    enabled: bool = True
 
 
 @dataclasses.dataclass
-class Slot:
+class AdapterSlot:
     """One adapter on one parameter."""
 
     rank: int
@@ -42,12 +45,10 @@ class ParameterState:
 
     out_features: int
     in_features: int
-    slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    enabled: bool = True
+    switches: Switches
+    slots: dict[str, AdapterSlot] = dataclasses.field(default_factory=dict)
     transposed: bool = False
     """The module stores (I, O), as transformers' Conv1D does: the update is meant for the transpose."""
-    merged: tuple[str, ...] = ()
     original: nn.Parameter | None = None
     """The base's own Parameter while `merged` is not empty: what makes unmerging bit-exact."""
     written: bool = False
@@ -59,8 +60,14 @@ class ParameterState:
         return PINNED[wanted.pop()] if len(wanted) == 1 else ANY
 
     @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that the weight holds."""
+        return tuple(name for name in self.switches.merged if name in self.slots)
+
     def live(self) -> list[str]:
         """Names of the adapters that act on the effective weight."""
-        if not self.enabled:
+        switches, slots = self.switches, self.slots
+        if not switches.enabled:
             return []
-        return [name for name in self.active if name not in self.merged and self.slots[name].scale != 0]
+        active = (name for name in switches.active if name in slots and name not in switches.merged)
+        return [name for name in active if slots[name].scale != 0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gc
+import importlib
 import json
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,3 +378,37 @@ def test_loading_does_not_change_the_base(tmp_path: Path) -> None:
     load_adapter(model, saved(tmp_path, vit(), RandLoRAConfig(rank=4)))
     for name, tensor in base.state_dict().items():
         assert tensor_bytes(model.state_dict()[name]) == tensor_bytes(tensor)
+
+
+@pytest.mark.parametrize("bases", ["uniform", "sparse", "peft"])
+def test_loading_plans_once_scans_once_and_draws_once(
+    bases: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 12))
+    inject(model, RandLoRAConfig(rank=4, bases=bases))
+    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    x = torch.randn(3, 12)
+    expected = model(x)
+    remove(model)
+    gc.collect()  # the bases live as long as an adapter uses them
+    counts: Counter[str] = Counter()
+
+    def count(target: str, what: str) -> None:
+        module, _, name = target.rpartition(".")
+        original = getattr(importlib.import_module(module), name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            counts[what] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(target, counted)
+
+    count("randlora_vision.adapters.checkpoint.make_plan", "plans")
+    count("randlora_vision.injection.selection.candidates", "scans")
+    count("randlora_vision.bases.dense.words", "rows")
+    count("randlora_vision.bases.ternary.words", "rows")
+    count("randlora_vision.bases.peft.draw", "pairs")
+    load_adapter(model, path)
+    assert torch.equal(model(x), expected)
+    drawn = {"pairs": 1} if bases == "peft" else {"rows": 4 + 12}  # of A and of B
+    assert counts == {"plans": 1, "scans": 1, **drawn}

@@ -156,13 +156,13 @@ def load(path: Path) -> dict[str, Tensor]:
 
 def load_bundle(path: Path) -> dict[str, Tensor]:
     """What it makes of a bundle, part by part."""
-    from randlora_vision.adapters.checkpoint import install
+    from randlora_vision.adapters.checkpoint import install, plan_for
     from randlora_vision.files import bundle as format_
 
     found = {}
     for part, content in format_.read(path).items():
         model = base()
-        install(model, content, "default", False, path)
+        install(plan_for(model, content, "default", path), content, False)
         found.update({f"{part}/{name}": tensor for name, tensor in observed(model).items()})
     return found
 

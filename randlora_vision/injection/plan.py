@@ -1,0 +1,120 @@
+"""What would be adapted in a model, decided in full before the model is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.bases import Bases, get_bases
+from randlora_vision.config import RandLoRAConfig
+from randlora_vision.files.adapter_file import file_bytes
+from randlora_vision.injection.candidates import Candidate
+from randlora_vision.injection.record import check_root, count_base, own_record, unwrap
+from randlora_vision.injection.selection import select
+from randlora_vision.injection.sizing import bases_spec
+from randlora_vision.injection.trained_in_full import find_saved
+from randlora_vision.report import InjectionReport, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPlan:
+    """All that is decided about a new adapter before the model is touched: made once, then applied.
+
+    Attributes:
+        model: The module that takes the adapter.
+        report: What `inject` returns.
+        candidates: The weights behind the report's targets, in the same order.
+        bases: Those that all of them share.
+        saved: Path -> the model's own tensor of a module to be trained in full.
+    """
+
+    model: nn.Module
+    report: InjectionReport
+    candidates: tuple[Candidate, ...]
+    bases: Bases
+    saved: Mapping[str, Tensor]
+
+
+def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given: Bases | None = None) -> AdapterPlan:
+    """The plan of an adapter, with `given` bases if they came with a file.
+
+    Raises:
+        ValueError: As `randlora_vision.inject` does.
+    """
+    check_root(model)
+    model = unwrap(model)
+    if not isinstance(config, RandLoRAConfig):
+        raise ValueError(f"config must be a RandLoRAConfig, got {type(config).__name__}")
+    if not isinstance(adapter_name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name):
+        raise ValueError(f"adapter_name must consist of letters, digits, '_' and '-', got {adapter_name!r}")
+    record = own_record(model)
+    if record is not None and adapter_name in record.adapters:
+        raise ValueError(f"the model already has an adapter {adapter_name!r}: choose another name or delete it first")
+    chosen, skipped, notes = select(model, config)
+    targets = tuple(_target(candidate, config) for candidate in chosen)
+    spec = bases_spec(config, targets, given)
+    bases = given or get_bases(spec)
+    if config.dropout:
+        without = [target.name for target in targets if target.kind not in ("linear", "quantized")]
+        if without:
+            notes.append(f"dropout does not act on weights that are read, not called: {', '.join(without[:3])}, ...")
+    saved = find_saved(model, config.modules_to_save)
+    report = InjectionReport(
+        adapter_name=adapter_name,
+        config=config,
+        targets=targets,
+        skipped=tuple(skipped),
+        saved=tuple((path, tensor.numel()) for path, tensor in saved.items()),
+        saved_parameters=sum(tensor.numel() for tensor in saved.values() if isinstance(tensor, nn.Parameter)),
+        warnings=tuple(notes),
+        base_parameters=count_base(model),
+        bases_bytes=bases.bytes_in(_products_dtype(chosen)),
+        file_bytes=file_bytes(config, spec, targets, _file_dtype(chosen), saved),
+    )
+    return AdapterPlan(model, report, tuple(chosen), bases, saved)
+
+
+def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
+    assert candidate.shape is not None
+    rank = config.rank_of(candidate.paths)
+    bases = math.ceil(min(candidate.shape) / rank)
+    return Target(
+        candidate.name,
+        candidate.kind,
+        candidate.shape,
+        rank,
+        config.alpha_of(candidate.paths),
+        bases,
+        candidate.aliases,
+    )
+
+
+def weight_of(candidate: Candidate) -> Tensor:
+    """The frozen weight; of a parametrised one, any tensor that it is computed from."""
+    module, param = candidate.owners[0]
+    weight = module._parameters.get(param)
+    return next(module.parameters()) if weight is None else weight
+
+
+def master_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of lambda and gamma: float32 whatever the base's, float64 for a float64 base."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _products_dtype(chosen: list[Candidate]) -> torch.dtype:
+    """The widest dtype that matrix products of the adapted weights run in, packed ones taken for float32."""
+    dtypes = {weight.dtype for weight in map(weight_of, chosen)}
+    return max(
+        (d if d.is_floating_point and d.itemsize > 1 else torch.float32 for d in dtypes), key=lambda d: d.itemsize
+    )
+
+
+def _file_dtype(chosen: list[Candidate]) -> torch.dtype:
+    """Dtype of lambda and gamma in the file, where all have one."""
+    dtypes = {master_dtype(weight_of(candidate)) for candidate in chosen}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
