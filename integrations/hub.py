@@ -172,6 +172,6 @@ def model_card(
 def _row(part: str, content: AdapterFile) -> str:
     numbers = sum(tensor.numel() for pair in content.trained.values() for tensor in pair)
     numbers += sum(tensor.numel() for tensor in content.saved.values())
-    ranks = sorted({rank for _, _, rank, _ in content.targets})
+    ranks = sorted({target.rank for target in content.targets})
     bases = f"{content.spec.kind}, {content.spec.seed}"
     return f"| {part or 'model'} | {len(content.targets)} | {', '.join(map(str, ranks))} | {bases} | {numbers:,} |"

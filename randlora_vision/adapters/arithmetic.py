@@ -32,7 +32,7 @@ from randlora_vision.files import adapter_file as fileformat
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.injection.control import set_active, set_scale
 from randlora_vision.injection.record import own_record, unwrap
-from randlora_vision.report import InjectionReport, Target
+from randlora_vision.report import InjectionReport
 
 _WINDOWS = ("uniform", "normal", "sparse", "structured")
 """Kinds whose numbers at a weight do not depend on the sizes of the other weights."""
@@ -107,11 +107,8 @@ def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: st
             raise FileNotFoundError(f"no adapter file {str(source)!r}")
         contents[str(source)] = fileformat.read(Path(source))
     content = _sum(contents, {str(source): weight for source, weight in weights.items()}, None)
-    targets = tuple(
-        Target(name, "", shape, rank, alpha, -(-min(shape) // rank)) for name, shape, rank, alpha in content.targets
-    )
     packed = fileformat.pack(
-        content.config, content.spec, content.bases_sha256, targets, content.trained, content.saved
+        content.config, content.spec, content.bases_sha256, content.targets, content.trained, content.saved
     )
     fileformat.write(target, *packed)
     return target
@@ -120,10 +117,9 @@ def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: st
 def _content(model: nn.Module, adapter_name: str) -> AdapterFile:
     """What `save_adapter` would write, without a copy."""
     adapter, trained, saved = own_adapter(model, adapter_name)
-    targets = tuple((target.name, target.shape, target.rank, target.alpha) for target in adapter.targets)
     bases = get_bases(adapter.spec)
     stored = bases if isinstance(bases, StoredBases) else None
-    return AdapterFile(adapter.config, adapter.spec, bases.sha256, targets, trained, saved, stored)
+    return AdapterFile(adapter.config, adapter.spec, bases.sha256, adapter.targets, trained, saved, stored)
 
 
 @torch.no_grad()
@@ -133,12 +129,12 @@ def _sum(
     """The one adapter that equals the weighted sum."""
     names = list(contents)
     first = contents[names[0]]
-    alphas = {name: alpha for name, _, _, alpha in first.targets}
+    alphas = {target.name: target.alpha for target in first.targets}
     factors: dict[str, dict[str, float]] = {}
     for name, content in contents.items():
         _check_alike(names[0], first, name, content)
         # One alpha serves the sum: lambda takes up the difference.
-        factors[name] = {target: weights[name] * alpha / alphas[target] for target, _, _, alpha in content.targets}
+        factors[name] = {t.name: weights[name] * t.alpha / alphas[t.name] for t in content.targets}
     trained, apart = {}, []
     for target in first.trained:
         terms = [(*content.trained[target], factors[name][target]) for name, content in contents.items()]
@@ -169,7 +165,7 @@ def _check_alike(first_name: str, first: AdapterFile, name: str, content: Adapte
             f"{pair} have other bases ({first.spec.kind}, seed {first.spec.seed}; {content.spec.kind}, seed "
             f"{content.spec.seed}): no single adapter equals their sum. Keep them active together (set_weights)"
         )
-    shapes = [{target: (shape, rank) for target, shape, rank, _ in each.targets} for each in (first, content)]
+    shapes = [{target.name: (target.shape, target.rank) for target in each.targets} for each in (first, content)]
     if shapes[0] != shapes[1]:
         different = sorted(
             key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)

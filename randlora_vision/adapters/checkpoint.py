@@ -157,8 +157,10 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
         for tensor in module.parameters()
     ):
         raise ValueError(f"{path} cannot be loaded on the meta device, where its numbers would be lost")
-    have = {target.name: (target.shape, target.rank, target.alpha) for target in plan.report.targets}
-    want = {name: (shape, rank, alpha) for name, shape, rank, alpha in content.targets}
+    have, want = (
+        {target.name: (target.shape, target.rank, target.alpha) for target in targets}
+        for targets in (plan.report.targets, content.targets)
+    )
     whole = plan.saved
     saved = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}

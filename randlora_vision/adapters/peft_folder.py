@@ -82,7 +82,7 @@ class PeftAdapter:
             config,
             spec,
             get_bases(spec).sha256,
-            tuple((target.name, target.shape, target.rank, target.alpha) for target in targets),
+            targets,
             {candidate.name: self.trained[path] for path, candidate in found.items()},
             self.saved,
             stored,

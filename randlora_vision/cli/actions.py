@@ -29,7 +29,7 @@ def info(file: str, plot: str | None, json: bool) -> int:
         layers = layers_of(parts, step)
     if plot:
         plot_spectra(layers, path.name, Path(plot))
-    numbers = sum(layer.parameters for layer in layers)
+    numbers = sum(layer.target.num_parameters for layer in layers)
     whole = {name: tuple(t.shape) for content in parts.values() for name, t in content.saved.items()}
     if json:
         show_json(
@@ -40,11 +40,11 @@ def info(file: str, plot: str | None, json: bool) -> int:
                 "parts": {part: _about(content) for part, content in parts.items()},
                 "layers": [
                     {
-                        "name": layer.name,
-                        "shape": layer.shape,
-                        "rank": layer.rank,
-                        "bases": layer.bases,
-                        "parameters": layer.parameters,
+                        "name": layer.target.name,
+                        "shape": layer.target.shape,
+                        "rank": layer.target.rank,
+                        "bases": layer.target.bases,
+                        "parameters": layer.target.num_parameters,
                         "norm": layer.norm,
                         "effective_rank": layer.effective_rank,
                     }
@@ -62,8 +62,17 @@ def info(file: str, plot: str | None, json: bool) -> int:
         "layers",
         ("layer", "shape", "rank", "bases", "parameters", "norm", "effective rank"),
         [
-            (la.name, f"{la.shape[0]} x {la.shape[1]}", la.rank, la.bases, la.parameters, la.norm, la.effective_rank)
-            for la in layers
+            (
+                t.name,
+                f"{t.shape[0]} x {t.shape[1]}",
+                t.rank,
+                t.bases,
+                t.num_parameters,
+                layer.norm,
+                layer.effective_rank,
+            )
+            for layer in layers
+            for t in (layer.target,)
         ],
     )
     if whole:

@@ -4,7 +4,7 @@ Shapes: O out, I in, m = min(O, I).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from randlora_vision.bases import get_bases
 from randlora_vision.compute.functional import effective_weight
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.atomic import replacing
+from randlora_vision.report import Target
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,11 @@ class Layer:
     """One adapted parameter of a file.
 
     Attributes:
-        name: Its name, the pipeline's component in front.
-        shape: (O, I).
-        rank: Rank of one random base.
-        bases: Number of bases.
-        parameters: Trained numbers.
+        target: The parameter, the pipeline's component in front of its name.
         values: Singular values of the update (m,), largest first.
     """
 
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    bases: int
-    parameters: int
+    target: Target
     values: Tensor
 
     @property
@@ -56,22 +49,20 @@ def layers_of(parts: Mapping[str, AdapterFile], progress: Callable[[int, int], N
     total = sum(len(content.targets) for content in parts.values())
     found: list[Layer] = []
     for part, content in parts.items():
-        for name, shape, rank, alpha in content.targets:
-            lam, gamma = content.trained[name]
-            values = spectrum(content, name, shape, alpha / rank)
-            full = ".".join(piece for piece in (part, name) if piece)
-            found.append(Layer(full, shape, rank, gamma.shape[0], lam.numel() + gamma.numel(), values))
+        for target in content.targets:
+            name = ".".join(piece for piece in (part, target.name) if piece)
+            found.append(Layer(replace(target, name=name), spectrum(content, target)))
             progress(len(found), total)
     return found
 
 
 @torch.no_grad()
-def spectrum(content: AdapterFile, name: str, shape: tuple[int, int], scale: float) -> Tensor:
+def spectrum(content: AdapterFile, target: Target) -> Tensor:
     """Singular values (m,) of one update in float64."""
-    lam, gamma = (tensor.float() for tensor in content.trained[name])
+    lam, gamma = (tensor.float() for tensor in content.trained[target.name])
     bases = content.stored if content.stored is not None else get_bases(content.spec)
-    term = bases.term(lam, gamma, max(shape), scale, torch.float32)
-    return torch.linalg.svdvals(effective_weight(torch.zeros(shape), (term,))).double()
+    term = bases.term(lam, gamma, max(target.shape), target.alpha / target.rank, torch.float32)
+    return torch.linalg.svdvals(effective_weight(torch.zeros(target.shape), (term,))).double()
 
 
 def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
@@ -88,7 +79,7 @@ def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
     shown = [layer for layer in layers if layer.norm > 0]
     for i, layer in enumerate(shown):
         share = torch.arange(1, len(layer.values) + 1) / len(layer.values)
-        label = layer.name if len(shown) <= 12 else None
+        label = layer.target.name if len(shown) <= 12 else None
         axes.plot(
             share, layer.values / layer.values[0], color=colormaps["viridis"](i / max(1, len(shown))), label=label
         )

@@ -23,7 +23,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class AdapterFile:
         config: The adapter's configuration.
         spec: Spec of its bases.
         bases_sha256: Digest of the bases in float32.
-        targets: (name, (O, I), R, alpha) in the file's order.
+        targets: The adapted weights in the file's order; their `kind` is empty where a file, which does not hold it,
+            is where they come from.
         trained: Target name -> (lambda (R, N), gamma (N, m)).
         saved: Path -> tensor of a module trained in full.
         stored: The bases themselves, where they came from no seed; get_bases(spec) would not know them.
@@ -82,7 +83,7 @@ class AdapterFile:
     config: RandLoRAConfig
     spec: BasesSpec
     bases_sha256: str
-    targets: tuple[tuple[str, tuple[int, int], int, float], ...]
+    targets: tuple[Target, ...]
     trained: Mapping[str, tuple[Tensor, Tensor]]
     saved: Mapping[str, Tensor]
     stored: StoredBases | None = None
@@ -101,7 +102,7 @@ def pack(
     values = {name: [tensor.detach().cpu() for tensor in pair] for name, pair in trained.items()}
     widest = max((tensor.dtype for pair in values.values() for tensor in pair), key=lambda dtype: dtype.itemsize)
     tensors: dict[str, Tensor] = {}
-    for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
+    for group, members in _groups(targets).items():
         tensors[f"lambda.{group}"] = torch.stack([values[name][0] for name in members]).to(widest)
         tensors[f"gamma.{group}"] = torch.stack([values[name][1] for name in members]).to(widest)
     tensors.update({f"saved.{name}": tensor.detach().cpu().contiguous() for name, tensor in saved.items()})
@@ -163,7 +164,7 @@ def file_bytes(
 ) -> int:
     """Size of the file that `write` makes of these, to the byte; `dtype` is lambda's and gamma's."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
-    for group, members in _groups([(t.name, t.shape, t.rank, t.alpha) for t in targets]).items():
+    for group, members in _groups(targets).items():
         first = next(t for t in targets if t.name == members[0])
         shapes[f"lambda.{group}"] = (dtype, [len(members), first.rank, first.bases])
         shapes[f"gamma.{group}"] = (dtype, [len(members), first.bases, first.narrow])
@@ -196,11 +197,11 @@ def _in_order(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def _groups(targets: list[tuple[str, tuple[int, int], int, float]]) -> dict[str, list[str]]:
+def _groups(targets: Sequence[Target]) -> dict[str, list[str]]:
     """Group key -> target names, for targets whose lambda and gamma have equal shapes."""
     groups: dict[str, list[str]] = {}
-    for name, shape, rank, _ in targets:
-        groups.setdefault(f"{rank}x{-(-min(shape) // rank)}.{min(shape)}", []).append(name)
+    for target in targets:
+        groups.setdefault(f"{target.rank}x{target.bases}.{target.narrow}", []).append(target.name)
     return groups
 
 
@@ -253,14 +254,12 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         spec = StoredSpec(**bases, sha256=sha256) if bases["kind"] == STORED else BasesSpec(**bases)
         unfold = zlib.decompressobj()
         listed = json.loads(unfold.decompress(base64.b64decode(metadata["targets"], validate=True), _TARGETS_LIMIT))
-        targets = tuple((str(n), (int(o), int(i)), int(r), float(alpha)) for n, o, i, r, alpha in listed)
-        if any(min(o, i, r) < 1 for _, (o, i), r, _ in targets):
-            raise ValueError("a target has a size or rank below 1")
-        if len({name for name, *_ in targets}) < len(targets):
+        targets = tuple(_target(*entry) for entry in listed)
+        if len({target.name for target in targets}) < len(targets):
             raise ValueError("a target is listed twice")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
         raise ValueError(f"{path} has malformed metadata (config, bases or targets): {error}") from None
-    groups = _groups(list(targets))
+    groups = _groups(targets)
     expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
     expected |= {"bases.A", "bases.B"} if spec.kind == STORED else set()
     present = {name for name in tensors if not name.startswith("saved.")}
@@ -290,3 +289,10 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         if stored.spec != spec:
             raise ValueError(f"{path}: the bases in it are {stored.spec}, not {spec} as it says")
     return AdapterFile(config, spec, sha256, targets, trained, saved, stored)
+
+
+def _target(name: Any, out_features: Any, in_features: Any, rank: Any, alpha: Any) -> Target:
+    shape = (int(out_features), int(in_features))
+    if min(*shape, int(rank)) < 1:
+        raise ValueError("a target has a size or rank below 1")
+    return Target(str(name), "", shape, int(rank), float(alpha), -(-min(shape) // int(rank)))
