@@ -10,22 +10,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ("names", "errors", "config", "report", "bases", "compute", "layers", "files", "injection", "adapters")
+CORE = (
+    "torch_internals",
+    "names",
+    "errors",
+    "config",
+    "report",
+    "bases",
+    "compute",
+    "layers",
+    "files",
+    "injection",
+    "adapters",
+)
 HOSTS = ("", *CORE, "integrations")  # "" is randlora_vision itself, with the public names
 COMMON = (*HOSTS, "training.methods", "training.data", "training.harness", "training.evaluation")
 ALLOWED = {
+    "torch_internals": (),
     "names": (),
     "errors": (),
     "versions": (),
     "config": ("names",),
     "report": ("config",),
     "bases": (),
-    "compute": ("bases",),
-    "layers": ("compute", "bases", "names"),
+    "compute": ("bases", "torch_internals"),
+    "layers": ("compute", "bases", "names", "torch_internals"),
     "files": ("bases", "config", "report"),
-    "injection": ("layers", "files", "bases", "config", "report", "names"),
+    "injection": ("layers", "files", "bases", "config", "report", "names", "torch_internals"),
     "adapters": ("injection", "layers", "files", "bases", "config", "report", "names"),
-    "": CORE + ("compute",),
+    "": CORE,
     "integrations": ("", *CORE),
     "cli": (*HOSTS, "versions"),
     "training": (),

@@ -22,6 +22,7 @@ from torch import Tensor
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.functional import pays_to_build
 from randlora_vision.compute.recompute import Recipe
+from randlora_vision.torch_internals import is_functorch_wrapped, version
 
 
 class _Entry(NamedTuple):
@@ -82,7 +83,7 @@ def _tensors(recipe: Recipe) -> tuple[Tensor, ...]:
 
 def _state(recipe: Recipe) -> tuple[Any, ...]:
     tensors = _tensors(recipe)
-    marks = tuple((tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
+    marks = tuple((version(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
     return recipe.dtype, marks, tuple(_constants(term) for term in recipe.terms)
 
 
@@ -94,7 +95,7 @@ def _constants(term: Term) -> tuple[Any, ...]:
 
 def _is_special(tensor: Tensor) -> bool:
     """True for tensors without numbers or version counters, and inside torch.func."""
-    return tensor.is_meta or tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.is_meta or tensor.is_inference() or is_functorch_wrapped(tensor)
 
 
 class _Current(threading.local):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.planner import ANY, Plan, Problem, choose
+from randlora_vision.torch_internals import reshaped_as_own
 
 
 def randlora_linear(
@@ -133,7 +134,7 @@ def _cheapest(problem: Problem, *rest: Any) -> Plan:
 
 def _own(out: Tensor, leading: torch.Size) -> Tensor:
     """A result as (*leading, O) and as no view: autograd lets no host write into the view that a Function returns."""
-    return torch.ops.aten._unsafe_view(out.contiguous(), [*leading, out.shape[-1]])
+    return reshaped_as_own(out.contiguous(), [*leading, out.shape[-1]])
 
 
 def _needed(x: Tensor, weight: Tensor | None, trained: list[Tensor]) -> tuple[bool, bool, bool]:

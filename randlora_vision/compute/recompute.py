@@ -17,6 +17,7 @@ from torch import Tensor
 
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.functional import effective_weight
+from randlora_vision.torch_internals import saved_tensor_hooks_are_free, storage_key, version
 
 
 class Recipe(NamedTuple):
@@ -33,7 +34,7 @@ class Recipe(NamedTuple):
     def versions(self) -> tuple[int, ...]:
         """Counters that an in-place change (an optimiser step) raises."""
         trained = (tensor for term in self.terms for tensor in (term.lam, term.gamma))
-        return tuple(tensor._version for tensor in (self.weight, *trained))
+        return tuple(version(tensor) for tensor in (self.weight, *trained))
 
 
 class _Kept(NamedTuple):
@@ -67,7 +68,7 @@ class Scope:
         if full_key not in self._weights:
             weight = self._weights[full_key] = recipe.build()
             if self.hooked:
-                self._recipes[weight.untyped_storage()._cdata] = recipe
+                self._recipes[storage_key(weight)] = recipe
         return self._weights[full_key]
 
     def close(self) -> None:
@@ -77,15 +78,15 @@ class Scope:
 
     def pack(self, tensor: Tensor) -> _Kept | _View:
         """Autograd saves a tensor: a view of an effective weight becomes its recipe."""
-        recipe = self._recipes.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        recipe = self._recipes.get(storage_key(tensor)) if tensor.layout == torch.strided else None
         if recipe is None or tensor.dtype != recipe.dtype:
-            return _Kept(tensor, tensor._version)
+            return _Kept(tensor, version(tensor))
         return _View(recipe, recipe.versions(), tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(saved: _Kept | _View) -> Tensor:
     if isinstance(saved, _Kept):
-        unchanged, rebuilt = saved.tensor._version == saved.version, saved.tensor
+        unchanged, rebuilt = version(saved.tensor) == saved.version, saved.tensor
     else:
         unchanged = saved.recipe.versions() == saved.versions
         with torch.no_grad():
@@ -111,7 +112,9 @@ def current_scope() -> Scope | None:
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Open a scope for the span of one module's forward."""
-    opened = Scope(hooked=torch.is_grad_enabled() and _may_hook())
+    # Gradient checkpointing and offloading have hooks of their own, which inner ones would hide tensors from; they keep
+    # no weight either.
+    opened = Scope(hooked=torch.is_grad_enabled() and saved_tensor_hooks_are_free())
     hooks: Any = contextlib.nullcontext()
     if opened.hooked:
         hooks = torch.autograd.graph.saved_tensors_hooks(opened.pack, _unpack)
@@ -122,14 +125,3 @@ def scope() -> Iterator[None]:
     finally:
         _SCOPES.stack.pop()
         opened.close()
-
-
-def _may_hook() -> bool:
-    """False under hooks of others, and where torch forbids them (torch.func).
-
-    Gradient checkpointing and offloading have hooks of their own, which inner ones would hide tensors from; they keep
-    no weight either.
-    """
-    autograd = torch._C._autograd
-    forbidden = autograd._saved_tensors_hooks_get_disabled_error_message()
-    return forbidden is None and autograd._top_saved_tensors_default_hooks(True) is None

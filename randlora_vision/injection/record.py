@@ -18,6 +18,7 @@ from randlora_vision.layers.peft_around import plain_name
 from randlora_vision.layers.state import Switches
 from randlora_vision.names import is_adapter_name
 from randlora_vision.report import Target
+from randlora_vision.torch_internals import remove_load_hooks
 
 _KEY = "_randlora_record"
 
@@ -81,10 +82,7 @@ def make_record(model: nn.Module) -> ModelRecord:
 def drop_record(model: nn.Module) -> None:
     """Forget the module's record."""
     del model.__dict__[_KEY]
-    for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_before_load, _after_load):
-                del hooks[key]
+    remove_load_hooks(model, _before_load, _after_load)
 
 
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -16,6 +16,7 @@ from randlora_vision.injection.record import (
     ModelRecord,
 )
 from randlora_vision.names import matches_suffix, with_parents
+from randlora_vision.torch_internals import persistent_names
 
 
 def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -29,11 +30,7 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     for name in names:
         before = len(seen)
         for path, module in model.named_modules():
-            own = [
-                *module._parameters,
-                *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
-            ]
-            for tensor_name in own:
+            for tensor_name in persistent_names(module):
                 full = f"{path}.{tensor_name}" if path else tensor_name
                 tensor = _get(model, full)
                 if tensor is not None and any(matches_suffix(name, part) for part in with_parents((full,))):

@@ -1,0 +1,53 @@
+"""What is used of PyTorch without a promise that it stays: all of it, each use tested on its own.
+
+An update of torch that changes one of these breaks `tests/test_torch_internals.py` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that all views of one memory share while it is alive; ``data_ptr`` is 0 without memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def version(tensor: Tensor) -> int:
+    """The counter that every in-place change of a tensor raises."""
+    return tensor._version
+
+
+def saved_tensor_hooks_are_free() -> bool:
+    """False inside hooks of others on saved tensors, and where torch forbids hooks (torch.func)."""
+    autograd = torch._C._autograd
+    forbidden = autograd._saved_tensors_hooks_get_disabled_error_message()
+    return forbidden is None and autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def is_functorch_wrapped(tensor: Tensor) -> bool:
+    """True inside the transforms of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def reshaped_as_own(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A contiguous tensor in another shape that autograd does not take for a view."""
+    return torch.ops.aten._unsafe_view(tensor, list(shape))
+
+
+def persistent_names(module: nn.Module) -> list[str]:
+    """Names of the module's own parameters and of the buffers that its state dict holds."""
+    buffers = (name for name in module._buffers if name not in module._non_persistent_buffers_set)
+    return [*module._parameters, *buffers]
+
+
+def remove_load_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
+    """Take hooks off that ``register_load_state_dict_pre_hook`` and ``..._post_hook`` put on."""
+    for registered in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+        for key, hook in list(registered.items()):
+            if getattr(hook, "hook", hook) in hooks:
+                del registered[key]

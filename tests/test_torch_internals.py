@@ -1,0 +1,103 @@
+"""Each use of PyTorch's private parts, on its own: what an update of torch would break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from randlora_vision import torch_internals as internals
+
+PRIVATE = (
+    "torch._C",
+    "aten._unsafe_view",
+    "._cdata",
+    "._version",
+    "_non_persistent_buffers_set",
+    "_state_dict_pre_hooks",
+)
+
+
+def test_views_share_a_storage_key() -> None:
+    tensor = torch.zeros(4, 4)
+    assert internals.storage_key(tensor[1:].t()) == internals.storage_key(tensor)
+    assert internals.storage_key(tensor.clone()) != internals.storage_key(tensor)
+
+
+def test_an_in_place_change_raises_the_version() -> None:
+    tensor = torch.zeros(3)
+    before = internals.version(tensor)
+    tensor[1:].add_(1)
+    assert internals.version(tensor) > before
+
+
+def test_hooks_of_others_are_noticed() -> None:
+    assert internals.saved_tensor_hooks_are_free()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert not internals.saved_tensor_hooks_are_free()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert not internals.saved_tensor_hooks_are_free()
+    assert internals.saved_tensor_hooks_are_free()
+
+
+def test_wrapped_tensors_are_noticed() -> None:
+    found = []
+
+    def function(x: Tensor) -> Tensor:
+        found.append(internals.is_functorch_wrapped(x))
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    assert found == [True] and not internals.is_functorch_wrapped(torch.ones(2))
+
+
+def test_a_reshaped_result_may_be_written_to() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return internals.reshaped_as_own(2 * x, (2, 2))
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return 2 * grad.reshape(4)
+
+    x = torch.ones(4, requires_grad=True)
+    out = Double.apply(x)
+    assert out.shape == (2, 2) and not out._is_view()
+    out.mul_(3).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [6.0] * 4
+
+
+def test_names_are_those_of_the_state_dict() -> None:
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("scratch", torch.zeros(1), persistent=False)
+    assert sorted(internals.persistent_names(module)) == sorted(module.state_dict())
+
+
+def test_load_hooks_come_off_again() -> None:
+    calls: list[str] = []
+
+    def before(*_: object) -> None:
+        calls.append("before")
+
+    def after(*_: object) -> None:
+        calls.append("after")
+
+    module = nn.Linear(2, 2)
+    module.register_load_state_dict_pre_hook(before)
+    module.register_load_state_dict_post_hook(after)
+    module.load_state_dict(module.state_dict())
+    assert calls == ["before", "after"]
+    internals.remove_load_hooks(module, before, after)
+    module.load_state_dict(module.state_dict())
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("folder", ["randlora_vision", "integrations", "train_scripts"])
+def test_nothing_else_uses_them(folder: str) -> None:
+    for path in (Path(__file__).parents[1] / folder).rglob("*.py"):
+        if path.name != "torch_internals.py":
+            found = [name for name in PRIVATE if name in path.read_text()]
+            assert not found, f"{path}: {found}"
