@@ -20,7 +20,7 @@ from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
 from randlora_vision.training.classifier.data import read_images
 from randlora_vision.training.classifier.evaluation import Answers, Exam, write_results
-from randlora_vision.training.classifier.methods import adapt, head_parameters, resolve_budget
+from randlora_vision.training.classifier.methods import adapt, adapter_targets, head_parameters
 from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierOptions, resolve
 from randlora_vision.training.classifier.task import ClassifierTask
@@ -32,6 +32,7 @@ from randlora_vision.training.harness.memory import checkpoint_activations, plac
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.adaptation import Adaptation
+from randlora_vision.training.methods.lora import resolve_budget
 
 
 @user_errors
@@ -59,7 +60,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     set_seed(training.seed)
     exam = Exam(splits, original, loaded.eval_transform, skipped, training.batch_size, training.workers)
     before = take_before(options, loaded, exam, original is not None, accelerator.device)
-    options = resolve_budget(options, model)
+    options = resolve_budget(options, model, adapter_targets)
     head_numbers = sum(parameter.numel() for _, parameter in head_parameters(model))
     if options.speed.gradient_checkpointing:
         checkpoint_activations(model, "the backbone")

@@ -24,7 +24,7 @@ from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.clip.evaluation import Answers, Exam, Splits
 from randlora_vision.training.clip.load import put_on, reload
-from randlora_vision.training.clip.methods import adapt, checkpoint_towers, resolve_budget
+from randlora_vision.training.clip.methods import adapt, adapter_targets, checkpoint_towers
 from randlora_vision.training.clip.options import ClipOptions, resolve, resolve_loss, resolve_metric
 from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
 from randlora_vision.training.clip.retrieval import retrieval_features
@@ -41,6 +41,7 @@ from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.adaptation import Adaptation
+from randlora_vision.training.methods.lora import resolve_budget
 
 
 @user_errors
@@ -74,7 +75,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     if options.evaluation.eval_only:
         return evaluate(options, clip, exam, run, accelerator)
     before = exam.take(clip)
-    options = resolve_budget(options, clip.model)
+    options = resolve_budget(options, clip.model, adapter_targets)
     if options.speed.gradient_checkpointing:
         checkpoint_towers(clip.model, options)
     classifier, adaptation = adapt(clip, class_names, options)

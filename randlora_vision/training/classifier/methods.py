@@ -2,16 +2,22 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from randlora_vision import RandLoRAConfig, plan
+from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations.timm import head_modules, load_adapter
 from randlora_vision.training.classifier.options import ClassifierOptions
-from randlora_vision.training.methods.adaptation import Adaptation, RandLoRA, TrainedTensors, finite_gradients, quiet
-from randlora_vision.training.methods.lora import rank_for_budget
+from randlora_vision.training.methods.adaptation import (
+    Adaptation,
+    RandLoRA,
+    TrainedTensors,
+    finite_gradients,
+    quiet,
+    randlora_config,
+    target_names,
+)
 from randlora_vision.training.methods.peft import Peft
 
 _PLAIN_CODE = (
@@ -43,15 +49,6 @@ def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{head}.{name}", parameter
 
 
-def resolve_budget(options: ClassifierOptions, model: nn.Module) -> ClassifierOptions:
-    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it."""
-    adapter = options.adapter
-    if adapter.budget is None:
-        return options
-    rank = rank_for_budget(model, _targets(model, options), adapter.budget)
-    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
-
-
 def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
     """Make the model trainable by the chosen method, everything else frozen."""
     adapter, seed = options.adapter, options.training.seed
@@ -61,10 +58,10 @@ def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
         return TrainedTensors(model, [name for name, _ in head_parameters(model)], "linear classifier", _PLAIN_CODE)
     assert adapter.rank is not None, "resolve the options first"
     if adapter.method == "randlora":
-        return RandLoRAWithHead(model, randlora_config(model, options, adapter.rank, adapter.alpha))
+        return RandLoRAWithHead(model, _config(model, options))
     from peft import LoraConfig, VeraConfig
 
-    targets = _targets(model, options)
+    targets = adapter_targets(model, options)
     shared = {
         "r": adapter.rank,
         "target_modules": "|".join(re.escape(name) for name in targets),
@@ -78,24 +75,10 @@ def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
     return Peft(model, config, targets)
 
 
-def randlora_config(
-    model: nn.Module, options: ClassifierOptions, rank: int, alpha: float | None = None
-) -> RandLoRAConfig:
-    """Return RandLoRA's configuration for these options: the backbone adapted, the head trained in full."""
-    adapter = options.adapter
-    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
-    return RandLoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=adapter.dropout,
-        target_modules=named or "timm:backbone",
-        bases=adapter.bases,
-        init=adapter.init,
-        seed=options.training.seed,
-        modules_to_save=head_modules(model),
-    )
+def adapter_targets(model: nn.Module, options: ClassifierOptions) -> list[str]:
+    """Return the names of the weights that an adapter acts on."""
+    return target_names(model, _config(model, options))
 
 
-def _targets(model: nn.Module, options: ClassifierOptions) -> list[str]:
-    """Return the names of the weights that RandLoRA would adapt; rank 1 fits every weight."""
-    return [target.name for target in plan(model, randlora_config(model, options, rank=1)).targets]
+def _config(model: nn.Module, options: ClassifierOptions) -> RandLoRAConfig:
+    return randlora_config(options.adapter, options.training.seed, "timm:backbone", head_modules(model))

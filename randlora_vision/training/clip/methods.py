@@ -1,13 +1,12 @@
 """The ways of training a CLIP model, and their learning rates by layer."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from randlora_vision import RandLoRAConfig, plan
+from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to
 from randlora_vision.training.clip.options import ClipOptions
@@ -19,8 +18,14 @@ from randlora_vision.training.harness.optim import (
     _matcher,
     layer_rates,
 )
-from randlora_vision.training.methods.adaptation import Adaptation, RandLoRA, TrainedTensors
-from randlora_vision.training.methods.lora import LoRA, rank_for_budget
+from randlora_vision.training.methods.adaptation import (
+    Adaptation,
+    RandLoRA,
+    TrainedTensors,
+    randlora_config,
+    target_names,
+)
+from randlora_vision.training.methods.lora import LoRA
 
 _FULL_CODE = (
     "from safetensors.torch import load_file",
@@ -31,15 +36,6 @@ _PROBE_CODE = (
     "class_features = load_file({path!r})['class_features']",
     "logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ class_features.T",
 )
-
-
-def resolve_budget(options: ClipOptions, model: nn.Module) -> ClipOptions:
-    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it."""
-    adapter = options.adapter
-    if adapter.budget is None:
-        return options
-    rank = rank_for_budget(model, _targets(model, options), adapter.budget)
-    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
 
 
 def adapt(
@@ -63,12 +59,10 @@ def adapt(
 def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
     adapter = options.adapter
     if adapter.method == "randlora":
-        assert adapter.rank is not None, "resolve the options first"
-        config = randlora_config(options, adapter.rank, adapter.alpha)
-        return RandLoRA(model, replace(config, modules_to_save=tuple(_scalars(model, options))))
+        return RandLoRA(model, _config(options, _scalars(model, options)))
     if adapter.method == "lora":
         assert adapter.rank is not None and adapter.alpha is not None, "resolve the budget first"
-        return LoRA(model, _targets(model, options), adapter.rank, adapter.alpha)
+        return LoRA(model, adapter_targets(model, options), adapter.rank, adapter.alpha)
     towers = _towers(options)
     # Token tables stay frozen: few of their rows are in any prompt, and they slow every step down.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
@@ -79,6 +73,15 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
     ]
     names += _scalars(model, options)
     return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
+
+
+def adapter_targets(model: nn.Module, options: ClipOptions) -> list[str]:
+    """Return the names of the weights that an adapter acts on."""
+    return target_names(model, _config(options))
+
+
+def _config(options: ClipOptions, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
+    return randlora_config(options.adapter, options.training.seed, f"open_clip:{options.clip.towers}", modules_to_save)
 
 
 def checkpoint_towers(model: nn.Module, options: ClipOptions) -> None:
@@ -105,26 +108,6 @@ def _scalars(model: nn.Module, options: ClipOptions) -> list[str]:
         return []
     with_bias = options.loss.loss == "siglip" and getattr(model, "logit_bias", None) is not None
     return ["logit_scale", "logit_bias"] if with_bias else ["logit_scale"]
-
-
-def _targets(model: nn.Module, options: ClipOptions) -> list[str]:
-    """Return the names of the weights that RandLoRA would adapt; rank 1 fits every weight."""
-    return [target.name for target in plan(model, randlora_config(options, rank=1)).targets]
-
-
-def randlora_config(options: ClipOptions, rank: int, alpha: float | None = None) -> RandLoRAConfig:
-    """Return RandLoRA's configuration for these options; the targets are those of the towers, or the named ones."""
-    adapter = options.adapter
-    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
-    return RandLoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=adapter.dropout,
-        target_modules=named or f"open_clip:{options.clip.towers}",
-        bases=adapter.bases,
-        init=adapter.init,
-        seed=options.training.seed,
-    )
 
 
 _CLIP_TOWER: Mapping[str, Any] = {

@@ -8,12 +8,19 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, plan, set_active
+from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, set_active
 from randlora_vision.integrations import diffusers as pipelines
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.lora import LoRAInPipeline
 from randlora_vision.training.dreambooth.options import DreamBoothOptions
-from randlora_vision.training.methods.adaptation import Adaptation, TrainedTensors, quiet, values_restored
+from randlora_vision.training.methods.adaptation import (
+    Adaptation,
+    TrainedTensors,
+    quiet,
+    randlora_config,
+    target_names,
+    values_restored,
+)
 
 _TRAINED, _SAVED = "default", "saved"
 
@@ -133,25 +140,14 @@ def adapt(family: Family, options: DreamBoothOptions) -> PipelineAdaptation:
     configs = {name: _config(options, name == family.denoiser_name) for name in names}
     if adapter.method == "randlora":
         return RandLoRAInPipeline(pipe, configs)
-    # Rank 1 fits every weight: the names alone are asked for.
-    plans = {name: plan(getattr(pipe, name), replace(config, rank=1)) for name, config in configs.items()}
-    targets = {name: [target.name for target in found.targets] for name, found in plans.items()}
+    targets = {name: target_names(getattr(pipe, name), config) for name, config in configs.items()}
     return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
 
 
 def _config(options: DreamBoothOptions, denoiser: bool) -> RandLoRAConfig:
-    adapter = options.adapter
-    assert adapter.rank is not None
-    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
-    return RandLoRAConfig(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        target_modules=(named or "diffusers:attention") if denoiser else "diffusers:text",
-        bases=adapter.bases,
-        init=adapter.init,
-        seed=options.training.seed,
-    )
+    # Targets that the user names are the denoiser's.
+    adapter = options.adapter if denoiser else replace(options.adapter, target_modules=())
+    return randlora_config(adapter, options.training.seed, "diffusers:attention" if denoiser else "diffusers:text")
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from randlora_vision import (
     check_gradients,
     inject,
     load_adapter,
+    plan,
     save_adapter,
 )
 from randlora_vision.files.atomic import replacing
@@ -40,6 +42,63 @@ class Adaptation(Protocol):
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the lines of Python that do the same, for a reader whose model is called `model`."""
+
+
+class AdapterSettings(Protocol):
+    """What the options of every script say of an adapter."""
+
+    @property
+    def rank(self) -> int | None:
+        """R; None where a budget decides."""
+
+    @property
+    def alpha(self) -> float | None:
+        """None for RandLoRA's own."""
+
+    @property
+    def dropout(self) -> float:
+        """On the adapter's input."""
+
+    @property
+    def bases(self) -> str:
+        """The distribution of the random bases."""
+
+    @property
+    def init(self) -> str:
+        """Which factor starts at zero."""
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """One preset or regular expression, or several name suffixes; empty for the script's own preset."""
+
+
+def randlora_config(
+    adapter: AdapterSettings, seed: int, preset: str, modules_to_save: Iterable[str] = ()
+) -> RandLoRAConfig:
+    """RandLoRA's configuration for a script's options.
+
+    Args:
+        adapter: The options. A rank that a budget decides counts as 1, which fits every weight.
+        seed: Of the random bases.
+        preset: What is adapted where the options name nothing.
+        modules_to_save: What is trained in full beside the adapters.
+    """
+    named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
+    return RandLoRAConfig(
+        rank=adapter.rank or 1,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=named or preset,
+        bases=adapter.bases,
+        init=adapter.init,
+        seed=seed,
+        modules_to_save=tuple(modules_to_save),
+    )
+
+
+def target_names(model: nn.Module, config: RandLoRAConfig) -> list[str]:
+    """The weights that RandLoRA would adapt, whatever the rank."""
+    return [target.name for target in plan(model, replace(config, rank=1, alpha=None)).targets]
 
 
 class RandLoRA:

@@ -10,8 +10,10 @@ Shapes: O out, I in (of a convolution: channels times kernel), R rank.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -21,6 +23,8 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.files.atomic import replacing
 from randlora_vision.training.methods.adaptation import _listing, finite_gradients
+
+_Options = TypeVar("_Options", bound=Any)
 
 FORMAT = "randlora_vision.lora"
 
@@ -80,6 +84,23 @@ def lora_parameters_per_rank(model: nn.Module, targets: Iterable[str]) -> int:
 def rank_for_budget(model: nn.Module, targets: Iterable[str], budget: int) -> int:
     """Return the LoRA rank, 1 or more, whose trained numbers come nearest to `budget`."""
     return max(1, round(budget / lora_parameters_per_rank(model, targets)))
+
+
+def resolve_budget(
+    options: _Options, model: nn.Module, targets: Callable[[nn.Module, _Options], list[str]]
+) -> _Options:
+    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it.
+
+    Args:
+        options: A script's options, with the group `adapter`.
+        model: The base model.
+        targets: Names the weights that these options adapt in the model.
+    """
+    adapter = options.adapter
+    if adapter.budget is None:
+        return options
+    rank = rank_for_budget(model, targets(model, options), adapter.budget)
+    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
 
 
 def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:

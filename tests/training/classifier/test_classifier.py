@@ -19,7 +19,7 @@ from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.training.classifier.data import read_dataset
 from randlora_vision.training.classifier.evaluation import evaluate
-from randlora_vision.training.classifier.methods import adapt, resolve_budget
+from randlora_vision.training.classifier.methods import adapt, adapter_targets
 from randlora_vision.training.classifier.models import load_classifier
 from randlora_vision.training.classifier.options import (
     AugmentOptions,
@@ -33,6 +33,7 @@ from randlora_vision.training.classifier.task import ClassifierLoss
 from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.splits import few_shot_indices
 from randlora_vision.training.evaluation.plots import plot_confusion
+from randlora_vision.training.methods.lora import resolve_budget
 from randlora_vision.training.methods.peft import load_peft
 from tests.data_helpers import png
 from tests.training_helpers import NO_SKIPS, write_class_folders, write_tiny_vit
@@ -177,7 +178,7 @@ def test_what_is_trained_and_what_is_saved(tiny: Path, method: str, tmp_path: Pa
 def test_a_budget_becomes_the_nearest_rank(tiny: Path) -> None:
     chosen = options(tiny, "lora", budget=2000)
     model = load_classifier(chosen.model, 3, seed=0).model
-    chosen = resolve_budget(chosen, model)
+    chosen = resolve_budget(chosen, model, adapter_targets)
     assert (chosen.adapter.rank, chosen.adapter.alpha, chosen.adapter.budget) == (2, 4.0, None)
     adapted = sum(p.numel() for name, p in adapt(model, chosen).parameters() if "lora" in name)
     assert abs(adapted - 2000) <= 1024 / 2

@@ -17,12 +17,13 @@ from randlora_vision.demos.pretraining import Pretraining, cache_root
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.classifier import ClassPromptLoss, ClipClassifier, text_tower_learns
 from randlora_vision.training.clip.load import reload
-from randlora_vision.training.clip.methods import adapt, resolve_budget
+from randlora_vision.training.clip.methods import adapt, adapter_targets
 from randlora_vision.training.clip.options import ClipOptions, ModelOptions, Towers, resolve
 from randlora_vision.training.clip_options import ImageOptions
 from randlora_vision.training.data.labelled import evaluation_batches
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import AdapterOptions
+from randlora_vision.training.methods.lora import resolve_budget
 from tests.training_helpers import NO_SKIPS, TINY_CONFIG, tiny_clip, write_tiny_clip
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six"]
@@ -197,7 +198,7 @@ def test_token_tables_are_not_fine_tuned(clip: LoadedClip) -> None:
 def test_loras_budget_is_met_as_nearly_as_its_rank_allows(folder: Path) -> None:
     def numbers(**adapter: Any) -> int:
         clip = tiny_clip(folder)
-        options = resolve_budget(resolve(ClipOptions(adapter=AdapterOptions(**adapter))), clip.model)
+        options = resolve_budget(resolve(ClipOptions(adapter=AdapterOptions(**adapter))), clip.model, adapter_targets)
         assert options.adapter.rank is not None and options.adapter.budget is None
         _, adaptation = adapt(clip, NAMES, options)
         return sum(p.numel() for _, p in adaptation.parameters())
