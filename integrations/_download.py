@@ -19,7 +19,7 @@ def download(repository: str, name: str = ADAPTER_FILE, revision: str | None = N
     """
     if not name.endswith(_SUFFIXES):
         raise ValueError(f"{name!r} of {repository!r}: only {' and '.join(_SUFFIXES)} files are fetched")
-    hub, options = _hub(), {} if revision is None else {"revision": revision}
+    hub, options = hugging_face_hub(), {} if revision is None else {"revision": revision}
     try:
         return Path(hub.hf_hub_download(repository, name, **options))
     except (OSError, ValueError) as error:  # whatever the Hub's library raises is one of them
@@ -30,7 +30,7 @@ def download(repository: str, name: str = ADAPTER_FILE, revision: str | None = N
         ) from None
 
 
-def _hub() -> Any:
+def hugging_face_hub() -> Any:
     """huggingface_hub, imported at use."""
     try:
         import huggingface_hub

@@ -23,7 +23,7 @@ import randlora_vision
 from randlora_vision import InjectionReport
 from randlora_vision.files import bundle
 from randlora_vision.files.adapter_file import AdapterFile
-from randlora_vision.integrations._download import ADAPTER_FILE, _hub, download
+from randlora_vision.integrations._download import ADAPTER_FILE, download, hugging_face_hub
 
 _LOADING = {
     "timm": (
@@ -106,7 +106,7 @@ def push_to_hub(
         FileNotFoundError: If there is no such file.
         ValueError: If it is no adapter, the library is unknown, or the Hub refuses.
     """
-    hub = _hub()
+    hub = hugging_face_hub()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ADAPTER_FILE
         if isinstance(source, (str, os.PathLike)):

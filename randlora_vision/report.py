@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from randlora_vision.config import RandLoRAConfig
+from randlora_vision.names import listing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,5 @@ class InjectionReport:
         for name, reason in self.skipped:
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            lines.append(f"skipped ({reason}): {shown}")
+            lines.append(f"skipped ({reason}): {listing(names, 4)}")
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])

@@ -31,7 +31,7 @@ ALLOWED = {
     "errors": (),
     "versions": (),
     "config": ("names",),
-    "report": ("config",),
+    "report": ("config", "names"),
     "bases": (),
     "compute": ("bases", "torch_internals"),
     "layers": ("compute", "bases", "names", "torch_internals"),

@@ -28,7 +28,7 @@ LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "parameter",
     "quantized",
 )
-_LINEAR_KINDS = (LINEAR, TRANSPOSED, ATTENTION, QUANTIZED)
+LINEAR_KINDS = (LINEAR, TRANSPOSED, ATTENTION, QUANTIZED)
 # Components of a path that mean the classifier or a task head in timm, torchvision, transformers and open_clip.
 _HEAD_NAMES = frozenset(
     "head heads head_dist classifier cls_classifier distillation_classifier classification_head lm_head "

@@ -7,6 +7,7 @@ from torch import nn
 
 from randlora_vision.injection.record import records, unwrap
 from randlora_vision.layers.adapted import adapted_modules
+from randlora_vision.names import listing
 
 
 def check_gradients(model: nn.Module) -> list[str]:
@@ -41,16 +42,13 @@ def check_gradients(model: nn.Module) -> list[str]:
             learns = len(gradients) == 2 and any(gradient.any() for gradient in gradients)
             (learning if learns else silent).setdefault(group, []).append(full)
     if broken:
-        raise ValueError(f"gradients are not finite at {_shown(broken)}: lower the learning rate or check the data")
+        raise ValueError(
+            f"gradients are not finite at {listing(dict.fromkeys(broken))}: lower the learning rate or check the data"
+        )
     dead = [name for group, names in silent.items() if group not in learning for name in names]
     if dead:
         raise ValueError(
-            f"no gradient reaches the adapters of {_shown(dead)}: the model does not use these weights for its loss; "
-            "leave them out with exclude_modules"
+            f"no gradient reaches the adapters of {listing(dict.fromkeys(dead))}: the model does not use these weights "
+            "for its loss; leave them out with exclude_modules"
         )
     return [f"no gradient at {name} in this step" for names in silent.values() for name in names]
-
-
-def _shown(names: list[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return ", ".join(unique[:5]) + (f" and {len(unique) - 5} more" if len(unique) > 5 else "")

@@ -11,8 +11,8 @@ from torch import nn
 
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.injection.candidates import (
-    _LINEAR_KINDS,
     CONVOLUTION,
+    LINEAR_KINDS,
     PARAMETER,
     Candidate,
     candidates,
@@ -61,7 +61,7 @@ def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfi
     """Name -> "" (wanted) or the reason why a preset passes it over, and warnings."""
     asked = config.target_modules
     if asked in ("all", "all-linear"):
-        kinds = (*_LINEAR_KINDS, CONVOLUTION) if asked == "all" else _LINEAR_KINDS
+        kinds = (*LINEAR_KINDS, CONVOLUTION) if asked == "all" else LINEAR_KINDS
         wanted = {c.name: "" for c in everything if c.kind in kinds}
         if asked == "all-linear":
             wanted.update({c.name: "classifier head" for c in everything if c.name in wanted and c.head})

@@ -77,7 +77,7 @@ class AdaptedModule(_Mixin):
         base, state = self.base_weight(param), self._randlora[param]
         # FSDP2 reads sharded parameters by attribute: it must find its own objects.
         live = state.live()
-        if not live or _is_sharded(base):
+        if not live or is_sharded(base):
             return base
         low = autocast_dtype(base)
         terms = self._terms(param, live, low or base.dtype)
@@ -160,7 +160,7 @@ class AdaptedModule(_Mixin):
 
     def __delattr__(self, name: str) -> None:
         if name in self._randlora:
-            raise RuntimeError(_replaced(type(self).__name__, name))
+            raise RuntimeError(replaced_message(type(self).__name__, name))
         super().__delattr__(name)
 
     def extra_repr(self) -> str:
@@ -190,7 +190,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str,
 def is_quantized(module: nn.Module) -> bool:
     """True for a linear layer whose weight is packed: integers, or a tensor subclass of a quantisation library."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or _is_sharded(weight):
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or is_sharded(weight):
         return False
     return not weight.is_floating_point() or type(weight.detach()) is not Tensor
 
@@ -203,13 +203,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
-def _replaced(type_name: str, param: str) -> str:
+def replaced_message(type_name: str, param: str) -> str:
+    """What is said where a host tries to replace or delete an adapted parameter."""
     return (
         f"{param!r} of an adapted {type_name} cannot be replaced or deleted (weight norm, pruning and "
         "parametrizations do that): apply them before inject, or merge and remove the adapters first"
     )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """True for a DTensor, without importing torch.distributed for it."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")

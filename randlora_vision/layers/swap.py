@@ -28,10 +28,10 @@ from randlora_vision.layers.adapted import (
     ATTENTION_PARAMETERS,
     CONVOLUTIONS,
     AdaptedModule,
-    _is_sharded,
-    _replaced,
     autocast_dtype,
     is_quantized,
+    is_sharded,
+    replaced_message,
 )
 from randlora_vision.layers.peft_around import peft_reader
 from randlora_vision.layers.state import ParameterState
@@ -114,7 +114,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
     weight: Tensor = self.base_weight()
     bias: Any = self.bias
-    if _is_sharded(weight):
+    if is_sharded(weight):
         raise RuntimeError("forward of an adapted layer met a sharded weight: FSDP must unshard its module first")
     fused, dropped = self._split_dropout()
     dtype = autocast_dtype(weight)
@@ -184,13 +184,13 @@ def _weight_property(param: str) -> property:
 
     def set_(self: Any, value: object) -> None:
         # nn.Module sends Parameters to its own table; only a plain tensor in a Parameter's place arrives here.
-        raise RuntimeError(_replaced(type(self).__name__, param))
+        raise RuntimeError(replaced_message(type(self).__name__, param))
 
     return property(get, set_, doc=f"Effective {param}: the frozen one plus the active adapters' updates.")
 
 
 def _refuse_delete(cls: type, name: str) -> None:
-    raise RuntimeError(_replaced(cls.__name__, name))
+    raise RuntimeError(replaced_message(cls.__name__, name))
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

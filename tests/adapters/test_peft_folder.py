@@ -197,9 +197,9 @@ def test_bases_that_no_key_makes_are_stored_once(tmp_path: Path) -> None:
     slots = next(adapted_modules(again))[3].slots
     assert slots["a"].bases is slots["b"].bases  # equal numbers are kept once
     with pytest.raises(ValueError, match="too small"):
-        from randlora_vision.injection.inject import plan_adapter
+        from randlora_vision.injection.plan import make_plan
 
-        plan_adapter(build("vit")[0], RandLoRAConfig(rank=5, bases="stored"), "x", slots["a"].bases)
+        make_plan(build("vit")[0], RandLoRAConfig(rank=5, bases="stored"), "x", slots["a"].bases)
 
 
 def test_one_copy_of_the_projections_is_enough_wherever_it_is(tmp_path: Path) -> None:

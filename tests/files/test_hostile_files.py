@@ -300,7 +300,7 @@ def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
     model = mlp()
     given = stored_bases(torch.randn(2, 8), torch.randn(16, 16))
     config = RandLoRAConfig(rank=2, target_modules=["0", "2"], bases="stored")
-    add_adapter(model, config, "default", True, given)
+    add_adapter(make_plan(model, config, "default", given), trainable=True)
     path = save_adapter(model, tmp_path / "adapter.safetensors")
     load_adapter(mlp(), path)
     tamper, message = STORED[case]

@@ -20,6 +20,7 @@ from randlora_vision import RandLoRAConfig, adapter_parameters, inject, load_ada
 from randlora_vision.bases.stored import stored_bases
 from randlora_vision.config import BASES_KINDS
 from randlora_vision.injection.inject import add_adapter
+from randlora_vision.injection.plan import make_plan
 from randlora_vision.layers.adapted import adapted_modules
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ def own(settings: RandLoRAConfig) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         model = base()
         if settings.bases == "stored":
-            add_adapter(model, settings, "default", True, stored_bases(numbers((3, 7), 41), numbers((10, 9), 43)))
+            add_adapter(make_plan(model, settings, "default", stored_bases(numbers((3, 7), 41), numbers((10, 9), 43))), trainable=True)
         else:
             inject(model, settings)
         fill(model)

@@ -12,11 +12,11 @@ from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belo
 from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.harness.memory import checkpoint_activations
 from randlora_vision.training.harness.optim import (
-    _AS_THE_ONE_BEFORE,
+    AS_THE_ONE_BEFORE,
     Layers,
-    _layers,
-    _matcher,
     layer_rates,
+    layers_by,
+    matcher,
 )
 from randlora_vision.training.methods.adaptation import (
     Adaptation,
@@ -110,6 +110,8 @@ def _scalars(model: nn.Module, options: ClipOptions) -> list[str]:
     return ["logit_scale", "logit_bias"] if with_bias else ["logit_scale"]
 
 
+# Of an open_clip tower that is not timm's: what comes before the blocks, the blocks, and a norm after them, which
+# is of the last block. All else is the last layer. Names are those within the tower.
 _CLIP_TOWER: Mapping[str, Any] = {
     "stem": (
         r"(?:conv\d|bn\d|class_embedding|cls_emb|positional_embedding|token_embedding|ln_pre|"
@@ -118,7 +120,7 @@ _CLIP_TOWER: Mapping[str, Any] = {
     "blocks": [
         (r"layer(\d)\.(\d+)\.", None),  # open_clip's ResNets
         (r"transformer\.(?:\w+\.)*?(?:resblocks|layers?|blocks?|h)\.(\d+)\.", None),  # its own, and Hugging Face's
-        (r"(?:ln_post|ln_final|transformer\.(?:\w+\.)*\w*norm)\b", _AS_THE_ONE_BEFORE),
+        (r"(?:ln_post|ln_final|transformer\.(?:\w+\.)*\w*norm)\b", AS_THE_ONE_BEFORE),
     ],
 }
 
@@ -130,10 +132,10 @@ def clip_layers(model: Any) -> list[Layers]:
     """
     trunk, text = (getattr(*place, None) for place in ((model.visual, "trunk"), (model, "text")))
     if trunk is None:
-        vision = _layers(model.visual, _CLIP_TOWER, "visual.")
+        vision = layers_by(model.visual, _CLIP_TOWER, "visual.")
     else:
-        layers = _layers(trunk, _matcher(trunk), "visual.trunk.")
+        layers = layers_by(trunk, matcher(trunk), "visual.trunk.")
         end = max(layers.values()) + 1
         vision = {**layers, **{f"visual.head.{name}": end for name, _ in model.visual.head.named_parameters()}}
-    words = _layers(model, _CLIP_TOWER) if text is None else _layers(text, _CLIP_TOWER, "text.")
+    words = layers_by(model, _CLIP_TOWER) if text is None else layers_by(text, _CLIP_TOWER, "text.")
     return [vision, {name: layer for name, layer in words.items() if belongs_to(name, "text")}]

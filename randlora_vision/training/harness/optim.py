@@ -113,9 +113,7 @@ def warmup_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int, s
     return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape))
 
 
-# Of an open_clip tower that is not timm's: what comes before the blocks, the blocks, and a norm after them, which
-# is of the last block. All else is the last layer. Names are those within the tower.
-_AS_THE_ONE_BEFORE = (99999,)  # timm's word for it
+AS_THE_ONE_BEFORE = (99999,)  # timm's word for it
 Layers = Mapping[str, int]  # by a parameter's name, its layer, counted from 0
 
 
@@ -133,16 +131,18 @@ def layer_rates(model: nn.Module, parts: Iterable[Layers], lr: float, decay: flo
 
 def timm_layers(model: nn.Module) -> Layers:
     """Return the layers of a timm model, its head the last; raise ValueError for a model that does not tell them."""
-    return _layers(model, _matcher(model))
+    return layers_by(model, matcher(model))
 
 
-def _layers(part: nn.Module, matcher: Any, prefix: str = "") -> Layers:
+def layers_by(part: nn.Module, matcher: Any, prefix: str = "") -> Layers:
+    """Return the layers of a part of a model as timm's `matcher` groups them; `prefix` is the part's own name."""
     from timm.models import group_parameters
 
     return {f"{prefix}{name}": layer for name, layer in group_parameters(part, matcher, reverse=True).items()}
 
 
-def _matcher(model: Any) -> Any:
+def matcher(model: Any) -> Any:
+    """Return a timm model's own grouping of its parameters; raise ValueError for a model without one."""
     if not hasattr(model, "group_matcher"):
         raise ValueError(f"--layer-decay: a {type(model).__name__} does not tell its layers, leave it out")
     return model.group_matcher(coarse=False)

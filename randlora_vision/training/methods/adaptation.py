@@ -21,6 +21,7 @@ from randlora_vision import (
     save_adapter,
 )
 from randlora_vision.files.atomic import replacing
+from randlora_vision.names import listing
 
 
 class Adaptation(Protocol):
@@ -197,12 +198,8 @@ def finite_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str
     gradients = [(name, parameter.grad) for name, parameter in parameters]
     broken = [name for name, grad in gradients if grad is not None and not grad.isfinite().all()]
     if broken:
-        raise ValueError(f"after the first backward the gradient of {_listing(broken)} is not finite")
+        raise ValueError(f"after the first backward the gradient of {listing(broken, 3)} is not finite")
     without = [name for name, grad in gradients if grad is None]
     if len(without) == len(gradients):
         raise ValueError("after the first backward no trained parameter has a gradient")
-    return [f"no gradient reaches {_listing(without)}: left as they are"] if without else []
-
-
-def _listing(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return [f"no gradient reaches {listing(without, 3)}: left as they are"] if without else []

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from randlora_vision.files.atomic import replacing
-from randlora_vision.training.methods.adaptation import _listing, finite_gradients
+from randlora_vision.names import listing
+from randlora_vision.training.methods.adaptation import finite_gradients
 
 _Options = TypeVar("_Options", bound=Any)
 
@@ -148,7 +149,7 @@ class LoRA:
         """Require a gradient on `up`; the one of `down` is zero until `up` has moved."""
         dead = [name for name, part in self.added.items() if part.up.grad is None or not part.up.grad.any()]
         if dead:
-            raise ValueError(f"no gradient reaches the LoRA of {_listing(dead)}")
+            raise ValueError(f"no gradient reaches the LoRA of {listing(dead, 3)}")
         return finite_gradients(self.parameters())
 
     def save(self, path: Path) -> None:
