@@ -296,6 +296,7 @@ STORED: dict[str, tuple[Tamper, str]] = {
 def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
     from randlora_vision.bases.stored import stored_bases
     from randlora_vision.injection.inject import add_adapter
+    from randlora_vision.injection.plan import make_plan
 
     model = mlp()
     given = stored_bases(torch.randn(2, 8), torch.randn(16, 16))

@@ -91,7 +91,10 @@ def own(settings: RandLoRAConfig) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         model = base()
         if settings.bases == "stored":
-            add_adapter(make_plan(model, settings, "default", stored_bases(numbers((3, 7), 41), numbers((10, 9), 43))), trainable=True)
+            add_adapter(
+                make_plan(model, settings, "default", stored_bases(numbers((3, 7), 41), numbers((10, 9), 43))),
+                trainable=True,
+            )
         else:
             inject(model, settings)
         fill(model)
