@@ -58,7 +58,7 @@ def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given
     chosen, skipped, notes = select(model, config)
     targets = tuple(_target(candidate, config) for candidate in chosen)
     spec = bases_spec(config, targets, given)
-    bases = given or get_bases(spec)
+    bases = given if given is not None and given.spec == spec else get_bases(spec)
     if config.dropout:
         without = [target.name for target in targets if target.kind not in ("linear", "quantized")]
         if without:

@@ -19,8 +19,8 @@ from randlora_vision.training.clip.classifier import ClassPromptLoss, ClipClassi
 from randlora_vision.training.clip.load import reload
 from randlora_vision.training.clip.methods import adapt, adapter_targets
 from randlora_vision.training.clip.options import ClipOptions, ModelOptions, Towers, resolve
-from randlora_vision.training.clip_options import ImageOptions
 from randlora_vision.training.data.labelled import evaluation_batches
+from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import AdapterOptions
 from randlora_vision.training.methods.lora import resolve_budget

@@ -162,7 +162,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path: Path, mon
     def full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("randlora_vision.training.checkpoints.save_file", full)
+    monkeypatch.setattr("randlora_vision.training.harness.checkpoints.save_file", full)
     with pytest.raises(OSError):
         checkpoints(tmp_path, limit=1).write(state(2))
     monkeypatch.undo()

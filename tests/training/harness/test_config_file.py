@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from randlora_vision.training.clip.options import ClipOptions, ModelOptions, resolve
-from randlora_vision.training.clip_options import ImageOptions
+from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.harness.options import AdapterOptions, RunOptions, TrainingOptions, parse
 from randlora_vision.training.harness.run_folder import plain_settings
 

@@ -7,7 +7,7 @@ import pytest
 
 from randlora_vision.errors import DEBUG_VARIABLE, user_errors
 from randlora_vision.training.clip.options import ClipOptions, ModelOptions, resolve
-from randlora_vision.training.clip_options import ImageOptions
+from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.harness.options import AdapterOptions, RunOptions, TrainingOptions, parse
 
 
