@@ -1,1 +1,1 @@
-"""Speed, memory and size, side by side with PEFT in one run: `python -m benchmarks.step --help`."""
+"""Speed, memory and file size, compared with PEFT in one run: `python -m benchmarks.step --help`."""

@@ -1,4 +1,4 @@
-"""What the figures are expected to keep, checked against what was measured."""
+"""Limits that the measured figures are expected to meet."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def _peak(own: Result, other: Result) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """`what` of a method is at most `limit` times another's, on rows whose title starts and ends so."""
+    """`what` of a method is at most `limit` times that of `reference`, on rows whose title has this start and end."""
 
     what: str
     measure: Measure
@@ -51,7 +51,7 @@ TARGETS = (
 
 
 def verdicts(results: Sequence[Result]) -> list[str]:
-    """Return one line for every target that something was measured for: the worst row, and how far it is."""
+    """Return one line for every target with measurements: the worst row, and by how much it misses the limit."""
     by = {(result.row, result.method): result for result in results}
     rows = list(dict.fromkeys(result.row for result in results))
     lines = []

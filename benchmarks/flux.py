@@ -1,4 +1,4 @@
-"""Injection into a 12-billion-parameter Flux on the meta device: how long, and how large the bases are.
+"""Injection into a 12-billion-parameter Flux on the meta device: its duration, and the size of the bases.
 
 python -m benchmarks.flux
 """
@@ -12,7 +12,7 @@ from randlora_vision import RandLoRAConfig, inject
 
 
 def main() -> None:
-    """Inject every kind of bases into every attention and MLP layer, and print what it costs."""
+    """Inject every kind of bases into every attention and MLP layer, and print the cost."""
     from diffusers import FluxTransformer2DModel
 
     print(

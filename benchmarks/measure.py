@@ -1,4 +1,4 @@
-"""What is measured of one method on one workload."""
+"""The measurements of one method on one workload."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from benchmarks.workloads import WORKLOADS, Inputs, Row
 
 @dataclass
 class Trainee:
-    """A model that a method was applied to, its optimiser and its inputs."""
+    """A model that a method was applied to, with its optimiser and inputs."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,7 +47,7 @@ class Trainee:
 
 
 def prepare(row: Row, base: nn.Module, method: str, device: torch.device, dtype: torch.dtype) -> tuple[Trainee, float]:
-    """Apply a method to a copy of `base`; return it with the seconds that the injection took."""
+    """Apply a method to a copy of `base`; return it and the duration of the injection in seconds."""
     workload = WORKLOADS[row.workload]
     model = copy.deepcopy(base).requires_grad_(False)
     targets = workload.targets(model, row.which)
@@ -61,10 +61,10 @@ def prepare(row: Row, base: nn.Module, method: str, device: torch.device, dtype:
 
 
 def flops(trainee: Trainee) -> int:
-    """Count the FLOPs of the matrix products of a step, a multiply-add as two.
+    """Count the FLOPs of the matrix products in a step; a multiply-add counts as two.
 
-    Attention is computed by its formula: a fused kernel does other work in the backward pass, and which kernel is
-    taken depends on the device, the CPU and the version of PyTorch.
+    Attention is computed by its formula: a fused kernel does different work in the backward pass, and the choice of the
+    kernel depends on the device, the CPU and the version of PyTorch.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trainee.step()
@@ -72,12 +72,12 @@ def flops(trainee: Trainee) -> int:
 
 
 def uncomputed(row: Row, base: nn.Module, method: str) -> Trainee:
-    """Apply a method on the meta device: its FLOPs and trained numbers can be counted, and nothing is computed."""
+    """Apply a method on the meta device, where FLOPs and trained numbers can be counted without computing anything."""
     return prepare(row, base, method, torch.device("meta"), torch.float32)[0]
 
 
 def kept_bytes(trainee: Trainee) -> int:
-    """Return the bytes that autograd keeps from the forward to the backward pass, parameters and inputs apart."""
+    """Return the bytes that autograd keeps from the forward to the backward pass, without parameters and inputs."""
     own = {t.untyped_storage().data_ptr() for t in (*trainee.model.parameters(), *trainee.model.buffers())}
     own |= {t.untyped_storage().data_ptr() for t in trainee.inputs.values()}
     kept: dict[int, int] = {}
@@ -96,7 +96,7 @@ def kept_bytes(trainee: Trainee) -> int:
 
 
 def step_times(trainees: dict[str, Trainee], rounds: int) -> dict[str, list[float]]:
-    """Time one step of every method in turn, `rounds` times: what disturbs a round disturbs all of them."""
+    """Time one step of every method in turn, `rounds` times, so that a disturbance affects all methods of a round."""
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
     names = list(trainees)
     for trainee in trainees.values():
@@ -119,7 +119,7 @@ def _timed(function: Callable[[], None], inputs: Inputs) -> float:
 
 
 def saved_bytes_and_load_time(trainee: Trainee, base: nn.Module, method: str) -> tuple[int, float]:
-    """Save what was trained; return its bytes, and the seconds to load it into a fresh base model."""
+    """Save the trained parameters; return the size in bytes, and the seconds to load them into a fresh base model."""
     fresh = copy.deepcopy(base)
     device = next(trainee.model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
@@ -133,8 +133,8 @@ def saved_bytes_and_load_time(trainee: Trainee, base: nn.Module, method: str) ->
 def peak_memory(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
     """Return the peak bytes of three steps in a fresh process: CUDA's allocations, or the resident set.
 
-    The resident set is counted from what the process holds before the model is built: the libraries
-    themselves, the same for every method, are left out.
+    The resident set is measured relative to its size before the model is built: this leaves out the libraries
+    themselves, which are the same for every method.
     """
     command = [sys.executable, "-m", "benchmarks.measure", row.workload, str(row.size), row.which, method]
     command += [str(device), str(dtype).removeprefix("torch.")]
@@ -159,7 +159,7 @@ def _peak_memory_here(row: Row, method: str, device: torch.device, dtype: torch.
 def _resident(what: str) -> int:
     """Return the resident set in bytes, now (VmRSS) or at its peak (VmHWM).
 
-    Not getrusage's ru_maxrss: that starts from the size of the process that started this one.
+    This is not ru_maxrss of getrusage, which starts from the size of the parent process.
     """
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
@@ -174,7 +174,7 @@ def trained(trainee: Trainee) -> int:
 def _main() -> None:
     workload, size, which, method, device, dtype = sys.argv[1:]
     warnings.simplefilter("ignore")
-    import peft  # noqa: F401  # every process pays for the same imports
+    import peft  # noqa: F401  # every process has the same imports
     import timm  # noqa: F401
 
     row = Row(workload, int(size), which)

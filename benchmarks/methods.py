@@ -1,4 +1,4 @@
-"""The five ways to fine-tune that are compared, each on the same layers and with the same number of trained numbers."""
+"""The five fine-tuning methods that are compared, on the same layers and with equally many trained numbers."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ class Method:
     """How a model is adapted, saved and loaded.
 
     Attributes:
-        title: As in the tables.
+        title: Name in the tables.
         apply: (model, target paths, rank of RandLoRA) -> the model to train.
-        save: (model to train, folder) -> the files that a user would keep.
+        save: (model to train, folder) -> writes the files that a user would keep.
         load: (fresh base model, folder) -> the adapted model.
     """
 
@@ -35,13 +35,13 @@ def trained_numbers(model: nn.Module) -> int:
 
 
 def randlora_numbers(model: nn.Module, targets: Sequence[str], rank: int) -> int:
-    """Return how many numbers RandLoRA trains: R N + N m a layer, N = ceil(m / R)."""
+    """Return how many numbers RandLoRA trains: R N + N m per layer, with N = ceil(m / R)."""
     narrow = [min(model.get_submodule(target).weight.shape) for target in targets]
     return sum(-(-m // rank) * (rank + m) for m in narrow)
 
 
 def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
-    """Return the LoRA rank whose trained numbers, r (O + I) a layer, come nearest to `budget`."""
+    """Return the LoRA rank whose number of trained numbers, r (O + I) per layer, is closest to `budget`."""
     per_rank = sum(sum(model.get_submodule(target).weight.shape) for target in targets)
     return max(1, round(budget / per_rank))
 

@@ -1,10 +1,10 @@
-"""Where a training step's time goes in train_clip.py and train_classifier.py: waiting for data, computing, the rest.
+"""Time of a training step in train_clip.py and train_classifier.py: waiting for data, computing, the rest.
 
 python -m benchmarks.overlap --workers 1
 
-Runs the scripts themselves, on JPEG files written for the purpose, with a ViT-S/16 at 224 pixels unless another
-model is named, and prints the share of a step outside the forward and backward passes: what decoding, transfer,
-the optimiser and bookkeeping cost that computing does not hide.
+Runs the scripts themselves on generated JPEG files, with a ViT-S/16 at 224 pixels unless another model is
+named, and prints the share of a step outside the forward and backward passes: the cost of decoding, transfer,
+the optimiser and bookkeeping that is not hidden behind computation.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from PIL import Image
 from randlora_vision.training.harness import fit as fitting
 from randlora_vision.training.harness.loop import Trainer
 
-_WARM_UP = 2  # steps that are not counted: loader processes start, memory is allocated
+_WARM_UP = 2  # steps that are not counted, in which loader processes start and memory is allocated
 _SIZE = (500, 375)  # pixels of a written image, as in ImageNet
 _MODELS = {"clip": "ViT-S-16", "classifier": "vit_small_patch16_224"}
 _PARTS = ("waiting for data", "forward", "backward", "optimiser")
 
-Times = Counter[str]  # seconds by part, and of whole steps
+Times = Counter[str]  # seconds per part, and for whole steps
 
 
 class TimedTrainer(Trainer):
-    """The loop, with a clock at the seams of a step."""
+    """The training loop, with a clock around each part of a step."""
 
     times: Times = Counter()
 
@@ -63,7 +63,7 @@ class TimedTrainer(Trainer):
 
 
 class _Timed:
-    """Batches, and how long one waits for each."""
+    """Batches, with the time spent waiting for each."""
 
     def __init__(self, batches: Any, times: Times) -> None:
         self.batches = batches
@@ -83,13 +83,13 @@ class _Timed:
 def _clock(times: Times, part: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    if torch.cuda.is_available():  # whose work goes on after a call returns
+    if torch.cuda.is_available():  # kernels run asynchronously
         torch.cuda.synchronize()
     times[part] += time.perf_counter() - started  # type: ignore[assignment]  # a Counter of floats
 
 
 def shares(times: Times) -> dict[str, float]:
-    """Return each part's share of the steps' time, and that of everything but forward and backward."""
+    """Return the share of each part in the step time, and the share outside the forward and backward passes."""
     whole = times["step"]
     parts = {part: times[part] / whole for part in _PARTS}
     rest = 1 - sum(parts.values())
@@ -97,7 +97,7 @@ def shares(times: Times) -> dict[str, float]:
 
 
 def write_images(folder: Path, per_class: int, classes: int = 4) -> None:
-    """Write JPEG files of coloured clouds: smooth as photographs are, and as costly to decode."""
+    """Write JPEG files of coloured clouds: as smooth as photographs, and as expensive to decode."""
     rng = np.random.default_rng(0)
     for number in range(classes):
         (folder / f"class {number}").mkdir(parents=True)
@@ -121,15 +121,15 @@ def measure(script: str, model: str, data: Path, output: Path, flags: Sequence[s
 
 
 def main() -> None:
-    """Measure both scripts, or one, and print a table."""
+    """Measure one or both scripts and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=[*_MODELS, "both"], default="both", help="which script (default: both)")
-    parser.add_argument("--model", help="left out: a model of ViT-S size")
+    parser.add_argument("--model", help="model to train (default: a model of ViT-S size)")
     parser.add_argument("--workers", type=int, default=1, help="processes that decode images (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: 16)")
-    parser.add_argument("--steps", type=int, default=8, help=f"steps after {_WARM_UP} of warm-up (default: 8)")
-    parser.add_argument("--json", type=Path, help="write the shares to this file too")
-    options, flags = parser.parse_known_args()  # what is left is the script's
+    parser.add_argument("--batch-size", type=int, default=16, help="images per step (default: 16)")
+    parser.add_argument("--steps", type=int, default=8, help=f"steps after {_WARM_UP} warm-up steps (default: 8)")
+    parser.add_argument("--json", type=Path, help="also write the shares to this file")
+    options, flags = parser.parse_known_args()  # unknown arguments are passed to the script
     steps = str(options.steps + _WARM_UP)
     flags += ["--workers", str(options.workers), "--batch-size", str(options.batch_size), "--steps", steps]
     flags += ["--eval-every", steps, "--report-to", "none"]

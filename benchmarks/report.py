@@ -1,4 +1,4 @@
-"""Results as CSV, Markdown and pictures."""
+"""Results as CSV files, Markdown tables and plots."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ _REFERENCES = {"peft_randlora": "PEFT RandLora", "peft_lora": "PEFT LoRA"}
 
 @dataclass
 class Result:
-    """What one method costs on one row; None where it was not measured."""
+    """The cost of one method on one row; None if it was not measured."""
 
     row: str
     method: str
@@ -30,19 +30,19 @@ class Result:
 
     @property
     def ddp_bytes(self) -> int:
-        """Bytes of gradients that data-parallel training exchanges in a step (float32)."""
+        """Bytes of gradients that data-parallel training exchanges per step (float32)."""
         return 4 * self.trained
 
 
 def ratios(result: Result, reference: Result) -> list[float] | None:
-    """Return the step time as ratios to a reference, round by round."""
+    """Return the ratios of the step time to that of a reference, round by round."""
     if result.step_seconds is None or reference.step_seconds is None:
         return None
     return [own / other for own, other in zip(result.step_seconds, reference.step_seconds, strict=True)]
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """Write one line per row and method; step times as ratios alone."""
+    """Write one line per row and method, with step times only as ratios."""
     text = io.StringIO()
     names = [field.name for field in fields(Result) if field.name != "step_seconds"]
     writer = csv.writer(text)
@@ -63,14 +63,14 @@ def markdown(results: Sequence[Result]) -> str:
         rows = [_line(result, methods) for result in methods.values()]
         header = ["method", "trained", "GFLOPs", "of PEFT RandLora's", "of PEFT LoRA's"]
         header += ["step time to PEFT RandLora", "step time to PEFT LoRA", "kept for backward", "peak memory"]
-        header += ["file", "load", "inject", "DDP bytes a step"]
+        header += ["file", "load", "inject", "DDP bytes per step"]
         lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
         parts.append(f"### {row}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(parts)
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw FLOPs and step time of every method as ratios to PEFT RandLora's."""
+    """Plot FLOPs and step time of every method as ratios to PEFT RandLora."""
     import matplotlib
 
     matplotlib.use("Agg")

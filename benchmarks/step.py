@@ -1,11 +1,11 @@
-"""One training step of five methods, side by side in one run: FLOPs, time, memory, file size.
+"""One training step with five methods, compared in one run: FLOPs, time, memory, file size.
 
 python -m benchmarks.step --quick
 
-Full fine-tuning, PEFT's LoRA and RandLora, and RandLoRA with dense and structured bases adapt the same
-layers with (nearly) the same number of trained numbers; the steps are timed in turn. FLOPs are those of
-the matrix products, by torch.utils.flop_counter. Rows that would take too long here are counted on the
-meta device and not timed.
+Full fine-tuning, PEFT's LoRA and RandLora, and RandLoRA with dense and structured bases are applied to the
+same layers; the adapters have (nearly) the same number of trained numbers. The steps are timed in turn. FLOPs
+are those of the matrix products, counted by torch.utils.flop_counter. Rows that would take too long on this
+machine are counted on the meta device and not timed.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from randlora_vision.files.atomic import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, write the tables and the picture."""
+    """Parse the command line, measure, and write the tables and the plot."""
     options = _parser().parse_args(argv)
-    warnings.simplefilter("ignore")  # of the libraries compared
+    warnings.simplefilter("ignore")  # warnings of the compared libraries
     device = torch.device(options.device)
     if options.timed_gflops is None:
         options.timed_gflops = float("inf") if device.type == "cuda" else 120.0 if options.quick else 2000.0
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.targets:
         rows = [row for row in rows if row.which == options.targets]
     if not rows:
-        raise SystemExit("no row left: --help says which models there are, and benchmarks/workloads.py their sizes")
+        raise SystemExit("no rows match: --help lists the models, and benchmarks/workloads.py lists their sizes")
     results: list[Result] = []
     with tqdm(total=len(rows) * len(METHODS), unit="method") as bar:
         for row in rows:
             bar.set_postfix_str(row.title)
             results += _measure_row(row, options, device, bar)
-            _write(results, options.output_dir, device)  # after every row: a run cut short keeps what it has
+            _write(results, options.output_dir, device)  # after every row, so that an interrupted run keeps its results
     print(markdown(results))
     print("\n".join(verdicts(results)))
     print(f"\nwritten: {options.output_dir}/step.csv, step.md, step.png")
@@ -95,26 +95,26 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--quick", action="store_true", help="a few rows, within three minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="only a few rows, in less than three minutes on two cores")
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), help="only these models")
     parser.add_argument("--sizes", nargs="+", type=int, help="only these numbers of images, pairs or tokens")
     parser.add_argument("--targets", choices=("attention", "attention+mlp"), help="only these adapted layers")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where the steps are timed")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="device for timing")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="bfloat16" if on_gpu else "float32",
-        help="of the matrix products (autocast)",
+        help="dtype of the matrix products (autocast)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method")
     parser.add_argument(
         "--timed-gflops",
         type=float,
-        help="rows whose step of full fine-tuning has more GFLOPs are counted and not timed; default: 2000 on a CPU "
-        "(120 with --quick), none on a GPU",
+        help="rows whose full fine-tuning step has more GFLOPs are counted but not timed; default: 2000 on a CPU "
+        "(120 with --quick), no limit on a GPU",
     )
-    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory (a fresh process a method)")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="where the tables go")
+    parser.add_argument("--no-peak", action="store_true", help="skip peak memory (a fresh process per method)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="folder for the tables")
     return parser
 
 

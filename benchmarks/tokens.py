@@ -1,8 +1,8 @@
-"""One adapted layer at 1 to 65,536 tokens: FLOPs and time of every method and of every fixed order of products.
+"""One adapted layer at 1 to 65,536 tokens: FLOPs and time of every method and every fixed order of products.
 
 python -m benchmarks.tokens
 
-The planner's curve ("ours, auto") lies on or under those of the fixed orders at every point.
+The planner's curve ("ours, auto") is never above the curves of the fixed orders.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _RANK = 32
 
 
 class _Layer(nn.Module):
-    """A linear layer under a name, as PEFT wants it; its input needs a gradient, as in the middle of a network."""
+    """A linear layer in a named submodule, as PEFT needs; its input needs a gradient, as in the middle of a network."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -60,20 +60,22 @@ CURVES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, write the table and the picture."""
+    """Parse the command line, measure, and write the table and the plot."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tokens",
         description=(__doc__ or "").partition("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--outputs", type=int, default=3072, help="output features of the layer")
-    parser.add_argument("--inputs", type=int, default=768, help="its input features")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it is timed")
-    parser.add_argument("--timed-tokens", type=int, default=4096, help="more tokens than this are counted, not timed")
+    parser.add_argument("--inputs", type=int, default=768, help="input features of the layer")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device for timing")
+    parser.add_argument(
+        "--timed-tokens", type=int, default=4096, help="larger numbers of tokens are counted, not timed"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="where the results go")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")  # of the libraries compared
+    warnings.simplefilter("ignore")  # warnings of the compared libraries
     tokens = [2**power for power in range(17)]
     flops: dict[str, list[int]] = {name: [] for name in CURVES}
     times: dict[str, list[float]] = {name: [] for name in CURVES}
@@ -102,15 +104,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def verdict(tokens: Sequence[int], flops: dict[str, list[int]]) -> str:
-    """Return where, if anywhere, the planner's curve lies above another order's of the same bases, or PEFT's."""
+    """Return where the planner's curve is above that of a fixed order for the same bases, or that of PEFT, if it is."""
     others = ("ours, always dense", "ours, always factored", "PEFT RandLora")
     above = [
-        f"{flops['ours, auto'][i] / flops[other][i]:.3f} of {other} at {count} tokens"
+        f"{flops['ours, auto'][i] / flops[other][i]:.3f} times {other} at {count} tokens"
         for other in others
         for i, count in enumerate(tokens)
         if flops["ours, auto"][i] > flops[other][i]
     ]
-    return "the planner's curve lies above: " + "; ".join(above) if above else "the planner's curve is the lowest"
+    return "the planner's curve is above: " + "; ".join(above) if above else "the planner's curve is the lowest"
 
 
 def _trainees(options: argparse.Namespace, device: torch.device) -> dict[str, measure.Trainee]:

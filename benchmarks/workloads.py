@@ -1,6 +1,6 @@
-"""The models that are measured, at random weights: what is timed does not depend on them.
+"""The models that are measured, with random weights, since the timing does not depend on the weights.
 
-T tokens, B images. Every workload's step is: forward, a scalar loss, backward, AdamW on what is trained.
+T tokens, B images. The step of every workload is: forward, a scalar loss, backward, AdamW on the trained parameters.
 """
 
 import re
@@ -16,18 +16,18 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, the sizes it is measured at, and which of its nn.Linear layers are adapted.
+    """A model, the sizes that it is measured at, and the nn.Linear layers that are adapted.
 
     Attributes:
-        title: As in the tables.
-        unit: What a size counts ("images" or "tokens").
+        title: Name in the tables.
+        unit: Unit of the sizes ("images" or "tokens").
         sizes: The sizes of the full run.
-        build: Makes the model, in float32 on the CPU.
-        inputs: Keyword arguments of the model at a size, on a device and in a dtype.
-        loss: From the model's output to a scalar.
-        attention: Regular expression for whole paths of the attention layers.
+        build: Builds the model in float32 on the CPU.
+        inputs: Returns the keyword arguments of the model for a size, device and dtype.
+        loss: Maps the model's output to a scalar.
+        attention: Regular expression for complete paths of the attention layers.
         mlp: The same for the MLP layers.
-        rank: RandLoRA's.
+        rank: Rank of RandLoRA.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """A line for people."""
+        """Readable name of the row."""
         workload = WORKLOADS[self.workload]
         return f"{workload.title}, {self.size} {workload.unit}, {self.which}"
 
@@ -71,13 +71,13 @@ def full_rows() -> Iterator[Row]:
 
 
 def quick_rows() -> Iterator[Row]:
-    """Yield the rows of --quick: one that is timed, and larger ones whose FLOPs are counted."""
+    """Yield the rows of --quick: a timed one, and larger ones for which only FLOPs are counted."""
     for name, size in (("vit_s", 4), ("vit_s", 16), ("vit_b", 64), ("sdxl_block", 4096)):
         yield Row(name, size, "attention+mlp")
 
 
 def mean_square(output: Any) -> Tensor:
-    """Return a scalar that every element of the output takes part in."""
+    """Return a scalar that depends on every element of the output."""
     outputs = output if isinstance(output, tuple) else (output,)
     return sum((tensor.float().square().mean() for tensor in outputs), torch.zeros(()))
 
@@ -98,7 +98,7 @@ def _images(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
 def _clip() -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
-    return CLIPModel(CLIPConfig())  # its defaults are ViT-B/32, with separate q, k, v layers that PEFT can adapt
+    return CLIPModel(CLIPConfig())  # the defaults are ViT-B/32, with separate q, k, v layers that PEFT can adapt
 
 
 def _pairs(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -122,7 +122,7 @@ def _sdxl_block() -> nn.Module:
 
 def _sdxl_tokens(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
     return {
-        # As in the middle of a network: the block's input needs a gradient too.
+        # The block's input needs a gradient too, as in the middle of a network.
         "hidden_states": torch.randn(1, size, 1280, device=device, dtype=dtype, requires_grad=True),
         "encoder_hidden_states": torch.randn(1, 77, 2048, device=device, dtype=dtype),
     }

@@ -1,1 +1,1 @@
-"""Host-library integrations: presets and one-call conveniences, each imported only when it is used."""
+"""Integrations with host libraries: presets and convenience functions, each imported only when it is used."""

@@ -1,4 +1,4 @@
-"""Loading any open_clip model with its transforms and tokenizer, with errors that a user can act on."""
+"""Load any open_clip model with its transforms and tokenizer, with errors that a user can act on."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from torchvision.transforms import Compose
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """An open_clip model and what goes with it."""
+    """An open_clip model with its transforms and tokenizer."""
 
     model: nn.Module
     train_transform: Callable[[Image.Image], Tensor]
@@ -30,16 +30,16 @@ class LoadedClip:
     def training_transform(
         self, augment: Callable[[Image.Image], Image.Image] | None
     ) -> Callable[[Image.Image], Tensor]:
-        """Return the transform of training images: the model's own, or `augment` and then no other chance."""
+        """Return the transform for training images: the model's own, or `augment` and then the evaluation transform."""
         return Compose([augment, self.eval_transform]) if augment else self.train_transform
 
 
 def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
-    """Load an open_clip model, frozen, by name, `hf-hub:`, `local-dir:` or configuration file.
+    """Load a frozen open_clip model by name, `hf-hub:`, `local-dir:` or configuration file.
 
-    Without pretrained weights it starts from random ones, drawn with `seed`: the same call gives the
-    same model again. Raises ValueError for an unknown model or tag, naming close ones, and for
-    weights that do not fit or cannot be fetched.
+    Without pretrained weights, the model is initialised randomly from `seed`, so the same call gives the
+    same model. Raises ValueError for an unknown model or tag, with close matches, and for weights that
+    do not fit or cannot be fetched.
     """
     import open_clip
 
@@ -48,16 +48,16 @@ def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
     if schema is None:
         _check_pretrained(known, pretrained)
     elif pretrained:
-        raise ValueError(f"--pretrained {pretrained}: {schema} models bring their own weights, leave it out")
+        raise ValueError(f"--pretrained {pretrained}: {schema} models come with their own weights, leave it out")
     try:
-        # open_clip reports its own failures through the root logger as well; one message is enough.
+        # open_clip also logs its failures through the root logger; one message is enough.
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, train, evaluate = open_clip.create_model_and_transforms(
                 known, pretrained=pretrained, device=torch.get_default_device()
             )
             tokenize = open_clip.get_tokenizer(known)
-    except Exception as error:  # of whatever library reads the file or asks the network
+    except Exception as error:  # from any library that reads the file or accesses the network
         weights = f" with weights {pretrained!r}" if pretrained else ""
         reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
         raise ValueError(f"open_clip cannot load the model {name!r}{weights}: {reason}") from error
@@ -66,7 +66,7 @@ def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
 
 
 def _model_name(name: str) -> str:
-    """Return the name under which open_clip knows the model, registering a configuration file first."""
+    """Return the name of the model in open_clip, registering a configuration file first."""
     import open_clip
 
     if name.endswith(".json"):
@@ -89,10 +89,10 @@ def _register(path: Path) -> str:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
     if missing:
-        raise ValueError(f"{path} is no open_clip model configuration: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is not an open_clip model configuration: it lacks {', '.join(sorted(missing))}")
     if open_clip.get_model_config(path.stem) not in (None, config):
         raise ValueError(f"open_clip already has another model named {path.stem!r}: rename {path}")
     open_clip.add_model_config(path)

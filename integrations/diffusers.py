@@ -1,28 +1,32 @@
 """diffusers: RandLoRA in any pipeline, and presets for its denoisers and text encoders.
 
-    load_adapter(pipe, "adapter.safetensors")  # the parts of the denoiser and the text encoders, each in its place
+    load_adapter(pipe, "adapter.safetensors")  # into the denoiser and the text encoders
     set_scales(pipe, 0.8)
 
-To train: ``inject(pipe.unet, RandLoRAConfig(rank=32, target_modules="diffusers:backbone"))``, likewise
-``pipe.transformer`` and ``"diffusers:text"`` for text encoders, and at the end ``save_adapter(pipe, path)``.
+To train, call ``inject(pipe.unet, RandLoRAConfig(rank=32, target_modules="diffusers:backbone"))`` (likewise for
+``pipe.transformer``, and with ``"diffusers:text"`` for text encoders) and, at the end, ``save_adapter(pipe, path)``.
 
-The presets follow one rule, whatever the family is called. Of a denoiser's blocks:
+The presets follow one rule for all model families. In the blocks of a denoiser:
 
 - ``diffusers:attention``: the attention weights.
-- ``diffusers:backbone``: attention and MLP weights, also where they are 1x1 convolutions (Stable Diffusion 1.5's
-  ``proj_in`` and ``proj_out``, Sana's MLPs).
-- ``diffusers:conv``: as ``diffusers:backbone``, with the ungrouped convolutions of resnets and samplers, 1x1 and k x k.
-- ``diffusers:text``: of a text encoder (CLIP, T5 and others of transformers), the attention and MLP weights.
+- ``diffusers:backbone``: attention and MLP weights, including those stored as 1x1 convolutions (``proj_in`` and
+  ``proj_out`` of Stable Diffusion 1.5, the MLPs of Sana).
+- ``diffusers:conv``: ``diffusers:backbone`` plus the ungrouped convolutions of resnets and samplers, 1x1 and k x k.
 
-None takes embeddings of time, text or pixels, modulation, the last projection, or a matrix too narrow to be one.
+In a text encoder (CLIP, T5 and others from transformers):
 
-All of it lives beside diffusers' own LoRA: ``load_lora_weights`` before or after keeps both effects, and so do
-``fuse_lora``, ``unfuse_lora`` and ``unload_lora_weights``, in any order. ``load_lora_weights`` freezes what is not its
-own: to go on training, ``randlora_vision.set_active(pipe.unet, "default")``.
+- ``diffusers:text``: the attention and MLP weights.
 
-Offloading by whole models (``enable_model_cpu_offload``) works before and after. Offloading layer by layer
-(``enable_sequential_cpu_offload``, ``enable_group_offload``) comes after the adapters. ``fuse_qkv_projections`` comes
-before them: it copies weights, and is refused on adapted ones.
+No preset includes embeddings of time, text or pixels, modulation layers, the last projection, or matrices that are too
+narrow to be projections.
+
+RandLoRA works together with diffusers' own LoRA: both effects are kept if ``load_lora_weights`` is called before or
+after, and also with ``fuse_lora``, ``unfuse_lora`` and ``unload_lora_weights``, in any order. ``load_lora_weights``
+freezes all parameters except its own: to continue training, call ``randlora_vision.set_active(pipe.unet, "default")``.
+
+Offloading whole models (``enable_model_cpu_offload``) works before and after. Enable layer-wise offloading
+(``enable_sequential_cpu_offload``, ``enable_group_offload``) after the adapters are added. Call
+``fuse_qkv_projections`` before: it copies weights and is refused if they are adapted.
 """
 
 from collections.abc import Callable, Mapping

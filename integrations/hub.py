@@ -1,10 +1,10 @@
-"""Adapters on the Hugging Face Hub: one .safetensors file and a model card. Nothing else is ever fetched.
+"""Adapters on the Hugging Face Hub: one .safetensors file and a model card. No other file is fetched.
 
     push_to_hub("runs/a/adapter.safetensors", "me/my-adapter", base_model="timm/vit_base_patch16_224", library="timm")
     load_adapter(model, "me/my-adapter")
 
-Pipelines of diffusers load by ``integrations.diffusers.load_adapter(pipe, "me/my-adapter")``. Log in as for everything
-else there: ``hf auth login`` or the environment variable HF_TOKEN.
+For diffusers pipelines, use ``integrations.diffusers.load_adapter(pipe, "me/my-adapter")``. Log in as usual for the
+Hub: ``hf auth login`` or the environment variable HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ def load_adapter(
     name: str = ADAPTER_FILE,
     revision: str | None = None,
 ) -> InjectionReport:
-    """`randlora_vision.load_adapter` of a file on the Hub.
+    """Load an adapter file from the Hub, as `randlora_vision.load_adapter` does.
 
     Args:
         model: The base model.
         repository: ``"owner/name"``.
-        adapter_name: Its name in this model.
-        trainable: True to train it further.
+        adapter_name: Name of the adapter in this model.
+        trainable: True to train the adapter further.
         name: The file in the repository.
         revision: A branch, tag or commit.
 
     Raises:
-        FileNotFoundError: If the Hub cannot be reached or does not have it.
+        FileNotFoundError: If the Hub cannot be reached or does not have the file.
         ValueError: As `randlora_vision.load_adapter` does.
     """
     return randlora_vision.load_adapter(model, download(repository, name, revision), adapter_name, trainable)
@@ -86,25 +86,25 @@ def push_to_hub(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload an adapter with a model card; the repository is made where there is none.
+    """Upload an adapter with a model card; the repository is created if it does not exist.
 
     Args:
-        source: An adapter file, a model, or a pipeline of diffusers with adapters.
+        source: An adapter file, a model, or a diffusers pipeline with adapters.
         repository: ``"owner/name"``.
-        base_model: What the adapter was trained on, as its library calls it, for the card.
-        library: ``timm``, ``open_clip`` or ``diffusers``: how the card says to load it.
+        base_model: The model that the adapter was trained on, as its library names it, for the card.
+        library: ``timm``, ``open_clip`` or ``diffusers``: determines the loading instructions on the card.
         license: The adapter's licence, as the Hub abbreviates it (``apache-2.0``).
-        metrics: What was measured, for the card.
-        adapter_name: Which adapter of a model or pipeline.
+        metrics: Measured results, for the card.
+        adapter_name: Name of the adapter in the model or pipeline.
         private: Make a new repository private.
-        token: In place of the login's.
+        token: Used instead of the token of the current login.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no adapter, the library is unknown, or the Hub refuses.
+        ValueError: If the file is not an adapter file, the library is unknown, or the Hub rejects the upload.
     """
     hub = hugging_face_hub()
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +127,7 @@ def push_to_hub(
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="RandLoRA adapter")
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"the Hugging Face Hub did not take {repository!r}: {reason}") from None
+            raise ValueError(f"the Hugging Face Hub rejected the upload to {repository!r}: {reason}") from None
     return str(commit.commit_url)
 
 
@@ -139,10 +139,10 @@ def model_card(
     license: str | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
-    """The README.md of an adapter file: front matter for the Hub, what it is, and how to load it.
+    """Return the README.md for an adapter file: front matter for the Hub, a description, and how to load it.
 
     Raises:
-        ValueError: If the file is no adapter or the library is unknown.
+        ValueError: If the file is not an adapter file or the library is unknown.
     """
     if library not in _LOADING:
         raise ValueError(f"library must be one of {', '.join(name for name in _LOADING if name)}, got {library!r}")

@@ -1,12 +1,12 @@
-"""open_clip: which weights of a CLIP-like model RandLoRA adapts.
+"""open_clip: presets for the weights of a CLIP-like model that RandLoRA adapts.
 
     inject(model, RandLoRAConfig(rank=32, target_modules="open_clip:vision"))
 
-The presets `vision`, `text` and `both` follow one rule, whatever the model is called: every
-attention and MLP weight of the tower's body and of its attention pooling. Left out are the patch
-embedding or stem, the classifier and the projection into the shared space, and matrices too narrow
-to be a projection of tokens. In a tower whose body holds more weights in convolutions than in linear
-layers (ResNet, MobileCLIP), its ungrouped convolutions are adapted too.
+The presets `vision`, `text` and `both` follow one rule for all models: they choose every attention and
+MLP weight of the tower's body and of its attention pooling. They leave out the patch embedding or stem,
+the classifier, the projection into the shared space, and matrices that are too narrow to be projections
+of tokens. If the body of a tower has more weights in convolutions than in linear layers (ResNet,
+MobileCLIP), its ungrouped convolutions are adapted too.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def vision_targets(model: nn.Module) -> list[str]:
 
 
 def text_targets(model: nn.Module) -> list[str]:
-    """Return the target names of the text tower, in the model's order (of CoCa: not its decoder's)."""
+    """Return the target names of the text tower, in the model's order (for CoCa, without the decoder)."""
     _require_open_clip(model)
     return _tower_targets(model, _text_path(model))
 
@@ -45,18 +45,18 @@ save_merged = _merged.save_merged_file
 
 
 def _text_path(model: nn.Module) -> str:
-    # The classic CLIP class keeps the text tower's parts at its own root, all others in `text`.
+    # The classic CLIP class keeps the text tower's parts at the root of the model, all other classes in `text`.
     return "text.transformer" if isinstance(getattr(model, "text", None), nn.Module) else "transformer"
 
 
 def _require_open_clip(model: nn.Module) -> None:
-    """Raise ValueError unless the model has an open_clip model's two towers."""
+    """Raise ValueError unless the model has the two towers of an open_clip model."""
     encoders = all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text"))
     modules = dict(model.named_modules())
     if not (encoders and "visual" in modules and _text_path(model) in modules):
         raise ValueError(
             "the open_clip presets need a model of open_clip (with encode_image, encode_text, `visual` and "
-            f"`{_text_path(model)}`), got {type(model).__name__}; for other models name the target_modules"
+            f"`{_text_path(model)}`), got {type(model).__name__}; for other models, list the target_modules"
         )
 
 

@@ -1,4 +1,4 @@
-"""Exchange with PEFT: write adapters for it, and take live PEFT models over.
+"""Exchange with PEFT: export adapters to its format, and convert live PEFT models.
 
 PEFT's folders are read by the library itself: ``randlora_vision.load_adapter(model, folder)``.
 """
@@ -31,32 +31,32 @@ from randlora_vision.names import matches_any, matches_suffix, with_parents
 from randlora_vision.report import Target
 
 _SEED_ONLY = {"peft": {}, "peft_sparse": {"sparse": True}, "peft_very_sparse": {"very_sparse": True}}
-"""Bases that PEFT makes from its key, and its settings for that. Float16 ones depend on the hardware: stored."""
+"""Bases that PEFT draws from its key, with its settings. Float16 bases depend on the hardware and are stored."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""What PEFT does not take as `modules_to_save`: the modules in them are named instead."""
+"""Containers that PEFT does not accept as `modules_to_save`: the modules in them are named instead."""
 
 
 def export(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
     """Write an adapter as a folder that `peft.PeftModel.from_pretrained(base, directory)` loads.
 
-    The bases are written once. PEFT warns of every other layer's copy that it does not find; it shares one among all
-    layers, so nothing is missing. Of adapters with PEFT's own generator (``bases="peft"``, ``"peft_sparse"``,
-    ``"peft_very_sparse"``) only the key is written, and PEFT draws them again: dense ones in bfloat16, where the
-    hardware has it. Run-time scales (`set_scale`) are not written.
+    The bases are written once. PEFT warns that the copies of the other layers are missing, but all layers share one
+    copy, so nothing is lost. For adapters with PEFT's own generator (``bases="peft"``, ``"peft_sparse"``,
+    ``"peft_very_sparse"``), only the key is written and PEFT draws the bases again: dense ones in bfloat16 where the
+    hardware supports it. Run-time scales (`set_scale`) are not written.
 
-    Modules trained in full become PEFT's `modules_to_save` where it can find them again by name; single parameters
-    and biases are written as such, and PEFT's loader puts them into the base model.
+    Modules trained in full become PEFT's `modules_to_save` where PEFT can find them by name. Single parameters and
+    biases are written under their own names, and PEFT's loader copies them into the base model.
 
     Args:
         model: The module that `inject` was called on.
-        directory: Made if need be. Two files are written: adapter_config.json and adapter_model.safetensors.
-        adapter_name: Which adapter.
+        directory: Created if needed. Two files are written: adapter_config.json and adapter_model.safetensors.
+        adapter_name: Name of the adapter.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If PEFT's RandLora cannot express the adapter: one message that names every such target.
+        ValueError: If PEFT's RandLora cannot express the adapter; the message names every such target.
     """
     model = unwrap(model)
     adapter, trained, saved = own_adapter(model, adapter_name)
@@ -65,7 +65,7 @@ def export(model: nn.Module, directory: str | os.PathLike[str], adapter_name: st
     tensors: dict[str, Tensor] = {}
     for target in adapter.targets:
         lam, gamma = trained[target.name]
-        # PEFT knows one alpha for all layers: lambda takes up the difference.
+        # PEFT has one alpha for all layers: lambda absorbs the difference.
         tensors[f"{PREFIX}{target.name}.randlora_lambda"] = lam * (target.alpha / alpha)
         tensors[f"{PREFIX}{target.name}.randlora_gamma"] = gamma
     flags = _SEED_ONLY.get(adapter.spec.kind)
@@ -104,21 +104,21 @@ def export(model: nn.Module, directory: str | os.PathLike[str], adapter_name: st
 
 
 def from_peft(peft_model: nn.Module, trainable: bool = False) -> nn.Module:
-    """The base model of a live PEFT model, with its RandLora adapters injected in place under their own names.
+    """Return the base model of a live PEFT model, with its RandLora adapters injected in place under the same names.
 
-    The PEFT model is taken apart, as by its `unload`. The same adapters are active afterwards. Biases that PEFT
-    trained (``bias="all"``) are its base's own by then: the untrained ones are lost, as they are in PEFT.
+    The PEFT model is unloaded, as with its `unload`. The same adapters are active afterwards. Biases that PEFT
+    trained (``bias="all"``) have already replaced those of the base model: the untrained ones are lost, as in PEFT.
 
     Args:
-        peft_model: A `peft.PeftModel` of RandLora adapters.
-        trainable: True to train them further.
+        peft_model: A `peft.PeftModel` with RandLora adapters.
+        trainable: True to train the adapters further.
 
     Returns:
-        The base model: the object that was given to PEFT.
+        The base model: the object that was passed to PEFT.
 
     Raises:
-        ValueError: If it is no such model, an adapter is merged, or a layer shares its weight with another, so that
-            it cannot be adapted in place. The PEFT model is whole then.
+        ValueError: If `peft_model` is not such a model, an adapter is merged, or a layer shares its weight with
+            another one, so that it cannot be adapted in place. The PEFT model is then unchanged.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.randlora import RandLoraLayer
@@ -128,14 +128,17 @@ def from_peft(peft_model: nn.Module, trainable: bool = False) -> nn.Module:
         raise ValueError(f"expected a peft.PeftModel, got {type(peft_model).__name__}")
     wrong = [name for name, config in peft_model.peft_config.items() if config.peft_type != "RANDLORA"]
     if wrong:
-        raise ValueError(f"PEFT's RandLora can be taken over; this model's adapters {', '.join(wrong)} are no such")
+        raise ValueError(f"expected only RandLora adapters, but these have another PEFT type: {', '.join(wrong)}")
     layers = {path: module for path, module in peft_model.named_modules() if isinstance(module, RandLoraLayer)}
     if any(layer.merged for layer in layers.values()):
-        raise ValueError("adapters are merged into the weights: call unmerge_adapter() of the PEFT model first")
+        raise ValueError("adapters are merged into the weights: call unmerge_adapter() on the PEFT model first")
     uses = Counter(id(parameter) for _, parameter in peft_model.named_parameters(remove_duplicate=False))
     shared = [path for path, layer in layers.items() if uses[id(layer.get_base_layer().weight)] > 1]
     if shared:
-        raise ValueError(f"the weights of {', '.join(shared)} are shared with other layers, which PEFT left alone")
+        raise ValueError(
+            f"the weights of {', '.join(shared)} are shared with other layers and cannot be adapted in place: "
+            "untie them before the model is passed to PEFT"
+        )
     found = {}
     for name, config in peft_model.peft_config.items():
         state = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
@@ -162,7 +165,7 @@ def from_peft(peft_model: nn.Module, trainable: bool = False) -> nn.Module:
 
 
 def _check_expressible(model: nn.Module, targets: tuple[Target, ...], config: RandLoRAConfig) -> None:
-    """Raise one ValueError about everything that PEFT's RandLora has no word for."""
+    """Raise one ValueError that lists everything PEFT's RandLora cannot express."""
     reasons: dict[str, list[str]] = {}
     attentions = {path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     for target in targets:
@@ -170,7 +173,7 @@ def _check_expressible(model: nn.Module, targets: tuple[Target, ...], config: Ra
         if target.kind not in ("linear", "transposed", "quantized"):
             reason = f"{target.kind} weights"
         elif target.name.endswith("out_proj") and target.name.rpartition(".")[0] in attentions:
-            reason = "projections that their attention never calls, so that PEFT's wrapper has no effect"
+            reason = "projections that their attention never calls, so PEFT's wrapper has no effect"
         elif target.aliases:
             reason = "weights with several names or owners"
         elif target.rank != targets[0].rank:
@@ -178,20 +181,20 @@ def _check_expressible(model: nn.Module, targets: tuple[Target, ...], config: Ra
         if reason:
             reasons.setdefault(reason, []).append(target.name)
     if config.bases == STRUCTURED:
-        reasons["structured bases: no one B serves layers of all shapes"] = ["all targets"]
+        reasons["structured bases, which need a different B for each layer shape"] = ["all targets"]
     if reasons:
         listed = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in reasons.items())
         raise ValueError(f"PEFT's RandLora cannot express {listed}")
 
 
 def _sized(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix at the size that PEFT expects. What is added is never read."""
+    """Crop or pad the matrix to the size that PEFT expects. The padding is never read."""
     matrix = matrix[:rows, :columns]
     return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The names, or a regular expression where PEFT, which matches their ends, would find more by them."""
+    """The names, or a regular expression if PEFT, which matches the ends of paths, would match more modules by them."""
     hits = {path for path, _ in model.named_modules() if any(matches_suffix(name, path) for name in names)}
     return sorted(names) if hits == set(names) else "|".join(re.escape(name) for name in sorted(names))
 
@@ -199,7 +202,7 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 def _modules_to_save(
     model: nn.Module, config: RandLoRAConfig, saved: Mapping[str, Tensor], names: Iterable[str]
 ) -> list[str]:
-    """Paths of the modules trained in full that PEFT finds by its own rules: none if it would find others too."""
+    """Paths of the modules trained in full, as PEFT matches them; empty if PEFT would match other modules too."""
     modules: list[str] = []
     for path, module in model.named_modules():
         keys = [f"{path}.{key}" for key in module.state_dict()]
@@ -216,7 +219,7 @@ def _modules_to_save(
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's settings as its file has them: lists for sets."""
+    """PEFT's settings as they appear in its file: sets become lists."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 

@@ -1,4 +1,4 @@
-"""The configuration of one adapter: frozen, checked once when built, and a JSON round trip.
+"""The configuration of one adapter: frozen, validated once when built, and convertible to and from JSON.
 
 Notation used in every file that handles tensors: O out, I in, M = max(O, I) the wide side, m = min(O, I) the
 narrow side, R rank of one random base, N = ceil(m / R) number of bases, T tokens.
@@ -29,10 +29,10 @@ BASES_KINDS = (
     "stored",
 )
 COMPUTE = ("auto", "dense", "factored")
-"""Which orders of products may be taken, see `randlora_vision.compute.planner`."""
+"""Which orders of products are allowed; see `randlora_vision.compute.planner`."""
 INITS = ("lambda-zero", "gamma-zero")
 SCALING = 20.0
-"""alpha / rank when alpha is not given: the setting of PEFT's RandLora (alpha 640 at rank 32)."""
+"""alpha / rank when alpha is not given: the default of PEFT's RandLora (alpha 640 at rank 32)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,42 +40,42 @@ class RandLoRAConfig:
     """Settings of one RandLoRA adapter (arXiv 2502.00987).
 
     The update of a frozen weight is ``delta W = (alpha / rank) * sum_n B_n diag(lambda_n) A diag(gamma_n)`` with
-    frozen random bases A and B_n. It reaches full rank whatever ``rank`` is.
+    frozen random bases A and B_n. It can reach full rank for any ``rank``.
 
     Attributes:
         rank: Rank R of ONE random base. Unlike LoRA's, a LARGER rank means FEWER trained numbers:
             a weight with narrow side m trains ``R * N + N * m`` of them, N = ceil(m / R), about ``m * m / R``.
         alpha: The update is scaled by ``alpha / rank``. ``None`` means ``20 * rank``.
-        dropout: Probability of zeroing an input element of the adapter branch while training. It acts where a
-            Linear layer is called; a weight that its host reads (attention's packed projection, convolutions)
-            has no separate adapter input and takes none.
+        dropout: Probability of zeroing an input element of the adapter branch during training. It applies to
+            Linear layers that are called; a weight that the model reads directly (a packed attention projection,
+            a convolution kernel) has no separate adapter input, so dropout has no effect on it.
         target_modules: What to adapt. A list of names, each matching whole trailing components of a module's
             path (``"attn.qkv"`` matches ``blocks.0.attn.qkv``) or of a parameter's (``"in_proj_weight"``);
             or one string: ``"all-linear"`` (every nn.Linear and every attention projection, classifier heads
-            excluded), ``"all"`` (those, heads and convolutions), a preset of an integration such as
+            excluded), ``"all"`` (the same plus heads and convolutions), a preset of an integration such as
             ``"open_clip:vision"``, or a regular expression that must match a whole path.
-        exclude_modules: Never adapted: a list of names (any run of whole components of a path, so that
+        exclude_modules: What not to adapt: a list of names (any run of whole components of a path, so that
             ``"visual"`` excludes a whole tower) or a regular expression that must match a whole path.
         layers_to_transform: Adapt only targets whose first numeric path component is one of these indices.
-        rank_pattern: Rank overrides by target name; keys match as in ``target_modules``, the first match wins.
-        alpha_pattern: Alpha overrides by target name, likewise.
+        rank_pattern: Rank overrides by target name; keys match as in ``target_modules``, and the first match wins.
+        alpha_pattern: Alpha overrides by target name; keys match as in ``rank_pattern``.
         bases: Distribution of the random bases, all of unit variance: ``"uniform"``, ``"normal"``, ``"sparse"``
             (-1/0/+1 with probabilities 1/6, 2/3, 1/6), ``"very_sparse"`` (non-zero with probability
             1 / sqrt(m), m the largest narrow side) or ``"structured"`` (-1/+1 from small Hadamard matrices and random
-            signs: no large matrix is held or multiplied, so a training step costs little more than LoRA's; see
+            signs: no large matrix is stored or multiplied, so a training step costs little more than LoRA's; see
             `randlora_vision.bases.hadamard`). For exchange with PEFT: ``"peft"``, ``"peft_float16"``,
-            ``"peft_sparse"``, ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.bases.peft`), and ``"stored"``
-            says that the bases are in the adapter's file.
+            ``"peft_sparse"`` and ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.bases.peft`), and
+            ``"stored"`` means that the bases are in the adapter's file.
         seed: Seed of the bases, 0 <= seed < 2**64. The same seed gives the same bases on every machine.
-        init: ``"lambda-zero"`` (lambda = 0, gamma = 1 / max(N, m), as PEFT) or ``"gamma-zero"`` (gamma = 0,
-            lambda = 1 / max(R, N), as the paper's vision code; wants a smaller learning rate). Both start
+        init: ``"lambda-zero"`` (lambda = 0, gamma = 1 / max(N, m), as in PEFT) or ``"gamma-zero"`` (gamma = 0,
+            lambda = 1 / max(R, N), as in the paper's vision code; needs a smaller learning rate). Both start
             from the unchanged base model.
         modules_to_save: Modules or parameters trained in full and saved with the adapter, such as a new
             classifier head or CLIP's ``logit_scale``; names match as in ``target_modules``.
-        compute: Order of the matrix products of a called Linear layer: ``"auto"`` takes the cheapest for the number
-            of tokens at hand, ``"dense"`` always builds W + delta W, ``"factored"`` always sends the tokens through
-            the factors. The numbers are the same up to rounding; it is no property of the adapter, two configurations
-            that differ in it are equal, and files do not hold it.
+        compute: Order of the matrix products of a called Linear layer: ``"auto"`` uses the cheapest for the current
+            number of tokens, ``"dense"`` always builds W + delta W, and ``"factored"`` always applies the factors to
+            the tokens. The results are equal up to rounding. This is not a property of the adapter: two
+            configurations that differ only in it compare equal, and it is not stored in files.
 
     Raises:
         ValueError: If a value is out of range or of the wrong type; the message names the field.
@@ -122,28 +122,28 @@ class RandLoRAConfig:
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
 
     def rank_of(self, paths: tuple[str, ...]) -> int:
-        """Rank for a target known under these paths."""
+        """Rank of a target that has these paths."""
         return next((rank for key, rank in self.rank_pattern.items() if matches_any(key, paths)), self.rank)
 
     def alpha_of(self, paths: tuple[str, ...]) -> float:
-        """Alpha for a target known under these paths."""
+        """Alpha of a target that has these paths."""
         for key, alpha in self.alpha_pattern.items():
             if matches_any(key, paths):
                 return float(alpha)
         return SCALING * self.rank_of(paths) if self.alpha is None else float(self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without `compute`; `from_dict` is its inverse."""
+        """The configuration in plain JSON types, without `compute`; `from_dict` is the inverse."""
         values = dataclasses.asdict(self)
         del values["compute"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RandLoRAConfig:
-        """Build from `to_dict`'s output.
+        """Build a configuration from the output of `to_dict`.
 
         Raises:
-            ValueError: On an unknown key (the nearest valid one is named) or a value out of range.
+            ValueError: If a key is unknown (the message names the closest valid one) or a value is out of range.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a RandLoRA config must be a JSON object, got {type(values).__name__}")
@@ -161,10 +161,10 @@ class RandLoRAConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RandLoRAConfig:
-        """Build from `to_json`'s output.
+        """Build a configuration from the output of `to_json`.
 
         Raises:
-            ValueError: If the text is not a JSON object, or as `from_dict` does.
+            ValueError: If the text is not a JSON object, or under the conditions of `from_dict`.
         """
         try:
             values = json.loads(text)

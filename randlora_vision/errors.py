@@ -1,4 +1,4 @@
-"""How a mistake of the user's reaches the user: one line on stderr and exit code 2."""
+"""How user errors are reported: one line on stderr and exit code 2."""
 
 import functools
 import os
@@ -12,16 +12,16 @@ _R = TypeVar("_R")
 
 
 def one_line(text: str) -> str:
-    """Return `text` with every run of white space, line ends included, made one space."""
+    """Return `text` with every run of white space, including line breaks, replaced by one space."""
     return " ".join(text.split())
 
 
 def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make `main` answer a ValueError or an OSError with one line `error: ...` and exit code 2.
+    """Make `main` report a ValueError or an OSError as one line `error: ...` and exit with code 2.
 
-    These two are what the library raises for wrong input, missing files included; any other
-    exception is a bug of ours and keeps its traceback. With the environment variable
-    RANDLORA_DEBUG set, every exception keeps it.
+    The library raises these two for wrong input, including missing files; any other exception is a
+    bug in the library and keeps its traceback. If the environment variable RANDLORA_DEBUG is set,
+    every exception keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -38,7 +38,7 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _own_words(message: str) -> str:
-    """Return the message that a loader process raised, without the traceback that PyTorch adds to it."""
+    """Return the message of an exception from a data loader worker, without the traceback that PyTorch adds."""
     if "Original Traceback" not in message:
         return message
     return message.strip().splitlines()[-1].partition(": ")[2]

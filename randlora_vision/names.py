@@ -1,25 +1,15 @@
-"""How weights are called: names of lambda and gamma, matching, and names in lists for people."""
+"""Names of weights: the names of lambda and gamma, name matching, and readable lists of names."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from torch import nn
-
-if TYPE_CHECKING:
-    _Mixin = nn.Module
-else:  # the adapted class inherits nn.Module from its own base
-    _Mixin = object
 import re
 from collections.abc import Iterable
-
-from torch import nn
 
 PARTS = ("lambda", "gamma")
 
 
 def parameter_name(param: str, part: str, adapter_name: str) -> str:
-    """Name under which lambda or gamma of an adapter on `param` is registered on the module."""
+    """Name under which an adapter's lambda or gamma for `param` is registered on the module."""
     return f"{param}_randlora_{part}_{adapter_name}"
 
 
@@ -44,12 +34,12 @@ def is_preset(target_modules: str) -> bool:
 
 
 def with_parents(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """The paths and every module path above them."""
+    """The paths and the paths of all their parent modules."""
     return tuple(path.rsplit(".", i)[0] for path in paths for i in range(path.count(".") + 1))
 
 
 def summarise(names: list[str]) -> list[str]:
-    """Names that differ in their numbers alone as one: ``blocks.*.attn.qkv (x12)``."""
+    """Combine names that differ only in their numbers into one: ``blocks.*.attn.qkv (x12)``."""
     counts: dict[str, int] = {}
     for name in names:
         group = ".".join("*" if part.isdecimal() else part for part in name.split("."))
@@ -58,6 +48,6 @@ def summarise(names: list[str]) -> list[str]:
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first `most` names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""What an injection did, or would do."""
+"""Reports of what an injection did or would do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Target:
         name: Module path for a layer's ``weight``, else the parameter's path.
         kind: "linear", "transposed" (Conv1D of transformers, whose weight and `shape` are (I, O)), "attention",
             "convolution", "parameter" or "quantized".
-        shape: (O, I), convolution kernels flattened into I.
-        rank: R.
+        shape: (O, I), with convolution kernels flattened into I.
+        rank: The rank R.
         alpha: The update is scaled by alpha / R.
-        bases: N, the number of bases.
+        bases: The number of bases N.
         aliases: Other names of the same (tied or shared) parameter.
     """
 
@@ -39,24 +39,24 @@ class Target:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers: R * N + N * m."""
+        """Number of trained parameters: R * N + N * m."""
         return self.bases * (self.rank + self.narrow)
 
 
 @dataclasses.dataclass(frozen=True)
 class InjectionReport:
-    """Result of `plan` and `inject`; ``str(report)`` is a table.
+    """The result of `plan` and `inject`; ``str(report)`` is a table.
 
     Attributes:
         adapter_name: The adapter's name.
-        config: Its configuration.
-        targets: What is adapted.
-        skipped: (name, reason) of what was asked for, or belongs to the preset, and is left alone.
-        saved: (path, numbers) of the parameters trained in full (`modules_to_save`) and of their modules' buffers.
-        saved_parameters: Numbers of these parameters.
-        warnings: Patterns that matched nothing.
-        base_parameters: Numbers in the base model.
-        bases_bytes: Memory of the shared random bases in float32 (they are not stored in the file).
+        config: The adapter's configuration.
+        targets: The adapted parameters.
+        skipped: (name, reason) of each weight that was requested, or that belongs to the preset, but is not adapted.
+        saved: (path, size) of each parameter trained in full (`modules_to_save`) and of each buffer of its module.
+        saved_parameters: Total size of the parameters trained in full.
+        warnings: Warnings, such as patterns that match nothing.
+        base_parameters: Number of parameters of the base model.
+        bases_bytes: Memory of the shared random bases (which are not stored in the file).
         file_bytes: Size of the file that `save_adapter` writes.
     """
 
@@ -73,11 +73,11 @@ class InjectionReport:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers, `modules_to_save` included."""
+        """Number of trained parameters, including `modules_to_save`."""
         return sum(target.num_parameters for target in self.targets) + self.saved_parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The report in plain JSON types."""
         values = dataclasses.asdict(self)
         values["config"] = self.config.to_dict()
         values["num_parameters"] = self.num_parameters

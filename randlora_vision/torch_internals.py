@@ -1,6 +1,6 @@
-"""What is used of PyTorch without a promise that it stays: all of it, each use tested on its own.
+"""Every use of PyTorch's private API, in one place; each is tested separately.
 
-An update of torch that changes one of these breaks `tests/test_torch_internals.py` first.
+An update of torch that changes one of these fails in `tests/test_torch_internals.py` first.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that all views of one memory share while it is alive; ``data_ptr`` is 0 without memory."""
+    """An identifier that all views of one live storage share; ``data_ptr`` is 0 for tensors without memory."""
     return tensor.untyped_storage()._cdata
 
 
 def version(tensor: Tensor) -> int:
-    """The counter that every in-place change of a tensor raises."""
+    """The version counter, which every in-place change of a tensor increments."""
     return tensor._version
 
 
 def saved_tensor_hooks_are_free() -> bool:
-    """False inside hooks of others on saved tensors, and where torch forbids hooks (torch.func)."""
+    """False if other saved-tensor hooks are active, and where torch does not allow hooks (torch.func)."""
     autograd = torch._C._autograd
     forbidden = autograd._saved_tensors_hooks_get_disabled_error_message()
     return forbidden is None and autograd._top_saved_tensors_default_hooks(True) is None
@@ -35,7 +35,7 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
 
 
 def reshaped_as_own(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A contiguous tensor in another shape that autograd does not take for a view."""
+    """A contiguous tensor in another shape that autograd does not treat as a view."""
     return torch.ops.aten._unsafe_view(tensor, list(shape))
 
 
@@ -46,7 +46,7 @@ def persistent_names(module: nn.Module) -> list[str]:
 
 
 def remove_load_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Take hooks off that ``register_load_state_dict_pre_hook`` and ``..._post_hook`` put on."""
+    """Remove hooks registered with ``register_load_state_dict_pre_hook`` and ``..._post_hook``."""
     for registered in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
         for key, hook in list(registered.items()):
             if getattr(hook, "hook", hook) in hooks:

@@ -1,4 +1,4 @@
-"""The installed versions that a result can depend on."""
+"""Versions of the installed packages that a result can depend on."""
 
 from importlib import metadata
 
@@ -22,7 +22,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of its hosts by distribution name, leaving out what is not installed."""
+    """Return the versions of this package and of its host libraries by distribution name, if they are installed."""
     found = {}
     for name in _PACKAGES:
         try:

@@ -74,7 +74,8 @@ def read(data: object, skipped: SkipList | None = None, **options: Any) -> Any:
     """Read data as train_clip.py does."""
     from randlora_vision.training.data.read import read_data
 
-    return read_data(ImageOptions(data=str(data), **options), skipped or SkipList())
+    images = ImageOptions(data=str(data), **options)
+    return read_data(images, skipped or SkipList(), images.class_names)
 
 
 def pixels(picture: Any) -> bytes:

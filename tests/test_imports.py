@@ -1,4 +1,4 @@
-"""Who may import whom: the architecture, as one table that every file is held against."""
+"""The allowed imports between packages, as one table that every file is checked against."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ ALLOWED = {
     "demos": ("files", *(f"training.{room}" for room in ("data", "harness", "clip", "classifier", "dreambooth"))),
     "train_scripts": (*COMMON, "demos", "training.clip", "training.classifier", "training.dreambooth"),
 }
-"""A room of `randlora_vision` and what it may import besides itself."""
+"""Each part of `randlora_vision` and the parts that it may import besides itself."""
 LIBRARIES = {"torch", "numpy", "safetensors"}
-"""What the core stands on; host libraries are imported by the rooms above it."""
+"""The libraries that the core may import; host libraries are imported only by the parts above it."""
 
 
 def module_of(path: Path) -> str:
@@ -72,13 +72,13 @@ FILES = {
 
 
 def room(module: str) -> str:
-    """The part of the package that a module is in: ``""`` for its face, ``training.clip`` for a part of training."""
+    """The part of the package that contains a module: ``""`` for the top level, or for example ``training.clip``."""
     parts = module.split(".")[1:]
     return ".".join(parts[: 2 if parts[:1] == ["training"] else 1])
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Everything that a file imports, inside functions too."""
+    """Everything that a file imports, including imports inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

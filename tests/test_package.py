@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a copy of the repository: a build folder that lies about could add files of an older tree."""
+    """A wheel built from a copy of the repository, as a leftover build folder could add files of an older tree."""
     folder = tmp_path_factory.mktemp("wheel")
     not_ours = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "source", ignore=not_ours)
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path) -> Path:
-    """A clean folder with the wheel alone; Python finds the libraries of this environment after it."""
+    """A clean folder with only the wheel; Python finds the libraries of this environment after it."""
     target = wheel.parent / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
@@ -59,6 +59,10 @@ def test_the_wheel_in_a_clean_target(site: Path) -> None:
     tops = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert tops == {"randlora_vision", "bin"}
     assert [path.name for path in (site / "bin").iterdir()] == ["randlora"]
+    ours = {path.relative_to(ROOT / "randlora_vision") for path in (ROOT / "randlora_vision").rglob("*.py")}
+    for folder in ("integrations", "train_scripts"):
+        ours |= {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
+    assert ours == {path.relative_to(site / "randlora_vision") for path in (site / "randlora_vision").rglob("*.py")}
     script = (
         "import randlora_vision, randlora_vision.integrations.open_clip, randlora_vision.training\n"
         "print(randlora_vision.__file__)\n"

@@ -1,4 +1,4 @@
-"""Each use of PyTorch's private parts, on its own: what an update of torch would break."""
+"""Each use of PyTorch's private API on its own, to show what an update of torch breaks."""
 
 from __future__ import annotations
 

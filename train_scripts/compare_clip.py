@@ -1,9 +1,9 @@
-"""RandLoRA, LoRA with as many trained numbers, and full fine-tuning of a CLIP model, side by side.
+"""Compare RandLoRA, LoRA with about as many trained parameters, and full fine-tuning of a CLIP model.
 
 python train_scripts/compare_clip.py --output-dir runs/demo
 
-Takes the options of train_clip.py and trains once per method, each in its own folder inside the output
-folder; what an earlier comparison left there is replaced.
+Takes the options of train_clip.py and trains once per method, each run in a separate folder inside the output
+folder. Results of an earlier comparison in that folder are overwritten.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,27 +20,29 @@ from randlora_vision.training.evaluation.results import headline
 from randlora_vision.training.harness.options import AdapterOptions, Method, parse
 from randlora_vision.training.harness.run_folder import RunFolder
 
-Summaries = Mapping[Method, Mapping[str, Any]]  # by method, what summary.json holds
+Summaries = Mapping[Method, Mapping[str, Any]]  # method -> content of summary.json
 
 _LABELS: Mapping[Method, str] = {"randlora": "RandLoRA", "lora": "LoRA", "full": "full fine-tuning"}
-_ACCURACIES = "Accuracies are of test images, before and after training."
+_ACCURACIES = "Accuracies are measured on test images, before and after training."
 _REMARK = f"""\
 {_ACCURACIES} Learning rates were chosen on validation images.
-The distance between LoRA and RandLoRA is one of convergence within a short budget, not a ceiling of LoRA's: in trials
+The gap between LoRA and RandLoRA reflects convergence within a short budget, not a limit of LoRA: in our trials
 it was three points after these 250 steps and less than one after 600 (--steps 600).
-What the base model could do before, it forgets by every method: see the original task, upright digits."""
+Every method makes the base model forget part of what it could do before: see the original task, upright digits."""
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train by every method, then write and print the comparison."""
+    """Train with every method, then write and print the comparison."""
     options = parse(ClipOptions, argv, __doc__ or "")
     if options.adapter.method != "randlora" or options.training.lr is not None:
-        raise ValueError("the comparison runs every method, each with its own rate: leave --method and --lr out")
+        raise ValueError(
+            "the comparison runs every method, each with its own learning rate: leave --method and --lr out"
+        )
     if options.evaluation.eval_only or options.evaluation.adapter is not None:
         raise ValueError("the comparison trains every method from the base model: leave --eval-only and --adapter out")
     if options.checkpoints.resume is not None:
-        raise ValueError("the comparison trains from the start: resume a method's own run with train_clip.py")
+        raise ValueError("the comparison trains from the start: to resume the run of one method, use train_clip.py")
     folder = Path(options.run.output_dir or "runs/compare-clip")
     summaries: dict[Method, Mapping[str, Any]] = {}
     for method, label in _LABELS.items():
@@ -57,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_text(folder / "comparison.md", words)
     draw(folder, summaries)
     print(f"\n{words}\nresults: {folder}/comparison.png, comparison.md, comparison.json")
-    print(f"and for each method its run folder: {', '.join(str(folder / method) for method in _LABELS)}")
+    print(f"run folders of the methods: {', '.join(str(folder / method) for method in _LABELS)}")
 
 
 def table(summaries: Summaries) -> str:
-    """Return the comparison as a Markdown table, aligned for the terminal too."""
+    """Return the comparison as a Markdown table whose columns also align in a terminal."""
     tasks: Mapping[str, str] = summaries["randlora"]["tasks"]
     kind = "top-1" if "top1" in summaries["randlora"]["after"]["test"] else "mean recall"
     rows = [["method", "trained numbers", "file (bytes)", *(f"{name}, {kind}" for name in tasks.values()), "training"]]
@@ -78,7 +80,7 @@ def table(summaries: Summaries) -> str:
 
 
 def draw(folder: Path, summaries: Summaries) -> None:
-    """Draw the methods' accuracies over the steps, and before and after."""
+    """Plot the accuracy of each method over the steps, and before and after training."""
     first = summaries["randlora"]
     runs = [
         Compared(

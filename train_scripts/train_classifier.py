@@ -1,12 +1,12 @@
-"""Adapt an image classifier of timm to your images with RandLoRA.
+"""Adapt a timm image classifier to your images with RandLoRA.
 
 accelerate launch train_scripts/train_classifier.py
 
 accelerate launch train_scripts/train_classifier.py --data FOLDER --model vit_base_patch16_224 --pretrained
 
-Without arguments: handwritten digits that need no download. The backbone gets adapters, the classifier
-head is trained in full, and one file holds both. The run folder holds that file, metrics, pictures and
-settings.
+Without arguments, it trains on handwritten digits that need no download. Adapters are added to the backbone, the
+classifier head is trained in full, and both are saved in one file. The run folder contains that file, the metrics,
+the figures and the settings.
 """
 
 from collections.abc import Sequence
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(options: ClassifierOptions) -> dict[str, Any]:
-    """Measure, adapt, train, measure again, save, reload; return what summary.json holds."""
+    """Evaluate, adapt, train, save, reload and evaluate again; return the content of summary.json."""
     options = resolve(options)
     training = options.training
     accelerator = make_accelerator(training)
     say = accelerator.print
     options, run, resume = open_run(options, "classifier", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.data.strict_data)
-    with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
+    with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
         splits, original = read_images(options, skipped)
         options = with_demo_model(options)
         loaded = load_classifier(options.model, len(splits.class_names), training.seed)
@@ -80,7 +80,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     if options.speed.torch_compile:
         task.loss.compile()
     speed = fit(task, options, splits, run, accelerator, resume, task.own_lr())
-    model.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
+    model.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(model)
     summary: dict[str, Any] = {}
     if run.writing:
@@ -92,11 +92,11 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     return summary
 
 
-NO_HEAD = "nothing to measure (the classifier is new)"
+NO_HEAD = "not measured (the classifier head is new)"
 
 
 def with_demo_model(options: ClassifierOptions) -> ClassifierOptions:
-    """Name the digits ViT, pretrained first where it is not in the cache, if no model was chosen."""
+    """Set the model to the digits ViT if none was chosen, pretraining it first if it is not cached."""
     if options.model.model is not None:
         return options
     folder = demo_classifier.demo_model_folder(options.model.cache_dir)
@@ -106,8 +106,8 @@ def with_demo_model(options: ClassifierOptions) -> ClassifierOptions:
 def take_before(
     options: ClassifierOptions, loaded: LoadedClassifier, exam: Exam, demo: bool, device: torch.device
 ) -> Answers | None:
-    """Measure the base with the head that its weights bring; None where that is for other classes."""
-    if demo:  # five of the ten classes
+    """Evaluate the base model with the pretrained head; None if that head is for other classes."""
+    if demo:  # its head has five of the ten classes
         return exam.take(with_own_head(options.model, options.training.seed).to(device))
     return None if loaded.fresh_head else exam.take(loaded.model)
 
@@ -120,7 +120,7 @@ def check_reload(
     trained: Answers,
     run: RunFolder,
 ) -> float:
-    """Load the saved file into a fresh base model and return the largest difference of a logit."""
+    """Load the saved file into a fresh base model and return the largest difference between logits."""
     loaded = load_classifier(options.model, len(exam.class_names), options.training.seed)
     fresh = placed(loaded.model, device, options.speed.channels_last)
     adaptation.load(fresh, run.adapter)

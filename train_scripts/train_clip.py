@@ -4,9 +4,9 @@ accelerate launch train_scripts/train_clip.py
 
 accelerate launch train_scripts/train_clip.py --data FOLDER --model ViT-B-32 --pretrained laion2b_s34b_b79k
 
-Without arguments: handwritten digits that need no download. Of data with classes the features of the class
-prompts are the classifier, and the loss is the cross entropy of the images against them; images and captions
-are trained against each other. The run folder holds the adapter, metrics, pictures and settings.
+Without arguments, it trains on handwritten digits that need no download. For data with classes, the text features
+of the class prompts are the classifier weights and the loss is the cross entropy of its logits. For data with
+captions, the loss is contrastive. The run folder contains the adapter, the metrics, the figures and the settings.
 """
 
 from collections.abc import Sequence
@@ -51,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(options: ClipOptions) -> dict[str, Any]:
-    """Measure, adapt, train, measure again, save, reload; return what summary.json holds."""
+    """Evaluate, adapt, train, save, reload and evaluate again; return the content of summary.json."""
     options = resolve(options)
     accelerator = make_accelerator(options.training)
     say = accelerator.print
     options, run, resume = open_run(options, "clip", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.images.strict_data)
-    data = read_data(options.images, skipped)
+    data = read_data(options.images, skipped, options.images.class_names)
     class_names = data.class_names if isinstance(data, ImageSplits) else None
-    with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
+    with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
         options = with_demo_model(options)
         clip = load(options, accelerator.device)
     options = resolve_loss(options, captions=class_names is None)
@@ -68,7 +68,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     say(f"images: {data}{skipped}")
     truncated = truncated_captions(data, clip.tokenize) if isinstance(data, PairSplits) else 0
     if truncated:
-        say(f"note: {truncated} captions are longer than the model's context and are cut")
+        say(f"note: {truncated} captions are longer than the model's context and are truncated")
 
     set_seed(options.training.seed)
     exam = Exam(clip, read_tests(options, data, skipped), options, skipped)
@@ -85,9 +85,9 @@ def train(options: ClipOptions) -> dict[str, Any]:
     if options.speed.torch_compile:
         task.loss.compile()
     speed = fit(task, options, data, run, accelerator, resume, task.own_lr())
-    task.loss.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded model
+    task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(clip, classifier)
-    accelerator.wait_for_everyone()  # for the file, which every process now reads
+    accelerator.wait_for_everyone()  # until the file that every process now reads is written
     difference = check_reload(options, accelerator.device, exam, after, run)
     scales = take_scales(options, accelerator.device, exam, run.adapter)
     summary: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
 def evaluate(
     options: ClipOptions, clip: LoadedClip, exam: Exam, run: RunFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Measure the model, and with an adapter where one is given; return what summary.json holds."""
+    """Evaluate the model, also with the adapter if one is given; return the content of summary.json."""
     before, after = exam.take(clip), None
     scales: list[tuple[float, Results]] = []
     if options.evaluation.adapter is not None:
@@ -129,7 +129,7 @@ def make_task(
     processes: int,
     path: Path | None,
 ) -> ClassPromptTask | ContrastiveTask:
-    """Return what the loop trains: the loss that was chosen, on data with classes or with captions."""
+    """Return the task for the training loop: the chosen loss, on data with classes or with captions."""
     transform = clip.training_transform(data.augment)
     if isinstance(data, PairSplits):
         pairs = data.select("train", transform, clip.tokenize, skipped)
@@ -152,7 +152,7 @@ def make_task(
 
 
 def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[str, Splits]:
-    """Return what the model is measured on: the task, and what is to be kept where that is known or given."""
+    """Return the data sets to evaluate on: the task, and those on which forgetting is measured, if any."""
     tests: dict[str, Splits] = {"test": data}
     if options.images.embedded:
         tests["original"] = digits.read_digits(digits.KNOWN_DIGITS)
@@ -165,12 +165,12 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
             shots=None,
             train_fraction=1.0,
         )
-        tests["retention"] = read_data(whole, skipped)
+        tests["retention"] = read_data(whole, skipped, whole.class_names)
     return tests
 
 
 def with_demo_model(options: ClipOptions) -> ClipOptions:
-    """Name the digits CLIP, pretrained first where it is not in the cache, if no model was chosen."""
+    """Set the model to the digits CLIP if none was chosen, pretraining it first if it is not cached."""
     if options.clip.model is not None:
         return options
     folder = demo_clip.demo_model_folder(options.clip.cache_dir)
@@ -178,19 +178,19 @@ def with_demo_model(options: ClipOptions) -> ClipOptions:
 
 
 def load(options: ClipOptions, device: torch.device) -> LoadedClip:
-    """Load the base model; for a linear probe on adapted features, with the adapter that is given."""
+    """Load the base model; a linear probe on adapted features also loads the given adapter."""
     assert options.clip.model is not None
     clip = load_clip(options.clip.model, options.clip.pretrained, options.training.seed)
     placed(clip.model, device, options.speed.channels_last)
     adapter = options.evaluation.adapter
     if adapter is not None and not options.evaluation.eval_only:
         if put_on(clip.model, Path(adapter)) is not None:
-            raise ValueError(f"--adapter {adapter} is a linear classifier itself: it has no features to learn on")
+            raise ValueError(f"--adapter {adapter} is itself a linear classifier: it has no features to train on")
     return clip
 
 
 def take_scales(options: ClipOptions, device: torch.device, exam: Exam, path: Path) -> list[tuple[float, Results]]:
-    """Measure the model at every scale of the adapter that is asked for."""
+    """Evaluate the model at every requested scale of the adapter."""
     results = []
     for scale in options.evaluation.scales:
         clip = load(options, device)
@@ -201,7 +201,7 @@ def take_scales(options: ClipOptions, device: torch.device, exam: Exam, path: Pa
 def check_reload(options: ClipOptions, device: torch.device, exam: Exam, trained: Answers, run: RunFolder) -> float:
     """Load the saved file into a fresh base model and compare its logits with the trained model's.
 
-    Returns the largest difference; raises RuntimeError when it is more than rounding.
+    Returns the largest difference. Raises RuntimeError if it exceeds rounding error.
     """
     fresh = load(options, device)
     logits = exam.predict(fresh, reload(fresh, exam.class_names, options, run.adapter))

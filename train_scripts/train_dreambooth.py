@@ -5,9 +5,9 @@ accelerate launch train_scripts/train_dreambooth.py
 accelerate launch train_scripts/train_dreambooth.py --pretrained-model-name-or-path FOLDER_OR_HUB_NAME
 --instance-data-dir IMAGES --instance-prompt "a photo of sks dog" --validation-prompt "a photo of sks dog on a beach"
 
-Stable Diffusion 1.5, 2 and XL (noise prediction), Stable Diffusion 3 and Flux (flow matching). Without
-arguments: a tiny pipeline learns a new handwritten digit, with no download; --family flow takes one of
-flow matching. The run folder holds the adapter, metrics, pictures and settings.
+Supports Stable Diffusion 1.5, 2 and XL (noise prediction), and Stable Diffusion 3 and Flux (flow matching). Without
+arguments, a tiny pipeline learns a new handwritten digit, with no download; --family flow chooses a flow-matching
+pipeline. The run folder contains the adapter, the metrics, the pictures and the settings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(options: DreamBoothOptions) -> dict[str, Any]:
-    """Sample, adapt, train, sample on the way, save, reload; return what summary.json holds."""
+    """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
     options = resolve(options)
     training = options.training
-    # Some adapters cannot learn: a last layer's queries of text, text encoders' layers past the one that is read.
+    # Some adapters get no gradient: text queries in a last block, layers of text encoders after the one that is used.
     accelerator = make_accelerator(training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
     options, run, resume = open_run(options, "dreambooth", accelerator)
     subject = demo_subject(options.subject) if options.embedded else read_subject(options.subject)
-    with accelerator.main_process_first():  # which downloads or pretrains, the others find it done
+    with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
         family = load(options, device)
     buckets = parse_buckets(
         options.subject.aspect_ratio_buckets,
@@ -77,7 +77,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         family, adaptation, data, options, accelerator.num_processes, run.adapter if run.writing else None
     )
     if not options.pipeline.train_text_encoder:
-        family.drop_text_encoders()  # every prompt is encoded
+        family.drop_text_encoders()  # all prompts are already encoded
     if options.pipeline.gradient_checkpointing:
         checkpoint_activations(task.loss.parts.values())
     album = Album(run, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths))
@@ -85,11 +85,11 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         task, options, data, run, accelerator, resume, task.own_lr(), after_save=album.show if pictures else None
     )
 
-    task.loss.requires_grad_(False)  # PyTorch chooses kernels by it: now those of the reloaded pipeline
+    task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded pipeline
     summary: dict[str, Any] = {}
     if run.writing:
         trained = gallery.draw()
-        family.pipe.to("cpu")  # makes room
+        family.pipe.to("cpu")  # frees memory
         fresh, difference = check_reload(options, device, accelerator.autocast, adaptation, run, gallery, trained)
         if options.embedded:
             shares["after"] = shares_of(fresh, options)
@@ -104,7 +104,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
 
 
 def load(options: DreamBoothOptions, device: torch.device) -> Family:
-    """Load the base pipeline, in half precision where training is and the method leaves the base alone."""
+    """Load the base pipeline, in half precision if training uses it and the method does not train the base."""
     pipeline, training = options.pipeline, options.training
     path = pipeline.pretrained_model_name_or_path
     if path is None:
@@ -123,7 +123,7 @@ def load(options: DreamBoothOptions, device: torch.device) -> Family:
 
 
 def make_sampler(family: Family, options: DreamBoothOptions, size: Size, autocast: Autocast) -> Sampler:
-    """Return what draws pictures as the validation options say."""
+    """Return a sampler with the settings of the validation options."""
     assert options.subject.sample_batch_size is not None
     validation = options.validation
     return Sampler(
@@ -137,7 +137,7 @@ def make_sampler(family: Family, options: DreamBoothOptions, size: Size, autocas
 
 
 def make_gallery(sampler: Sampler, options: DreamBoothOptions, caption: str) -> Gallery:
-    """Return the pictures of validation; where none are asked for, one of a caption, for the check at the end."""
+    """Return the validation gallery; without validation prompts, one picture of `caption` for the final check."""
     prompts = options.validation.validation_prompt
     each = options.validation.num_validation_images if prompts else 1
     seed, trained = options.training.seed, options.pipeline.train_text_encoder
@@ -145,14 +145,14 @@ def make_gallery(sampler: Sampler, options: DreamBoothOptions, caption: str) -> 
 
 
 def shares_of(sampler: Sampler, options: DreamBoothOptions) -> Shares:
-    """Measure what is learnt of the embedded subject and what is kept."""
+    """Measure how well the embedded subject is learnt and how much of the rest is kept."""
     subject = options.subject
     assert subject.instance_prompt is not None and subject.class_prompt is not None
     return measure(sampler, subject.instance_prompt, subject.class_prompt, options.training.seed)
 
 
 def upload(options: DreamBoothOptions, run: RunFolder, summary: Mapping[str, Any]) -> str:
-    """Put the adapter on the Hugging Face Hub; return its address."""
+    """Upload the adapter to the Hugging Face Hub; return its address."""
     name, base = options.hub.hub_model_id, options.pipeline.pretrained_model_name_or_path
     assert name is not None and base is not None
     return push_to_hub(run.adapter, name, base_model=base, library="diffusers", metrics=summary["after"])
@@ -167,7 +167,7 @@ def check_reload(
     gallery: Gallery,
     trained: list[list[torch.Tensor]],
 ) -> tuple[Sampler, float]:
-    """Load the saved file into a fresh pipeline; return its sampler, and the largest difference of a pixel."""
+    """Load the saved file into a fresh pipeline; return its sampler and the largest pixel difference."""
     fresh = load(options, device)
     adaptation.load(fresh.pipe, run.adapter)
     sampler = make_sampler(fresh, options, gallery.sampler.size, autocast)

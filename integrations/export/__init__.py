@@ -1,1 +1,1 @@
-"""Adapters as LoRA files or merged weights."""
+"""Export adapters as LoRA files or as merged weights."""

@@ -1,8 +1,8 @@
-"""RandLoRA as LoRA: what the tools of others can load, and what it loses on the way.
+"""Export RandLoRA adapters as LoRA files for other tools, and report the approximation error.
 
-A RandLoRA update has full rank, so a LoRA file holds its best approximation, layer by layer: every export says how
-much of each update is left out, in its report and in the file's metadata (``randlora_export``). The format
-``lycoris`` stores the updates whole.
+A RandLoRA update has full rank, so a LoRA file holds its best approximation, layer by layer. Every export reports how
+much of each update is lost, in its report and in the file's metadata (``randlora_export``). The format ``lycoris``
+stores the updates completely.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ def export_lora(
     adapter_name: str | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write the update of an adapter as a LoRA file; the model stays as it is.
+    """Write the update of an adapter as a LoRA file; the model is not changed.
 
     Args:
-        model_or_pipe: A model with adapters, or a pipeline of diffusers with such components.
-        path: A ``.safetensors`` file; for ``peft`` a folder.
-        rank: Rank of every layer (of a narrower layer, its narrow side), or
-        energy: the share of every update's squared Frobenius norm to keep, by the smallest rank that does
-            (``diffusers`` needs one rank for all layers of a component: smaller ones are filled up with zeros).
-        format: ``diffusers`` (``pipe.load_lora_weights`` and ComfyUI read it), ``kohya`` (sd-scripts, ComfyUI, Forge:
-            UNets, Flux and CLIP text encoders), ``peft`` (``PeftModel.from_pretrained``, for any one model; PEFT wraps
-            layers, so it is lost where a host reads ``module.weight`` itself) or ``lycoris`` (whole updates, as
-            ``.diff``; neither rank nor energy).
-        adapter_name: Which adapter; None means those that act, merged or active. Scales count as they are set.
-        progress: Called after each layer with (layers done, layers in all).
+        model_or_pipe: A model with adapters, or a diffusers pipeline with such components.
+        path: A ``.safetensors`` file; for ``peft``, a folder.
+        rank: Rank of every layer, at most its narrow side. Give either this or `energy`.
+        energy: Share of every update's squared Frobenius norm to keep; the smallest sufficient rank is used
+            (``diffusers`` needs one rank for all layers of a component: smaller ranks are padded with zeros).
+        format: ``diffusers`` (read by ``pipe.load_lora_weights`` and ComfyUI), ``kohya`` (sd-scripts, ComfyUI, Forge:
+            UNets, Flux and CLIP text encoders), ``peft`` (``PeftModel.from_pretrained``, for any single model; PEFT
+            wraps layers, so the update has no effect where a host reads ``module.weight`` itself) or ``lycoris``
+            (complete updates, as ``.diff``; takes neither rank nor energy).
+        adapter_name: Name of the adapter; None means all merged or active ones. Their current scales are applied.
+        progress: Called after each layer with (layers done, total layers).
 
     Returns:
-        The relative error of every layer and of all.
+        The report, with the relative error of every layer and of all layers together.
 
     Raises:
         ValueError: If an argument is out of range, there is no such adapter, or the format cannot hold an adapted
-            layer or the modules trained in full (``modules_to_save``; of the formats only ``peft`` takes them).
+            layer or the modules trained in full (``modules_to_save``, which only ``peft`` supports).
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "lycoris":
         if rank is not None or energy is not None:
-            raise ValueError("the format 'lycoris' stores the whole update: give neither rank nor energy")
+            raise ValueError("the format 'lycoris' stores the complete update: give neither rank nor energy")
         choice = None
     else:
         choice = Choice(rank, energy)
     target = Path(path)
     if format != "peft" and target.suffix != ".safetensors":
-        raise ValueError(f"the format {format!r} is one .safetensors file, got the name {str(path)!r}")
+        raise ValueError(f"the format {format!r} needs one .safetensors file, got the name {str(path)!r}")
     found = updates(model_or_pipe, adapter_name)
     whole = trained_in_full(model_or_pipe, adapter_name)
     if format == "peft":
@@ -78,8 +78,8 @@ def export_lora(
     if whole:
         names = ", ".join(".".join(key).strip(".") for key in list(whole)[:3])
         raise ValueError(
-            f"the format {format!r} has no place for modules trained in full (modules_to_save: {names}): use the "
-            "format 'peft' or save the merged model"
+            f"the format {format!r} cannot hold modules trained in full (modules_to_save: {names}): use the format "
+            "'peft' or save the merged model"
         )
     name = {
         "diffusers": _lora_keys.diffusers_pieces,
@@ -106,7 +106,7 @@ def export_lora(
 
 
 def _entries(piece: Piece, choice: Choice | None) -> tuple[dict[str, Tensor], LayerError]:
-    """The tensors of one layer and what they lose."""
+    """The tensors of one layer and their error."""
     delta = piece.delta()
     flat = delta.flatten(1)
     if choice is None:
@@ -121,9 +121,9 @@ def _entries(piece: Piece, choice: Choice | None) -> tuple[dict[str, Tensor], La
 
 
 def _one_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fill up with zeros, so that all layers of a component have one rank.
+    """Pad with zeros, so that all layers of a component have the same rank.
 
-    Without alphas in the file diffusers (0.36 still) takes the first layer's rank for the alpha of all.
+    Without alphas in the file, diffusers (0.36 still) uses the rank of the first layer as alpha for all layers.
     """
     ranks: dict[str, int] = {}
     for key, tensor in tensors.items():
@@ -140,9 +140,9 @@ def _one_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Kohya's spelling, with one alpha for all layers: loaders that mix up a layer's own cannot go wrong.
+    """Kohya's keys, with one alpha for all layers, so that loaders cannot confuse the alphas of different layers.
 
-    The update is (alpha / rank) up down: `up` makes up for what that is not 1.
+    The update is (alpha / rank) up down: `up` is rescaled to compensate for the factor.
     """
     alpha = max(len(tensor) for key, tensor in tensors.items() if ".lora_A." in key)
     spelt = {}

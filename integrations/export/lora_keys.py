@@ -1,6 +1,6 @@
-"""What other tools call the layers of a model in their LoRA files.
+"""Names of the layers of a model in the LoRA files of other tools.
 
-A file consists of pieces: mostly one a layer, but kohya's files for Flux hold several layers of diffusers as one.
+A file consists of pieces: usually one per layer, but kohya's files for Flux stack several diffusers layers in one.
 Shapes: O out, I in.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from randlora_vision.integrations.export.updates import Update, components
 
 _TEXT_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"})
-"""The layers of text encoders that loaders of LoRA know."""
+"""The layers of text encoders that LoRA loaders support."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# kohya's name of a layer of Flux (Black Forest Labs' own) -> the layers of diffusers whose rows it stacks.
+# kohya's name for a layer of Flux (from Black Forest Labs' code) -> the diffusers layers whose rows it stacks.
 _FLUX_DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -48,8 +48,8 @@ _FLUX_ROOT = {
     "final_layer_adaLN_modulation_1": ("norm_out.linear",),
     "final_layer_linear": ("proj_out",),
 }
-_HALVES_SWAPPED = "final_layer_adaLN_modulation_1"  # shift and scale, which diffusers has the other way round
-# kohya's files call these two of SDXL by their original names even where the rest has diffusers' own.
+_HALVES_SWAPPED = "final_layer_adaLN_modulation_1"  # shift and scale, in the opposite order in diffusers
+# kohya's files use the original names for these two SDXL layers, even where the others have diffusers' names.
 _UNET_NAMES = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
 
 
@@ -57,9 +57,9 @@ class Piece(NamedTuple):
     """One entry of a file.
 
     Attributes:
-        key: The entry's name, without a suffix.
-        parts: The layers whose rows it stacks; a number stands for as many rows of an unadapted layer.
-        swapped: The second half of the rows comes first.
+        key: Name of the entry, without a suffix.
+        parts: The layers whose rows it stacks; a number stands for that many rows of an unadapted layer.
+        swapped: True if the second half of the rows comes first.
     """
 
     key: str
@@ -68,12 +68,12 @@ class Piece(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a report calls it."""
+        """The name in a report."""
         first = self.parts[0]
         return first.name if len(self.parts) == 1 and isinstance(first, Update) else self.key
 
     def delta(self) -> Tensor:
-        """The update (O, I), a convolution's in its weight's shape."""
+        """Return the update (O, I); for a convolution, in the shape of its weight."""
         known = [part.delta() if isinstance(part, Update) else part for part in self.parts]
         like = next(part for part in known if isinstance(part, Tensor))
         rows = [like.new_zeros(part, like.shape[1]) if isinstance(part, int) else part for part in known]
@@ -82,13 +82,13 @@ class Piece(NamedTuple):
 
 
 def diffusers_pieces(host: Any, found: Sequence[Update]) -> list[Piece]:
-    """One piece a layer, under the names that ``pipe.load_lora_weights`` reads (ComfyUI too)."""
+    """Return one piece per layer, under the names that ``pipe.load_lora_weights`` and ComfyUI read."""
     refuse(found, "diffusers", lambda update: low_rank_problem(update) or _loader_problem(host, update))
     return [Piece(f"{_denoiser(host, update)}.{_path(host, update)}", (update,)) for update in found]
 
 
 def kohya_pieces(host: Any, found: Sequence[Update]) -> list[Piece]:
-    """The names of kohya's sd-scripts, which ComfyUI, Forge and diffusers read."""
+    """Return the pieces under the names of kohya's sd-scripts, which ComfyUI, Forge and diffusers read."""
     refuse(
         found,
         "kohya",
@@ -109,7 +109,7 @@ def kohya_pieces(host: Any, found: Sequence[Update]) -> list[Piece]:
 
 
 def lycoris_pieces(host: Any, found: Sequence[Update]) -> list[Piece]:
-    """One piece a layer under LyCORIS' names: kohya's for a UNet and text encoders, else ``lycoris_`` and the path."""
+    """Return one piece per layer under LyCORIS names: kohya's for UNets and text encoders, else ``lycoris_`` + path."""
     refuse(found, "lycoris", lambda update: _loader_problem(host, update) if update.component else _not_a_layer(update))
     return [Piece(_underscored(host, update), (update,)) for update in found]
 
@@ -128,14 +128,14 @@ def refuse(found: Sequence[Update], format: str, problem: Callable[[Update], str
 
 def _not_a_layer(update: Update) -> str | None:
     if update.param != "weight":
-        return "a parameter of its own, not the weight of a layer"
+        return "a parameter that is not the weight of a layer"
     if update.module._randlora[update.param].transposed:
         return "a transposed linear layer (Conv1D of transformers)"
     return None
 
 
 def low_rank_problem(update: Update) -> str | None:
-    """Why a layer's update cannot be given as a product of two small layers, or None."""
+    """Return why a layer's update cannot be written as a product of two small layers, or None."""
     module = update.module
     if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, _CONVOLUTIONS):
         return "a transposed convolution"
@@ -149,9 +149,9 @@ def _loader_problem(host: Any, update: Update) -> str | None:
         return None
     loadable = getattr(host, "_lora_loadable_modules", ())
     if update.component not in loadable:
-        return f"{type(host).__name__} loads LoRA into {', '.join(loadable) or 'nothing'} alone"
+        return f"{type(host).__name__} loads LoRA into {', '.join(loadable) or 'no component'} only"
     if update.component.startswith("text_encoder") and update.path.rpartition(".")[2] not in _TEXT_LAYERS:
-        return f"of text encoders only {', '.join(sorted(_TEXT_LAYERS))} are loaded"
+        return f"in text encoders, only {', '.join(sorted(_TEXT_LAYERS))} are loaded"
     return _not_a_layer(update)
 
 
@@ -160,7 +160,7 @@ def _kohya_problem(host: Any, update: Update) -> str | None:
     if _is_unet(model) or update.component.startswith("text_encoder"):
         return None
     if not _is_flux(model):
-        return f"kohya's names of {type(model).__name__} are not known here; ComfyUI reads the format 'diffusers'"
+        return f"kohya's names for {type(model).__name__} are not supported; ComfyUI reads the format 'diffusers'"
     known = {path for _, paths in _flux_table(model) for path in paths}
     return None if update.path in known else "kohya's files for Flux have no such layer"
 
@@ -178,12 +178,12 @@ def _is_flux(model: nn.Module) -> bool:
 
 
 def _denoiser(host: Any, update: Update) -> str:
-    """The component's name; of a bare model, the name that pipelines give it."""
+    """The name of the component; for a bare model, its name in pipelines."""
     return update.component or ("unet" if _is_unet(_model(host, update)) else "transformer")
 
 
 def _path(host: Any, update: Update) -> str:
-    """The module's path; transformers 5 took a level out of CLIP's text model that loaders still expect."""
+    """The path of the module; transformers 5 removed a level of CLIP's text model that loaders still expect."""
     model = _model(host, update)
     flattened = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
     return f"text_model.{update.path}" if flattened else update.path

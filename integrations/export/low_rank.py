@@ -1,6 +1,6 @@
-"""The best low-rank copy of an update, and what it loses.
+"""The best low-rank approximation of an update, and its error.
 
-Shapes: O out, I in, r the rank that is kept.
+Shapes: O out, I in, r rank that is kept.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How much to keep: a rank, or the smallest rank with a share of the squared Frobenius norm.
+    """How much of an update to keep: a rank, or the smallest rank that keeps a share of the squared Frobenius norm.
 
     Raises:
-        ValueError: Unless exactly one of the two is given and in range.
+        ValueError: Unless exactly one of the two is given and it is in range.
     """
 
     rank: int | None = None
@@ -27,23 +27,23 @@ class Choice:
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
-            raise ValueError("give rank (of every layer) or energy (share of the squared norm to keep), one of the two")
+            raise ValueError("give either rank (of every layer) or energy (share of the squared norm), one of the two")
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
         if self.energy is not None and not (isinstance(self.energy, (int, float)) and 0 < self.energy <= 1):
             raise ValueError(f"energy must be a number above 0 and at most 1, got {self.energy!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerError:
-    """What the export of one layer keeps.
+    """The error of one exported layer.
 
     Attributes:
         name: Path of the adapted parameter.
-        shape: (O, I), convolution kernels flattened into I.
-        rank: The rank kept; None where the whole update is stored.
+        shape: (O, I), with convolution kernels flattened into I.
+        rank: The rank that was kept; None if the complete update is stored.
         norm: Frobenius norm of the update.
-        error: Frobenius norm of what is lost, over `norm`; 0 for an update of zeros.
+        error: Frobenius norm of the difference, divided by `norm`; 0 for an update of zeros.
     """
 
     name: str
@@ -58,10 +58,10 @@ class ExportReport:
     """Result of an export; ``str(report)`` is a table.
 
     Attributes:
-        format: The file's format.
-        path: What was written.
-        choice: What was asked for; None where whole updates are stored.
-        layers: The layers in the file's order.
+        format: Format of the file.
+        path: The file or folder that was written.
+        choice: The requested rank or energy; None if complete updates are stored.
+        layers: The layers in the order of the file.
     """
 
     format: str
@@ -71,16 +71,16 @@ class ExportReport:
 
     @property
     def error(self) -> float:
-        """Relative error of all updates together, in the Frobenius norm."""
+        """Relative error of all updates together in the Frobenius norm."""
         total = math.hypot(*(layer.norm for layer in self.layers))
         return math.hypot(*(layer.norm * layer.error for layer in self.layers)) / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the report in plain JSON types."""
         return {**dataclasses.asdict(self), "error": self.error}
 
     def metadata(self) -> dict[str, str]:
-        """Metadata of the file: the report without the path, which tells about this machine alone."""
+        """Return the metadata of the file: the report without the path, which is specific to this machine."""
         values = {key: value for key, value in self.to_dict().items() if key != "path"}
         return {"format": "pt", "randlora_export": json.dumps(values, separators=(",", ":"))}
 
@@ -100,9 +100,10 @@ class ExportReport:
 
 
 def factorize(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Up (O, r) and down (r, I) whose product is the best approximation of `delta` (O, I) of its rank.
+    """Return ``up`` (O, r) and ``down`` (r, I), whose product is the best rank-r approximation of `delta` (O, I).
 
-    The truncated singular value decomposition (Eckart and Young), the singular values shared out evenly.
+    This is the truncated singular value decomposition (Eckart and Young), with the square roots of the singular values
+    in both factors.
     """
     u, values, v = torch.linalg.svd(delta, full_matrices=False)
     rank = min(_rank(values, choice), len(values))
@@ -111,7 +112,7 @@ def factorize(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
 
 
 def layer_error(name: str, delta: Tensor, kept: Tensor, rank: int | None) -> LayerError:
-    """Measure what `kept` (O, I) lacks of `delta` (O, I)."""
+    """Measure the error of `kept` (O, I) as an approximation of `delta` (O, I)."""
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     lost = float(torch.linalg.vector_norm(delta - kept, dtype=torch.float64))
     return LayerError(name, (delta.shape[0], delta.shape[1]), rank, norm, lost / norm if norm else 0.0)
@@ -124,5 +125,5 @@ def _rank(values: Tensor, choice: Choice) -> int:
     kept = values.double().square().cumsum(0)
     if kept[-1] == 0:
         return 1
-    # The rounding of the sum must not ask for one more rank than there is to keep all of the energy.
+    # With energy 1, rounding of the sum must not require a rank above the number of singular values.
     return int((kept < choice.energy * kept[-1] * (1 - 1e-12)).sum()) + 1

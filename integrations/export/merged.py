@@ -1,4 +1,4 @@
-"""A merged model in its host's own format: what is saved within `merged_for_saving` knows nothing of this library."""
+"""Save merged models in the format of their host library: the saved files do not depend on this library."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from randlora_vision.names import is_adapter_name
 
 @contextlib.contextmanager
 def merged_for_saving(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Module]:
-    """Within the context the model's `state_dict` is that of the merged model; after it the model is as it was.
+    """Make `state_dict` that of the merged model within the context; afterwards the model is as before.
 
-    While it lasts, the adapted weights are held twice.
+    Within the context, the adapted weights take twice the memory.
 
     Args:
-        model: The module that adapters were injected at, or one above it.
-        adapter_name: Which adapter alone; None means those that act.
+        model: The module that adapters were injected at, or a parent of it.
+        adapter_name: Name of the only adapter to merge; None means all merged or active ones.
 
     Raises:
         ValueError: If there is no such adapter, a weight is quantised, or a merged weight is not finite.
@@ -51,34 +51,34 @@ def merged_for_saving(model: nn.Module, adapter_name: str | None = None) -> Iter
 
 
 def save_merged_file(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write the merged model's state dict as one safetensors file; the model stays as it is.
+    """Write the state dict of the merged model to one safetensors file; the model is not changed.
 
     Raises:
         ValueError: If the name does not end in ``.safetensors``, or as `merged_for_saving` does.
     """
     target = Path(path)
     if target.suffix != ".safetensors":
-        raise ValueError(f"a merged model is saved as one .safetensors file, got the name {str(path)!r}")
+        raise ValueError(f"a merged model is saved to one .safetensors file, got the name {str(path)!r}")
     with merged_for_saving(model, adapter_name) as merged, replacing(target) as temporary:
         safetensors.torch.save_file(_separate(merged.state_dict()), temporary, {"format": "pt"})
     return target
 
 
 def save_merged_folder(host: Any, folder: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write a merged pipeline or model of diffusers by its own `save_pretrained`; it stays as it is.
+    """Write a merged diffusers pipeline or model with its own `save_pretrained`; the host is not changed.
 
     Args:
         host: A pipeline with adapted components, or one such model.
-        folder: A new folder, or an empty one. It appears whole or not at all.
-        adapter_name: Which adapter alone; None means those that act.
+        folder: A new folder, or an empty one. It is written completely or not at all.
+        adapter_name: Name of the only adapter to merge; None means all merged or active ones.
 
     Raises:
-        FileExistsError: If the folder holds something.
+        FileExistsError: If the folder is not empty.
         ValueError: If there is no such adapter, or as `merged_for_saving` does.
     """
     target = Path(folder)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{str(folder)!r} exists and is not an empty folder: give another name")
+        raise FileExistsError(f"{str(folder)!r} exists and is not an empty folder: choose another name")
     adapted = dict.fromkeys(update.component for update in updates(host, adapter_name))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -96,7 +96,7 @@ def save_merged_folder(host: Any, folder: str | os.PathLike[str], adapter_name: 
 
 
 def _put(root: nn.Module, record: ModelRecord, merged: tuple[str, ...], active: tuple[str, ...]) -> None:
-    """Make exactly these adapters merged, in this order (a sum's rounding depends on it), and those active."""
+    """Merge exactly the adapters in `merged`, in this order (rounding depends on it), and set the active ones."""
     if record.switches.merged != merged:
         unmerge(root)
         if merged:
@@ -111,7 +111,7 @@ def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
 
 
 def _separate(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory: the format does not know of tied ones."""
+    """Return tensors that share no memory: the format does not support tied tensors."""
     seen: set[int] = set()
     found = {}
     for name, tensor in state_dict.items():

@@ -1,8 +1,9 @@
-"""A LoRA folder of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Write a LoRA folder for PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT adapts the two projections of an `nn.MultiheadAttention` together, with one rank: the one that is not adapted gets
-zeros, and so does the remainder of the smaller rank. And it adds the update of the second one, `out_proj`, twice (up to
-0.21 at least), so the file holds its share: what the PEFT installed here makes of it is measured.
+PEFT adapts the two projections of an `nn.MultiheadAttention` together, with one rank: a projection that is not adapted
+is filled with zeros, and the smaller rank is padded with zeros. PEFT also adds the update of the second projection,
+`out_proj`, twice (up to 0.21 at least), so the file holds the update divided by the factor that is measured with the
+installed PEFT.
 
 Shapes: O out, I in, r rank.
 """
@@ -44,11 +45,11 @@ def write_peft(
     choice: Choice,
     progress: Callable[[int, int], None] | None,
 ) -> ExportReport:
-    """See `export_lora`.
+    """Write the updates as a PEFT folder; see `export_lora`.
 
     Args:
         host: The model, or a pipeline with one adapted component.
-        folder: Where the two files go.
+        folder: Folder for the two files.
         found: The updates.
         whole: (component, path) -> tensor of the modules trained in full.
         choice: Rank or energy.
@@ -59,9 +60,9 @@ def write_peft(
     """
     adapted = sorted({update.component for update in found} | {component for component, _ in whole})
     if len(adapted) > 1:
-        raise ValueError(f"a PEFT folder is for one model: export {', '.join(adapted)} one by one")
+        raise ValueError(f"a PEFT folder is for one model: export {', '.join(adapted)} separately")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the format 'peft' is a folder, and {str(folder)!r} is a file")
+        raise ValueError(f"the format 'peft' needs a folder, but {str(folder)!r} is a file")
     model = components(host)[adapted[0]]
     refuse(found, "peft", lambda update: _problem(model, update))
     saved_modules = _saved_modules(model, [path for _, path in whole])
@@ -93,9 +94,9 @@ def write_peft(
 
 
 def _config(ranks: Mapping[str, int], saved_modules: list[str]) -> dict[str, Any]:
-    """The adapter configuration: alpha equals the rank everywhere, so that the update is B A itself."""
+    """The adapter configuration: alpha equals the rank in every layer, so that the update is B A."""
     common = collections.Counter(ranks.values()).most_common(1)[0][0]
-    # Anchored and escaped: PEFT takes keys for regular expressions of a path's end.
+    # Anchored and escaped: PEFT treats keys as regular expressions for the end of a path.
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
@@ -116,29 +117,29 @@ def _config(ranks: Mapping[str, int], saved_modules: list[str]) -> dict[str, Any
 
 def _problem(model: nn.Module, update: Update) -> str | None:
     if isinstance(update.module, nn.MultiheadAttention):
-        return None if update.param == "in_proj_weight" else "PEFT knows attention with one packed projection alone"
+        return None if update.param == "in_proj_weight" else "PEFT needs attention with one packed projection"
     attention = _attention(model, update.path)
     if attention is not None and not attention._qkv_same_embed_dim:
-        return "PEFT knows attention with one packed projection alone"
+        return "PEFT needs attention with one packed projection"
     return low_rank_problem(update)
 
 
 def _attention(model: nn.Module, path: str) -> nn.MultiheadAttention | None:
-    """The attention whose output projection this is, which PEFT reaches through it alone."""
+    """The attention that has this output projection; PEFT can only adapt the projection through the attention."""
     parent, _, last = path.rpartition(".")
     module = model.get_submodule(parent)
     return module if last == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
 
 def _target(model: nn.Module, update: Update) -> str:
-    """Where PEFT keeps a layer's LoRA."""
+    """The path of a layer's LoRA in PEFT."""
     if _attention(model, update.path):
         return f"{update.path.removesuffix('.out_proj')}.base_layer.out_proj"
     return update.path
 
 
 def _complete_attentions(model: nn.Module, factors: dict[str, _Factors]) -> list[str]:
-    """Give both projections of every attention a LoRA of one rank, and return the modules that PEFT is to target."""
+    """Give both projections of every attention a LoRA of the same rank, and return the target modules for PEFT."""
     targets = []
     for name in list(factors):
         owner = name.removesuffix(".base_layer.out_proj")
@@ -165,11 +166,11 @@ def _complete_attentions(model: nn.Module, factors: dict[str, _Factors]) -> list
 
 @functools.cache
 def _times_added() -> int:
-    """How often the installed PEFT adds the update of an attention's output projection."""
+    """The number of times that the installed PEFT adds the update of an attention's output projection."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ValueError("'peft' needs PEFT itself for an attention's out_proj: pip install peft") from None
+        raise ValueError("the format 'peft' needs PEFT to export an attention's out_proj: pip install peft") from None
     host = nn.ModuleDict({"attention": nn.MultiheadAttention(1, 1)})
     inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=["attention"]), host)
     attention: Any = host["attention"]
@@ -182,15 +183,15 @@ def _times_added() -> int:
 
 
 def _saved_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The modules that the tensors trained in full make up; PEFT cannot save less than a whole module."""
+    """The modules that consist of the tensors trained in full; PEFT can only save whole modules."""
     owners = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
     for owner in owners:
         module = model.get_submodule(owner)
         own = {f"{owner}.{name}".lstrip(".") for name in module.state_dict()}
         if not owner or not own <= set(paths):
             parts = ", ".join(path for path in paths if path.rpartition(".")[0] == owner)
-            raise ValueError(f"PEFT trains whole modules in full, not {parts} alone (modules_to_save)")
+            raise ValueError(f"PEFT can only train whole modules in full, not {parts} alone (modules_to_save)")
         ending = [path for path, _ in model.named_modules() if path.endswith(owner) and path != owner]
         if ending:
-            raise ValueError(f"PEFT would take {ending[0]!r} for {owner!r} too (modules_to_save go by a name's end)")
+            raise ValueError(f"PEFT would also save {ending[0]!r}: it matches modules_to_save by suffix ({owner!r})")
     return owners

@@ -1,4 +1,4 @@
-"""What adapters add to the weights of a model or pipeline, layer by layer, in a form that exports can take apart.
+"""The updates that adapters add to the weights of a model or pipeline, layer by layer, in a form for exports.
 
 Shapes: O out, I in.
 """
@@ -22,11 +22,11 @@ class Update(NamedTuple):
     """One adapted parameter.
 
     Attributes:
-        component: Name of the pipeline's component, "" of a bare model.
+        component: Name of the pipeline's component; "" for a bare model.
         path: Path of the module in its component.
         param: Name of the module's adapted parameter.
         module: The module.
-        adapters: Names of the adapters whose updates add up.
+        adapters: Names of the adapters whose updates are summed.
     """
 
     component: str
@@ -37,12 +37,12 @@ class Update(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Path of the parameter, the component's name in front."""
+        """Path of the parameter, prefixed with the name of the component."""
         return ".".join(part for part in (self.component, self.path, self.param) if part)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The sum of the updates at their present scale, in the weight's shape, in float32 at least."""
+        """Return the sum of the updates at their current scale, in the shape of the weight, at least in float32."""
         state = self.module._randlora[self.param]
         base = self.module.base_weight(self.param)
         shape: tuple[int, ...] = tuple(base.shape)
@@ -54,19 +54,19 @@ class Update(NamedTuple):
 
 
 def components(host: Any) -> dict[str, nn.Module]:
-    """The modules of a pipeline of diffusers by their names; a bare model under the name ""."""
+    """Return the modules of a diffusers pipeline by name; a bare model has the name ""."""
     return {"": unwrap(host)} if isinstance(host, nn.Module) else _components.components(host)
 
 
 def updates(host: Any, adapter_name: str | None) -> list[Update]:
-    """Every adapted parameter of a model or pipeline.
+    """Return every adapted parameter of a model or pipeline.
 
     Args:
-        host: A model that has adapters, or a pipeline with such components.
-        adapter_name: Which adapter; None means those that act: the merged and the active ones.
+        host: A model with adapters, or a pipeline with such components.
+        adapter_name: Name of the adapter; None means all merged or active ones.
 
     Raises:
-        ValueError: If there is no adapter, or none of that name.
+        ValueError: If there is no adapter, or none with that name.
     """
     found = []
     for component, prefix, root, record in _roots(host):
@@ -84,7 +84,7 @@ def updates(host: Any, adapter_name: str | None) -> list[Update]:
 
 
 def trained_in_full(host: Any, adapter_name: str | None) -> dict[tuple[str, str], Tensor]:
-    """(component, path) -> tensor of the modules that the adapters train in full (`modules_to_save`)."""
+    """Return (component, path) -> tensor for the modules that the adapters train in full (`modules_to_save`)."""
     found: dict[tuple[str, str], Tensor] = {}
     for component, prefix, root, record in _roots(host):
         names = in_force(record) if adapter_name is None else (adapter_name,)
@@ -96,12 +96,12 @@ def trained_in_full(host: Any, adapter_name: str | None) -> dict[tuple[str, str]
 
 
 def in_force(record: ModelRecord) -> tuple[str, ...]:
-    """Names of the adapters that act on the model, merged or not."""
+    """Return the names of the merged and active adapters."""
     return tuple(dict.fromkeys((*record.switches.merged, *record.switches.active)))
 
 
 def _roots(host: Any) -> Iterator[tuple[str, str, nn.Module, ModelRecord]]:
-    """(component, path in it, module, record) of every module that adapters were injected at."""
+    """Yield (component, path in it, module, record) for every module that adapters were injected at."""
     for component, model in components(host).items():
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
             for path, root, record in records(model):

@@ -1,1 +1,1 @@
-"""Adapters of all parts of a diffusers pipeline."""
+"""Adapters in all components of a diffusers pipeline."""

@@ -1,4 +1,4 @@
-"""Adapter files of a whole pipeline: one .safetensors for the denoiser and the text encoders trained with it."""
+"""Adapter files for whole pipelines: one .safetensors file for the denoiser and the text encoders trained with it."""
 
 import os
 import re
@@ -9,39 +9,38 @@ from typing import Any
 from torch import nn
 
 from randlora_vision import InjectionReport, delete_adapter, set_scale
-from randlora_vision.adapters import checkpoint
-from randlora_vision.adapters import peft_folder as peft_format
-from randlora_vision.files import adapter_file as fileformat
-from randlora_vision.files import bundle
+from randlora_vision.adapters import checkpoint, peft_folder
+from randlora_vision.files import adapter_file, bundle
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.injection.plan import AdapterPlan
 from randlora_vision.integrations._download import ADAPTER_FILE, download
 from randlora_vision.integrations.pipelines.components import DENOISERS, adapted, components, refuse_offloaded
 
-# What a file holds for one part, in the terms of the model that it is to go into.
+# Returns the content of a file for one component, given the model that it is loaded into.
 _Content = Callable[[nn.Module], AdapterFile]
 
 
 def save_adapter(pipe: Any, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
-    """Write an adapter of every part of a pipeline that has it to one file.
+    """Write an adapter to one file, from all components of a pipeline that have it.
 
     Args:
         pipe: The pipeline.
-        path: A name ending in ``.safetensors``; missing folders are made. The file appears whole or not at all.
-        adapter_name: Which adapter.
+        path: A name ending in ``.safetensors``; missing folders are created. The file is written completely or not at
+            all.
+        adapter_name: Name of the adapter.
 
     Returns:
-        The path. An adapter of the denoiser alone is written as ``randlora_vision.save_adapter(pipe.unet, path)``
-        writes it, and that function's counterpart loads it.
+        The path. If only the denoiser has the adapter, the file is the same as that of
+        ``randlora_vision.save_adapter(pipe.unet, path)`` and ``randlora_vision.load_adapter`` can read it.
 
     Raises:
-        ValueError: If no part has the adapter or the name does not end in ``.safetensors``.
+        ValueError: If no component has the adapter or the name does not end in ``.safetensors``.
     """
     target = checkpoint.target_file(path)
     parts = {name: checkpoint.packed(model, adapter_name) for name, model in adapted(pipe, adapter_name).items()}
     alone = next(iter(parts))
     if len(parts) == 1 and alone in DENOISERS:
-        fileformat.write(target, *parts[alone])
+        adapter_file.write(target, *parts[alone])
     else:
         bundle.write(target, parts)
     return target
@@ -56,28 +55,29 @@ def load_adapter(
     component: str | None = None,
     trainable: bool = False,
 ) -> dict[str, InjectionReport]:
-    """Add the adapter in a file to a pipeline. Everything is checked before the pipeline is touched.
+    """Add the adapter in a file to a pipeline. Everything is checked before the pipeline is changed.
 
-    It joins the RandLoRA adapters that are active, and diffusers' own (``load_lora_weights``), before or after it.
+    The adapter is active in addition to other active RandLoRA adapters and to diffusers' own LoRA
+    (``load_lora_weights``), which may be loaded before or after it.
 
     Args:
-        pipe: A pipeline of diffusers.
-        source: A file that `save_adapter` or ``randlora_vision.save_adapter`` wrote; a folder with one such file, or
-            one that PEFT wrote for its RandLora; or a repository of the Hugging Face Hub (``"owner/name"``), of which
-            ``adapter.safetensors`` is downloaded, or ``"owner/name/file.safetensors"``.
-        adapter_name: Its name in this pipeline.
-        scale: Multiplies its update: 1 is as trained.
-        component: Where a file of one adapter goes (``"text_encoder_2"``). Without it: into the denoiser, or into the
-            one part that it fits.
-        trainable: True to train it further.
+        pipe: A diffusers pipeline.
+        source: A file written by `save_adapter` or ``randlora_vision.save_adapter``; a folder with one such file, or
+            one written by PEFT for its RandLora; or a repository on the Hugging Face Hub: ``"owner/name"`` downloads
+            ``adapter.safetensors``, ``"owner/name/file.safetensors"`` another file.
+        adapter_name: Name of the adapter in this pipeline.
+        scale: Factor of its update: 1 is as trained.
+        component: The component that a file with one adapter is loaded into (``"text_encoder_2"``). By default, it is
+            the denoiser, or else the only component that the adapter fits.
+        trainable: True to train the adapter further.
 
     Returns:
-        What was adapted, by component.
+        The report of what was adapted, by component.
 
     Raises:
         FileNotFoundError: If there is no such file, or the Hub cannot be reached or does not have it.
-        ValueError: If the file is no adapter or damaged, does not fit the pipeline or fits several of its parts, or a
-            part is offloaded layer by layer. The pipeline is untouched then.
+        ValueError: If the file is damaged or not an adapter file, does not fit the pipeline or fits several of its
+            components, or a component is offloaded layer by layer. The pipeline is then unchanged.
     """
     parts, path = components(pipe), _local(source)
     chosen = _place(parts, _read(path), adapter_name, path, component)
@@ -94,17 +94,17 @@ def load_adapter(
 
 
 def _local(source: str | os.PathLike[str]) -> Path:
-    """The file or PEFT folder that `source` means, downloaded where it is no path."""
+    """The file or PEFT folder for `source`, downloaded if `source` is not a path."""
     path = Path(source)
     if path.is_dir():
-        if (path / peft_format.CONFIG_FILE).exists():
+        if (path / peft_folder.CONFIG_FILE).exists():
             return path
         found = sorted(path.glob("*.safetensors"))
         if path / ADAPTER_FILE in found:
             return path / ADAPTER_FILE
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
-            raise FileNotFoundError(f"{str(source)!r} must hold one adapter (.safetensors), it holds: {names}")
+            raise FileNotFoundError(f"{str(source)!r} must hold exactly one adapter (.safetensors); it holds: {names}")
         return found[0]
     if path.exists():
         return path
@@ -115,9 +115,9 @@ def _local(source: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: Path) -> dict[str, _Content]:
-    """Part -> its content; "" for an adapter that names no part."""
+    """Component -> its content; the key is "" for an adapter that names no component."""
     if path.is_dir():
-        return {"": peft_format.read(path).fit}
+        return {"": peft_folder.read(path).fit}
     return {part: _as_is(content) for part, content in bundle.read(path).items()}
 
 
@@ -132,13 +132,15 @@ def _place(
     path: Path,
     component: str | None,
 ) -> dict[str, tuple[AdapterPlan, AdapterFile]]:
-    """Part of the pipeline -> the plan for the model there and what goes into it."""
+    """Component of the pipeline -> the plan for its model, and the content to install."""
     if component is not None and len(contents) > 1:
-        raise ValueError(f"{path} holds adapters of {', '.join(contents)}: it takes no component={component!r}")
+        raise ValueError(
+            f"{path} holds adapters for {', '.join(contents)}: component={component!r} is for files with one adapter"
+        )
     wanted = {component or part: content for part, content in contents.items()}
     for part in wanted:
         if part and part not in parts:
-            raise ValueError(f"{path} is for {part!r}, this pipeline has: {', '.join(parts)}")
+            raise ValueError(f"{path} is for {part!r}, but this pipeline has: {', '.join(parts)}")
     if "" in wanted:
         return _home(parts, wanted[""], adapter_name, path)
     refuse_offloaded({part: parts[part] for part in wanted}, "load an adapter")
@@ -152,7 +154,7 @@ def _place(
 def _home(
     parts: Mapping[str, nn.Module], read: _Content, adapter_name: str, path: Path
 ) -> dict[str, tuple[AdapterPlan, AdapterFile]]:
-    """The part that an adapter without a name of one belongs to: the denoiser if it fits, else the only fit."""
+    """The component for an adapter that does not name one: the denoiser if it fits, else the only one that fits."""
     problems: dict[str, str] = {}
     fits: dict[str, tuple[AdapterPlan, AdapterFile]] = {}
     for part, model in parts.items():
@@ -166,7 +168,7 @@ def _home(
             fits = {part: fits[part]}
             break
     if len(fits) > 1:
-        raise ValueError(f"{path} fits {', '.join(fits)}: say which with component={next(iter(fits))!r}")
+        raise ValueError(f"{path} fits {', '.join(fits)}: choose one with component={next(iter(fits))!r}")
     if not fits:
         raise ValueError(problems[next(iter(parts))] if parts else f"{path}: the pipeline has no models")
     refuse_offloaded({part: parts[part] for part in fits}, "load an adapter")

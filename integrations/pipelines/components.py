@@ -1,4 +1,4 @@
-"""The parts of a diffusers pipeline that adapters live in, and the hooks that stand in their way."""
+"""The components of a diffusers pipeline that can have adapters, and the offloading hooks that conflict with them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,30 +8,30 @@ from torch import nn
 from randlora_vision.injection.record import ModelRecord, records, unwrap
 
 DENOISERS = ("unet", "transformer")
-"""What pipelines call the part that an adapter alone belongs to."""
+"""The names of the denoiser in pipelines: the default component for a file with one adapter."""
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:
-    """Every part of a pipeline that is a module, the denoiser first.
+    """Return every component of a pipeline that is a module, the denoiser first.
 
     Raises:
-        ValueError: If `pipe` is no pipeline.
+        ValueError: If `pipe` is not a pipeline.
     """
     held = getattr(pipe, "components", None)
     if isinstance(pipe, nn.Module) or not isinstance(held, Mapping):
         raise ValueError(
-            f"give the pipeline, got {type(pipe).__name__}: for a model alone there are randlora_vision.load_adapter, "
-            "set_scale, merge and the others"
+            f"expected a diffusers pipeline, got {type(pipe).__name__}: for a single model, use "
+            "randlora_vision.load_adapter, set_scale, merge and so on"
         )
     modules = {name: unwrap(part) for name, part in held.items() if isinstance(part, nn.Module)}
     return dict(sorted(modules.items(), key=lambda item: item[0] not in DENOISERS))
 
 
 def adapted(pipe: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
-    """The parts that have adapters, or have this one.
+    """Return the components that have adapters, or that have the given one.
 
     Raises:
-        ValueError: If there is none; the message lists what the pipeline has.
+        ValueError: If there are none; the message lists the adapters of the pipeline.
     """
     found = {name: part for name, part in components(pipe).items() if adapter_name in (None, *_names(part))}
     if adapter_name is None:
@@ -45,10 +45,10 @@ def adapted(pipe: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
 
 
 def holding(pipe: Any, names: str | Sequence[str] | None) -> dict[str, tuple[nn.Module, list[str] | None]]:
-    """The adapted parts with those of the names that each one knows; None stays None.
+    """Return the adapted components, each with those of the names that it has; None stays None.
 
     Raises:
-        ValueError: If no part has an adapter of a name.
+        ValueError: If no component has an adapter of one of the names.
     """
     if names is None:
         return {part: (model, None) for part, model in adapted(pipe).items()}
@@ -67,7 +67,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def records_of(model: nn.Module) -> list[ModelRecord]:
-    """The records of a part, none if nothing was injected."""
+    """Return the records of a component; empty if nothing was injected."""
     try:
         return [record for _, _, record in records(model)]
     except ValueError:
@@ -75,9 +75,10 @@ def records_of(model: nn.Module) -> list[ModelRecord]:
 
 
 def refuse_offloaded(parts: Mapping[str, nn.Module], what: str) -> None:
-    """Raise ValueError if weights of a part live elsewhere and are lent to it layer by layer.
+    """Raise ValueError if weights of a component are offloaded and temporarily loaded layer by layer.
 
-    Hooks know the tensors that they found: new ones would stay behind, and changed ones be overwritten.
+    The hooks only handle the tensors that existed when they were installed: new tensors would not be moved, and changed
+    tensors would be overwritten.
     """
     for part, model in parts.items():
         for path, module in model.named_modules():
@@ -89,8 +90,8 @@ def refuse_offloaded(parts: Mapping[str, nn.Module], what: str) -> None:
             else:
                 continue
             raise ValueError(
-                f"cannot {what}: {f'{part}.{path}'.rstrip('.')} is offloaded layer by layer, by hooks that know only "
-                f"the tensors they found; {what} before {call}"
+                f"cannot {what}: {f'{part}.{path}'.rstrip('.')} is offloaded layer by layer, and its hooks only handle "
+                f"the tensors that existed when they were installed; {what} before {call}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The adapters of a pipeline at run time: how strong, merged or not, on all of its parts at once."""
+"""Control the adapters of a pipeline at run time, in all components at once: scales, fusing, removal."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +9,11 @@ from randlora_vision.injection.control import scale_changes
 from randlora_vision.integrations.pipelines.components import adapted, components, holding, records_of, refuse_offloaded
 
 Scale = float | Mapping[str, float | Mapping[str, float]]
-"""Of one adapter: a number, or by component a number or numbers by part of its names."""
+"""Scale of one adapter: a number, or a mapping from components to a number or to a mapping from blocks to numbers."""
 
 
 def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str | None = None) -> None:
-    """Multiply adapters' updates; 1 is as trained, 0 is off. What is not mentioned keeps its scale.
+    """Set the scales of adapters: 1 is as trained, 0 is off. Scales that are not mentioned stay as they are.
 
         set_scales(pipe, 0.7)                                            # all adapters
         set_scales(pipe, 0.7, "style")                                   # one
@@ -23,12 +23,12 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
 
     Args:
         pipe: The pipeline.
-        scales: As above. A block is the beginning of layers' names, in whole components; the longest that fits holds.
-        adapter_name: Which adapter. Without it the keys of a mapping are names of adapters.
+        scales: As above. A block is a prefix of layer names, up to a dot; the longest prefix that matches is used.
+        adapter_name: Name of the adapter. Without it, the keys of a mapping are names of adapters.
 
     Raises:
-        ValueError: If a number is not finite, an adapter, component or block is not there, or an adapter is merged.
-            No scale is changed then.
+        ValueError: If a number is not finite, an adapter, component or block does not exist, or an adapter is merged.
+            No scale is then changed.
     """
     by_adapter: dict[str | None, Any] = {adapter_name: scales}
     if adapter_name is None and isinstance(scales, Mapping):
@@ -36,8 +36,8 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
         parts = components(pipe)
         if any(name in parts for name in by_adapter) and not any(name in _all_names(pipe) for name in by_adapter):
             raise ValueError(
-                f"set_scales: {', '.join(map(repr, by_adapter))} are components: say of which adapter, "
-                "set_scales(pipe, scales, adapter_name)"
+                f"set_scales: expected names of adapters, got components: {', '.join(map(repr, by_adapter))}; name the "
+                "adapter, set_scales(pipe, scales, adapter_name)"
             )
     changes = []
     for name, scale in by_adapter.items():
@@ -46,7 +46,7 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
         for part, value in by_part.items():
             if part not in parts:
                 which = "have adapters" if name is None else f"have the adapter {name!r}"
-                raise ValueError(f"set_scales: {part!r} is none of the components that {which}: {', '.join(parts)}")
+                raise ValueError(f"set_scales: {part!r} is not among the components that {which}: {', '.join(parts)}")
             changes += scale_changes(parts[part], value, name)
     for slot, value in changes:
         slot.scale = value
@@ -54,12 +54,12 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
 
 @contextlib.contextmanager
 def disabled(pipe: Any) -> Iterator[None]:
-    """Make the pipeline the base within the context: no RandLoRA adapter acts, not even a merged one.
+    """Disable all RandLoRA adapters of the pipeline within the context, including merged ones.
 
-    diffusers' own LoRA stays as it is.
+    diffusers' own LoRA is not changed.
 
     Raises:
-        ValueError: If the pipeline has no adapters, or merged ones in a part that is offloaded layer by layer.
+        ValueError: If the pipeline has no adapters, or has merged ones in a component that is offloaded layer by layer.
     """
     parts = adapted(pipe)
     merged = {
@@ -73,16 +73,16 @@ def disabled(pipe: Any) -> Iterator[None]:
 
 
 def fuse(pipe: Any, adapter_names: str | Sequence[str] | None = None, safe: bool = True) -> None:
-    """Put adapters into the weights of every part, as `randlora_vision.merge` does: no cost at inference.
+    """Merge adapters into the weights of all components, as `randlora_vision.merge` does: no cost at inference.
 
     Args:
         pipe: The pipeline.
-        adapter_names: Which, at their present scale; None means all that are active.
+        adapter_names: The adapters to merge, at their current scale; None means all active ones.
         safe: Refuse to merge if any result is not finite.
 
     Raises:
-        ValueError: If there is no such adapter, a weight is packed (quantised), a result is not finite, or a part is
-            offloaded layer by layer. The pipeline is untouched then.
+        ValueError: If there is no such adapter, a weight is packed (quantised), a result is not finite, or a component
+            is offloaded layer by layer. The pipeline is then unchanged.
     """
     chosen = holding(pipe, adapter_names)
     refuse_offloaded({part: model for part, (model, _) in chosen.items()}, "fuse adapters")
@@ -103,10 +103,10 @@ def fuse(pipe: Any, adapter_names: str | Sequence[str] | None = None, safe: bool
 
 
 def unfuse(pipe: Any, adapter_names: str | Sequence[str] | None = None) -> None:
-    """Take merged adapters (all unless some are named) out of the weights again, bit for bit.
+    """Restore the weights from before merging, bit for bit, for all merged adapters or the named ones.
 
     Raises:
-        ValueError: If there is no such adapter, or a part is offloaded layer by layer.
+        ValueError: If there is no such adapter, or a component is offloaded layer by layer.
     """
     chosen = holding(pipe, adapter_names)
     refuse_offloaded({part: model for part, (model, _) in chosen.items()}, "unfuse adapters")
@@ -115,10 +115,10 @@ def unfuse(pipe: Any, adapter_names: str | Sequence[str] | None = None) -> None:
 
 
 def delete_adapter(pipe: Any, adapter_name: str) -> None:
-    """Take one adapter off every part that has it. The last one leaves the pipeline bit for bit as it was.
+    """Delete an adapter from all components. After the last one, the pipeline is bit for bit as it was before.
 
     Raises:
-        ValueError: If no part has it, or it is merged in one, or one is offloaded layer by layer.
+        ValueError: If no component has the adapter, it is merged, or a component is offloaded layer by layer.
     """
     parts = adapted(pipe, adapter_name)
     merged = [part for part, model in parts.items() for r in records_of(model) if adapter_name in r.switches.merged]
@@ -130,7 +130,7 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
 
 
 def list_adapters(pipe: Any) -> dict[str, list[str]]:
-    """The names of the RandLoRA adapters by component, as diffusers' ``get_list_adapters`` does for its own."""
+    """Return the names of the RandLoRA adapters by component, like ``get_list_adapters`` of diffusers."""
     named = {part: [n for r in records_of(model) for n in r.adapters] for part, model in components(pipe).items()}
     return {part: names for part, names in named.items() if names}
 

@@ -1,1 +1,1 @@
-"""Which weights a preset such as ``timm:attention`` takes."""
+"""The weights that presets such as ``timm:attention`` choose."""

@@ -1,8 +1,8 @@
-"""Which weights of a denoiser or of a text encoder the presets of diffusers choose.
+"""The weights of a denoiser or text encoder that the diffusers presets choose.
 
-One rule for UNets and transformers of every family. The body of a denoiser is what its root holds of blocks: parts
-named so, and parts with an attention inside. Embeddings of time, text and pixels and the last projection lie outside.
-Inside, modulation is passed over: what turns the time embedding into shifts and scales.
+One rule applies to UNets and transformers of all families. The body of a denoiser consists of the blocks at its root:
+modules named so, and modules that contain an attention. Embeddings of time, text and pixels and the last projection are
+outside the body. Inside it, modulation layers, which turn the time embedding into shifts and scales, are skipped.
 """
 
 import re
@@ -13,26 +13,26 @@ from torch import nn
 from randlora_vision.integrations.presets.towers import Matrix, in_attention, matrices, parents
 from randlora_vision.layers.peft_around import plain_modules
 
-# What embeds time, text, guidance or pixels, by the name of the part at the root.
+# Embeddings of time, text, guidance or pixels, by the name of the module at the root.
 _EMBEDDING = re.compile(r"(?i)emb|time|caption|guidance|pos|pool")
 # Modulation: `norm1.linear`, `time_emb_proj`, `img_mod.1`, `adaLN_modulation.1`.
 _MODULATION = re.compile(r"(?i)norm|emb|ada_?ln|(^|_)mod(ulation)?s?$|scale_shift")
 _BLOCKS = re.compile(r"(?i)block")
-# `attn1`, `FluxAttention`; not the list `attentions` of a UNet's transformers, nor UNetMidBlock2DCrossAttn.
+# `attn1`, `FluxAttention`; not the list `attentions` of transformers in a UNet, nor UNetMidBlock2DCrossAttn.
 _ATTENTION = re.compile(r"(?i)^(?!.*block).*att(n|ention)\d*$")
-# A vision tower inside a text encoder (Qwen2.5-VL, Gemma 3) sees no image when it encodes a prompt.
+# A vision tower inside a text encoder (Qwen2.5-VL, Gemma 3) is not used when a prompt is encoded.
 _NO_TEXT = re.compile(r"(?i)vis(ual|ion)|image|audio|embed")
 _NARROWEST = 16
 
 
 def attention_targets(model: nn.Module) -> list[str]:
-    """The attention weights of the body, in the model's order."""
+    """Return the attention weights of the body, in the model's order."""
     paths = dict(plain_modules(model))
     return [matrix.name for matrix in _body(model, paths) if in_attention(matrix.name, paths, _ATTENTION)]
 
 
 def backbone_targets(model: nn.Module) -> list[str]:
-    """The attention and MLP weights of the body, and the projections into and out of a UNet's transformers."""
+    """Return the attention and MLP weights of the body, and the projections into and out of a UNet's transformers."""
     paths = dict(plain_modules(model))
     return [
         matrix.name
@@ -42,12 +42,12 @@ def backbone_targets(model: nn.Module) -> list[str]:
 
 
 def conv_targets(model: nn.Module) -> list[str]:
-    """All of `backbone_targets` and the ungrouped convolutions of the body: a UNet's resnets and samplers."""
+    """Return `backbone_targets` and the ungrouped convolutions of the body: the resnets and samplers of a UNet."""
     return [matrix.name for matrix in _body(model, dict(plain_modules(model)))]
 
 
 def text_targets(model: nn.Module) -> list[str]:
-    """The attention and MLP weights of a text encoder's layers."""
+    """Return the attention and MLP weights in the layers of a text encoder."""
     paths = dict(plain_modules(model))
     found = [
         matrix.name
@@ -59,8 +59,8 @@ def text_targets(model: nn.Module) -> list[str]:
     ]
     if not found or not hasattr(model, "get_input_embeddings"):
         raise ValueError(
-            f"diffusers:text is for text encoders of transformers (CLIP, T5), got {type(model).__name__}; denoisers "
-            "have diffusers:attention, diffusers:backbone and diffusers:conv"
+            f"diffusers:text is for text encoders from transformers (CLIP, T5), got {type(model).__name__}; for "
+            "denoisers, use diffusers:attention, diffusers:backbone or diffusers:conv"
         )
     return found
 
@@ -70,8 +70,8 @@ def _body(model: nn.Module, paths: Mapping[str, nn.Module]) -> list[Matrix]:
     roots = {name for name, child in model.named_children() if _is_body(name, child)}
     if not roots:
         raise ValueError(
-            f"the diffusers presets are for the denoisers of its pipelines (UNets, transformers), and this "
-            f"{type(model).__name__} has no blocks with an attention; for other models name the target_modules"
+            f"the diffusers presets are for the denoisers of its pipelines (UNets, transformers), but this "
+            f"{type(model).__name__} has no blocks with an attention; for other models, list the target_modules"
         )
     dead = {f"{path}.{name}" for path, module in paths.items() for name in _fused_away(module)}
     return [
@@ -91,9 +91,9 @@ def _is_body(name: str, child: nn.Module) -> bool:
 
 
 def _fused_away(module: nn.Module) -> list[str]:
-    """The projections that an attention does not run: those that `fuse_qkv_projections` replaced, or the other ones."""
+    """The unused projections of an attention: those that `fuse_qkv_projections` replaced, or else the fused ones."""
     fused = getattr(module, "fused_projections", False)
-    if type(module).__name__ == "Attention":  # it may hold both, and runs what its processor knows
+    if type(module).__name__ == "Attention":  # it may hold both; its processor decides which ones are used
         fused = fused and type(getattr(module, "processor", None)).__name__.startswith("Fused")
     replaced = {
         "to_qkv": ("to_q", "to_k", "to_v"),
@@ -110,5 +110,5 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 
 def _in_resnet(name: str, paths: Mapping[str, nn.Module]) -> bool:
-    """True for a convolution of a UNet that belongs to no transformer: shortcuts, samplers."""
+    """True for a convolution of a UNet outside its transformers: shortcuts, samplers."""
     return not any("Transformer" in type(paths[path]).__name__ for path in parents(name))

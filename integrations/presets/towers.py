@@ -1,7 +1,7 @@
-"""Which weights are the body of a tower: the rule that the presets of timm and open_clip share.
+"""The weights in the body of a tower: the rule shared by the timm and open_clip presets.
 
-A tower is a vision or text encoder. Its body is every attention and MLP weight; left out are the parts that read
-pixels and matrices too narrow to be a projection of tokens. Where a body holds more weights in convolutions than in
+A tower is a vision or text encoder. Its body is every attention and MLP weight, without the modules that read pixels
+and without matrices that are too narrow to be projections of tokens. If a body has more weights in convolutions than in
 linear layers (ResNet, EfficientNet, MobileCLIP), its ungrouped convolutions belong to it too.
 """
 
@@ -18,13 +18,13 @@ from randlora_vision.layers.peft_around import plain_modules
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MLP = re.compile(r"(?i:mlp|ffn|feed_?forward|glu)")
 _POOLING = {"attnpool", "attn_pool", "attn_pool_contrastive"}
-# Position-bias tables and gates are linear layers too, a few numbers wide.
+# Position bias tables and gates are linear layers too, but only a few columns wide.
 _NARROWEST = 16
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class Matrix(NamedTuple):
-    """A weight that a target may be, convolution kernels flattened into the columns."""
+    """A weight that can be a target, with convolution kernels flattened into the columns."""
 
     name: str
     rows: int
@@ -33,16 +33,16 @@ class Matrix(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return self.rows * self.columns
 
 
 def body(tower: nn.Module, left_out: Iterable[str]) -> list[Matrix]:
-    """The matrices of a tower's body, convolutions always included, in the tower's order.
+    """Return the matrices of a tower's body, always with convolutions, in the tower's order.
 
     Args:
         tower: The encoder.
-        left_out: Names of modules to pass over besides the stem: classifiers.
+        left_out: Names of modules to skip in addition to the stem: classifiers.
     """
     excluded = stem(tower) | set(left_out)
     return [
@@ -54,18 +54,18 @@ def body(tower: nn.Module, left_out: Iterable[str]) -> list[Matrix]:
 
 
 def by_majority(matrices: list[Matrix]) -> list[Matrix]:
-    """Without the convolutions, unless they hold more weights than the linear layers (attention pooling aside)."""
+    """Drop the convolutions unless they hold more weights than the linear layers (without attention pooling)."""
     linear = sum(m.size for m in matrices if not m.convolution and m.name.partition(".")[0] not in _POOLING)
     convolutional = sum(m.size for m in matrices if m.convolution)
     return [m for m in matrices if convolutional > linear or not m.convolution]
 
 
 def stem(tower: nn.Module) -> set[str]:
-    """The names of the parts that read pixels.
+    """Return the names of the modules that read pixels.
 
-    They are the convolutions at the root before anything else, and the part around the first convolution, or around
-    the layers that timm's configuration calls `first_conv`: all of a part named `stem`, else the largest part that
-    is not itself the body (`patch_embed`, but of DenseNet's `features` the first convolution alone).
+    They are the leading convolutions at the root, and the module around the first convolution or around the layers
+    that timm's configuration lists as `first_conv`: a whole module named `stem`, or else the largest module that is not
+    the body itself (`patch_embed`, but only the first convolution of DenseNet's `features`).
     """
     paths = dict(tower.named_modules())
     readers = [name for name, module in paths.items() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))]
@@ -76,18 +76,18 @@ def stem(tower: nn.Module) -> set[str]:
 
 
 def configured(tower: nn.Module, key: str) -> set[str]:
-    """The module names that timm's configuration of the tower gives under `key`, if it has one."""
+    """Return the module names under `key` in the tower's timm configuration; empty without one."""
     names = (getattr(tower, "pretrained_cfg", None) or {}).get(key) or ()
     return {names} if isinstance(names, str) else set(names)
 
 
 def in_attention(name: str, paths: Mapping[str, nn.Module], attention: re.Pattern[str]) -> bool:
-    """True if the nearest part around a weight that is an attention or an MLP is an attention.
+    """Return True if the innermost attention or MLP around a weight is an attention.
 
     Args:
-        name: The weight's.
+        name: Name of the weight.
         paths: Every module by its path.
-        attention: What the library calls an attention, in a part's name or its class's.
+        attention: Matches attentions of the library, by the name of the module or of its class.
     """
     for path in parents(name):
         words = (path.rpartition(".")[2], type(paths[path]).__name__)
@@ -99,7 +99,7 @@ def in_attention(name: str, paths: Mapping[str, nn.Module], attention: re.Patter
 
 
 def parents(name: str) -> Iterator[str]:
-    """The paths of the modules around a name, the nearest first, the root excepted."""
+    """Yield the paths of the modules around a name, innermost first, without the root."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
@@ -117,20 +117,20 @@ def _part(name: str, readers: list[str]) -> str:
 
 
 def matrices(tower: nn.Module) -> Iterator[Matrix]:
-    """Every weight of `tower` that a target may be, in the model's order."""
+    """Yield every weight of `tower` that can be a target, in the model's order."""
     seen: set[int] = set()
     for name, module in plain_modules(tower):
         if id(module) in seen:
             continue
         seen.add(id(module))
         if isinstance(module, nn.Linear):
-            # Not from the weight: a quantised one is packed.
+            # Not from the shape of the weight: quantised weights are packed.
             yield Matrix(name, module.out_features, module.in_features)
         elif isinstance(module, _CONVOLUTIONS) and module.groups == 1:
             columns = module.in_channels * math.prod(module.kernel_size)
             yield Matrix(name, module.out_channels, columns, convolution=True)
         else:
-            # Any attention that keeps its projections as parameters, torch's or open_clip's own.
+            # Any attention that keeps its projections as parameters, from torch or open_clip.
             for parameter, weight in module.named_parameters(recurse=False):
                 if parameter in _ATTENTION_WEIGHTS and weight.ndim == 2:
                     yield Matrix(f"{name}.{parameter}".lstrip("."), *weight.shape)

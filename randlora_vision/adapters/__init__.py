@@ -1,1 +1,1 @@
-"""Whole adapters: saving, loading, reading PEFT's folders, adding adapters up."""
+"""Operations on whole adapters: saving, loading, reading PEFT's folders, and sums of adapters."""

@@ -4,13 +4,13 @@ Shapes: R rank, N bases, m narrow side.
 
     delta W = s * sum_n B_n diag(lambda_n) A diag(gamma_n)
 
-is linear in lambda and linear in gamma, but not in both together. Hence, for adapters on the same bases:
+is linear in lambda and linear in gamma, but not in both together. Hence, for adapters with the same bases:
 
 - ``w * delta`` is one adapter: lambda becomes ``w * lambda``. With w = -1 this is the negation.
-- ``w1 * delta1 + w2 * delta2`` is one adapter where the gammas are equal (the lambdas add up), or where the lambdas
-  are (the gammas do). This is decided weight by weight.
+- ``w1 * delta1 + w2 * delta2`` is one adapter if the gammas are equal (the lambdas add up), or if the lambdas are
+  equal (the gammas add up). This is decided separately for each weight.
 - Otherwise no adapter of this shape equals the sum, and nothing is approximated: keep the adapters active together
-  (`set_weights`), which is exact whatever their bases, ranks and targets, and `merge` puts that sum into the weights.
+  (`set_weights`), which is exact for any bases, ranks and targets, and `merge` puts that sum into the weights.
 
 Modules trained in full are summed as ``base + sum of w * (trained - base)``.
 """
@@ -28,24 +28,24 @@ from torch import Tensor, nn
 from randlora_vision.adapters.checkpoint import install, own_adapter, plan_for, target_file
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import StoredBases
-from randlora_vision.files import adapter_file as fileformat
+from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.injection.control import set_active, set_scale
 from randlora_vision.injection.record import own_record, unwrap
 from randlora_vision.report import InjectionReport
 
 _WINDOWS = ("uniform", "normal", "sparse", "structured")
-"""Kinds whose numbers at a weight do not depend on the sizes of the other weights."""
+"""Kinds whose values for one weight do not depend on the sizes of the other weights."""
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Make exactly these adapters active, each at its weight: the model computes with the weighted sum of updates.
+    """Make exactly these adapters active, so that the model uses the weighted sum of their updates.
 
-    Exact for any adapters. Negative weights subtract; `merge` puts the sum into the weights. Modules trained in full
-    take no weights: the last named adapter's are in force.
+    This is exact for any adapters. Negative weights subtract; `merge` puts the sum into the model's weights. Modules
+    trained in full are not weighted: those of the last named adapter are used.
 
     Raises:
-        ValueError: If there is no weight, one is no finite number, or an adapter does not exist or is merged.
+        ValueError: If `weights` is empty, a weight is not a finite number, or an adapter does not exist or is merged.
     """
     _check_weights(weights)
     set_active(model, tuple(weights))
@@ -56,20 +56,20 @@ def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
 def weighted_sum(model: nn.Module, weights: Mapping[str, float], adapter_name: str) -> InjectionReport:
     """Add one new adapter that is the weighted sum of others, and make it the only active one.
 
-    ``{"a": 2}`` scales, ``{"a": -1}`` negates, ``{"a": 1, "b": 1}`` adds. Exact, up to the rounding of its numbers;
-    run-time scales do not count.
+    ``{"a": 2}`` scales, ``{"a": -1}`` negates, ``{"a": 1, "b": 1}`` adds. The sum is exact up to rounding; run-time
+    scales are ignored.
 
     Args:
         model: The module that `inject` was called on.
         weights: Adapter name -> weight.
-        adapter_name: Of the sum. Its configuration is the first adapter's.
+        adapter_name: The name of the sum. Its configuration is that of the first adapter.
 
     Returns:
         What was adapted.
 
     Raises:
-        ValueError: If no single adapter equals the sum (see `randlora_vision.adapters.arithmetic`): other bases,
-            ranks or targets, or lambda and gamma both differ. The model is untouched then.
+        ValueError: If no single adapter equals the sum (see `randlora_vision.adapters.arithmetic`) because the bases,
+            ranks or targets differ, or lambda and gamma both differ. The model is then left unchanged.
     """
     _check_weights(weights)
     model = unwrap(model)
@@ -84,20 +84,20 @@ def weighted_sum(model: nn.Module, weights: Mapping[str, float], adapter_name: s
 
 
 def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: str | os.PathLike[str]) -> Path:
-    """`weighted_sum` of adapter files, without their model, into a new file.
+    """Write the `weighted_sum` of adapter files to a new file, without their model.
 
-    Modules trained in full can be summed only where the base is not needed: with weights that add up to 1.
+    Modules trained in full can be summed only if the base is not needed, that is, if the weights add up to 1.
 
     Args:
         weights: Adapter file -> weight.
-        path: The file to write; it may be one of those that are read.
+        path: The file to write; it may be one of the input files.
 
     Returns:
         The path.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: As `weighted_sum` and `load_adapter` do.
+        ValueError: Under the conditions of `weighted_sum` and `load_adapter`.
     """
     _check_weights(weights)
     target = target_file(path)
@@ -105,17 +105,17 @@ def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: st
     for source in weights:
         if not Path(source).is_file():
             raise FileNotFoundError(f"no adapter file {str(source)!r}")
-        contents[str(source)] = fileformat.read(Path(source))
+        contents[str(source)] = adapter_file.read(Path(source))
     content = _sum(contents, {str(source): weight for source, weight in weights.items()}, None)
-    packed = fileformat.pack(
+    packed = adapter_file.pack(
         content.config, content.spec, content.bases_sha256, content.targets, content.trained, content.saved
     )
-    fileformat.write(target, *packed)
+    adapter_file.write(target, *packed)
     return target
 
 
 def _content(model: nn.Module, adapter_name: str) -> AdapterFile:
-    """What `save_adapter` would write, without a copy."""
+    """The content that `save_adapter` would write, without copying it."""
     adapter, trained, saved = own_adapter(model, adapter_name)
     bases = get_bases(adapter.spec)
     stored = bases if isinstance(bases, StoredBases) else None
@@ -126,14 +126,14 @@ def _content(model: nn.Module, adapter_name: str) -> AdapterFile:
 def _sum(
     contents: Mapping[str, AdapterFile], weights: Mapping[str, float], base: Callable[[str], Tensor] | None
 ) -> AdapterFile:
-    """The one adapter that equals the weighted sum."""
+    """The single adapter that equals the weighted sum."""
     names = list(contents)
     first = contents[names[0]]
     alphas = {target.name: target.alpha for target in first.targets}
     factors: dict[str, dict[str, float]] = {}
     for name, content in contents.items():
         _check_alike(names[0], first, name, content)
-        # One alpha serves the sum: lambda takes up the difference.
+        # The sum has one alpha, so differences in alpha are absorbed by lambda.
         factors[name] = {t.name: weights[name] * t.alpha / alphas[t.name] for t in content.targets}
     trained, apart = {}, []
     for target in first.trained:
@@ -147,7 +147,7 @@ def _sum(
         raise ValueError(
             f"no single adapter equals this sum of {_named(contents)}: lambda and gamma both differ at {apart[0]}"
             f"{f' and {len(apart) - 1} more' if len(apart) > 1 else ''}, and an update is bilinear in them. Keep the "
-            "adapters active together (set_weights), and merge them if one set of weights is wanted"
+            "adapters active together (set_weights), and merge them if you want a single set of weights"
         )
     saved = {}
     for path in first.saved:
@@ -158,11 +158,11 @@ def _sum(
 
 
 def _check_alike(first_name: str, first: AdapterFile, name: str, content: AdapterFile) -> None:
-    """Raise ValueError unless both adapters multiply the same bases at the same weights."""
+    """Raise ValueError unless both adapters have the same bases and adapt the same weights."""
     pair = f"{first_name!r} and {name!r}"
     if not _same_bases(first.spec, content.spec):
         raise ValueError(
-            f"{pair} have other bases ({first.spec.kind}, seed {first.spec.seed}; {content.spec.kind}, seed "
+            f"{pair} have different bases ({first.spec.kind}, seed {first.spec.seed}; {content.spec.kind}, seed "
             f"{content.spec.seed}): no single adapter equals their sum. Keep them active together (set_weights)"
         )
     shapes = [{target.name: (target.shape, target.rank) for target in each.targets} for each in (first, content)]
@@ -171,7 +171,7 @@ def _check_alike(first_name: str, first: AdapterFile, name: str, content: Adapte
             key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)
         )
         raise ValueError(
-            f"{pair} adapt different weights, or at different ranks ({different[0]}): no single adapter equals their "
+            f"{pair} adapt different weights, or use different ranks ({different[0]}): no single adapter equals their "
             "sum. Keep them active together (set_weights)"
         )
     if first.saved.keys() != content.saved.keys():
@@ -185,7 +185,7 @@ def _same_bases(one: BasesSpec, other: BasesSpec) -> bool:
 
 
 def _add(terms: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor] | None:
-    """Lambda and gamma of ``sum of factor * update``, or None if there are none; terms are (lambda, gamma, factor)."""
+    """Lambda and gamma of the sum of the terms (lambda, gamma, factor), or None if no single pair equals it."""
     lam, gamma, _ = terms[0]
     terms = [term for term in terms if term[2] != 0 and term[0].any() and term[1].any()]
     if not terms:
@@ -201,7 +201,7 @@ def _add(terms: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor] | N
 
 
 def _add_whole(path: str, tensors: list[tuple[Tensor, float]], base: Callable[[str], Tensor] | None) -> Tensor:
-    """``base + sum of w * (trained - base)`` of a module trained in full; integers (counters) are the first's."""
+    """Return ``base + sum of w * (trained - base)`` for one tensor; integers (counters) are taken from the first."""
     like = tensors[0][0]
     if not like.is_floating_point():
         return like.clone()
@@ -210,8 +210,8 @@ def _add_whole(path: str, tensors: list[tuple[Tensor, float]], base: Callable[[s
     if abs(rest) > 1e-12:
         if base is None:
             raise ValueError(
-                f"{path} was trained in full, and its sum needs the base model's: load the adapters into their model "
-                "and use weighted_sum, or give weights that add up to 1"
+                f"{path} was trained in full, and its sum needs the base model's values: load the adapters into their "
+                "model and use weighted_sum, or give weights that add up to 1"
             )
         total = total + rest * base(path).to(total)
     return total.to(like.dtype)

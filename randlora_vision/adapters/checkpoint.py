@@ -1,4 +1,4 @@
-"""Save an adapter to one small .safetensors file, and load it into a base model."""
+"""Saving an adapter to one small .safetensors file, and loading it into a base model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.adapters import peft_folder as peft_format
+from randlora_vision.adapters import peft_folder
 from randlora_vision.bases import get_bases
-from randlora_vision.files import adapter_file as fileformat
+from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.untrusted import check_finite
 from randlora_vision.injection.candidates import candidates
@@ -28,8 +28,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
 
     Args:
         model: The module that `inject` was called on (bare, compiled, or in DistributedDataParallel).
-        path: A name ending in ``.safetensors``; missing folders are made. The file appears whole or not at all.
-        adapter_name: Which adapter.
+        path: A name ending in ``.safetensors``; missing folders are created. The file is written atomically.
+        adapter_name: The adapter to save.
 
     Returns:
         The path.
@@ -38,15 +38,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         ValueError: If the model has no such adapter or the name does not end in ``.safetensors``.
     """
     target = target_file(path)
-    fileformat.write(target, *packed(model, adapter_name))
+    adapter_file.write(target, *packed(model, adapter_name))
     return target
 
 
 def target_file(path: str | os.PathLike[str]) -> Path:
-    """The path to write; raises ValueError unless it ends in ``.safetensors``."""
+    """Return the path to write; raises ValueError unless it ends in ``.safetensors``."""
     target = Path(path)
     if target.suffix != ".safetensors":
-        raise ValueError(f"an adapter is saved as one .safetensors file, got the name {str(path)!r}")
+        raise ValueError(f"an adapter is saved as one .safetensors file, got the file name {str(path)!r}")
     return target
 
 
@@ -54,22 +54,22 @@ def packed(model: nn.Module, adapter_name: str) -> tuple[dict[str, Tensor], dict
     """The tensors and metadata of the file that `save_adapter` writes."""
     adapter, tensors, saved = own_adapter(model, adapter_name)
     sha256 = get_bases(adapter.spec).sha256
-    return fileformat.pack(adapter.config, adapter.spec, sha256, adapter.targets, tensors, saved)
+    return adapter_file.pack(adapter.config, adapter.spec, sha256, adapter.targets, tensors, saved)
 
 
 def own_adapter(
     model: nn.Module, adapter_name: str
 ) -> tuple[AdapterRecord, dict[str, tuple[nn.Parameter, nn.Parameter]], dict[str, Tensor]]:
-    """An adapter of a model: its record, target name -> (lambda, gamma), and its tensors trained in full by path.
+    """Return an adapter's record, target name -> (lambda, gamma), and its tensors trained in full by path.
 
     Raises:
-        ValueError: If the model has no such adapter, it was injected at another module, or it is on the meta device.
+        ValueError: If the model has no such adapter, it was injected into another module, or it is on the meta device.
     """
     model = unwrap(model)
     record = own_record(model)
     if record is None:
         where = records(model)[0][0]
-        raise ValueError(f"the adapters were injected at {where!r}: give save_adapter that module")
+        raise ValueError(f"the adapters were injected into {where!r}: pass that module to save_adapter")
     check_names(model, adapter_name)
     tensors = _adapter_tensors(model, adapter_name)
     if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
@@ -84,34 +84,34 @@ def load_adapter(
     trainable: bool = False,
     peft_dtype: torch.dtype = torch.bfloat16,
 ) -> InjectionReport:
-    """Add the adapter in a file to its base model. Everything is checked before the model is touched.
+    """Add the adapter in a file to its base model; everything is checked before the model is changed.
 
     Args:
-        model: The base model, or one that holds other adapters: the loaded one joins those that are active.
-        path: A file that `save_adapter` wrote, or a folder that PEFT wrote for its RandLora.
-        adapter_name: Its name in this model.
+        model: The base model. It may already have other adapters; the loaded one is added to the active ones.
+        path: A file written by `save_adapter`, or a RandLora folder written by PEFT.
+        adapter_name: The adapter's name in this model.
         trainable: True to train it further.
-        peft_dtype: What PEFT drew projections in that its folder does not hold: bfloat16, or float16 on hardware
-            without it. The folder does not say.
+        peft_dtype: The dtype in which PEFT drew the projections if its folder does not hold them: bfloat16, or
+            float16 on hardware without bfloat16. The folder does not record it.
 
     Returns:
-        What was adapted. Of a PEFT folder without projections, its `warnings` name `peft_dtype`.
+        What was adapted. For a PEFT folder without projections, `warnings` mentions `peft_dtype`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no adapter, damaged, altered or of a newer format, the model is not the one it
-            was made for, or the bases cannot be reproduced. The model is untouched then.
+        ValueError: If the file is not an adapter file, is damaged, altered or of a newer format, does not fit this
+            model, or its bases cannot be reproduced. The model is then left unchanged.
     """
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"no adapter file {str(path)!r}")
     model = unwrap(model)
-    content = peft_format.read(source, peft_dtype).fit(model) if source.is_dir() else fileformat.read(source)
+    content = peft_folder.read(source, peft_dtype).fit(model) if source.is_dir() else adapter_file.read(source)
     return install(plan_for(model, content, adapter_name, source), content, trainable)
 
 
 def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> InjectionReport:
-    """Carry out a plan of `plan_for` and fill in the numbers."""
+    """Carry out a plan of `plan_for` and copy the trained values."""
     add_adapter(plan, trainable)
     model, name = plan.model, plan.report.adapter_name
     record = own_record(model)
@@ -141,10 +141,10 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.
 
 
 def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> AdapterPlan:
-    """The plan of an adapter that was read from `path`.
+    """Make the plan of an adapter that was read from `path`.
 
     Raises:
-        ValueError: Unless the model has exactly the targets of the file, and the bases come out the same.
+        ValueError: Unless the model has exactly the targets of the file, and the bases are the same.
     """
     try:
         plan = make_plan(model, content.config, adapter_name, content.stored)
@@ -156,7 +156,7 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
         for module, _ in candidate.owners
         for tensor in module.parameters()
     ):
-        raise ValueError(f"{path} cannot be loaded on the meta device, where its numbers would be lost")
+        raise ValueError(f"{path} cannot be loaded on the meta device, where its values would be lost")
     have, want = (
         {target.name: (target.shape, target.rank, target.alpha) for target in targets}
         for targets in (plan.report.targets, content.targets)
@@ -169,7 +169,7 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
     for name, tensor in whole.items():
         if tensor.is_floating_point() != content.saved[name].is_floating_point():
             raise ValueError(f"{path}: {name} is {content.saved[name].dtype}, in the model {tensor.dtype}")
-    # A buffer may hold infinity: a mask.
+    # A buffer, such as a mask, may hold infinity.
     check_finite(path, {name: content.saved[name] for name, old in whole.items() if isinstance(old, nn.Parameter)})
     spec = plan.bases.spec
     if content.spec != spec:
@@ -190,7 +190,7 @@ def _compare(have: dict[str, object], want: dict[str, object], prefix: str) -> N
             f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for names, what in (
                 (missing, "of the file's targets are not in the model"),
-                (extra, "of the model's are not in the file"),
+                (extra, "of the model's targets are not in the file"),
             )
             if names
         ]

@@ -1,10 +1,11 @@
-"""Read what PEFT's RandLora saved: a folder with adapter_config.json and adapter_model.safetensors.
+"""Reading what PEFT's RandLora saves: a folder with adapter_config.json and adapter_model.safetensors.
 
-Shapes: R rank, N bases, m narrow side. PEFT stores lambda (R, N) and gamma (N, m) a layer, its projections
+Shapes: R rank, N bases, m narrow side. PEFT stores lambda (R, N) and gamma (N, m) per layer, its projections
 A (R, 1, m) and B (M, N, R) once for the model and again for every layer, and biases and `modules_to_save` under the
-names of the base model. Without projections (``save_projection=False``) they are drawn again from their key. PEFT
-draws dense ones in bfloat16, on hardware without it in float16, and does not say which: bfloat16 is taken unless the
-caller says otherwise, and the report's `warnings` name it. Stored projections that their key makes become a seed.
+names of the base model. If the projections were not saved (``save_projection=False``), they are drawn again from their
+key. PEFT draws dense ones in bfloat16, or in float16 on hardware without it, and does not record which: bfloat16 is
+assumed unless the caller says otherwise, and the report's `warnings` mention it. Stored projections that can be
+reproduced from their key are replaced by a seed.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class PeftAdapter:
     """The content of a PEFT folder, or of a live PEFT model.
 
     Attributes:
-        source: Where it came from, for messages.
+        source: Where it came from, for error messages.
         settings: PEFT's configuration.
         trained: Module path -> (lambda (R, N), gamma (N, m)).
         saved: Path -> tensor trained in full: biases and `modules_to_save`.
         projections: A (R, m) and B (M, N * R), or None if they were not saved.
-        dtype: What dense projections were drawn in if they were not saved.
+        dtype: The dtype in which dense projections were drawn if they were not saved.
     """
 
     source: str
@@ -58,7 +59,7 @@ class PeftAdapter:
     dtype: torch.dtype = torch.bfloat16
 
     def fit(self, model: nn.Module) -> AdapterFile:
-        """The same adapter in this library's terms, for this base model.
+        """Convert to this library's form of the adapter, for this base model.
 
         Raises:
             ValueError: If a layer is not in the model or cannot be adapted, or a setting or size is wrong.
@@ -72,7 +73,7 @@ class PeftAdapter:
                 seed=self.settings.get("projection_prng_key", 0) % 2**64,  # torch counts negative keys from the end
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.source}: PEFT's configuration lacks or garbles a setting: {error}") from None
+            raise ValueError(f"{self.source}: PEFT's configuration lacks a valid setting: {error}") from None
         config = self._choose(model, config, found)
         targets = tuple(self._target(candidate, config, *self.trained[path]) for path, candidate in found.items())
         config = self._choose_bases(config, targets)
@@ -99,18 +100,18 @@ class PeftAdapter:
                 raise ValueError(f"{self.source} does not fit this {type(model).__name__}: it has no layer {path!r}")
             problem = candidate.problem
             if candidate.aliases:
-                problem = f"it shares its weight with {candidate.aliases[0]!r}, and PEFT adapted one of the two alone"
+                problem = f"it shares its weight with {candidate.aliases[0]!r}, and PEFT adapted only one of the two"
             if candidate.kind not in (LINEAR, TRANSPOSED, QUANTIZED):
-                problem = "it is no linear layer, which alone PEFT adapts"
+                problem = "it is not a linear layer, and PEFT adapts only linear layers"
             if problem:
                 raise ValueError(f"{self.source}: {path!r} cannot be adapted: {problem}")
             found[path] = candidate
         return found
 
     def _choose(self, model: nn.Module, config: RandLoRAConfig, found: Mapping[str, Candidate]) -> RandLoRAConfig:
-        """The configuration that asks for these layers and tensors alone: in PEFT's words if they do, else by name.
+        """Choose a configuration for exactly these layers and tensors: PEFT's settings if they fit, otherwise names.
 
-        PEFT's regular expressions are not run: one from a stranger could take for ever.
+        PEFT's regular expressions are not run: one from an untrusted file could take unbounded time.
         """
         whole = list(self.settings.get("modules_to_save") or [])
         if self.settings.get("bias", "none") != "none":
@@ -128,7 +129,7 @@ class PeftAdapter:
                 if {candidate.name for candidate in select(model, tried)[0]} == wanted:
                     return tried
             except (TypeError, ValueError):
-                pass  # not in the model, or not as this library counts layers
+                pass  # not in the model, or layers are numbered differently
         exact = "|".join(re.escape(candidate.name) for candidate in found.values())
         return dataclasses.replace(config, target_modules=f"(?:{exact})")
 
@@ -146,7 +147,7 @@ class PeftAdapter:
         return Target(candidate.name, candidate.kind, candidate.shape, config.rank, alpha, bases, candidate.aliases)
 
     def _choose_bases(self, config: RandLoRAConfig, targets: tuple[Target, ...]) -> RandLoRAConfig:
-        """The kind of bases: PEFT's generator where it makes the stored ones, bit for bit."""
+        """Choose the kind of bases: PEFT's generator if it reproduces the stored ones bit for bit."""
         dense = (_DENSE[self.dtype],) if self.projections is None else tuple(_DENSE.values())
         kinds = dense
         for flag in ("sparse", "very_sparse"):  # the latter wins where both are set
@@ -174,29 +175,29 @@ class PeftAdapter:
         return (
             f"{self.source} holds no projections: they were drawn from projection_prng_key "
             f"{self.settings.get('projection_prng_key', 0)} in {self.dtype}; if PEFT drew them in {other} when the "
-            "adapter was trained (hardware without bfloat16), they are others",
+            "adapter was trained (hardware without bfloat16), these values are wrong",
         )
 
 
 def read(directory: Path, dtype: torch.dtype = torch.bfloat16) -> PeftAdapter:
-    """Read a folder that PEFT's `save_pretrained` wrote. Nothing but JSON and safetensors is opened.
+    """Read a folder written by PEFT's `save_pretrained`; nothing but JSON and safetensors is opened.
 
     Args:
-        directory: It holds adapter_config.json and adapter_model.safetensors.
-        dtype: What dense projections that were not saved are drawn in: bfloat16 or float16.
+        directory: A folder with adapter_config.json and adapter_model.safetensors.
+        dtype: The dtype in which to draw dense projections that were not saved: bfloat16 or float16.
 
     Raises:
-        ValueError: If something is missing, damaged, a pickle, of another method than RandLora, or not finite.
+        ValueError: If something is missing, damaged, a pickle or not finite, or the method is not RandLora.
     """
     if dtype not in _DENSE:
         raise ValueError(f"PEFT draws its projections in bfloat16 or float16, not in {dtype}")
     if not (directory / CONFIG_FILE).is_file():
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         inside += sorted(path.name for path in directory.glob("*.safetensors"))
-        hint = f"; in it: {', '.join(inside[:5])}" if inside else ""
+        hint = f"; it contains: {', '.join(inside[:5])}" if inside else ""
         raise ValueError(
-            f"{str(directory)!r} is a folder without PEFT's {CONFIG_FILE}: give that folder, or the .safetensors file "
-            f"of an adapter{hint}"
+            f"{str(directory)!r} is a folder without PEFT's {CONFIG_FILE}: give a folder that has one, or the "
+            f".safetensors file of an adapter{hint}"
         )
     settings = read_json(directory / CONFIG_FILE)
     method = settings.get("peft_type")
@@ -214,7 +215,7 @@ def read(directory: Path, dtype: torch.dtype = torch.bfloat16) -> PeftAdapter:
             names = list(file.keys())
             return from_tensors(str(directory), settings, names, file.get_tensor, dtype)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights} is no readable safetensors file (truncated or damaged?): {error}") from None
+        raise ValueError(f"{weights} is not a readable safetensors file (truncated or damaged?): {error}") from None
 
 
 def from_tensors(
@@ -224,14 +225,14 @@ def from_tensors(
     get: Callable[[str], Tensor],
     dtype: torch.dtype = torch.bfloat16,
 ) -> PeftAdapter:
-    """Sort PEFT's tensors by what they are. `get` is asked for each once, so that a large file is not held whole."""
+    """Sort PEFT's tensors by kind; `get` is called once per tensor, so that a large file is not kept in memory."""
     parts: dict[str, dict[str, Tensor]] = {"randlora_lambda": {}, "randlora_gamma": {}}
     projections: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
     for name in sorted(names):
         path, _, part = name.removeprefix(PREFIX).rpartition(".")
         if ".modules_to_save." in name or ".original_module." in name:
-            continue  # with bias="all" PEFT writes these beside the tensor in force, and does not read them back
+            continue  # with bias="all", PEFT writes these in addition to the tensor in use, and does not read them back
         tensor = get(name)
         if not part.startswith("randlora_"):
             saved[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
@@ -244,7 +245,7 @@ def from_tensors(
         elif part in ("randlora_A", "randlora_B"):
             tensor = _as_matrix(source, name, tensor)
             if not torch.equal(projections.setdefault(part, tensor), tensor):
-                raise ValueError(f"{source}: {name} differs from the other layers' {part}: PEFT shares one among all")
+                raise ValueError(f"{source}: {name} differs from the other layers' {part}: PEFT shares one for all")
         else:
             raise ValueError(f"{source}: unknown tensor {name!r}")
     lambdas, gammas = parts.values()
@@ -256,7 +257,7 @@ def from_tensors(
 
 
 def _as_matrix(source: str, name: str, tensor: Tensor) -> Tensor:
-    """A (R, 1, m) as (R, m) and B (M, N, R) as (M, N * R), float32."""
+    """Reshape A (R, 1, m) to (R, m), and B (M, N, R) to (M, N * R), in float32."""
     if tensor.ndim != 3 or (name.endswith("A") and tensor.shape[1] != 1):
         raise ValueError(f"{source}: {name} has the shape {tuple(tensor.shape)}, not PEFT's (R, 1, m) or (M, N, R)")
     return (tensor[:, 0] if name.endswith("A") else tensor.flatten(1)).float().contiguous()

@@ -1,4 +1,4 @@
-"""The frozen random matrices A and B. Importing this package registers every kind of bases."""
+"""The frozen random matrices A and B; importing this package registers every kind of bases."""
 
 import numpy as np
 
@@ -12,5 +12,5 @@ __all__ = ["Bases", "BasesSpec", "adopt", "generate", "get_bases", "sha256_of"]
 
 
 def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
-    """`Bases.generate` of the kind's own class."""
+    """Call `Bases.generate` of the class that implements the kind."""
     return Bases.kinds[kind].generate(kind, seed, matrix, rows, columns, narrow)

@@ -1,11 +1,11 @@
-"""The frozen random bases A and B: a seed, not a file (DESIGN: bit-identical on every machine and version).
+"""The frozen random bases A and B, drawn from a seed and bit-identical on every machine and version.
 
 Shapes: A (R, m) float32, ONE for all bases and layers; B (M, K) float32 with K = N * R columns, shared by all layers.
 
-Both are windows into infinite matrices, so a slice of a large basis equals the small basis, adapters of different rank
-share one B, and the size of a model never changes the numbers that a layer sees. Structured bases are the exception.
+Both are windows into infinite matrices: a slice of a large basis equals the small basis, adapters of different rank
+share one B, and the size of a model never changes the values that a layer uses. Structured bases are the exception.
 
-Each kind has a file of its own beside this one and registers itself as a subclass of `Bases`.
+Each kind is defined in a separate file of this package and registers itself as a subclass of `Bases`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class BasesSpec:
 class Bases:
     """A pair of bases, generated on first use and kept once per device and dtype.
 
-    It is shared by every layer of an adapter and lives outside the module tree: copying a model shares it, and
-    pickling stores its spec alone.
+    It is shared by every layer of an adapter and is not part of the module tree: copies of a model share it, and
+    pickling stores only its spec.
     """
 
     kinds: ClassVar[dict[str, type[Bases]]] = {}
-    """The subclass of each kind that is drawn from a seed."""
+    """The subclass for each kind that is drawn from a seed."""
 
     def __init_subclass__(cls, kinds: tuple[str, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -65,7 +65,7 @@ class Bases:
         self._tensors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._sha256: str | None = None
         self._drawn: dict[int, Tensor] = {}
-        """Matrices that were drawn for the checksum, until they are made into what products need."""
+        """Matrices drawn for the checksum, kept until they are converted to the dtype of the products."""
 
     def a(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A (rank, narrow) on `device`, rounded to `dtype`."""
@@ -83,21 +83,21 @@ class Bases:
             gamma: gamma (N, m).
             wide: M.
             scale: s = alpha / rank times the run-time scale.
-            dtype: That matrix products run in.
+            dtype: The dtype of the matrix products.
         """
         raise NotImplementedError
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
-        """A (rows, columns) float32 matrix of unit variance.
+        """Generate a (rows, columns) float32 matrix of unit variance.
 
         Args:
-            kind: One of the class's own kinds.
+            kind: One of the kinds of this class.
             seed: Key of the generator.
-            matrix: 0 for A, 1 for B: separate streams.
+            matrix: 0 for A, 1 for B, which use separate streams.
             rows: Number of rows.
             columns: Number of columns.
-            narrow: Narrow side that sets the density of ``very_sparse``; no other kind reads it.
+            narrow: Narrow side, which sets the density of ``very_sparse``; other kinds ignore it.
         """
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class Bases:
 
     @torch.compiler.disable
     def _make(self, matrix: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        # Under inference_mode the result would be a tensor that autograd may not save later.
+        # Under inference_mode the result would be a tensor that autograd cannot save later.
         with torch.inference_mode(False):
             if device.type == "meta":
                 tensor = torch.empty(self._shape(matrix), dtype=dtype, device=device)
@@ -117,18 +117,18 @@ class Bases:
         return tensor
 
     def _draw(self, matrix: int, dtype: torch.dtype) -> Tensor:
-        """The matrix in whatever dtype it is best made into `dtype` from."""
+        """The matrix in the dtype from which it is best converted to `dtype`."""
         return self._source(matrix)
 
     def _source(self, matrix: int) -> Tensor:
-        """The matrix in float32: any copy already in use, else drawn anew."""
+        """The matrix in float32: an existing copy if there is one, otherwise a newly drawn one."""
         for (which, device, dtype), tensor in self._tensors.items():
             if which == matrix and dtype == torch.float32 and device.type != "meta":
                 return tensor
         return self._drawn.pop(matrix) if matrix in self._drawn else self._numbers(matrix)
 
     def _numbers(self, matrix: int) -> Tensor:
-        """The matrix drawn anew, in float32."""
+        """A newly drawn matrix, in float32."""
         spec = self.spec
         rows, columns = self._shape(matrix)
         return torch.from_numpy(self.generate(spec.kind, spec.seed, matrix, rows, columns, spec.narrow))
@@ -139,19 +139,19 @@ class Bases:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of A then B as little-endian float32, row by row."""
+        """SHA-256 of A, then B, as little-endian float32, row by row."""
         if self._sha256 is None:
             self._drawn = {matrix: self._source(matrix) for matrix in (A, B)}
             self._sha256 = sha256_of(self._drawn[A], self._drawn[B])
         return self._sha256
 
     def bytes_in(self, dtype: torch.dtype) -> int:
-        """Bytes held for one device when matrix products run in `dtype` and lambda and gamma are float32."""
+        """Bytes per device if matrix products run in `dtype` and lambda and gamma are float32."""
         return 4 * self.spec.rank * self.spec.narrow + dtype.itemsize * self.spec.wide * self.spec.columns
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for products in float32."""
+        """Bytes per device if matrix products run in float32."""
         return self.bytes_in(torch.float32)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bases:
@@ -176,12 +176,12 @@ def sha256_of(a: Tensor, b: Tensor) -> str:
 
 
 def adopt(bases: Bases) -> Bases:
-    """The live object of this one's spec, which becomes this one if there is none."""
+    """Return the live object with this spec; if there is none, register `bases` as that object."""
     return _LIVE.setdefault(bases.spec, bases)
 
 
 def get_bases(spec: BasesSpec) -> Bases:
-    """The one live `Bases` object of a spec: every model and adapter that uses it shares its memory."""
+    """The one live `Bases` object of a spec; all models and adapters that use it share its memory."""
     bases = _LIVE.get(spec)
     if bases is None:
         bases = _LIVE[spec] = Bases.kinds[spec.kind](spec)

@@ -1,4 +1,4 @@
-"""Bases that are held as matrices, uniform or normal, and the products with them.
+"""Bases that are stored as matrices, uniform or normal, and the products with them.
 
 Shapes and products: see `randlora_vision.bases.products`.
 """
@@ -18,7 +18,7 @@ from randlora_vision.bases.random import normal, uniform, words
 
 
 class DenseBases(Bases, kinds=("uniform", "normal")):
-    """Bases that are held as matrices."""
+    """Bases that are stored as matrices."""
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
         """As `Bases.term`."""
@@ -28,7 +28,7 @@ class DenseBases(Bases, kinds=("uniform", "normal")):
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
-        """As `Bases.generate`: one stream of random bits per row, consumed from its first column on."""
+        """As `Bases.generate`: one stream of random bits per row, consumed from the first column on."""
         draw, count = {"uniform": (uniform, (columns + 1) // 2), "normal": (normal, 3 * columns)}[kind]
         out = np.empty((rows, columns), dtype=np.float32)
         for row in range(rows):
@@ -41,12 +41,12 @@ class DenseTerm(NamedTuple):
 
     Attributes:
         a: A (R, m), in the dtype of lambda and gamma.
-        b: B (M, K), in the dtype that matrix products run in, or ternary as int8.
+        b: B (M, K), in the dtype of the matrix products, or int8 for ternary bases.
         lam: lambda (R, N).
         gamma: gamma (N, m).
         scale: s = alpha / rank times the run-time scale.
-        unit: What ternary numbers are multiplied by.
-        dtype: That products run in where B is ternary; None means B's.
+        unit: The factor that ternary values are multiplied by.
+        dtype: The dtype of the products if B is ternary; None means B's.
     """
 
     a: Tensor
@@ -63,18 +63,18 @@ class DenseTerm(NamedTuple):
         return self.a, self.b
 
     def with_tensors(self, frozen: Sequence[Any], lam: Any, gamma: Any) -> DenseTerm:
-        """The same term with these tensors, or None, in place of its own."""
+        """The same term with its tensors replaced by these, or by None."""
         a, b = frozen
         return DenseTerm(a, b, lam, gamma, self.scale, self.unit, self.dtype)
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Dtype that matrix products run in."""
+        """The dtype of the matrix products."""
         return self.dtype or self.b.dtype
 
     @property
     def product_scale(self) -> float:
-        """S / c: what products with values from `times_af_t` are multiplied by."""
+        """The factor s / c of products with values from `times_af_t`."""
         return self.scale / range_power(self.gamma)
 
     def costs(self) -> Costs:
@@ -82,27 +82,27 @@ class DenseTerm(NamedTuple):
         return dense_costs(self.b.shape[0], self.gamma.shape[1], self.lam.numel())
 
     def b_as(self, dtype: torch.dtype) -> Tensor:
-        """B in `dtype`; of ternary bases it lives for the span of one product."""
+        """B in `dtype`; for ternary bases it exists only during one product."""
         return self.b.to(dtype) * self.unit if self.b.dtype == torch.int8 else self.b.to(dtype)
 
     def times_b(self, wide: Tensor) -> Tensor:
-        """(T, M) B: (T, K)."""
+        """Return ``wide`` (T, M) times B: (T, K)."""
         return torch.mm(wide, self.b_as(wide.dtype))
 
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
-        """Total (T, M) + hidden (T, K) B^T, for hidden values from `times_af_t`."""
+        """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
         return add_product(total, hidden, self.b_as(hidden.dtype).t(), self.product_scale)
 
     def times_af_t(self, narrow: Tensor) -> Tensor:
-        """(T, m) Af^T: (T, K), times c."""
+        """Return ``narrow`` (T, m) times Af^T: (T, K), scaled by c."""
         return torch.mm(narrow, self._scaled_a(narrow.dtype).t())
 
     def times_af(self, total: Tensor | None, u: Tensor) -> Tensor:
-        """Total (T, m) + s u Af."""
+        """Return ``total`` (T, m) + s u Af."""
         return add_product(total, u, self._scaled_a(u.dtype), self.product_scale)
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
-        """Weight (O, I) + delta W."""
+        """Return ``weight`` (O, I) + delta W."""
         af, b = self._scaled_a(self.product_dtype), self.b_as(self.product_dtype)
         left, right = (b, af) if tall else (af.t(), b.t())
         return add_product(weight, left, right, self.product_scale)
@@ -112,7 +112,7 @@ class DenseTerm(NamedTuple):
         return diagonal_gradients(self.a, self.lam, self.gamma, self.scale, torch.mm(u.t(), narrow))
 
     def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma from the update's own, (M, m)."""
+        """Gradients of lambda and gamma from the gradient of the update (M, m)."""
         d_af = torch.mm(self.b_as(d_weight.dtype).t(), d_weight)
         return diagonal_gradients(self.a, self.lam, self.gamma, self.scale, d_af)
 
@@ -121,7 +121,7 @@ class DenseTerm(NamedTuple):
 
 
 def dense_costs(wide: int, narrow: int, inner: int) -> Costs:
-    """Of bases that are matrices."""
+    """FLOPs of the products with bases that are stored as matrices."""
     product, reductions = 2 * wide * narrow * inner, 4 * narrow * inner
     times_af_t = 2 * narrow * inner
     return Costs(product, 2 * wide * inner, times_af_t, times_af_t, reductions, product + reductions)

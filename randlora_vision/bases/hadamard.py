@@ -1,24 +1,25 @@
-"""Structured bases: A and B of signs, put together from small Hadamard matrices, so that neither is ever built.
+"""Structured bases: sign matrices A and B composed of small Hadamard matrices, so that neither is ever built.
 
-Shapes: A (R, m), B (M, K), K = N * R; b a power of two, P the power of two at or above R.
+Shapes: A (R, m), B (M, K), K = N * R; b a power of two, P the smallest power of two that is at least R.
 
-A repeats the columns of one (R, P) matrix Q over contiguous classes of C = ceil(m / P) columns, each column with a
-random sign of its own:
+A repeats the columns of one (R, P) matrix Q over contiguous classes of C = ceil(m / P) columns and multiplies each
+column by a random sign:
 
     A[k, j] = Q[k, j // C] * s[j]
 
 B is the Kronecker product of two small matrices with random signs between them (two steps of a fast Hadamard
-transform): with columns f = n * b + k and rows in the order of (q, p), of which the last b a - M values of q lack the
-last p,
+transform). Its columns are f = n * b + k and its rows are in the order of (q, p), where the last b a - M values of q
+do not have the last p:
 
     B[(q, p), f] = left[p, n] * D[n, q] * core[q, k]
 
-Q, left and core are Hadamard matrices with permuted rows and columns and random row signs, cut to size; core (b, b) is
-whole, and of left the first draw is taken that a cut leaves with full rank. Every entry of A and B is exactly -1 or +1:
-unit variance without any arithmetic, exact in half precision, and B's columns are orthogonal where left is not cut.
+Q, left and core are Hadamard matrices with permuted rows and columns and random row signs, cut to size. core (b, b) is
+not cut; left is drawn again until the cut matrix has full rank. Every entry of A and B is exactly -1 or +1: unit
+variance without any arithmetic, exact in half precision, and B's columns are orthogonal if left is not cut.
 One application of B costs 2 b ceil(K / b) (a + b) FLOPs instead of 2 M K.
 
-No window of one shape's matrices is another's: each shape (R, m) and (M, K) has its own, a few kilobytes from the seed.
+The matrices of one shape are not windows of another's: each shape (R, m) and (M, K) has separate ones, a few kilobytes
+drawn from the seed.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ def grid(wide: int, columns: int) -> tuple[int, int, int]:
 
 
 def period(rank: int) -> int:
-    """P: the number of classes of A's columns."""
+    """The number P of classes of A's columns."""
     return 1 << (rank - 1).bit_length()
 
 
 def a_factors(seed: int, rank: int, narrow: int) -> tuple[np.ndarray, np.ndarray]:
-    """Q (R, P) and s (m,), int8."""
+    """Return Q (R, P) and s (m,), int8."""
     return _hadamard(seed, _A, 1, rank, period(rank)), signs(words(seed, _A, 0, narrow))
 
 
 def b_factors(seed: int, wide: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right (ceil(K / b), b, b), int8, with right[n, k, q] = D[n, q] * core[q, k], and left (a, ceil(K / b))."""
+    """Return right (ceil(K / b), b, b) and left (a, ceil(K / b)), int8; right[n, k, q] = D[n, q] * core[q, k]."""
     b, inner, outer = grid(wide, columns)
     between = signs(words(seed, _B, 0, inner * b)).reshape(inner, 1, b)
     core = _hadamard(seed, _B, 1, b, b)
@@ -68,7 +69,7 @@ def b_factors(seed: int, wide: int, columns: int) -> tuple[np.ndarray, np.ndarra
 
 
 def dense(seed: int, matrix: int, rows: int, columns: int) -> np.ndarray:
-    """A (rows, columns) for matrix 0, B (rows, columns) for matrix 1, written out in float32."""
+    """Return A (matrix 0) or B (matrix 1) as a dense (rows, columns) float32 matrix."""
     if matrix == _A:
         q, own = a_factors(seed, rows, columns)
         spread = q.repeat(-(-columns // q.shape[1]), axis=1)[:, :columns]
@@ -82,7 +83,7 @@ def dense(seed: int, matrix: int, rows: int, columns: int) -> np.ndarray:
 
 
 def full_rows(wide: int, b: int, outer: int) -> int:
-    """How many values of q have rows for all p."""
+    """The number of values of q that have rows for all p."""
     return wide - b * (outer - 1)
 
 
@@ -94,14 +95,14 @@ def _hadamard(seed: int, matrix: int, row: int, rows: int, columns: int) -> np.n
     picked_columns = np.argsort(raw[order : 2 * order], kind="stable")[:columns]
     matched = picked_rows[:, None] & picked_columns[None]
     odd = np.zeros(matched.shape, dtype=np.int64)
-    while matched.any():  # Sylvester's matrix: the parity of the bits that both indices have
+    while matched.any():  # Sylvester's matrix: the parity of the bits set in both indices
         odd ^= matched & 1
         matched >>= 1
     return ((1 - 2 * odd) * signs(raw[2 * order :])[:rows, None]).astype(np.int8)
 
 
 def _has_full_rank(matrix: np.ndarray) -> bool:
-    """True if the rank modulo a prime is the smaller side: exact, and then so is the rank itself."""
+    """True if the rank modulo a prime equals the smaller side; this is exact and implies full rank."""
     prime = 2**31 - 1
     left = matrix.astype(np.int64) % prime
     rank = 0

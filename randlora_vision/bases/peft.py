@@ -1,9 +1,10 @@
-"""The random bases as PEFT's RandLora draws them from its `projection_prng_key`, for interchange.
+"""The random bases that PEFT's RandLora draws from its `projection_prng_key`, for interchange.
 
 Shapes: A (R, m), B (M, K) with K = N * R, column n * R + k being column k of PEFT's n-th block.
 
-torch promises its random stream for one version, and PEFT draws dense bases in bfloat16 or, on hardware without it,
-in float16: the same key then gives other numbers. Hence a kind for each of the two, and a SHA-256 beside the seed.
+torch guarantees its random stream only within one version, and PEFT draws dense bases in bfloat16 or, on hardware
+without it, in float16, so the same key can give different values. Hence there is a kind for each of the two dtypes,
+and a SHA-256 is stored beside the seed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from randlora_vision.bases.dense import DenseBases
 
 PEFT_KINDS = ("peft", "peft_float16", "peft_sparse", "peft_very_sparse")
-"""PEFT's uniform bases drawn in bfloat16 and in float16, its ``sparse`` and its ``very_sparse`` ones."""
+"""PEFT's uniform bases drawn in bfloat16 and in float16, and its ``sparse`` and ``very_sparse`` bases."""
 _DENSE = {"peft": torch.bfloat16, "peft_float16": torch.float16}
 
 
@@ -25,19 +26,19 @@ class PeftBases(DenseBases, kinds=PEFT_KINDS):
 
     def _numbers(self, matrix: int) -> Tensor:
         spec = self.spec
-        pair = draw(spec.kind, spec.seed, spec.rank, spec.narrow, spec.wide)  # from one stream, A first
+        pair = draw(spec.kind, spec.seed, spec.rank, spec.narrow, spec.wide)  # both from one stream, A first
         self._drawn[1 - matrix] = pair[1 - matrix]
         return pair[matrix]
 
 
 def draw(kind: str, seed: int, rank: int, narrow: int, wide: int) -> tuple[Tensor, Tensor]:
-    """A (rank, narrow) and B (wide, rank * ceil(narrow / rank)) in float32, the numbers of PEFT for this key.
+    """Draw A (rank, narrow) and B (wide, rank * ceil(narrow / rank)) as PEFT does for this key, in float32.
 
     Args:
         kind: One of `PEFT_KINDS`.
         seed: PEFT's `projection_prng_key`.
-        rank: R.
-        narrow: min(largest output, largest input) of the adapted layers: PEFT's m.
+        rank: The rank R.
+        narrow: min(largest output, largest input) of the adapted layers, which is PEFT's m.
         wide: The largest side of the adapted layers.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -50,7 +51,7 @@ def draw(kind: str, seed: int, rank: int, narrow: int, wide: int) -> tuple[Tenso
             third = math.sqrt(narrow) if kind == "peft_very_sparse" else 3
             a = _ternary(torch.rand((rank, 1, narrow), generator=generator, dtype=torch.float32), third)
             b = _ternary(torch.rand((wide, bases, rank), generator=generator, dtype=torch.float32), third)
-        # PEFT divides in the dtype it drew in, before anything is widened.
+        # PEFT divides in the dtype it drew in, before any conversion to float32.
         return (a / a.std())[:, 0].float(), (b / b.std()).flatten(1).float()
 
 

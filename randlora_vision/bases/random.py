@@ -1,6 +1,6 @@
-"""Random bits, and numbers drawn from them by exact operations: the same on every machine and version.
+"""Random bits, and numbers derived from them by exact operations: identical on every machine and version.
 
-Each row of a matrix has a stream of a counter-based generator to itself.
+Each row of a matrix has a separate stream of a counter-based generator.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import math
 
 import numpy as np
 
-_ROW = 2**128  # counters of one row, each of which yields four 64-bit words
+_ROW = 2**128  # number of counters per row; each counter yields four 64-bit words
 
 
 def words(seed: int, matrix: int, row: int, count: int) -> np.ndarray:
     """The first `count` 64-bit words of a row's stream; the counter starts at (matrix, row).
 
     Args:
-        seed: Key of the Philox generator, whose stream NumPy promises to keep.
+        seed: Key of the Philox generator, whose stream NumPy guarantees.
         matrix: 0 for A, 1 for B.
-        row: Which stream of that matrix.
-        count: How many words.
+        row: Index of the stream within that matrix.
+        count: Number of words.
     """
     return np.random.Philox(key=seed, counter=((matrix << 64) | row) * _ROW).random_raw(count)
 
 
 def signs(raw: np.ndarray) -> np.ndarray:
-    """-1 or +1 (int8) by the top bit of every word."""
+    """Return -1 or +1 (int8) according to the top bit of each word."""
     return np.where(raw >> np.uint64(63), 1, -1).astype(np.int8)
 
 
@@ -50,6 +50,6 @@ def normal(raw: np.ndarray) -> np.ndarray:
 
 
 def halves(raw: np.ndarray) -> np.ndarray:
-    """The low and high 32 bits of every 64-bit word, in that order whatever the byte order of the machine."""
+    """The low and high 32 bits of each 64-bit word, in that order regardless of the machine's byte order."""
     pairs = np.stack([raw & np.uint64(0xFFFFFFFF), raw >> np.uint64(32)], axis=1)
     return pairs.astype(np.uint32).reshape(-1)

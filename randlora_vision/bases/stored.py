@@ -1,4 +1,4 @@
-"""Bases that came as numbers, from a checkpoint that another library wrote, not from a seed."""
+"""Bases given as tensors, from a checkpoint of another library, rather than drawn from a seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredSpec(BasesSpec):
 
 
 class StoredBases(DenseBases):
-    """A pair of given tensors. Adapters with equal ones share one object; pickling stores the numbers."""
+    """A pair of given tensors; adapters with equal tensors share one object, and pickling stores the values."""
 
     def __init__(self, spec: StoredSpec, a: Tensor, b: Tensor) -> None:
         super().__init__(spec)
@@ -42,10 +42,10 @@ class StoredBases(DenseBases):
 
 
 def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
-    """The one live object of these numbers: A (R, m) and B (M, K), kept in float32 on the CPU.
+    """The one live object for these values: A (R, m) and B (M, K), kept in float32 on the CPU.
 
     Raises:
-        ValueError: If they are no matrices of finite numbers, or empty.
+        ValueError: If either is not a matrix of finite numbers, or is empty.
     """
     for name, tensor in (("A", a), ("B", b)):
         if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():

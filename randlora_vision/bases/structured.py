@@ -1,7 +1,7 @@
-"""Structured bases: small factors in place of matrices. B is applied as two small matrices, A class by class.
+"""Structured bases: small factors instead of large matrices; B is applied as two small matrices, A class by class.
 
-A layer's numbers depend on its own shape and rank alone. The SHA-256 is that of A and B written out at the largest
-sizes. Shapes and factors: see `randlora_vision.bases.hadamard`; products: `randlora_vision.bases.products`.
+The bases of a layer depend only on its shape and rank. The SHA-256 is computed from A and B as dense matrices of the
+largest sizes. Shapes and factors: see `randlora_vision.bases.hadamard`; products: `randlora_vision.bases.products`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STRUCTURED = "structured"
 
 
 class StructuredBases(Bases, kinds=(STRUCTURED,)):
-    """Bases that are held as small factors, made once for every shape, device and dtype."""
+    """Bases that are stored as small factors, created once per shape, device and dtype."""
 
     def __init__(self, spec: BasesSpec) -> None:
         super().__init__(spec)
@@ -52,13 +52,13 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
 
     @property
     def sha256(self) -> str:
-        """As `Bases.sha256`; the matrices that are written out for it are not kept."""
+        """As `Bases.sha256`; the dense matrices built for it are not kept."""
         digest = super().sha256
         self._drawn.clear()
         return digest
 
     def bytes_in(self, dtype: torch.dtype) -> int:
-        """Bytes of the largest shape's factors; other shapes have about as many."""
+        """Bytes of the factors of the largest shape; other shapes take about as many."""
         spec = self.spec
         b, inner, outer = hadamard.grid(spec.wide, spec.columns)
         period = hadamard.period(spec.rank)
@@ -66,7 +66,7 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
 
 
 class StructuredTerm(NamedTuple):
-    """Structured bases with their lambda and gamma. The factors are signs, exact in any dtype.
+    """Structured bases with their lambda and gamma; the factors are signs, exact in any dtype.
 
     Attributes:
         q: Q (R, P).
@@ -94,18 +94,18 @@ class StructuredTerm(NamedTuple):
         return self.q, self.own, self.right, self.left
 
     def with_tensors(self, frozen: Sequence[Any], lam: Any, gamma: Any) -> StructuredTerm:
-        """The same term with these tensors, or None, in place of its own."""
+        """The same term with its tensors replaced by these, or by None."""
         q, own, right, left = frozen
         return StructuredTerm(q, own, right, left, lam, gamma, self.scale, self.wide)
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Dtype that matrix products run in."""
+        """The dtype of the matrix products."""
         return self.right.dtype
 
     @property
     def product_scale(self) -> float:
-        """S / c: what products with values from `times_af_t` are multiplied by."""
+        """The factor s / c of products with values from `times_af_t`."""
         return self.scale / range_power(self.gamma)
 
     def costs(self) -> Costs:
@@ -114,7 +114,7 @@ class StructuredTerm(NamedTuple):
         return structured_costs(self.gamma.shape[1], self.lam.shape[0], self.lam.shape[1], self.q.shape[1], grid)
 
     def times_b(self, wide: Tensor) -> Tensor:
-        """(T, M) B: (T, K)."""
+        """Return ``wide`` (T, M) times B: (T, K)."""
         inner, b, _ = self.right.shape
         outer, columns = self.left.shape[0], self.lam.numel()
         tokens = self._unfold(wide).reshape(-1, outer)
@@ -123,7 +123,7 @@ class StructuredTerm(NamedTuple):
         return u.permute(1, 0, 2).reshape(-1, inner * b)[:, :columns]
 
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
-        """Total (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
+        """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
         inner, b, _ = self.right.shape
         outer, factor = self.left.shape[0], self.product_scale
         tokens = _pad(hidden, inner * b).reshape(-1, inner, b).permute(1, 0, 2)
@@ -136,12 +136,12 @@ class StructuredTerm(NamedTuple):
         return out if total is None else total + out.to(total.dtype)
 
     def times_af_t(self, narrow: Tensor) -> Tensor:
-        """(T, m) Af^T: (T, K), times c."""
+        """Return ``narrow`` (T, m) times Af^T: (T, K), scaled by c."""
         hidden = self._project(narrow) * self.lam.to(narrow.dtype)[:, None, :]
         return hidden.permute(1, 0, 2).flatten(1)
 
     def times_af(self, total: Tensor | None, u: Tensor) -> Tensor:
-        """Total (T, m) + s u Af."""
+        """Return ``total`` (T, m) + s u Af."""
         left, right = self._classes(self._by_rank(u)), self._gamma(u.dtype).transpose(1, 2)
         factor = self.product_scale
         if total is not None and total.dtype == u.dtype:
@@ -151,7 +151,7 @@ class StructuredTerm(NamedTuple):
         return out if total is None else total + out.to(total.dtype)
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
-        """Weight (O, I) + delta W."""
+        """Return ``weight`` (O, I) + delta W."""
         dtype = self.product_dtype
         af = scaled_a(self._a(), self.lam, self.gamma, dtype)
         if not tall:
@@ -175,12 +175,12 @@ class StructuredTerm(NamedTuple):
         return d_lam, self._joined(d_classes).to(self.gamma.dtype) * (self._own() * self.scale)
 
     def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma from the update's own, (M, m)."""
+        """Gradients of lambda and gamma from the gradient of the update (M, m)."""
         d_af = self.times_b(d_weight.t()).t()
         return diagonal_gradients(self._a(), self.lam, self.gamma, self.scale, d_af)
 
     def _fold(self, rows: Tensor, dim: int) -> Tensor:
-        """(q, p) at `dim` and after it as one dimension of M rows."""
+        """Join the dimensions (q, p) at `dim` into one dimension of M rows."""
         b, outer = self.right.shape[1], self.left.shape[0]
         full = hadamard.full_rows(self.wide, b, outer)
         if full == b:
@@ -189,7 +189,7 @@ class StructuredTerm(NamedTuple):
         return torch.cat([rows.narrow(dim, 0, full).flatten(dim, dim + 1), short.flatten(dim, dim + 1)], dim)
 
     def _unfold(self, wide: Tensor) -> Tensor:
-        """(T, M) as (T, q, p), with zeros for the rows that are not there."""
+        """Reshape (T, M) to (T, q, p), with zeros for the missing rows."""
         b, outer = self.right.shape[1], self.left.shape[0]
         full, tokens = hadamard.full_rows(self.wide, b, outer), wide.shape[0]
         if full == b:
@@ -198,7 +198,7 @@ class StructuredTerm(NamedTuple):
         return torch.cat([wide[:, : full * outer].reshape(tokens, full, outer), F.pad(short, (0, 1))], 1)
 
     def _a(self) -> Tensor:
-        """A (R, m), in the dtype of lambda."""
+        """The matrix A (R, m), in the dtype of lambda."""
         narrow = self.gamma.shape[1]
         spread = self.q.repeat_interleave(self._class_size(), dim=1)[:, :narrow]
         return (spread * self.own).to(self.lam.dtype)
@@ -210,32 +210,32 @@ class StructuredTerm(NamedTuple):
         return -(-self.gamma.shape[1] // self.q.shape[1])
 
     def _gamma(self, dtype: torch.dtype) -> Tensor:
-        """Gamma with the signs of A's columns, times c: (P, C, N)."""
+        """Gamma with the signs of A's columns, scaled by c: (P, C, N)."""
         classes, size, bases = self.q.shape[1], self._class_size(), self.gamma.shape[0]
         signed = self.gamma * (self._own() * range_power(self.gamma))
         return _pad(signed, classes * size).view(bases, classes, size).permute(1, 2, 0).to(dtype)
 
     def _in_classes(self, narrow: Tensor) -> Tensor:
-        """(T, m) as (P, T, C)."""
+        """Reshape (T, m) to (P, T, C)."""
         classes, size = self.q.shape[1], self._class_size()
         return _pad(narrow, classes * size).reshape(-1, classes, size).permute(1, 0, 2)
 
     def _joined(self, classes: Tensor) -> Tensor:
-        """(P, T, C) as (T, m)."""
+        """Reshape (P, T, C) to (T, m)."""
         return classes.permute(1, 0, 2).flatten(1)[:, : self.gamma.shape[1]]
 
     def _project(self, narrow: Tensor) -> Tensor:
-        """Af of (T, m) without lambda: (R, T, N), times c."""
+        """Apply Af without lambda to (T, m): (R, T, N), scaled by c."""
         mixed = torch.bmm(self._in_classes(narrow), self._gamma(narrow.dtype))
         rank, classes = self.q.shape
         return torch.mm(self.q.to(narrow.dtype), mixed.reshape(classes, -1)).view(rank, -1, self.gamma.shape[0])
 
     def _by_rank(self, u: Tensor) -> Tensor:
-        """(T, K) as (R, T, N)."""
+        """Reshape (T, K) to (R, T, N)."""
         return u.reshape(-1, *self.lam.shape).permute(1, 0, 2)
 
     def _classes(self, by_rank: Tensor) -> Tensor:
-        """Lambda and Q^T on (R, T, N): (P, T, N)."""
+        """Apply lambda and Q^T to (R, T, N): (P, T, N)."""
         weighted = by_rank * self.lam.to(by_rank.dtype)[:, None, :]
         rank, classes = self.q.shape
         flat = torch.mm(self.q.to(by_rank.dtype).t(), weighted.reshape(rank, -1))
@@ -243,13 +243,13 @@ class StructuredTerm(NamedTuple):
 
 
 def _pad(tensor: Tensor, columns: int) -> Tensor:
-    """Columns of zeros up to `columns`."""
+    """Pad with zeros to `columns` columns."""
     missing = columns - tensor.shape[1]
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
 def structured_costs(narrow: int, rank: int, bases: int, period: int, grid: tuple[int, int, int]) -> Costs:
-    """Of structured bases; `grid` is that of `hadamard.grid`."""
+    """FLOPs of the products with structured bases; `grid` is the result of `hadamard.grid`."""
     b, inner, outer = grid
     times_b = 2 * b * inner * (b + outer)
     times_af_t = 2 * bases * (period * -(-narrow // period) + period * rank)

@@ -1,4 +1,4 @@
-"""Ternary bases, of -c, 0 and +c: B is held as int8 and expanded for the span of one product."""
+"""Ternary bases with the values -c, 0 and +c: B is stored as int8 and expanded only during a product."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from randlora_vision.bases.random import halves, words
 
 
 class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
-    """Bases of -c, 0 and +c: B is held as int8."""
+    """Bases with the values -c, 0 and +c; B is stored as int8."""
 
     def b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """B (wide, columns) on `device`, rounded to `dtype`; not kept."""
+        """B (wide, columns) on `device`, rounded to `dtype`; it is not cached."""
         return self._get(B, device, torch.int8).to(dtype) * self._unit
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
@@ -49,7 +49,7 @@ class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
 
 
 def ternary(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
-    """The signs of a ternary matrix, int8: -1 and +1 with probability density / 2 each, else 0."""
+    """The signs of a ternary matrix, int8: -1 and +1 with probability density / 2 each, otherwise 0."""
     limit = np.uint32(round(_density(kind, narrow) / 2 * 2**32))
     out = np.empty((rows, columns), dtype=np.int8)
     for row in range(rows):
@@ -59,7 +59,7 @@ def ternary(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: 
 
 
 def ternary_unit(kind: str, narrow: int) -> float:
-    """C = 1 / sqrt(density), a float32 number: it gives signs unit variance."""
+    """The value c = 1 / sqrt(density), a float32 number that gives the matrix unit variance."""
     return float(np.float32(math.sqrt(1 / _density(kind, narrow))))
 
 

@@ -1,4 +1,4 @@
-"""What the `randlora` command does: one function a subcommand, which returns the exit code."""
+"""The actions of the `randlora` command: one function per subcommand, which returns the exit code."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ CONVERSIONS = ("randlora", "peft", *_LORA)
 
 
 def info(file: str, plot: str | None, json: bool) -> int:
-    """Show what an adapter file holds."""
+    """Show the content of an adapter file."""
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"{file!r} is a folder: give a file (`randlora convert --to randlora` makes one of PEFT's)")
+        raise ValueError(f"{file!r} is a folder: give a file (`randlora convert --to randlora` converts a PEFT folder)")
     parts = _read(path)
     with progress("singular values") as step:
         layers = layers_of(parts, step)
@@ -90,7 +90,7 @@ def targets(
     model_args: str | None,
     json: bool,
 ) -> int:
-    """Show what an injection would adapt."""
+    """Show the layers that an injection would adapt."""
     base = parse_base(model, options=model_args)
     wanted: Any = target_modules or "all-linear"
     if isinstance(wanted, list) and len(wanted) == 1 and _is_pattern(wanted[0]):
@@ -105,10 +105,10 @@ def targets(
 
 
 def merge(base: str, adapter: str, output: str, weights: str | None, model_args: str | None, json: bool) -> int:
-    """Write the merged model in its library's own format."""
+    """Write the merged model in the format of its library."""
     found = parse_base(base, weights, model_args)
     if not found.has_weights:
-        raise ValueError(f"{base} without weights is a random model: name the base's weights with --weights")
+        raise ValueError(f"{base} would be built with random weights: give the weights of the base with --weights")
     host, reports = _adapted(found, adapter)
     from randlora_vision.integrations.export import merged as _merged
 
@@ -164,7 +164,7 @@ def convert(
 
 
 def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
-    """Check a file by itself and against its base model; 1 if a check fails."""
+    """Check a file by itself and against its base model; return 1 if a check fails."""
     path = Path(adapter)
     if not path.exists():
         raise FileNotFoundError(f"no adapter file {adapter!r}")
@@ -173,7 +173,7 @@ def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
     parts: dict[str, AdapterFile] = {}
     try:
         parts = {} if path.is_dir() else _read(path)
-        checks.append(("file", True, "as it was written, all numbers finite" if parts else "a folder of PEFT"))
+        checks.append(("file", True, "unaltered, all values finite" if parts else "a PEFT folder"))
         wrong = [part or "model" for part, content in parts.items() if not _reproduced(content)]
         checks.append(("bases", not wrong, f"not reproduced: {', '.join(wrong)}" if wrong else "SHA-256 reproduced"))
     except ValueError as error:
@@ -210,7 +210,7 @@ def _about(content: AdapterFile) -> dict[str, Any]:
 
 
 def _adapted(base: Base, adapter: str) -> tuple[Any, list[randlora_vision.InjectionReport]]:
-    """The built model with the adapter in it."""
+    """Build the model and load the adapter into it."""
     path = Path(adapter)
     if not path.exists():
         raise FileNotFoundError(f"no adapter file {adapter!r}")
@@ -229,12 +229,12 @@ def _one_model(host: Any) -> nn.Module:
 
     parts = adapted(host)
     if len(parts) > 1:
-        raise ValueError(f"a PEFT folder is for one model, and the adapter is for {', '.join(parts)}")
+        raise ValueError(f"a PEFT folder is for one model, but the adapter is for {', '.join(parts)}")
     return next(iter(parts.values()))
 
 
 def _is_pattern(text: str) -> bool:
-    """True for what is one string in a configuration, not a list of names."""
+    """True if `text` is a preset or pattern, which a configuration holds as a single string, not as a list of names."""
     return text in ("all", "all-linear") or is_preset(text) or any(char in text for char in "*+?[](){}|^$\\")
 
 

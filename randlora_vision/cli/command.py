@@ -1,4 +1,4 @@
-"""The `randlora` command: its arguments, and which function answers them."""
+"""The `randlora` command: its arguments, and the functions that handle them."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from randlora_vision.cli import actions
 from randlora_vision.cli.models import HELP
 from randlora_vision.errors import user_errors
 
-_EXIT_CODES = "exit codes: 0 well, 1 verification failed, 2 bad input (one line on stderr)"
+_EXIT_CODES = "exit codes: 0 success, 1 verification failed, 2 bad input (one line on stderr)"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a wrong argument as everything else that is wrong: one line, exit code 2."""
+    """Reports a wrong argument like any other error: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help)")
@@ -20,16 +20,16 @@ class _Parser(argparse.ArgumentParser):
 
 @user_errors
 def run(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and answer it."""
+    """Parse the command line and run the subcommand."""
     arguments = vars(_parser().parse_args(argv))
     raise SystemExit(arguments.pop("action")(**arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="randlora", description="Look into, check, convert and merge RandLoRA adapters.", epilog=_EXIT_CODES
+        prog="randlora", description="Inspect, verify, convert and merge RandLoRA adapters.", epilog=_EXIT_CODES
     )
-    # Answered before the libraries of the command are imported (cli/__init__.py); here for --help.
+    # Handled before the libraries of the command are imported (cli/__init__.py); listed here for --help.
     parser.add_argument(
         "--version",
         action="store_true",
@@ -38,13 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = _command(commands, "info", actions.info, "what an adapter file holds: settings, layers, norms, ranks")
+    info = _command(commands, "info", actions.info, "show the settings, layers, norms and ranks of an adapter file")
     info.add_argument("file", help="an adapter file")
-    info.add_argument("--plot", metavar="PNG", help="draw the singular values of every update")
+    info.add_argument("--plot", metavar="PNG", help="plot the singular values of every update")
 
-    targets = _command(commands, "targets", actions.targets, "what would be adapted in a model; nothing is loaded")
+    targets = _command(commands, "targets", actions.targets, "show what would be adapted in a model; loads no weights")
     targets.add_argument("model", help=HELP)
-    targets.add_argument("--component", help="of a pipeline of diffusers; default: its unet or transformer")
+    targets.add_argument("--component", help="component of a diffusers pipeline; default: its unet or transformer")
     targets.add_argument(
         "--target-modules",
         nargs="+",
@@ -55,29 +55,29 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument(
         "--rank", type=int, default=32, help="rank of one base (32); a larger one trains fewer numbers"
     )
-    targets.add_argument("--model-args", metavar="JSON", help="further arguments of timm.create_model")
+    targets.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")
 
-    merge = _command(commands, "merge", actions.merge, "a checkpoint with the adapter in its weights")
+    merge = _command(commands, "merge", actions.merge, "write a checkpoint with the adapter merged into the weights")
     merge.add_argument("base", help=HELP)
-    merge.add_argument("adapter", help="an adapter file, or a RandLora folder of PEFT")
-    merge.add_argument("output", help="a .safetensors file; of a pipeline a new folder")
+    merge.add_argument("adapter", help="an adapter file, or a RandLora folder written by PEFT")
+    merge.add_argument("output", help="a .safetensors file; for a pipeline, a new folder")
     _weights(merge)
 
     convert = _command(
-        commands, "convert", actions.convert, "an adapter as PEFT, LoRA or LyCORIS, or from PEFT to our file"
+        commands, "convert", actions.convert, "convert an adapter to PEFT, LoRA or LyCORIS, or from PEFT to our file"
     )
-    convert.add_argument("adapter", metavar="in", help="an adapter file, or a RandLora folder of PEFT")
-    convert.add_argument("output", metavar="out", help="a .safetensors file; for peft and lora-peft a folder")
+    convert.add_argument("adapter", metavar="in", help="an adapter file, or a RandLora folder written by PEFT")
+    convert.add_argument("output", metavar="out", help="a .safetensors file; for peft and lora-peft, a folder")
     convert.add_argument("--to", required=True, choices=actions.CONVERSIONS, help="the format to write")
     convert.add_argument("--model", required=True, metavar="MODEL", help=HELP)
     convert.add_argument("--rank", type=int, help="lora-*: rank of every layer")
     convert.add_argument("--energy", type=float, help="lora-*: share of every update's squared norm to keep")
-    convert.add_argument("--model-args", metavar="JSON", help="further arguments of timm.create_model")
+    convert.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")
 
-    verify = _command(commands, "verify", actions.verify, "whether a file is whole, finite and fits a model")
-    verify.add_argument("adapter", metavar="file", help="an adapter file, or a RandLora folder of PEFT")
+    verify = _command(commands, "verify", actions.verify, "check that a file is intact and finite, and fits a model")
+    verify.add_argument("adapter", metavar="file", help="an adapter file, or a RandLora folder written by PEFT")
     verify.add_argument("--model", required=True, metavar="MODEL", help=HELP)
-    verify.add_argument("--model-args", metavar="JSON", help="further arguments of timm.create_model")
+    verify.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")
     return parser
 
 
@@ -89,5 +89,5 @@ def _command(commands: argparse._SubParsersAction, name: str, action: object, te
 
 
 def _weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", help="of timm a .safetensors file or 'pretrained', of open_clip a file or tag")
-    parser.add_argument("--model-args", metavar="JSON", help="further arguments of timm.create_model")
+    parser.add_argument("--weights", help="for timm, a .safetensors file or 'pretrained'; for open_clip, a file or tag")
+    parser.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")

@@ -1,4 +1,4 @@
-"""What the command prints: tables for people, JSON for scripts, and progress on stderr."""
+"""Output of the command: tables for people, JSON for scripts, and progress on stderr."""
 
 import contextlib
 import json
@@ -13,12 +13,12 @@ from rich.table import Table
 
 
 def show_json(value: Any) -> None:
-    """Print `value` as JSON and nothing else on stdout; numbers that JSON does not know become null."""
+    """Print `value` as the only JSON on stdout; non-finite numbers become null."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; what is not text is aligned to the right."""
+    """Print a table; columns that are not text are aligned to the right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         text = all(isinstance(row[i], str) for row in rows)
@@ -29,7 +29,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def say(text: str = "") -> None:
-    """Print a line as it is."""
+    """Print a line without markup or wrapping."""
     console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -39,13 +39,13 @@ def warn(text: str) -> None:
 
 
 def console() -> Console:
-    """Stdout, as wide as the terminal; in a file or pipe nothing is folded."""
+    """Return a console on stdout, as wide as the terminal, or 200 columns wide in a file or pipe."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, total) that moves a bar on stderr, where that is a terminal."""
+    """Yield a function of (done, total) that updates a progress bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

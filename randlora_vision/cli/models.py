@@ -1,4 +1,4 @@
-"""The base model that a command is about: by name, folder or repository, of timm, open_clip or diffusers."""
+"""The base model of a command: a name, folder or repository, from timm, open_clip or diffusers."""
 
 import contextlib
 import importlib
@@ -21,8 +21,8 @@ from randlora_vision.integrations import timm as timm_adapters
 from randlora_vision.integrations._download import download
 
 HELP = (
-    "a model of timm (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a folder or "
-    "repository of diffusers (diffusers:NAME where it could be another's)"
+    "a timm model (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a diffusers "
+    "folder or repository (diffusers:NAME if the name is ambiguous)"
 )
 _LIBRARIES = ("timm", "open_clip", "diffusers")
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -30,13 +30,13 @@ _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 @dataclass(frozen=True)
 class Base:
-    """A base model, not built yet.
+    """A base model that is not built yet.
 
     Attributes:
         library: "timm", "open_clip" or "diffusers".
-        name: What the library calls it.
-        weights: A checkpoint or a tag; "pretrained" of timm; None for random weights (diffusers brings its own).
-        options: Further arguments of timm.create_model.
+        name: Name of the model in the library.
+        weights: A checkpoint or tag; "pretrained" for timm; None for random weights (diffusers has its own).
+        options: Further arguments for timm.create_model.
     """
 
     library: str
@@ -46,14 +46,14 @@ class Base:
 
     @property
     def has_weights(self) -> bool:
-        """False if the model would be a random one."""
+        """False if the model would have random weights."""
         return self.library == "diffusers" or self.weights is not None or self.name.startswith(_SCHEMES)
 
     def build(self, adapter: Path | None = None) -> Any:
-        """Build the model on the CPU, in eval mode, or the pipeline.
+        """Build the model, in eval mode, or the pipeline, on the CPU.
 
         Args:
-            adapter: An adapter file whose classifier says how many classes a timm model is to have.
+            adapter: An adapter file whose classifier determines the number of classes of a timm model.
 
         Raises:
             ValueError: If the library is not installed, does not know the model, or cannot load the weights.
@@ -72,10 +72,10 @@ class Base:
         """Build the model without weights, on the meta device.
 
         Args:
-            component: Of a pipeline; None means its denoiser.
+            component: Component of a pipeline; None means its denoiser.
         """
         if component is not None and self.library != "diffusers":
-            raise ValueError(f"--component is for pipelines of diffusers; {self.library}:{self.name} is one model")
+            raise ValueError(f"--component is for diffusers pipelines, but {self.library}:{self.name} is one model")
         with torch.device("meta"):
             if self.library == "diffusers":
                 return self._component(component)
@@ -83,7 +83,7 @@ class Base:
             return bare._open_clip() if self.library == "open_clip" else bare._timm(dict(self.options))
 
     def attach(self, host: Any, adapter: Path) -> list[InjectionReport]:
-        """Load an adapter file, or a folder of PEFT, into a built model."""
+        """Load an adapter file, or a PEFT folder, into a built model."""
         if self.library == "diffusers":
             from randlora_vision.integrations import diffusers
 
@@ -97,7 +97,7 @@ class Base:
         if not self.name.startswith(_SCHEMES) and not timm.is_model(self.name.partition(".")[0]):
             close = get_close_matches(self.name, timm.list_models(), n=3, cutoff=0.5)
             hint = f"; close matches: {', '.join(close)}" if close else ""
-            raise ValueError(f"there is no model {self.name!r} in timm and no such folder{hint}")
+            raise ValueError(f"timm has no model {self.name!r}, and there is no such folder{hint}")
         if self.weights == "pretrained" or (self.weights is None and self.name.startswith(_SCHEMES)):
             options["pretrained"] = not _on_meta()
         elif self.weights is not None:
@@ -145,10 +145,10 @@ class Base:
 
 
 def parse_base(name: str, weights: str | None = None, options: str | None = None) -> Base:
-    """Tell which library a model belongs to.
+    """Determine which library a model belongs to.
 
     Raises:
-        ValueError: If the name means nothing, or `options` is no JSON object.
+        ValueError: If `options` is not a JSON object, or `weights` or `options` are not for this library.
     """
     try:
         arguments = json.loads(options) if options else {}
@@ -166,9 +166,9 @@ def parse_base(name: str, weights: str | None = None, options: str | None = None
     else:
         library = "timm"
     if library == "diffusers" and weights:
-        raise ValueError(f"--weights {weights}: a model of diffusers brings its own weights, leave it out")
+        raise ValueError(f"--weights {weights}: a diffusers model comes with its own weights, leave it out")
     if library != "timm" and arguments:
-        raise ValueError("--model-args are arguments of timm.create_model, and this is a model of " + library)
+        raise ValueError("--model-args are arguments for timm.create_model, but this is a model of " + library)
     return Base(library, name, weights, arguments)
 
 
@@ -185,12 +185,12 @@ def _library(name: str) -> Any:
 
 @contextlib.contextmanager
 def _failures(library: str, name: str) -> Iterator[None]:
-    """Make whatever a library raises about a model one ValueError."""
+    """Convert any exception that a library raises for a model into a ValueError."""
     try:
         yield
-    except Exception as error:  # of whatever library reads the file or asks the network
+    except Exception as error:  # from any library that reads the file or accesses the network
         reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
-        raise ValueError(f"{library} cannot make the model {name!r}: {reason}") from error
+        raise ValueError(f"{library} cannot build the model {name!r}: {reason}") from error
 
 
 def _check_file(path: str) -> None:

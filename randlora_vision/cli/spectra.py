@@ -1,4 +1,4 @@
-"""What an adapter file alone tells about its updates: norms, ranks and singular values, without a base model.
+"""Norms, ranks and singular values of the updates in an adapter file, computed without the base model.
 
 Shapes: O out, I in, m = min(O, I).
 """
@@ -22,7 +22,7 @@ class Layer:
     """One adapted parameter of a file.
 
     Attributes:
-        target: The parameter, the pipeline's component in front of its name.
+        target: The parameter, with the pipeline's component as a prefix of its name.
         values: Singular values of the update (m,), largest first.
     """
 
@@ -45,7 +45,7 @@ class Layer:
 
 
 def layers_of(parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
-    """The layers of an adapter file, in its order."""
+    """Return the layers of an adapter file in their order."""
     total = sum(len(content.targets) for content in parts.values())
     found: list[Layer] = []
     for part, content in parts.items():
@@ -58,7 +58,7 @@ def layers_of(parts: Mapping[str, AdapterFile], progress: Callable[[int, int], N
 
 @torch.no_grad()
 def spectrum(content: AdapterFile, target: Target) -> Tensor:
-    """Singular values (m,) of one update in float64."""
+    """Return the singular values (m,) of one update in float64."""
     lam, gamma = (tensor.float() for tensor in content.trained[target.name])
     bases = content.stored if content.stored is not None else get_bases(content.spec)
     term = bases.term(lam, gamma, max(target.shape), target.alpha / target.rank, torch.float32)
@@ -66,7 +66,7 @@ def spectrum(content: AdapterFile, target: Target) -> Tensor:
 
 
 def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
-    """Draw the singular values of every update over its largest one: a line a layer."""
+    """Plot the singular values of every update, relative to its largest one: one line per layer."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
         xlabel="index of the singular value / narrow side of the weight",
         ylabel="singular value / largest one",
         yscale="log",
-        ylim=(1e-8, 2),  # below it lies rounding
+        ylim=(1e-8, 2),  # values below are rounding errors
     )
     axes.grid(alpha=0.3)
     if not shown:

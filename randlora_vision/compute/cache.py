@@ -1,12 +1,12 @@
-"""Evaluation without merging: inside a block, W + delta W of every layer is built once and kept while nothing changes.
+"""Evaluation without merging: inside a block, each layer's W + delta W is built once and reused until it changes.
 
-It is a block and not a habit of the layers because of what it costs: one more weight matrix for every adapted layer,
-freed when the block ends. Nothing is kept for passes that record gradients, nor in compiled code.
+This is an explicit block, and not the default, because of its cost: one more weight matrix per adapted layer, freed
+when the block ends. Nothing is cached for passes that record gradients or in compiled code.
 
-A kept matrix is used only if everything that it was made of is what it was: the very tensors, their version counters
-and addresses, the scales, the dtype, and the numbers in lambda and gamma, so that even an optimiser or an average that
-writes through ``.data`` is noticed. (Of the frozen weights the numbers are not compared: load_state_dict, merging and
-every other in-place operation is noticed, a write through ``weight.data`` is not.)
+A cached matrix is used only if all its inputs are unchanged: the same tensor objects, their version counters and
+addresses, the scales, the dtype, and the values of lambda and gamma, so that even an optimiser or a weight average that
+writes through ``.data`` is noticed. (The values of the frozen weights are not compared: load_state_dict, merging and
+every other in-place operation is noticed, but a write through ``weight.data`` is not.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from randlora_vision.torch_internals import is_functorch_wrapped, version
 
 
 class _Entry(NamedTuple):
-    """A kept matrix and what it was made of."""
+    """A cached matrix and what it was built from."""
 
     built: Tensor
     recipe: Recipe
@@ -44,23 +44,24 @@ class _Entry(NamedTuple):
 
 
 class WeightCache:
-    """The effective weights of one block, by the frozen weight they belong to."""
+    """The effective weights cached in one block, keyed by frozen weight."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
         self._tokens: dict[int, int] = {}
 
     def weight(self, recipe: Recipe, tokens: int | None = None) -> Tensor | None:
-        """The effective weight, kept or built now; None where it cannot be kept or does not pay yet.
+        """The effective weight, cached or newly built; None if it cannot be cached or does not pay off yet.
 
         Args:
-            recipe: What it is built from.
-            tokens: How many the layer is called with, if it could do without the matrix: it is built once it has
-                seen so many that building would have been cheaper. None: the matrix is needed now.
+            recipe: What the weight is built from.
+            tokens: Number of tokens of this call if the layer can also compute without the matrix, which is then
+                built once the layer has seen enough tokens for building to be cheaper. None if the matrix is needed
+                now.
         """
         if any(_is_special(tensor) for tensor in _tensors(recipe)):
             return None
-        key = id(recipe.weight)  # the entry keeps it alive, and with it the id
+        key = id(recipe.weight)  # the entry keeps the weight alive, so the id stays valid
         entry = self._entries.get(key)
         if entry is not None and entry.holds_for(recipe):
             return entry.built
@@ -107,7 +108,7 @@ _CURRENT = _Current()
 
 
 def current_cache() -> WeightCache | None:
-    """The cache of this thread, in passes that may use it."""
+    """The cache of this thread, or None in passes that must not use it."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     return _CURRENT.cache
@@ -115,11 +116,11 @@ def current_cache() -> WeightCache | None:
 
 @contextlib.contextmanager
 def cached() -> Iterator[None]:
-    """Keep every layer's W + delta W for the span of the block: evaluation as fast as after `merge`, which it spares.
+    """Cache every layer's W + delta W inside the block, so that evaluation is as fast as after `merge`.
 
-    Memory: one more matrix for every adapted weight, until the block ends. Training a step, loading, `set_scale`,
-    `set_active`, averaging or moving the model inside the block is safe: what changed is built anew. Passes that
-    record gradients, compiled models and other threads compute as ever.
+    The cache takes one more matrix per adapted weight until the block ends. Training steps, loading, `set_scale`,
+    `set_active`, averaging or moving the model inside the block is safe: what changed is built again. Passes that
+    record gradients, compiled models and other threads do not use the cache.
     """
     before = _CURRENT.cache
     _CURRENT.cache = before or WeightCache()

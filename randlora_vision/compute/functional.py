@@ -1,4 +1,4 @@
-"""The mathematics, once: an exact, memory-efficient autograd core under every layer, merge and export.
+"""The mathematics, in one place: an exact, memory-efficient autograd core for every layer, merge and export.
 
 Shapes: O out, I in, M = max(O, I) wide, m = min(O, I) narrow, R rank, N = ceil(m / R) bases, K = N * R, T tokens.
 
@@ -6,10 +6,10 @@ Shapes: O out, I in, M = max(O, I) wide, m = min(O, I) narrow, R rank, N = ceil(
     Af[k * N + n, j] = lambda[k, n] * A[k, j] * gamma[n, j]                      (K, m)
 
 with A (R, m) and B (M, K) frozen and random, lambda (R, N) and gamma (N, m) trained. The rows of Af are in PEFT's
-order, so its checkpoints mean the same numbers. The backward pass keeps lambda, gamma and the input, or the input
-times B where that is smaller and enough; what else it needs (the frozen weight, the shared bases) is alive anyway, and
-Af, B Af and W + s B Af are built again. The products themselves are those of `bases.products.Term`; their
-order is chosen by `planner`.
+order, so PEFT's checkpoints give the same values. The backward pass saves lambda, gamma and the input, or the input
+times B where that is smaller and sufficient. Everything else it needs (the frozen weight, the shared bases) is in
+memory anyway; Af, B Af and W + s B Af are recomputed. The products are those of `bases.products.Term`, and `planner`
+chooses their order.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def randlora_linear(
     dtype: torch.dtype | None = None,
     pinned: Plan = ANY,
 ) -> Tensor:
-    """``x (W + sum of the updates)^T + bias`` by the cheapest exact order for this number of tokens.
+    """Compute ``x (W + sum of the updates)^T + bias`` in the cheapest exact order for this number of tokens.
 
     Args:
-        x: (..., I), any number of leading dimensions, empty ones too.
-        weight: (O, I) frozen weight, or None for the sum of the updates alone (the branch form that dropout and
+        x: (..., I), with any number of leading dimensions, including empty ones.
+        weight: (O, I) frozen weight, or None for only the sum of the updates (the branch form that dropout and
             quantised weights need).
         bias: (O,) or None.
         terms: The active adapters' parts, at least one.
         out_features: O.
-        dtype: Of the matrix products; None means x's. Lambda, gamma and their gradients keep their own.
-        pinned: Orders to take instead of the cheapest.
+        dtype: The dtype of the matrix products; None means x's. Lambda, gamma and their gradients keep their dtype.
+        pinned: Orders to use instead of the cheapest.
 
     Returns:
         (..., O) in `dtype`.
@@ -57,19 +57,19 @@ def randlora_linear(
     problem = _problem(x.shape[:-1].numel(), x.shape[-1], out_features, terms, weight is None)
     plan = _cheapest(problem, *_needed(x, weight, trained), pinned)
     kept = []
-    if plan.grad_adapter == "tokens" and not problem.tall:  # all that this gradient wants of x, and fewer numbers
+    if plan.grad_adapter == "tokens" and not problem.tall:  # all that this gradient needs of x, and smaller
         kept = [term.times_b(x.reshape(-1, x.shape[-1])) for term in terms]
     call = _Call(x.dtype, out_features, _blank(terms), plan, pinned, len(kept))
     return _RandLoRALinear.apply(x, weight, bias, call, *kept, *frozen, *trained)
 
 
 def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """``W + sum of the updates``, differentiable in lambda, gamma and W, in W's shape.
+    """Compute ``W + sum of the updates``, differentiable in lambda, gamma and W, in W's shape.
 
     Args:
-        weight: (O, ...); beyond two dimensions (convolutions) it is seen as (O, I).
-        terms: The active adapters' parts; their bases may be of a lower precision than W (autocast).
-        dtype: Of the result; None means W's.
+        weight: (O, ...); more than two dimensions (convolutions) are treated as (O, I).
+        terms: The active adapters' parts; their bases may have a lower precision than W (autocast).
+        dtype: The dtype of the result; None means W's.
     """
     call = (_blank(terms), weight.dtype if dtype is None else dtype)
     frozen = [tensor for term in terms for tensor in term.frozen]
@@ -78,12 +78,12 @@ def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype
 
 
 def pays_to_build(tokens: int, weight: Tensor, terms: tuple[Term, ...]) -> bool:
-    """True if for so many tokens it is cheaper to build the effective weight (O, I) and use that."""
+    """True if, for this many tokens, building the effective weight (O, I) and using it is cheaper."""
     return choose(_problem(tokens, weight.shape[1], weight.shape[0], terms, branch=False)).forward == "dense"
 
 
 class _Call(NamedTuple):
-    """The arguments of `_RandLoRALinear` that are not tensors."""
+    """The non-tensor arguments of `_RandLoRALinear`."""
 
     dtype: torch.dtype
     out_features: int
@@ -92,11 +92,11 @@ class _Call(NamedTuple):
     plan: Plan
     pinned: Plan
     kept: int
-    """How many tensors B was applied to in advance: one a term, or none."""
+    """Number of products x B computed in advance: one per term, or zero."""
 
 
 def _blank(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    # The terms without their tensors, which autograd wants as arguments of their own.
+    # The terms without their tensors, which autograd needs as separate arguments.
     return tuple(term.with_tensors((None,) * len(term.frozen), None, None) for term in terms)
 
 
@@ -126,26 +126,26 @@ _remembered = functools.lru_cache(maxsize=4096)(choose)
 
 
 def _cheapest(problem: Problem, *rest: Any) -> Plan:
-    """`choose`, remembered: a model asks the same of every block. Symbolic sizes cannot be looked up."""
+    """`choose` with a cache, as all blocks of a model have the same problem; symbolic sizes cannot be looked up."""
     if torch.compiler.is_compiling() or not isinstance(problem.tokens, int):
         return choose(problem, *rest)
     return _remembered(problem, *rest)
 
 
 def _own(out: Tensor, leading: torch.Size) -> Tensor:
-    """A result as (*leading, O) and as no view: autograd lets no host write into the view that a Function returns."""
+    """Return `out` as (*leading, O), not as a view: autograd forbids in-place writes to a view from a Function."""
     return reshaped_as_own(out.contiguous(), [*leading, out.shape[-1]])
 
 
 def _needed(x: Tensor, weight: Tensor | None, trained: list[Tensor]) -> tuple[bool, bool, bool]:
-    """Whether the input, lambda or gamma, and the weight will be asked for gradients, as far as one can tell now."""
+    """Whether the input, lambda or gamma, and the weight will need gradients, as far as is known now."""
     asked = torch.is_grad_enabled()
     for_weight = weight is not None and weight.requires_grad
     return asked and x.requires_grad, asked and any(t.requires_grad for t in trained), asked and for_weight
 
 
 def _updated(weight: Tensor | None, terms: tuple[Term, ...], tall: bool) -> Tensor:
-    """W + the sum of the updates, or the sum alone, as (O, I)."""
+    """W + the sum of the updates, or only the sum, as (O, I)."""
     for term in terms:
         weight = term.add_to(weight, tall)
     assert weight is not None
@@ -155,7 +155,7 @@ def _updated(weight: Tensor | None, terms: tuple[Term, ...], tall: bool) -> Tens
 class _RandLoRALinear(torch.autograd.Function):
     """See `randlora_linear`. Arguments: x, weight, bias, call, x B of every term if kept, bases, lambdas and gammas.
 
-    A kept x B is an input of its own: what reaches x through it, autograd adds up.
+    A kept x B is a separate input: autograd adds the gradient that reaches x through it.
     """
 
     generate_vmap_rule = True
@@ -183,7 +183,7 @@ class _RandLoRALinear(torch.autograd.Function):
         x, weight, _, call, *tensors = inputs
         kept, tensors = tensors[: call.kept], tensors[call.kept :]
         frozen = _count_frozen(call.terms)
-        # The bases are shared constants: on the context they are neither copied nor offloaded layer by layer.
+        # The bases are shared constants: as context attributes they are neither copied nor offloaded per layer.
         ctx.frozen = tuple(tensors[:frozen])
         ctx.call, ctx.shape = call, x.shape
         ctx.need_terms = any(ctx.needs_input_grad[4 + call.kept + frozen :])
@@ -222,7 +222,7 @@ class _RandLoRALinear(torch.autograd.Function):
 def _input_gradient(
     g: Tensor, base: Tensor | None, terms: tuple[Term, ...], tall: bool, plan: Plan, kept: list[Tensor]
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-    """G (W + the sum of the updates); the wide side's tokens times B as far as known; what goes through kept x B."""
+    """The input's gradient g (W + updates), the wide side's tokens times B if known, and the gradients of kept x B."""
     none: list[Tensor | None] = [None for _ in kept]
     if plan.grad_input is None:
         return None, kept, none
@@ -250,7 +250,7 @@ def _adapter_gradients(
     tall: bool,
     plan: Plan,
 ) -> list[Tensor | None]:
-    """Gradients of every lambda and gamma, over the weight's gradient or over the tokens."""
+    """Gradients of every lambda and gamma, computed from the weight's gradient or from the tokens."""
     if plan.grad_adapter is None:
         return [None] * (2 * len(terms))
     gradients: list[Tensor | None] = []

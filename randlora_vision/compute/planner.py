@@ -1,11 +1,11 @@
-"""Which order of matrix products is cheapest for one step of a layer: a choice among exact equals.
+"""The choice of the cheapest order of matrix products for one step of a layer; all orders are exact.
 
 Shapes: M wide side, m narrow side, K = sum of N * R over the active adapters, T tokens. The update is B Af with
-B (M, K) random and Af (K, m) trained; `tall` says that the wide side is the output (M = O). FLOPs count a
-multiply-add as two, as `torch.utils.flop_counter` does; equal FLOPs are decided by the size of the intermediates.
+B (M, K) random and Af (K, m) trained; `tall` means that the wide side is the output (M = O). FLOPs count a
+multiply-add as two, as `torch.utils.flop_counter` does; ties are decided by the size of the intermediates.
 
-The cost is FLOPs on every device. One on which products are bound by memory would be given its own in `_cost`, the
-only place that compares orders.
+The cost is measured in FLOPs on every device. A device on which products are memory-bound would need another cost in
+`_cost`, the only place that compares orders.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Problem(NamedTuple):
     tall: bool
     """True when the wide side is the output."""
     branch: bool
-    """True when the frozen weight is applied elsewhere (dropout, quantised weights)."""
+    """True when the frozen weight is applied separately (dropout, quantised weights)."""
     costs: Costs
 
 
 class Plan(NamedTuple):
-    """How the products of a step are computed; None where a gradient is not needed, or where nothing is pinned."""
+    """How the products of a step are computed; None if a gradient is not needed, or if nothing is pinned."""
 
     forward: str | None = None
     """``dense`` builds W + B Af and applies it; ``factored`` applies Af and B to the tokens."""
     grad_input: str | None = None
-    """Likewise."""
+    """The same choice for the gradient of the input."""
     grad_adapter: str | None = None
-    """Over the weight's gradient (``weight``: B^T (g^T x)) or over the tokens (``tokens``: (g B)^T x)."""
+    """Computed from the weight's gradient (``weight``: B^T (g^T x)) or from the tokens (``tokens``: (g B)^T x)."""
 
 
 ANY = Plan()
@@ -51,11 +51,11 @@ PINNED = {
     "dense": Plan("dense", "dense", "weight"),
     "factored": Plan("factored", "factored", "tokens"),
 }
-"""What each value of `RandLoRAConfig.compute` leaves to choose."""
+"""The orders that each value of `RandLoRAConfig.compute` fixes."""
 
 
 def forward_flops(problem: Problem, order: str) -> int:
-    """FLOPs of the output."""
+    """FLOPs of computing the output."""
     t, costs = problem.tokens, problem.costs
     base = 2 * t * problem.wide * problem.narrow
     if order == "dense":
@@ -64,15 +64,15 @@ def forward_flops(problem: Problem, order: str) -> int:
 
 
 def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> int:
-    """FLOPs of the input's and the adapter's gradients.
+    """FLOPs of computing the gradients of the input and of the adapter.
 
-    `tokens` needs the wide side's tokens times B: the ``factored`` input gradient of a tall map has them, and so has
-    the ``factored`` forward of a wide one.
+    `tokens` needs the wide side's tokens times B. For a tall map, the ``factored`` input gradient computes this
+    product anyway; for a wide map, the ``factored`` forward does.
 
     Args:
         problem: The call.
-        plan: The orders, that of the forward pass included.
-        weight_grad: True if the frozen weight's own gradient g^T x is computed anyway.
+        plan: The orders, including that of the forward pass.
+        weight_grad: True if the frozen weight's gradient g^T x is computed anyway.
     """
     t, costs = problem.tokens, problem.costs
     total = 0 if plan.grad_input is None else forward_flops(problem, plan.grad_input)
@@ -86,7 +86,7 @@ def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> i
 
 
 def plans(grad_input: bool, grad_adapter: bool, pinned: Plan = ANY) -> list[Plan]:
-    """Every plan of a step that yields the gradients asked for and keeps to what is pinned."""
+    """Every plan of a step that computes the requested gradients and respects the pinned orders."""
     forward, for_input, for_adapter = pinned
     return [
         Plan(*orders)
@@ -105,7 +105,7 @@ def choose(
     weight_grad: bool = False,
     pinned: Plan = ANY,
 ) -> Plan:
-    """The cheapest plan of a whole step: its products are chosen together because they share work."""
+    """The cheapest plan for a whole step; its orders are chosen together because the products share work."""
     return min(plans(grad_input, grad_adapter, pinned), key=lambda plan: _cost(problem, plan, weight_grad))
 
 

@@ -1,8 +1,8 @@
-"""While a module that reads its weight runs: build the effective weight once, and do not keep it for backward.
+"""For modules that read their weight: build the effective weight once per forward, and do not save it for backward.
 
-`nn.MultiheadAttention` reads its weights several times a call, and like a convolution it hands them to functions
-that save them for backward: an (O, I) matrix a layer. Inside a scope a second read finds the first one's result, and
-autograd stores a recipe in its place, from which the backward pass builds the same numbers again.
+`nn.MultiheadAttention` reads its weights several times per call and, like a convolution, passes them to functions
+that save them for backward: one (O, I) matrix per layer. Inside a scope, a second read returns the result of the
+first, and autograd stores a recipe instead, from which the backward pass rebuilds the same values.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from randlora_vision.torch_internals import saved_tensor_hooks_are_free, storage
 
 
 class Recipe(NamedTuple):
-    """What an effective weight is built from: tensors that are alive anyway."""
+    """What an effective weight is built from: tensors that are in memory anyway."""
 
     weight: Tensor
     terms: tuple[Term, ...]
     dtype: torch.dtype
 
     def build(self) -> Tensor:
-        """The effective weight, differentiable where gradients are enabled."""
+        """The effective weight, differentiable if gradients are enabled."""
         return effective_weight(self.weight, self.terms, self.dtype)
 
     def versions(self) -> tuple[int, ...]:
-        """Counters that an in-place change (an optimiser step) raises."""
+        """Version counters, which an in-place change (such as an optimiser step) increments."""
         trained = (tensor for term in self.terms for tensor in (term.lam, term.gamma))
         return tuple(version(tensor) for tensor in (self.weight, *trained))
 
 
 class _Kept(NamedTuple):
-    """A tensor that autograd saves as it is; hooks switch off its own check of versions."""
+    """A tensor that autograd saves unchanged; its version is checked here because hooks disable autograd's check."""
 
     tensor: Tensor
     version: int
@@ -55,7 +55,7 @@ class _View(NamedTuple):
 
 
 class Scope:
-    """The effective weights that one forward has read."""
+    """The effective weights that have been read during one forward pass."""
 
     def __init__(self, hooked: bool) -> None:
         self.hooked = hooked
@@ -63,7 +63,7 @@ class Scope:
         self._recipes: dict[int, Recipe] = {}
 
     def weight(self, key: Hashable, recipe: Recipe) -> Tensor:
-        """The weight of this key, dtype and grad mode, built on its first read."""
+        """The weight for this key, dtype and grad mode, built on the first read."""
         full_key = (key, recipe.dtype, torch.is_grad_enabled())
         if full_key not in self._weights:
             weight = self._weights[full_key] = recipe.build()
@@ -72,12 +72,12 @@ class Scope:
         return self._weights[full_key]
 
     def close(self) -> None:
-        """Let go of the weights: the graph holds `pack`, and with it this object, until the backward pass."""
+        """Release the weights: the graph references `pack`, and hence this object, until the backward pass."""
         self._weights.clear()
         self._recipes.clear()
 
     def pack(self, tensor: Tensor) -> _Kept | _View:
-        """Autograd saves a tensor: a view of an effective weight becomes its recipe."""
+        """Pack a tensor that autograd saves, replacing a view of an effective weight by its recipe."""
         recipe = self._recipes.get(storage_key(tensor)) if tensor.layout == torch.strided else None
         if recipe is None or tensor.dtype != recipe.dtype:
             return _Kept(tensor, version(tensor))
@@ -111,9 +111,9 @@ def current_scope() -> Scope | None:
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Open a scope for the span of one module's forward."""
-    # Gradient checkpointing and offloading have hooks of their own, which inner ones would hide tensors from; they keep
-    # no weight either.
+    """Open a scope for the duration of one module's forward."""
+    # Gradient checkpointing and offloading use hooks too, and inner hooks would hide tensors from them; they do not
+    # keep weights either.
     opened = Scope(hooked=torch.is_grad_enabled() and saved_tensor_hooks_are_free())
     hooks: Any = contextlib.nullcontext()
     if opened.hooked:

@@ -1,1 +1,1 @@
-"""What the scripts do without arguments: small models pretrained on scikit-learn's digits."""
+"""The models that the scripts use without arguments: small ones, pretrained on the digits of scikit-learn."""

@@ -1,7 +1,7 @@
-"""The embedded demo's 'pretrained model': a tiny timm ViT taught the digits 0-4, kept on disk.
+"""The pretrained model of the classifier demo: a tiny timm ViT trained on the digits 0-4 and cached on disk.
 
-It is saved the way timm saves models for the hub, so that `--model local-dir:<folder>` loads it by
-the code that loads any other.
+It is saved in the format that timm uses for the hub, so `--model local-dir:<folder>` loads it with the same code as
+any other model.
 """
 
 import json
@@ -38,9 +38,9 @@ _PRETRAINING = Pretraining(steps=200)
 
 
 def demo_model_folder(cache_dir: str | None = None) -> Path:
-    """Return the folder of the pretrained demo model, pretraining it first where it is not cached.
+    """Return the folder of the pretrained demo model, pretraining it first if it is not cached.
 
-    The settings that its name stands for include the versions of torch and timm.
+    The settings hashed into its name include the versions of torch and timm.
     """
     settings = {
         "architecture": _ARCHITECTURE,
@@ -54,7 +54,7 @@ def demo_model_folder(cache_dir: str | None = None) -> Path:
 
 
 def _pretrain() -> nn.Module:
-    """Train the tiny ViT from scratch on upright 0-4; on CPU, in float32, seeded."""
+    """Train the tiny ViT from scratch on the upright digits 0-4, on the CPU, in float32, with a fixed seed."""
     import timm
     from timm.data import create_transform, resolve_data_config
 
@@ -73,7 +73,7 @@ def _pretrain() -> nn.Module:
 
 
 def _save(model: nn.Module, folder: Path, settings: dict[str, Any]) -> None:
-    """Write the model in the format of timm's `local-dir:`, and beside it the settings that made it."""
+    """Write the model in the `local-dir:` format of timm, together with the settings that produced it."""
     from safetensors.torch import save_file
 
     save_file(model.state_dict(), folder / "model.safetensors")

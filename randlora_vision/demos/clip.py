@@ -1,7 +1,7 @@
-"""The embedded demo's 'pretrained model': a tiny open_clip CLIP taught the digits 0-4, kept on disk.
+"""The pretrained model of the CLIP demo: a tiny open_clip model trained on the digits 0-4 and cached on disk.
 
-It is built from open_clip's stock classes and its stock tokenizer, and saved the way open_clip
-saves models, so that `--model local-dir:<folder>` loads it by the code that loads any other.
+It uses the standard classes and tokenizer of open_clip and is saved in the open_clip format, so
+`--model local-dir:<folder>` loads it with the same code as any other model.
 """
 
 import json
@@ -31,9 +31,9 @@ _PRETRAINING = Pretraining(steps=150)
 
 
 def demo_model_folder(cache_dir: str | None = None) -> Path:
-    """Return the folder of the pretrained demo model, pretraining it first where it is not cached.
+    """Return the folder of the pretrained demo model, pretraining it first if it is not cached.
 
-    The settings that its name stands for include the versions of torch and open_clip.
+    The settings hashed into its name include the versions of torch and open_clip.
     """
     settings = {
         "model": _MODEL_CONFIG,
@@ -47,10 +47,10 @@ def demo_model_folder(cache_dir: str | None = None) -> Path:
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, captions: Tensor) -> Tensor:
-    """Return CLIP's loss (a scalar) in which pairs with the same caption are no negatives of each other.
+    """Return the CLIP loss (a scalar) in which pairs with the same caption are not negatives of each other.
 
-    The features `images` and `texts` are (B, D), of unit length; `captions` (B,) numbers the captions.
-    Where no caption repeats, this is CLIP's own loss.
+    The features `images` and `texts` (B, D) have unit length; equal ids in `captions` (B,) mean equal captions.
+    If no caption repeats, this is the standard CLIP loss.
     """
     logits = scale * images @ texts.T
     same = captions[:, None] == captions
@@ -58,7 +58,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, captions: Ten
 
 
 def _pretrain() -> torch.nn.Module:
-    """Train the tiny CLIP from scratch on upright 0-4 and their captions; on CPU, in float32, seeded."""
+    """Train the tiny CLIP from scratch on the captioned upright digits 0-4: CPU, float32, fixed seed."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -76,18 +76,18 @@ def _pretrain() -> torch.nn.Module:
         def loss(batch: Batch) -> Tensor:
             labels = batch["labels"]
             captions = labels * len(digits.TEMPLATES) + torch.randint(len(digits.TEMPLATES), labels.shape)
-            text_features = model.encode_text(tokens, normalize=True)[captions]  # each caption once
+            text_features = model.encode_text(tokens, normalize=True)[captions]  # each distinct caption is encoded once
             image_features = model.encode_image(batch["images"], normalize=True)
             return contrastive_loss(image_features, text_features, model.logit_scale.exp(), captions)
 
-        # Three quarters of the weights, few rows of which are used: frozen, a step is four times faster.
+        # These are three quarters of the weights, but few rows are used: freezing them makes a step four times faster.
         model.token_embedding.requires_grad_(False)
         teach(model.parameters(), loss, data, _PRETRAINING)
     return model.eval()
 
 
 def _save(model: torch.nn.Module, folder: Path, settings: dict[str, Any]) -> None:
-    """Write the model as open_clip's local-dir format, and beside it the settings that made it."""
+    """Write the model in the local-dir format of open_clip, together with the settings that produced it."""
     from safetensors.torch import save_file
 
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")

@@ -1,7 +1,7 @@
-"""The embedded demo's 'pretrained models': tiny pipelines of diffusers' real classes, taught the ten digits.
+"""The pretrained models of the DreamBooth demo: tiny diffusers pipelines, trained on the ten digits.
 
-They make images of 16 x 16 pixels from 8 x 8 latents of 4 channels. Text encoders are random and frozen, with
-token embeddings large enough for prompts to differ; the VAE learns first, inverted images among the rest.
+They generate images of 16 x 16 pixels from latents of 8 x 8 with 4 channels. The text encoders are random and frozen,
+with token embeddings large enough to tell prompts apart. The VAE is trained first, also on inverted images.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ _DENOISER_TRAINING = {
 }
 _EMA_DECAY = 0.99
 _KL_WEIGHT = 1e-4
-_CLASS_PART, _EMPTY_PART = 0.15, 0.1  # of the images that are captioned by the class prompt, or by nothing
+_CLASS_PART, _EMPTY_PART = 0.15, 0.1  # fractions of images captioned with the class prompt, or with the empty prompt
 _VAE = {
     "block_out_channels": (32, 32),
     "layers_per_block": 1,
@@ -77,10 +77,10 @@ _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 
 def demo_pipeline_folder(family: DemoFamily, cache_dir: str | None = None) -> Path:
-    """Return the folder of a pretrained tiny pipeline, pretraining it first where it is not cached.
+    """Return the folder of a pretrained tiny pipeline, pretraining it first if it is not cached.
 
-    `unet`: a StableDiffusionPipeline, noise prediction. `flow`: a StableDiffusion3Pipeline without T5, flow
-    matching. The settings that its name stands for include the versions of torch, diffusers and transformers.
+    `unet` is a StableDiffusionPipeline with noise prediction, `flow` a StableDiffusion3Pipeline with flow matching and
+    without T5. The settings hashed into its name include the versions of torch, diffusers and transformers.
     """
     settings = {
         "vae": _VAE,
@@ -168,7 +168,7 @@ def _images(inverted: bool = False) -> LabelledImages:
 
 
 def _teach_vae(pipe: Any) -> None:
-    """Train it to give images back, upright and inverted ones; set the scale at which latents have unit variance."""
+    """Train the VAE on upright and inverted images; set the scale at which latents have unit variance."""
     vae = pipe.vae.train()
 
     def loss(batch: Batch) -> Tensor:
@@ -188,10 +188,10 @@ def _teach_vae(pipe: Any) -> None:
 
 
 def _teach_denoiser(pipe: Any, how: Pretraining) -> None:
-    """Train it by its family's own objective on captioned digits, upright ones."""
+    """Train the denoiser with the objective of its family on captioned upright digits."""
     family: Family = FAMILIES[type(pipe).__name__](pipe, ObjectiveOptions(), _CONTEXT)
     prompts = Prompts(family, [*PROMPTS, CLASS_PROMPT, ""], trained=False)
-    sizes = torch.zeros(0)  # which neither family looks at
+    sizes = torch.zeros(0)  # neither family uses them
 
     def loss(batch: Batch) -> Tensor:
         chance = torch.rand(len(batch["labels"]))

@@ -1,4 +1,4 @@
-"""What the demos' 'pretrained models' share: where they are kept on disk, and how they are trained."""
+"""Shared code of the pretrained demo models: caching on disk, and training."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ CACHE_VARIABLE = "RANDLORA_CACHE"
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a demo's model is taught."""
+    """Settings for pretraining a demo model."""
 
     steps: int
     batch_size: int = 64
@@ -35,16 +35,16 @@ class Pretraining:
 def cached_folder(
     name: str, settings: dict[str, Any], fill: Callable[[Path], None], cache_dir: str | None = None
 ) -> Path:
-    """Return the folder that `fill` has filled, filling it first where it is not cached.
+    """Return the cached folder that `fill` writes, calling it first if the folder does not exist.
 
-    The folder's name ends with a hash of `settings`: a change of any makes another folder rather
-    than reusing this one. It is filled under a temporary name.
+    The name of the folder ends with a hash of `settings`, so changed settings use a different folder. The folder is
+    filled under a temporary name and then renamed.
     """
     root = cache_root(cache_dir)
     folder = root / f"{name}-{fingerprint(settings)}"
     if folder.is_dir():
         return folder
-    print(f"pretraining the demo's {name} (once; kept in {folder})", flush=True)
+    print(f"pretraining {name} for the demo (once; cached in {folder})", flush=True)
     root.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     try:
@@ -59,7 +59,7 @@ def cached_folder(
 
 
 def cache_root(cache_dir: str | None = None) -> Path:
-    """Return where demo models are kept: the argument, else $RANDLORA_CACHE, else the user's cache folder."""
+    """Return the cache folder: the argument, else $RANDLORA_CACHE, else randlora_vision in the user's cache."""
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -73,9 +73,9 @@ def teach(
     how: Pretraining,
     ema_decay: float = 0.0,
 ) -> None:
-    """Train `parameters` on the CPU, in float32, from the random state that is current.
+    """Train `parameters` on the CPU, in float32, with the current random state.
 
-    With an `ema_decay` they end as their moving averages.
+    With an `ema_decay`, they are replaced by their moving averages at the end.
     """
     trained = list(parameters)
     optimizer = adamw(trained, how.lr, how.weight_decay)

@@ -1,4 +1,4 @@
-"""The embedded subject, an inverted seven from five images, and how well it is learnt: measured, not only looked at."""
+"""The embedded subject, an inverted seven in five images, and a measure of how well it is learnt."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -29,9 +29,9 @@ def demo_subject(options: SubjectOptions) -> Subject:
 
 
 def measure(sampler: Sampler, subject_prompt: str, class_prompt: str, seed: int) -> Shares:
-    """Sample from a pipeline and let a logistic regression on real digits, upright and inverted, recognise them.
+    """Classify samples of a pipeline by logistic regression, fitted to real upright and inverted digits.
 
-    The samples' seeds are not those of the pictures in the run folder.
+    The seeds of the samples differ from those of the pictures in the run folder.
     """
     own = [prompt for prompt in PROMPTS for _ in range(_SAMPLES_PER_DIGIT)]
     prompts = [subject_prompt] * _SAMPLES + [class_prompt] * _SAMPLES + own
@@ -48,7 +48,7 @@ def measure(sampler: Sampler, subject_prompt: str, class_prompt: str, seed: int)
 
 @cache
 def _judge() -> Any:
-    """A classifier of 20 classes: the digits 0-9 upright, then inverted."""
+    """Return a classifier with 20 classes: the digits 0-9 upright, then inverted."""
     from sklearn.linear_model import LogisticRegression
 
     features, labels = [], []
@@ -61,8 +61,8 @@ def _judge() -> Any:
 
 
 def _features(pictures: Tensor) -> np.ndarray:
-    """Grey values (B, 256) of pictures (B, 3, 16, 16) between 0 and 1."""
-    weights = torch.tensor([0.299, 0.587, 0.114])  # as Pillow's
+    """Return the grey values (B, 256) of pictures (B, 3, 16, 16) between 0 and 1."""
+    weights = torch.tensor([0.299, 0.587, 0.114])  # as in Pillow
     return torch.einsum("bchw,c->bhw", pictures, weights).flatten(1).numpy()
 
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as transformers' own class, built without a download from the vocabulary that open_clip ships."""
+"""The CLIP tokenizer of transformers, built without a download from the vocabulary that open_clip ships."""
 
 from functools import lru_cache
 from typing import Any
@@ -7,10 +7,10 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(context: int) -> Any:
-    """Return CLIP's tokenizer, a `transformers.CLIPTokenizer` with the ids of OpenAI's CLIP (49,408 of them).
+    """Return the CLIP tokenizer, a `transformers.CLIPTokenizer` with the 49,408 ids of OpenAI's CLIP.
 
     Args:
-        context: Its `model_max_length`: what `max_position_embeddings` of the text encoder must be too.
+        context: The `model_max_length`, which must equal `max_position_embeddings` of the text encoder.
     """
     from transformers import CLIPTokenizer
 
@@ -20,10 +20,10 @@ def clip_tokenizer(context: int) -> Any:
 
 @lru_cache(maxsize=1)
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id, and the merges in their order."""
+    """Return a dictionary from token to id, and the merges in order."""
     from open_clip.tokenizer import SimpleTokenizer
 
     stock = SimpleTokenizer()
-    # open_clip writes the two special tokens, the last ones, in its own way.
+    # open_clip spells the two special tokens, which are the last ones, differently.
     tokens = list(stock.encoder)[:-2] + [_START, _END]
     return {token: number for number, token in enumerate(tokens)}, sorted(stock.bpe_ranks, key=stock.bpe_ranks.get)

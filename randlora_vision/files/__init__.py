@@ -1,1 +1,1 @@
-"""Bytes on disk: what is written whole, and what is checked before it is read."""
+"""Files on disk: written atomically, and checked before they are read."""

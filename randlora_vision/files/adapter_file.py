@@ -1,9 +1,9 @@
-"""The adapter file: one .safetensors with lambda and gamma, and a seed in the place of the bases.
+"""The adapter file: one .safetensors file with lambda and gamma, and a seed instead of the bases.
 
-Targets of equal (R, N, m) share two tensors, ``lambda.RxN.m`` (count, R, N) and ``gamma.RxN.m`` (count, N, m), in
-the order of the target list, which the metadata hold compressed: the header stays small however deep the model.
-Modules trained in full are stored as ``saved.PATH``. Bases that came from no seed but as numbers ("stored") are the
-tensors ``bases.A`` and ``bases.B``. Equal content gives equal bytes. The metadata are strings:
+Targets with equal (R, N, m) share two tensors, ``lambda.RxN.m`` (count, R, N) and ``gamma.RxN.m`` (count, N, m), in
+the order of the target list. The metadata hold this list compressed, so the header stays small even for deep models.
+Modules trained in full are stored as ``saved.PATH``. Bases that were not drawn from a seed ("stored") are the tensors
+``bases.A`` and ``bases.B``. Equal content gives equal bytes. The metadata are strings:
 
     format           "randlora_vision"
     format_version   "1"
@@ -42,8 +42,8 @@ from randlora_vision.report import Target
 FORMAT = "randlora_vision"
 VERSION, BUNDLE_VERSION = 1, 2
 _PLACEHOLDER = "0" * 64  # a digest, for the size estimate
-_TARGETS_LIMIT = 2 * 2**20  # bytes of target list that a file may unfold to: about 30,000 targets
-_CONFIG_LIMIT = 2**20  # characters of a configuration: long lists of patterns take long to match
+_TARGETS_LIMIT = 2 * 2**20  # maximum bytes of the decompressed target list: about 30,000 targets
+_CONFIG_LIMIT = 2**20  # maximum characters of a configuration: long lists of patterns are slow to match
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -70,14 +70,14 @@ class AdapterFile:
 
     Attributes:
         config: The adapter's configuration.
-        spec: Spec of its bases.
+        spec: The spec of its bases.
         bases_sha256: Digest of the bases in float32.
-        targets: The adapted weights in the file's order; their `kind` is empty where a file, which does not hold it,
-            is where they come from.
+        targets: The adapted weights in the file's order; their `kind` is empty if they were read from a file, which
+            does not store it.
         trained: Target name -> (lambda (R, N), gamma (N, m)).
         saved: Path -> tensor of a module trained in full.
-        stored: The bases themselves, where they came from no seed; get_bases(spec) would not know them.
-        notes: What the reader had to assume.
+        stored: The bases themselves if they were not drawn from a seed, as get_bases(spec) cannot create them.
+        notes: Assumptions that the reader had to make.
     """
 
     config: RandLoRAConfig
@@ -98,7 +98,7 @@ def pack(
     trained: Mapping[str, tuple[Tensor, Tensor]],
     saved: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata that hold an adapter."""
+    """Return the tensors and the metadata that represent an adapter."""
     values = {name: [tensor.detach().cpu() for tensor in pair] for name, pair in trained.items()}
     widest = max((tensor.dtype for pair in values.values() for tensor in pair), key=lambda dtype: dtype.itemsize)
     tensors: dict[str, Tensor] = {}
@@ -115,43 +115,43 @@ def pack(
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write what `pack` made under a temporary name and rename it."""
+    """Write the output of `pack` under a temporary name, then rename the file."""
     with replacing(path) as temporary:
         temporary.write_bytes(_in_order(safetensors.torch.save(dict(tensors), dict(metadata))))
 
 
 def read(path: Path) -> AdapterFile:
-    """Read and verify an adapter file. Nothing but safetensors and JSON is ever opened.
+    """Read and verify an adapter file; nothing but safetensors and JSON is ever parsed.
 
     Raises:
-        ValueError: If the file is no adapter, truncated, altered, of a newer format, or a bundle of several
-            adapters: one message each.
+        ValueError: If the file is not an adapter file, is truncated, altered or of a newer format, or is a bundle of
+            several adapters; each case has its own message.
     """
     tensors, metadata = open_file(path)
     if metadata["format_version"] == str(BUNDLE_VERSION):
         raise ValueError(
-            f"{path} holds adapters of the components of a pipeline: load it with "
+            f"{path} holds adapters for the components of a pipeline: load it with "
             "randlora_vision.integrations.diffusers.load_adapter(pipe, path)"
         )
     return unpack(path, tensors, metadata)
 
 
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata in a file that says it is ours, of a version that we know; nothing else checked.
+    """Read the tensors and metadata of a file of this format in a known version; nothing else is checked.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the file is not a readable file of this format and version.
     """
     check_container(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no RandLoRA adapter: its metadata do not say format={FORMAT!r}")
+                raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
             _check_version(path, metadata.get("format_version", ""))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file (truncated or damaged?): {error}") from None
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from None
     return tensors, metadata
 
 
@@ -162,7 +162,7 @@ def file_bytes(
     dtype: torch.dtype,
     saved: Mapping[str, Tensor],
 ) -> int:
-    """Size of the file that `write` makes of these, to the byte; `dtype` is lambda's and gamma's."""
+    """The exact size in bytes of the file that `write` would create; `dtype` is that of lambda and gamma."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
     for group, members in _groups(targets).items():
         first = next(t for t in targets if t.name == members[0])
@@ -183,13 +183,13 @@ def file_bytes(
 
 
 def _header_text(header: Mapping[str, Any]) -> bytes:
-    """The header of a safetensors file: compact JSON, filled with spaces to a multiple of 8 bytes."""
+    """The header of a safetensors file: compact JSON, padded with spaces to a multiple of 8 bytes."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 
 
 def _in_order(data: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: the library writes them in a random order."""
+    """The same safetensors file with sorted metadata, which the library writes in a random order."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -232,22 +232,22 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def _check_version(path: Path, version: str) -> None:
     if not re.fullmatch("[1-9][0-9]{0,8}", version):
-        raise ValueError(f"{path} names no valid format_version: {version[:20]!r}")
+        raise ValueError(f"{path} has no valid format_version: {version[:20]!r}")
     if int(version) > BUNDLE_VERSION:
         raise ValueError(f"{path} has format version {version}, newer than this library's {BUNDLE_VERSION}: upgrade it")
 
 
 def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterFile:
-    """Verify and read what `pack` made; `path` is for messages.
+    """Verify and read the output of `pack`; `path` is used in error messages.
 
     Raises:
-        ValueError: If it was altered or is malformed.
+        ValueError: If the content was altered or is malformed.
     """
     if metadata.get("sha256") != _digest(tensors, metadata):
         raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
     try:
         if len(metadata["config"]) > _CONFIG_LIMIT:
-            raise ValueError(f"a config of {len(metadata['config']):,} characters")
+            raise ValueError(f"the config has {len(metadata['config']):,} characters, more than {_CONFIG_LIMIT:,}")
         config = RandLoRAConfig.from_json(metadata["config"])
         bases = json.loads(metadata["bases"])
         sha256 = str(bases.pop("sha256"))
@@ -265,7 +265,7 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     present = {name for name in tensors if not name.startswith("saved.")}
     if expected != present:
         missing, extra = sorted(expected - present), sorted(present - expected)
-        raise ValueError(f"{path} does not hold what it lists: missing {missing}, unexpected {extra}")
+        raise ValueError(f"{path} does not hold the tensors that it lists: missing {missing}, unexpected {extra}")
     check_finite(path, {name: tensors[name] for name in sorted(expected)})
     trained: dict[str, tuple[Tensor, Tensor]] = {}
     for group, members in groups.items():
@@ -287,7 +287,7 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if stored.spec != spec:
-            raise ValueError(f"{path}: the bases in it are {stored.spec}, not {spec} as it says")
+            raise ValueError(f"{path}: the stored bases are {stored.spec}, but the metadata say {spec}")
     return AdapterFile(config, spec, sha256, targets, trained, saved, stored)
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one: a temporary name first, then a rename."""
+"""Atomic file writes: write under a temporary name, then rename, so that a reader never sees a partial file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it takes the place of `path`.
+    """Yield a temporary path beside `path`; when the block succeeds, the file is renamed to `path`.
 
-    The suffix is kept, because writers such as matplotlib choose the format by it. Missing folders are made.
+    The suffix is kept because writers such as matplotlib choose the format by it. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -29,17 +29,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one piece."""
+    """Write `text` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, in one piece."""
+    """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def fingerprint(value: Any, length: int = 12) -> str:
-    """Return a short hash of a JSON-able value: the same value gives the same name everywhere."""
+    """Return a short hash of a JSON-serialisable value; equal values give equal hashes everywhere."""
     canonical = json.dumps(value, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]

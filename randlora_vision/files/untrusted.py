@@ -1,6 +1,6 @@
-"""What a file from a stranger must be before it is opened: a safetensors file with a header of sane size.
+"""Checks of untrusted files before they are opened: a safetensors file with a header of reasonable size.
 
-Nothing is unpickled, ever: opening a pickle runs whatever code its author put there.
+Nothing is ever unpickled: opening a pickle runs whatever code its author put there.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from torch import Tensor
 
 _HEADER_LIMIT = 32 * 2**20
-"""Bytes of a safetensors header, which is parsed whole; ours and PEFT's are below one MiB for the largest models."""
+"""Maximum bytes of a safetensors header, which is parsed whole; real ones are below 1 MiB for the largest models."""
 _JSON_LIMIT = 8 * 2**20
 _PICKLES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 _ADVICE = (
     "is a pickle: opening one runs the code in it, so it is never opened. Get a .safetensors file, or convert it "
-    "yourself where you trust its author"
+    "yourself if you trust its author"
 )
 
 
 def check_container(path: Path) -> None:
-    """Raise ValueError unless `path` can be a safetensors file, from its name and first bytes alone."""
+    """Raise ValueError unless `path` can be a safetensors file, judging only by its name and first bytes."""
     if path.suffix.lower() in _PICKLES:
         raise ValueError(f"{path} {_ADVICE}")
     size = path.stat().st_size
@@ -32,34 +32,34 @@ def check_container(path: Path) -> None:
         start = file.read(10)
     # A header of 640 bytes starts like a pickle too, but the ninth byte of a safetensors file is always a brace.
     if start[8:9] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
-        raise ValueError(f"{path} is no readable safetensors file: it {_ADVICE}")
+        raise ValueError(f"{path} is not a readable safetensors file: it {_ADVICE}")
     header = int.from_bytes(start[:8], "little")
     if len(start) < 10 or header > size - 8:
-        raise ValueError(f"{path} is no readable safetensors file (truncated or damaged?)")
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?)")
     if header > _HEADER_LIMIT:
-        raise ValueError(f"{path} is no readable safetensors file: its header of {header:,} bytes is oversized")
+        raise ValueError(f"{path} is not a readable safetensors file: its header of {header:,} bytes is too large")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file.
+    """Read the JSON object in a small file.
 
     Raises:
-        ValueError: If the file is large, no JSON, or no object.
+        ValueError: If the file is too large, is not valid JSON, or does not hold an object.
     """
     if path.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{path} is too large for a configuration: {path.stat().st_size:,} bytes")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
 
 
 def check_finite(where: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a tensor holds NaN or infinity: nothing sensible can be computed from it."""
+    """Raise ValueError if a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
-        wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite knows no float8
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support float8
         if not wide.isfinite().all():
-            raise ValueError(f"{where}: {name} holds NaN or infinity: the training that wrote it had diverged")
+            raise ValueError(f"{where}: {name} holds NaN or infinity: the training that produced it diverged")

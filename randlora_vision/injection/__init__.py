@@ -1,1 +1,1 @@
-"""Adapters on a model: choosing weights, adding, controlling, merging and removing adapters."""
+"""Adapters in a model: selecting weights, and adding, controlling, merging and removing adapters."""

@@ -1,7 +1,7 @@
-"""What can be adapted in a model.
+"""The parameters of a model that can be adapted.
 
-A target is a (module, parameter) pair, or several when the parameter is tied. It is called by the path of its
-module if the parameter is a layer's ``weight``, else by the parameter's own path
+A target is a (module, parameter) pair, or several pairs if the parameter is tied. Its name is the path of the module
+if the parameter is a layer's ``weight``, otherwise the path of the parameter
 (``visual.transformer.resblocks.0.attn.in_proj_weight``).
 """
 
@@ -29,7 +29,7 @@ LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "quantized",
 )
 LINEAR_KINDS = (LINEAR, TRANSPOSED, ATTENTION, QUANTIZED)
-# Components of a path that mean the classifier or a task head in timm, torchvision, transformers and open_clip.
+# Path components that denote the classifier or a task head in timm, torchvision, transformers and open_clip.
 _HEAD_NAMES = frozenset(
     "head heads head_dist classifier cls_classifier distillation_classifier classification_head lm_head "
     "score class_labels_classifier bbox_predictor qa_outputs pre_logits decode_head auxiliary_head".split()
@@ -38,15 +38,15 @@ _HEAD_NAMES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A parameter that could be adapted, or the reason why it cannot.
+    """A parameter that can be adapted, or one that cannot, with the reason.
 
     Attributes:
-        name: Its canonical name.
-        aliases: Its names under other parents, and those of tied parameters.
-        paths: Every path that a pattern may match: of the module, of the parameter, aliases of both.
-        owners: (module, parameter name) pairs: more than one when the parameter is tied.
-        kind: What holds it.
-        shape: (O, I), convolution kernels flattened into I; None when unknown.
+        name: The canonical name of the parameter.
+        aliases: Its names under other parents, and the names of tied parameters.
+        paths: Every path that a pattern may match: those of the module, of the parameter, and the aliases of both.
+        owners: (module, parameter name) pairs; more than one if the parameter is tied.
+        kind: The kind of module that holds it.
+        shape: (O, I), with convolution kernels flattened into I; None if unknown.
         problem: Why it cannot be adapted, or None.
         head: True for a classifier or task head.
     """
@@ -62,7 +62,7 @@ class Candidate:
 
 
 class _Tree:
-    """What candidates are found by: modules by path and by identity, the holders of every parameter, the heads."""
+    """Indexes for finding candidates: modules by path and by identity, the owners of each parameter, the heads."""
 
     def __init__(self, model: nn.Module) -> None:
         self.by_path = dict(plain_modules(model))
@@ -78,9 +78,9 @@ class _Tree:
         self.heads = self._head_roots()
 
     def _head_roots(self) -> set[str]:
-        """Paths of classifiers and task heads: by name, and by what timm's `get_classifier` returns."""
+        """Paths of classifiers and task heads, found by name and with timm's `get_classifier`."""
         roots = {path for path in self.by_path if path.rpartition(".")[2] in _HEAD_NAMES or path == "fc"}
-        # SigLIP's pooling is called `head`, but an attention is no classifier.
+        # SigLIP's attention pooling is called `head`, but it is not a classifier.
         attentions = [path for path, module in self.by_path.items() if _holds_attention(module)]
         roots = {root for root in roots if not any(f"{path}.".startswith(f"{root}.") for path in attentions)}
         for module in self.modules:
@@ -94,17 +94,17 @@ class _Tree:
         return roots
 
     def in_head(self, path: str) -> bool:
-        """True for a head and for everything under one."""
+        """True for a head and for everything inside one."""
         return any(parent in self.heads for parent in with_parents((path,)))
 
     def in_attention(self, path: str) -> bool:
-        """True for the output projection of an attention that holds its own packed projection."""
+        """True for the output projection of an attention module that holds a packed projection."""
         parent, _, last = path.rpartition(".")
         return last == "out_proj" and _holds_attention(self.by_path[parent])
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
-    """Every candidate of a model in module order, tied parameters once."""
+    """Every candidate of a model in module order, with tied parameters listed once."""
     tree = _Tree(model)
     found: list[Candidate] = []
     seen: set[int] = set()
@@ -133,10 +133,10 @@ def _candidate(module: nn.Module, param: str, kind: str, tree: _Tree) -> Candida
             elif tree.in_attention(path):
                 patterns.append(path.rpartition(".")[0])
     shape, problem = _shape_and_problem(module, param, kind, raw)
-    strangers = [owner for owner, owned in others if owned not in dict(_own_parameters(owner))]
-    if strangers and problem is None:
-        path = tree.paths[id(strangers[0])][0]
-        problem = f"tied to {path!r} ({type(strangers[0]).__name__}), which cannot be adapted with it"
+    unsupported = [owner for owner, owned in others if owned not in dict(_own_parameters(owner))]
+    if unsupported and problem is None:
+        path = tree.paths[id(unsupported[0])][0]
+        problem = f"it is tied to {path!r} ({type(unsupported[0]).__name__}), which cannot be adapted with it"
     paths = tuple(dict.fromkeys(name for name in (*names, *patterns) if name))
     head = all(tree.in_head(path) for path in tree.paths[id(module)])
     return Candidate(names[0], tuple(names[1:]), paths, tuple(owners), kind, shape, problem, head)
@@ -159,14 +159,14 @@ def _shape_and_problem(
             tensor = getattr(module, param)
     assert tensor is not None
     if tensor.ndim < 2 or tensor.numel() == 0:
-        return None, f"its {param} of shape {tuple(tensor.shape)} is no matrix"
+        return None, f"its {param} of shape {tuple(tensor.shape)} is not a matrix"
     if not tensor.is_floating_point():
         return None, f"its {param} has dtype {tensor.dtype}"
     return (tensor.shape[0], math.prod(tensor.shape[1:])), None
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(parameter name, kind) of what a module itself holds that could be adapted."""
+    """Yield (parameter name, kind) of each parameter of the module itself that could be adapted."""
     if isinstance(module, torch.jit.ScriptModule):
         if module.original_name == "Linear":
             yield "weight", LINEAR
@@ -189,16 +189,16 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The module's own parameters; a TorchScript module has no table of them."""
+    """The module's own parameters; empty for a TorchScript module, which has no such table."""
     return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters
 
 
 def _transformers_conv1d() -> tuple[type, ...]:
-    """Conv1D of transformers, a linear layer with its weight transposed, if transformers is loaded at all."""
+    """Conv1D of transformers, a linear layer with a transposed weight, if transformers has been imported."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return (loaded.Conv1D,) if loaded is not None else ()
 
 
 def _holds_attention(module: nn.Module) -> bool:
-    """True for a module with a packed or separate attention projection of its own."""
+    """True for a module that itself holds packed or separate attention projections."""
     return any(kind == ATTENTION for _, kind in _own_parameters(module))

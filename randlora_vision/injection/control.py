@@ -1,4 +1,4 @@
-"""Adapters at run time: which are active, how strongly, and how many numbers they train."""
+"""Adapters at run time: which are active, at what scale, and how many parameters they train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from randlora_vision.layers.state import AdapterSlot
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, Parameter) of every lambda and gamma, each once; of all adapters unless one is named.
+    """Yield (name, Parameter) of every lambda and gamma once, for all adapters unless one is named.
 
     Raises:
         ValueError: If the model has no such adapter.
@@ -34,16 +34,17 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Ite
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(numbers that require a gradient, numbers of the model without its adapters)."""
+    """Return (number of parameters that require a gradient, number of parameters without the adapters)."""
     model = unwrap(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, count_base(model)
 
 
 def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...]) -> None:
-    """Make exactly these adapters active; their updates add up. Others neither act nor require gradients.
+    """Make exactly these adapters active; their updates add up.
 
-    Of modules trained in full by several adapters, the last named adapter's is in force.
+    All other adapters have no effect and require no gradients. If several adapters train the same module in full, the
+    module of the last named one is used.
 
     Raises:
         ValueError: If the model has no such adapter.
@@ -60,16 +61,17 @@ def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...
 
 
 def set_scale(model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None = None) -> None:
-    """Multiply an adapter's update (all adapters' unless one is named) by `scale`; 1 is as trained, 0 is off.
+    """Multiply an adapter's update (or all adapters' updates) by `scale`; 1 is as trained, 0 is off.
 
     Args:
         model: The adapted model.
-        scale: A number, or numbers by part: ``{"down_blocks": 0.5, "down_blocks.1": 0}``. A part is the beginning of
-            targets' names, in whole components; of several the longest holds, and targets in none keep their scale.
-        adapter_name: Which adapter.
+        scale: A number, or one number per part: ``{"down_blocks": 0.5, "down_blocks.1": 0}``. A part is a prefix of
+            target names, in whole components. The longest matching part wins, and targets without one keep their
+            scale.
+        adapter_name: The adapter to scale; None means all.
 
     Raises:
-        ValueError: If `scale` is no finite number, there is no such adapter or part, or the adapter is merged.
+        ValueError: If `scale` is not a finite number, there is no such adapter or part, or the adapter is merged.
     """
     for slot, value in scale_changes(model, scale, adapter_name):
         slot.scale = value
@@ -78,7 +80,7 @@ def set_scale(model: nn.Module, scale: float | Mapping[str, float], adapter_name
 def scale_changes(
     model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None
 ) -> list[tuple[AdapterSlot, float]]:
-    """What `set_scale` would set."""
+    """The adapter slots that `set_scale` would change, and their new scales."""
     for value in scale.values() if isinstance(scale, Mapping) else (scale,):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"scale must be a finite number, got {value!r}: set_scale(model, scale, adapter_name)")
@@ -97,7 +99,7 @@ def scale_changes(
         if not any(f"{target}.".startswith(f"{part}.") for target, _ in slots):
             tops = dict.fromkeys(target.partition(".")[0] for target, _ in slots)
             raise ValueError(f"scale: no adapted weight is in {part!r}; the model's parts are: {', '.join(tops)}, ...")
-    # The longest part comes last, and holds.
+    # The longest part comes last, so it wins.
     return [
         (slot, float(scale[part]))
         for part in sorted(scale, key=len)

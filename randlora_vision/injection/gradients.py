@@ -1,4 +1,4 @@
-"""The first-step check: after the first backward pass, does every adapter learn?"""
+"""A check after the first backward pass: does every adapter receive gradients?"""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from randlora_vision.names import listing
 def check_gradients(model: nn.Module) -> list[str]:
     """Check the gradients of every trainable active adapter; call it after the first ``loss.backward()``.
 
-    At the start one of lambda and gamma is zero, so that the other's gradient is zero by construction; the former's
-    must not be. Layers whose paths differ in numbers alone (blocks, experts) are judged together: if some of them
-    learn, the others are reported (an expert without tokens, a last block whose output is not used); if none
-    does, their adapters are dead and that is an error.
+    At the start either lambda or gamma is zero, so the gradient of the other is zero by construction; the gradient of
+    the zero one must not be. Layers whose paths differ only in numbers (blocks, experts) are checked together. If some
+    of them receive gradients, the others are reported (an expert without tokens, a last block whose output is not
+    used). If none does, their adapters cannot learn, which is an error.
 
     Returns:
-        One note for every target without a gradient that is explained by its siblings.
+        One note per target that has no gradient although some of its siblings have one.
 
     Raises:
-        ValueError: If a gradient is not finite, or a target and all its siblings get none. It names them.
+        ValueError: If a gradient is not finite, or a target and all its siblings have none. The message names them.
     """
     model = unwrap(model)
     records(model)

@@ -1,4 +1,4 @@
-"""Plan first, change second: `plan` says what would be adapted, `inject` does it, `remove` takes it back."""
+"""Planning, injecting and removing: `plan` reports what would be adapted, `inject` does it, `remove` undoes it."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from randlora_vision.report import InjectionReport, Target
 
 
 def plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default") -> InjectionReport:
-    """What `inject` would adapt, without touching the model.
+    """Report what `inject` would adapt, without changing the model.
 
     Raises:
-        ValueError: As `inject` does.
+        ValueError: Under the conditions of `inject`.
     """
     return make_plan(model, config, adapter_name).report
 
 
 def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "default") -> InjectionReport:
-    """Add an adapter to a model, in place. The model's output does not change until the adapter is trained.
+    """Add an adapter to a model in place; the model's output does not change until the adapter is trained.
 
     Every parameter is frozen except lambda and gamma of the trainable active adapters and `modules_to_save`;
-    `remove` restores the flags. The new adapter joins those that are active: with `set_active` choose others.
+    `remove` restores the flags. The new adapter is added to the active ones; use `set_active` to choose others.
 
     Args:
         model: Any module. Inject before wrapping it in DistributedDataParallel.
         config: The adapter's settings.
-        adapter_name: Letters, digits, ``_`` and ``-``.
+        adapter_name: A name of letters, digits, ``_`` and ``-``.
 
     Returns:
-        What was adapted, what was skipped and why, trained numbers, and the size of the file to come.
+        What was adapted, what was skipped and why, the number of trained parameters, and the size of the adapter file.
 
     Raises:
         ValueError: If the name is taken or malformed, nothing matches (the message lists what the model has), a
-            named layer is narrower than its rank, or `modules_to_save` names something that is not there. The
-            model is untouched then.
+            named layer is narrower than its rank, or `modules_to_save` names something that does not exist. The
+            model is then left unchanged.
     """
     plan = make_plan(model, config, adapter_name)
     for warning in plan.report.warnings:
@@ -64,10 +64,10 @@ def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "defaul
 
 
 def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
-    """Carry a plan out, with lambda and gamma frozen unless `trainable`.
+    """Carry out a plan, with lambda and gamma frozen unless `trainable`.
 
     Raises:
-        ValueError: If a module's class cannot be extended. The model is untouched then.
+        ValueError: If a module's class cannot be extended. The model is then left unchanged.
     """
     _check_classes(plan.candidates)
     model, report = plan.model, plan.report
@@ -75,7 +75,7 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
     record = make_record(model)
     for parameter_path, parameter in model.named_parameters():
         if not is_adapter_name(parameter_path) and not _in_training(record, parameter_path):
-            parameter.requires_grad = False  # lazy parameters know no requires_grad_
+            parameter.requires_grad = False  # lazy parameters do not support requires_grad_
     for candidate, target in zip(plan.candidates, report.targets, strict=True):
         slot = AdapterSlot(
             target.rank, target.bases, target.alpha, config.dropout, plan.bases, trainable, config.compute
@@ -88,11 +88,11 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Take every adapter off a model and give parameters their `requires_grad` back.
+    """Remove all adapters from a model and restore the `requires_grad` flags of its parameters.
 
-    Unless adapters are merged, the model is bit for bit what it was before `inject`, modules trained in full
-    (`modules_to_save`) included. Merged adapters stay in the weights, as do the modules trained with them: `merge`
-    then `remove` leaves a plain model without any trace of this library.
+    Unless adapters are merged, the model is bit for bit what it was before `inject`, including modules trained in full
+    (`modules_to_save`). Merged adapters stay in the weights, as do the modules trained with them: `merge` followed by
+    `remove` leaves a plain model without any trace of this library.
 
     Raises:
         ValueError: If the model has no adapters.
@@ -109,7 +109,7 @@ def remove(model: nn.Module) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take one adapter off a model. Deleting the last one is `remove`.
+    """Remove one adapter from a model; deleting the last one is equivalent to `remove`.
 
     Raises:
         ValueError: If there is no such adapter or it is merged.
@@ -155,7 +155,7 @@ def _add_slot(
 
 
 def _check_classes(chosen: Sequence[Candidate]) -> None:
-    """Make every class that the injection will need; raise ValueError for one that cannot be extended."""
+    """Create every class that the injection needs; raise ValueError if one cannot be extended."""
     for candidate in chosen:
         for module, param in candidate.owners:
             params = tuple(sorted({*module.__dict__.get("_randlora", ()), param}))
@@ -177,5 +177,5 @@ def _drop_slots(root: nn.Module, adapter_name: str) -> None:
 
 
 def _in_training(record: ModelRecord, path: str) -> bool:
-    """True for a module trained in full by an adapter that is already there."""
+    """True for a parameter trained in full by an existing adapter."""
     return record.installed.get(path) is not None

@@ -1,4 +1,4 @@
-"""Adapters merged into the weights, taken out again bit for bit, or left out for a while."""
+"""Merging adapters into the weights, unmerging them bit for bit, and disabling them temporarily."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from randlora_vision.layers.state import ParameterState
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model the base within the context.
+    """Make the model behave as the base model inside the context.
 
-    No adapter acts, not even a merged one, and modules trained in full are the base's.
+    No adapter has any effect, not even a merged one, and modules trained in full are the base's.
     """
     model = unwrap(model)
     before = [(root, record, record.switches.enabled, record.switches.merged) for _, root, record in records(model)]
@@ -35,19 +35,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None, safe: bool = True) -> None:
-    """Put adapters into the weights: no cost at inference, and `state_dict` holds the merged weights.
+    """Merge adapters into the weights: inference costs nothing extra, and `state_dict` holds the merged weights.
 
-    The weight becomes a new Parameter and the base's own is kept beside it, so that `unmerge` is bit-exact: until
-    then adapted weights take twice their memory (`remove` frees it and keeps the merged weights).
+    The merged weight is a new Parameter, and the base's own is kept beside it so that `unmerge` is bit-exact. Until
+    then, adapted weights take twice the memory (`remove` frees it and keeps the merged weights).
 
     Args:
         model: The adapted model.
-        adapter_names: Which, at their present scale; None means all that are active.
-        safe: Refuse to merge if any result is not finite.
+        adapter_names: The adapters to merge, at their current scale; None means all active ones.
+        safe: If True, refuse to merge if any result is not finite.
 
     Raises:
         ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization,
-            or a merged weight is not finite. The model is untouched then.
+            or a merged weight is not finite. The model is then left unchanged.
     """
     model = unwrap(model)
     wanted = None if adapter_names is None else check_names(model, adapter_names)
@@ -57,7 +57,7 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
 
 
 def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None) -> None:
-    """Take merged adapters (all unless some are named) out of the weights again, bit for bit.
+    """Unmerge adapters (all unless some are named), restoring the weights bit for bit.
 
     Raises:
         ValueError: If there is no such adapter.
@@ -74,7 +74,7 @@ def _set_enabled(root: nn.Module, record: ModelRecord, enabled: bool) -> None:
 
 
 def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], safe: bool) -> None:
-    """Make exactly the named adapters merged: compute every weight first, then put them in place."""
+    """Make exactly the named adapters merged: compute all weights first, then assign them."""
     if names == record.switches.merged:
         return
     weights: dict[int, nn.Parameter] = {}
@@ -98,7 +98,7 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
 
 @torch.no_grad()
 def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterState) -> None:
-    """Give the base's Parameter what PEFT wrote to the merged one: all that differs from a fresh merge."""
+    """Add to the base's Parameter what PEFT wrote to the merged one: the difference from a fresh merge."""
     merged, original = module._parameters[param], state.original
     assert merged is not None and original is not None
     fresh = _merged_weight(path, module, param, state, state.merged, safe=False)
@@ -112,7 +112,7 @@ def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterSta
 def _merged_weight(
     path: str, module: AdaptedModule, param: str, state: ParameterState, names: tuple[str, ...], safe: bool
 ) -> nn.Parameter:
-    """The base's Parameter with the named adapters added, in float32 at least; itself for none."""
+    """The base's Parameter with the named adapters added, at least in float32; unchanged if there are none."""
     if module._randlora_quantized:
         raise ValueError(f"{path} is quantised: its packed weight cannot take an update; dequantise the base to merge")
     if parametrize.is_parametrized(module, param):

@@ -1,4 +1,4 @@
-"""What would be adapted in a model, decided in full before the model is touched."""
+"""The plan of an adapter, decided in full before the model is changed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from randlora_vision.report import InjectionReport, Target
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPlan:
-    """All that is decided about a new adapter before the model is touched: made once, then applied.
+    """Everything that is decided about a new adapter before the model is changed.
 
     Attributes:
-        model: The module that takes the adapter.
-        report: What `inject` returns.
-        candidates: The weights behind the report's targets, in the same order.
-        bases: Those that all of them share.
+        model: The module that the adapter is added to.
+        report: The report that `inject` returns.
+        candidates: The weights of the report's targets, in the same order.
+        bases: The bases that all targets share.
         saved: Path -> the model's own tensor of a module to be trained in full.
     """
 
@@ -41,10 +41,10 @@ class AdapterPlan:
 
 
 def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given: Bases | None = None) -> AdapterPlan:
-    """The plan of an adapter, with `given` bases if they came with a file.
+    """Make the plan of an adapter, with the `given` bases if they are stored in a file.
 
     Raises:
-        ValueError: As `randlora_vision.inject` does.
+        ValueError: Under the conditions of `randlora_vision.inject`.
     """
     check_root(model)
     model = unwrap(model)
@@ -62,7 +62,7 @@ def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given
     if config.dropout:
         without = [target.name for target in targets if target.kind not in ("linear", "quantized")]
         if without:
-            notes.append(f"dropout does not act on weights that are read, not called: {', '.join(without[:3])}, ...")
+            notes.append(f"dropout has no effect on weights that are read directly: {', '.join(without[:3])}, ...")
     saved = find_saved(model, config.modules_to_save)
     report = InjectionReport(
         adapter_name=adapter_name,
@@ -95,19 +95,19 @@ def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
 
 
 def weight_of(candidate: Candidate) -> Tensor:
-    """The frozen weight; of a parametrised one, any tensor that it is computed from."""
+    """The frozen weight, or for a parametrised weight, one of the tensors that it is computed from."""
     module, param = candidate.owners[0]
     weight = module._parameters.get(param)
     return next(module.parameters()) if weight is None else weight
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of lambda and gamma: float32 whatever the base's, float64 for a float64 base."""
+    """The dtype of lambda and gamma: float64 for a float64 base, otherwise float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _products_dtype(chosen: list[Candidate]) -> torch.dtype:
-    """The widest dtype that matrix products of the adapted weights run in, packed ones taken for float32."""
+    """The widest dtype of the matrix products with the adapted weights; packed weights count as float32."""
     dtypes = {weight.dtype for weight in map(weight_of, chosen)}
     return max(
         (d if d.is_floating_point and d.itemsize > 1 else torch.float32 for d in dtypes), key=lambda d: d.itemsize
@@ -115,6 +115,6 @@ def _products_dtype(chosen: list[Candidate]) -> torch.dtype:
 
 
 def _file_dtype(chosen: list[Candidate]) -> torch.dtype:
-    """Dtype of lambda and gamma in the file, where all have one."""
+    """The common dtype of lambda and gamma in the file."""
     dtypes = {master_dtype(weight_of(candidate)) for candidate in chosen}
     return torch.float64 if torch.float64 in dtypes else torch.float32

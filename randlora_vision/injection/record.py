@@ -1,6 +1,6 @@
-"""What a model remembers of its adapters: their configurations, and what was frozen.
+"""A model's record of its adapters: their configurations, and which parameters were frozen.
 
-The record sits in the ``__dict__`` of the module that `inject` was called on, so that it is copied and pickled with
+The record is stored in the ``__dict__`` of the module that `inject` was called on, so it is copied and pickled with
 the model.
 """
 
@@ -37,7 +37,7 @@ class AdapterRecord:
 
 @dataclasses.dataclass
 class ModelRecord:
-    """All adapters that were injected at one module."""
+    """All adapters that were injected into one module."""
 
     requires_grad: dict[str, bool]
     """The flags before the first injection, by parameter name."""
@@ -47,13 +47,13 @@ class ModelRecord:
     originals: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Path -> the base's tensor of a module trained in full."""
     installed: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    """Path -> the adapter whose tensor the module holds now, None for the base's."""
+    """Path -> the adapter whose tensor the module holds now, or None for the base's."""
     half_loaded: list[str] = dataclasses.field(default_factory=list)
-    """Adapter keys that the state dict being loaded lacks although it has others."""
+    """Adapter keys that are missing from the state dict being loaded although it has others."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model under `torch.compile` and DistributedDataParallel."""
+    """The model inside the wrappers of `torch.compile` and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -64,12 +64,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def own_record(model: nn.Module) -> ModelRecord | None:
-    """The record of this very module."""
+    """The record of this module itself, or None."""
     return model.__dict__.get(_KEY)
 
 
 def make_record(model: nn.Module) -> ModelRecord:
-    """The module's record, made on first use."""
+    """The module's record, created on first use."""
     record = own_record(model)
     if record is None:
         flags = {plain_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -80,13 +80,13 @@ def make_record(model: nn.Module) -> ModelRecord:
 
 
 def drop_record(model: nn.Module) -> None:
-    """Forget the module's record."""
+    """Delete the module's record."""
     del model.__dict__[_KEY]
     remove_load_hooks(model, _before_load, _after_load)
 
 
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Note which adapter keys are absent from a state dict that has others: it is no base checkpoint."""
+    """Note which adapter keys are absent from a state dict that has others, and so is not a base checkpoint."""
     record = own_record(module)
     assert record is not None
     own = [prefix + name for name, _ in module.named_parameters(remove_duplicate=False) if is_adapter_name(name)]
@@ -95,7 +95,7 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 def _after_load(module: nn.Module, incompatible: Any) -> None:
-    """Count them as missing: every layer alone takes its own absence for a base checkpoint's."""
+    """Report those keys as missing: each layer on its own treats their absence as that of a base checkpoint."""
     record = own_record(module)
     assert record is not None
     incompatible.missing_keys.extend(name for name in record.half_loaded if name not in incompatible.missing_keys)
@@ -103,25 +103,25 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
 
 
 def check_root(model: nn.Module) -> None:
-    """Raise ValueError unless adapters may be injected at this module: a model has one place for all of them."""
+    """Raise ValueError unless adapters may be injected into this module: a model has one root for all of them."""
     wrapped: object = model
     while isinstance(wrapped, nn.Module):
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-            raise ValueError("inject before wrapping the model in DistributedDataParallel, which knows its parameters")
+            raise ValueError("inject before wrapping the model in DistributedDataParallel, which registers parameters")
         wrapped = getattr(wrapped, "_orig_mod", None)
     model = unwrap(model)
     inner = [path for path, module in model.named_modules() if path and _KEY in module.__dict__]
     if inner:
-        raise ValueError(f"adapters were injected at {inner[0]!r}: inject there, or remove them first")
+        raise ValueError(f"adapters were already injected into {inner[0]!r}: inject there, or remove them first")
     if own_record(model) is None and any(isinstance(module, AdaptedModule) for module in model.modules()):
         raise ValueError(
-            f"this {type(model).__name__} is part of a model that adapters were injected at: inject there (with "
+            f"this {type(model).__name__} is part of a model that already has adapters: inject into that model (with "
             "target_modules that name this part), or remove them first"
         )
 
 
 def records(model: nn.Module) -> list[tuple[str, nn.Module, ModelRecord]]:
-    """(path, module, record) of every module under `model` that adapters were injected at.
+    """(path, module, record) of every module in `model` that adapters were injected into.
 
     Raises:
         ValueError: If there is none.
@@ -129,23 +129,23 @@ def records(model: nn.Module) -> list[tuple[str, nn.Module, ModelRecord]]:
     found = [(path, module, module.__dict__[_KEY]) for path, module in model.named_modules() if _KEY in module.__dict__]
     if not found:
         raise ValueError(
-            f"this {type(model).__name__} has no adapters; give the module that inject or load_adapter was called on"
+            f"this {type(model).__name__} has no adapters; pass the module that inject or load_adapter was called on"
         )
     return found
 
 
 def count_base(model: nn.Module) -> int:
-    """Numbers in the model without its adapters; lazy parameters, whose size is not known yet, left out."""
+    """Number of parameters without the adapters; lazy parameters, whose size is not known yet, are left out."""
     lazy = nn.parameter.UninitializedParameter
     own = (p for path, p in model.named_parameters() if not is_adapter_name(path))
     return sum(p.numel() for p in own if not isinstance(p, lazy))
 
 
 def check_names(model: nn.Module, names: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The given adapter names as a tuple, all of the model's for None.
+    """The given adapter names as a tuple; None means all adapters of the model.
 
     Raises:
-        ValueError: If the model has no adapter of a name.
+        ValueError: If the model has no adapter with one of the names.
     """
     known = list(dict.fromkeys(name for _, _, record in records(model) for name in record.adapters))
     wanted = tuple(known) if names is None else (names,) if isinstance(names, str) else tuple(names)

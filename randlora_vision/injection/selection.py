@@ -1,4 +1,4 @@
-"""Which weights a configuration asks for, and the words for it when there are none."""
+"""The selection of the weights that a configuration asks for, and the error message if there are none."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from randlora_vision.names import is_preset, matches_any, summarise, with_parent
 
 
 def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
-    """The candidates that a configuration asks for.
+    """Select the candidates that a configuration asks for.
 
     Returns:
-        The candidates to adapt, (name, reason) of those that were asked for or would be but are left out, and
-        warnings about patterns that match nothing.
+        The candidates to adapt, (name, reason) of each matching candidate that is left out, and warnings about
+        patterns that match nothing.
 
     Raises:
-        ValueError: If nothing matches, saying what the model has.
+        ValueError: If nothing matches; the message says what the model has.
     """
     everything = candidates(model)
     wanted, warnings = _wanted(model, everything, config)
@@ -49,16 +49,16 @@ def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], l
 
 
 def is_preset_choice(config: RandLoRAConfig) -> bool:
-    """True if the targets come from a preset, which passes over layers narrower than the rank.
+    """True if the targets come from a preset, which skips layers narrower than the rank.
 
-    The user who names layers is told instead.
+    If the user names such layers, it is an error instead.
     """
     asked = config.target_modules
     return isinstance(asked, str) and (asked in ("all", "all-linear") or is_preset(asked))
 
 
 def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfig) -> tuple[dict[str, str], list[str]]:
-    """Name -> "" (wanted) or the reason why a preset passes it over, and warnings."""
+    """Name -> "" (wanted) or the reason why a preset skips it, and warnings."""
     asked = config.target_modules
     if asked in ("all", "all-linear"):
         kinds = (*LINEAR_KINDS, CONVOLUTION) if asked == "all" else LINEAR_KINDS
@@ -93,7 +93,7 @@ def _unmatched(everything: list[Candidate], config: RandLoRAConfig) -> list[str]
 
 
 def preset_names(model: nn.Module, preset: str) -> list[str]:
-    """Target names that ``integration:preset`` chooses in this model.
+    """The target names that ``integration:preset`` selects in this model.
 
     Raises:
         ValueError: If the integration or the preset does not exist, or does not fit the model.

@@ -1,4 +1,4 @@
-"""How large the random bases of an adapter must be.
+"""The sizes of the random bases of an adapter.
 
 Shapes: A (R, m) and B (M, K), see `randlora_vision.bases`.
 """
@@ -12,15 +12,15 @@ from randlora_vision.config import RandLoRAConfig
 from randlora_vision.report import Target
 
 _LARGEST_RANK = 1024
-"""The largest rank of PEFT's bases on layers that are smaller themselves."""
+"""The largest rank allowed for PEFT's bases if all layers are smaller than the rank."""
 
 
 def bases_spec(config: RandLoRAConfig, targets: tuple[Target, ...], given: Bases | None = None) -> BasesSpec:
-    """The smallest bases that serve all targets; PEFT's own sizes for its generator; those of `given` bases.
+    """The spec of the smallest bases that fit all targets, of PEFT's sizes for its generator, or of `given` bases.
 
     Raises:
-        ValueError: If a rank is above a target's narrow side, PEFT's generator is asked for several ranks, or given
-            bases are too small.
+        ValueError: If a rank is above a target's narrow side, there are several ranks for PEFT's generator, or the
+            given bases are too small.
     """
     needed = {
         "rank": max(target.rank for target in targets),
@@ -29,11 +29,11 @@ def bases_spec(config: RandLoRAConfig, targets: tuple[Target, ...], given: Bases
         "columns": max(target.rank * target.bases for target in targets),
     }
     if config.bases in (STORED, *PEFT_KINDS) and needed["rank"] > max(needed["wide"], _LARGEST_RANK):
-        # PEFT takes ranks above the narrow side, but B grows with the rank: a small file must not fill the memory.
+        # PEFT allows ranks above the narrow side, but B grows with the rank: a small file must not fill the memory.
         raise ValueError(f"rank {needed['rank']} is above every side of the adapted layers")
     if config.bases == STORED:
         if given is None:
-            raise ValueError("bases='stored' are those that came in an adapter's file: choose another kind to train")
+            raise ValueError("bases='stored' needs an adapter file that holds the bases: choose another kind to train")
         for side, size in needed.items():
             if getattr(given.spec, side) < size:
                 raise ValueError(f"the stored bases are too small: {side} {getattr(given.spec, side)}, needed {size}")
@@ -42,14 +42,14 @@ def bases_spec(config: RandLoRAConfig, targets: tuple[Target, ...], given: Bases
         _check_ranks(targets)
         return BasesSpec(config.bases, config.seed, **needed)
     if len({target.rank for target in targets}) > 1:
-        raise ValueError(f"bases={config.bases!r} are PEFT's, which knows one rank for all: leave out rank_pattern")
+        raise ValueError(f"bases={config.bases!r} are PEFT's, which has one rank for all: leave out rank_pattern")
     return BasesSpec(config.bases, config.seed, **peft_sizes(targets))
 
 
 def peft_sizes(targets: tuple[Target, ...]) -> dict[str, int]:
-    """Sizes of PEFT's bases for these targets, all of one rank: by the largest output and the largest input.
+    """The sizes of PEFT's bases for these targets of one rank, given by the largest output and the largest input.
 
-    Sizing by narrow and wide sides would do, and is smaller where a model has both tall and wide layers.
+    Sizing by narrow and wide sides would suffice, and is smaller if a model has both tall and wide layers.
     """
     rank = targets[0].rank
     # The shape of a Conv1D is given as (I, O).

@@ -1,7 +1,7 @@
-"""The modules that are trained in full beside the adapters (`modules_to_save`).
+"""The modules that are trained in full in addition to the adapters (`modules_to_save`).
 
-Their tensors are swapped, not overwritten: every adapter owns its copies, the base's own Parameter objects are kept,
-and the module holds whichever is in force under the unchanged name.
+Their tensors are swapped, not overwritten: every adapter has its own copies, the base's Parameter objects are kept,
+and the module holds the tensors currently in use under the unchanged name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from randlora_vision.torch_internals import persistent_names
 
 
 def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Path -> parameter or persistent buffer under the modules or parameters that `names` match, tied ones once.
+    """Find the parameters and persistent buffers by path that `names` match, with tied tensors listed once.
 
     Raises:
         ValueError: If a name matches nothing.
@@ -44,7 +44,7 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def own_saved(model: nn.Module, record: ModelRecord, adapter: AdapterRecord) -> None:
-    """Give the adapter its own copies of its `modules_to_save`; `install_saved` puts them in force."""
+    """Give the adapter its own copies of its `modules_to_save`; `install_saved` then installs them in the model."""
     for path, tensor in find_saved(model, adapter.config.modules_to_save).items():
         if path not in record.originals:
             record.originals[path] = tensor
@@ -54,7 +54,7 @@ def own_saved(model: nn.Module, record: ModelRecord, adapter: AdapterRecord) -> 
 
 
 def install_saved(model: nn.Module, record: ModelRecord) -> None:
-    """Put in force, for every tensor trained in full, the last active adapter's, else the base's."""
+    """Install, for every tensor trained in full, that of the last active adapter, or the base's if there is none."""
     in_force = (*record.switches.merged, *record.switches.active) if record.switches.enabled else record.switches.merged
     for path, holder in record.installed.items():
         wanted = next((name for name in reversed(in_force) if path in record.adapters[name].saved), None)
@@ -68,7 +68,7 @@ def install_saved(model: nn.Module, record: ModelRecord) -> None:
 
 
 def current_saved(model: nn.Module, record: ModelRecord, adapter_name: str) -> dict[str, Tensor]:
-    """The adapter's tensors trained in full, in force or not."""
+    """The adapter's tensors trained in full, whether they are installed or not."""
     for path, holder in record.installed.items():
         if holder == adapter_name:
             _keep(record, path, holder, _installed(model, record, path))
@@ -76,23 +76,23 @@ def current_saved(model: nn.Module, record: ModelRecord, adapter_name: str) -> d
 
 
 def _installed(model: nn.Module, record: ModelRecord, path: str) -> Tensor:
-    """The tensor trained in full that the model holds now; raises ValueError if it is another module's by now."""
+    """The tensor trained in full that the model holds now; raises ValueError if the module has been replaced."""
     expected = record.originals[path].shape
     try:
         tensor = _get(model, path)
     except AttributeError:
         tensor = None
     if tensor is None or tensor.shape != expected:
-        found = "gone" if tensor is None else f"{tuple(tensor.shape)} by now"
+        found = "gone" if tensor is None else f"{tuple(tensor.shape)}"
         raise ValueError(
-            f"{path}, trained with an adapter (modules_to_save), was {tuple(expected)} and is {found}: the model was "
-            "changed after inject (reset_classifier?); remove the adapters first"
+            f"{path}, trained with an adapter (modules_to_save), was {tuple(expected)} and is now {found}: the model "
+            "was changed after inject (reset_classifier?); remove the adapters first"
         )
     return tensor
 
 
 def _keep(record: ModelRecord, path: str, holder: str | None, tensor: Tensor) -> None:
-    """Store what the module holds: buffers, and tensors that `.to` moved, are new objects."""
+    """Store the tensor that the module holds: buffers, and tensors moved by `.to`, are new objects."""
     if holder is None:
         record.originals[path] = tensor
     else:
@@ -100,7 +100,7 @@ def _keep(record: ModelRecord, path: str, holder: str | None, tensor: Tensor) ->
 
 
 def _alike(tensor: Tensor, current: Tensor) -> Tensor:
-    """`tensor` on the device and in the dtype that the model has moved to; itself where nothing changed."""
+    """`tensor` on the device and in the dtype of `current`; the same object if nothing changes."""
     if tensor.device == current.device and tensor.dtype == current.dtype:
         return tensor
     moved = tensor.detach().to(device=current.device, dtype=current.dtype)
@@ -115,7 +115,7 @@ def _get(model: nn.Module, path: str) -> Tensor | None:
 
 @torch.no_grad()
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put `new` wherever the model holds `old`, so that tied tensors stay tied."""
+    """Replace `old` by `new` everywhere in the model, so that tied tensors stay tied."""
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():

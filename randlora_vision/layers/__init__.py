@@ -1,1 +1,1 @@
-"""Modules that are adapted in place."""
+"""Modules adapted in place."""

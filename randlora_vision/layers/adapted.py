@@ -1,4 +1,4 @@
-"""What every adapted module can do besides what its own type does: effective weights, copies, state dicts.
+"""The mixin of all adapted modules: effective weights, copies and state dicts.
 
 Lambda and gamma are registered on the module itself, beside its own parameters.
 
@@ -18,11 +18,6 @@ from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import effective_weight, randlora_linear
 from randlora_vision.compute.recompute import Recipe, current_scope
-
-if TYPE_CHECKING:
-    _Mixin = nn.Module
-else:  # the adapted class inherits nn.Module from its own base
-    _Mixin = object
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.names import PARTS, parameter_name
 
@@ -37,8 +32,14 @@ CONVOLUTIONS = (
 )
 
 
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:  # the adapted class inherits nn.Module from its own base
+    _Mixin = object
+
+
 class AdaptedModule(_Mixin):
-    """What every adapted module is an instance of, besides its own type."""
+    """The mixin that every adapted module inherits from, in addition to its original class."""
 
     _randlora_base: type[nn.Module]
     """The class before the swap."""
@@ -47,7 +48,7 @@ class AdaptedModule(_Mixin):
     _randlora_quantized: bool
 
     def base_weight(self, param: str = "weight") -> Tensor:
-        """The frozen parameter itself, where attribute access gives the effective weight."""
+        """The frozen parameter itself; attribute access gives the effective weight instead."""
         own = self._parameters.get(param)
         if own is not None:
             return own
@@ -63,7 +64,7 @@ class AdaptedModule(_Mixin):
         return lam, gamma
 
     def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
-        """The named adapters' parts of the update, with products to run in `dtype`."""
+        """The named adapters' parts of the update, with products in `dtype`."""
         state = self._randlora[param]
         wide = max(state.out_features, state.in_features)
         terms = []
@@ -75,7 +76,7 @@ class AdaptedModule(_Mixin):
 
     def _effective(self, param: str) -> Tensor:
         base, state = self.base_weight(param), self._randlora[param]
-        # FSDP2 reads sharded parameters by attribute: it must find its own objects.
+        # FSDP2 reads sharded parameters by attribute and must find its own objects.
         live = state.live()
         if not live or is_sharded(base):
             return base
@@ -84,13 +85,13 @@ class AdaptedModule(_Mixin):
         opened = current_scope()
         if opened is None or state.transposed:
             return updated_weight(state, base, terms)
-        # Inside a scope the reader is a matrix product, which autocast would round the weight for anyway.
+        # Inside a scope the reader is a matrix product, for which autocast would round the weight anyway.
         recipe, cache = Recipe(base, terms, low or base.dtype), current_cache()
         kept = None if cache is None else cache.weight(recipe)
         return opened.weight((id(self), param), recipe) if kept is None else kept
 
     def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool) -> Tensor | None:
-        """The named adapters' part of a linear layer's output (..., O), or None; `drop` applies dropout."""
+        """The named adapters' contribution to a linear layer's output (..., O), or None; `drop` applies dropout."""
         state, total = self._randlora["weight"], None
         for name in names:
             dropped = F.dropout(x, state.slots[name].dropout) if drop else x
@@ -100,7 +101,7 @@ class AdaptedModule(_Mixin):
         return total
 
     def _split_dropout(self) -> tuple[list[str], list[str]]:
-        """Live adapters of a linear layer without and with dropout in force."""
+        """Live adapters of a linear layer, split into those without and those with active dropout."""
         state = self._randlora["weight"]
         live = state.live()
         if not self.training:
@@ -109,7 +110,7 @@ class AdaptedModule(_Mixin):
         return [name for name in live if name not in dropped], dropped
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As nn.Module's, but lambda and gamma stay float32 when the model goes to half precision."""
+        """As in nn.Module, but lambda and gamma stay float32 when the model is converted to half precision."""
         masters: set[int] = set()
         for param, state in self._randlora.items():
             for name in state.slots:
@@ -140,7 +141,7 @@ class AdaptedModule(_Mixin):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As nn.Module's, but a checkpoint of the bare base model is complete: it has no lambda and gamma."""
+        """As in nn.Module, but a checkpoint of the base model, without lambda and gamma, counts as complete."""
         own = [
             prefix + parameter_name(param, part, name)
             for param, state in self._randlora.items()
@@ -148,7 +149,7 @@ class AdaptedModule(_Mixin):
             for part in PARTS
         ]
         merged = sorted({name for state in self._randlora.values() for name in state.merged})
-        # A state dict of other layers alone, such as a LoRA that PEFT loads, changes nothing here.
+        # A state dict of other layers only, such as a LoRA that PEFT loads, changes nothing here.
         if merged and any(key in state_dict for key in (*own, *(prefix + param for param in self._randlora))):
             error_msgs.append(f"{prefix[:-1]}: {', '.join(merged)} merged into the weight; call unmerge first")
             return
@@ -164,7 +165,7 @@ class AdaptedModule(_Mixin):
         super().__delattr__(name)
 
     def extra_repr(self) -> str:
-        """The base's, then one entry an adapter."""
+        """The base class's text, followed by one entry per adapter."""
         parts = [super().extra_repr()]
         for param, state in self._randlora.items():
             for name, slot in state.slots.items():
@@ -175,12 +176,12 @@ class AdaptedModule(_Mixin):
 
 
 def updated_weight(state: ParameterState, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    """`effective_weight` of a parameter, in the orientation that its module stores."""
+    """The `effective_weight` of a parameter, in the orientation in which its module stores it."""
     return effective_weight(weight.t(), terms).t() if state.transposed else effective_weight(weight, terms)
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str, ParameterState]]:
-    """(module path, module, parameter name, state) of every adapted parameter; tied owners each once."""
+    """Yield (module path, module, parameter name, state) of every adapted parameter, once per tied owner."""
     for path, module in model.named_modules():
         if isinstance(module, AdaptedModule):
             for param, state in module._randlora.items():
@@ -188,7 +189,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str,
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a linear layer whose weight is packed: integers, or a tensor subclass of a quantisation library."""
+    """True for a linear layer with a packed weight: integers, or a tensor subclass of a quantisation library."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or is_sharded(weight):
         return False
@@ -196,7 +197,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast runs matrix products of `tensor` in, or None where it does not."""
+    """The dtype in which autocast runs matrix products of `tensor`, or None without autocast."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -204,7 +205,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def replaced_message(type_name: str, param: str) -> str:
-    """What is said where a host tries to replace or delete an adapted parameter."""
+    """The error message for an attempt to replace or delete an adapted parameter."""
     return (
         f"{param!r} of an adapted {type_name} cannot be replaced or deleted (weight norm, pruning and "
         "parametrizations do that): apply them before inject, or merge and remove the adapters first"
@@ -212,5 +213,5 @@ def replaced_message(type_name: str, param: str) -> str:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor, without importing torch.distributed for it."""
+    """True for a DTensor; this does not import torch.distributed."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")

@@ -1,14 +1,14 @@
-"""PEFT's layers around adapted ones: plain names through them, and reads of a weight that come from them.
+"""Support for PEFT layers that wrap adapted layers: plain names, and weight reads by PEFT.
 
 PEFT's LoRA, which diffusers' ``load_lora_weights`` injects, renames ``to_q`` to ``to_q.base_layer``. Targets keep
-their plain names whatever was wrapped before or is wrapped after.
+their plain names, whether they were wrapped before or after.
 
-A property cannot tell who reads it by anything but the code that asks, so that is looked at:
+A property can tell its readers apart only by the calling code, so the call stack is inspected:
 
-- PEFT's layers around an adapted one write their own merges to ``weight.data``. The effective weight is a temporary,
-  in which the write would be lost; they get the base's Parameter, and both adapters act.
-- ``fuse_projections`` of diffusers copies query, key and value for good, after which neither the layers nor their
-  adapters are ever run again.
+- PEFT's layers around an adapted one write their own merges to ``weight.data``. The effective weight is a temporary
+  tensor, in which the write would be lost, so PEFT gets the base's Parameter, and both adapters apply.
+- ``fuse_projections`` of diffusers copies query, key and value permanently, after which neither the layers nor their
+  adapters are used again.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from types import FrameType
 
 from torch import nn
 
-# The `weight` of a PEFT layer hands on to the layer inside: the reader is who asked PEFT.
-_HANDS_ON = ("weight", "bias")
+# These properties of a PEFT layer forward to the wrapped layer, so the actual reader is PEFT's caller.
+_FORWARDED = ("weight", "bias")
 
 
 def peft_reader() -> str | None:
-    """The name of PEFT's function that reads a weight, two calls up, if it is PEFT's: it must get the Parameter itself.
+    """The name of the PEFT function that reads a weight, two calls up, or None if the reader is not in PEFT.
+
+    Such a function must get the Parameter itself.
 
     Raises:
-        RuntimeError: If the reader copies the weight for good.
+        RuntimeError: If the reader copies the weight permanently.
     """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and _in_peft(frame) and frame.f_code.co_name in _HANDS_ON:
+    while frame is not None and _in_peft(frame) and frame.f_code.co_name in _FORWARDED:
         frame = frame.f_back
     if frame is None:
         return None
     if frame.f_code.co_name == "fuse_projections":
         raise RuntimeError(
-            "fuse_qkv_projections copies adapted weights into new layers, where the adapters would neither train nor "
-            "leave again: fuse before the adapters are added, or merge and remove them first"
+            "fuse_qkv_projections copies adapted weights into new layers, where the adapters can be neither trained "
+            "nor removed: fuse before adding the adapters, or merge and remove them first"
         )
     return frame.f_code.co_name if _in_peft(frame) else None
 
@@ -47,7 +49,7 @@ def _in_peft(frame: FrameType) -> bool:
 
 
 def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) as `named_modules(remove_duplicate=False)` gives them, without PEFT's layers and their parts."""
+    """Yield (path, module) as `named_modules(remove_duplicate=False)`, without PEFT's layers and their parts."""
     loaded = sys.modules.get("peft.tuners.tuners_utils")
     while loaded is not None and isinstance(model, loaded.BaseTunerLayer) and hasattr(model, "base_layer"):
         model = model.base_layer
@@ -58,5 +60,5 @@ def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def plain_name(path: str) -> str:
-    """The path that a parameter has where PEFT wraps nothing."""
+    """The path that a parameter has without PEFT's wrappers."""
     return path.replace(".base_layer.", ".")

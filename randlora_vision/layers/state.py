@@ -1,4 +1,4 @@
-"""What one adapted weight knows of its adapters."""
+"""The adapter state of one adapted weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from randlora_vision.compute.planner import ANY, PINNED, Plan
 
 @dataclasses.dataclass
 class Switches:
-    """Which adapters of a model act: one object for all of its adapted weights."""
+    """Which adapters of a model are in effect; all adapted weights of the model share one object."""
 
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
@@ -31,11 +31,11 @@ class AdapterSlot:
     trainable: bool
     compute: str = "auto"
     scale: float = 1.0
-    """Run-time factor, 1 unless `set_scale` says otherwise."""
+    """Run-time factor, 1 unless changed by `set_scale`."""
 
     @property
     def factor(self) -> float:
-        """S of the update: alpha / rank times the run-time scale."""
+        """The scale s: alpha / rank times the run-time scale."""
         return self.alpha / self.rank * self.scale
 
 
@@ -48,24 +48,24 @@ class ParameterState:
     switches: Switches
     slots: dict[str, AdapterSlot] = dataclasses.field(default_factory=dict)
     transposed: bool = False
-    """The module stores (I, O), as transformers' Conv1D does: the update is meant for the transpose."""
+    """True if the module stores (I, O), as transformers' Conv1D does: the update applies to the transpose."""
     original: nn.Parameter | None = None
-    """The base's own Parameter while `merged` is not empty: what makes unmerging bit-exact."""
+    """The base's own Parameter while `merged` is not empty, which makes unmerging bit-exact."""
     written: bool = False
-    """PEFT merged adapters of its own into the merged weight, or took them out of it."""
+    """True if PEFT has merged its own adapters into the merged weight, or unmerged them."""
 
     def pinned(self, names: list[str]) -> Plan:
-        """The orders of computation that the named adapters agree on."""
+        """The pinned orders of computation if the named adapters agree, otherwise none."""
         wanted = {self.slots[name].compute for name in names}
         return PINNED[wanted.pop()] if len(wanted) == 1 else ANY
 
     @property
     def merged(self) -> tuple[str, ...]:
-        """Names of the adapters that the weight holds."""
+        """Names of the adapters that are merged into the weight."""
         return tuple(name for name in self.switches.merged if name in self.slots)
 
     def live(self) -> list[str]:
-        """Names of the adapters that act on the effective weight."""
+        """Names of the adapters that contribute to the effective weight."""
         switches, slots = self.switches, self.slots
         if not switches.enabled:
             return []

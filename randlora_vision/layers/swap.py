@@ -1,9 +1,9 @@
-"""Adapted layers, in place: a module keeps its name, parameters and type, and its weight becomes W + delta W.
+"""Adapting layers in place: a module keeps its name, parameters and type, and its weight becomes W + delta W.
 
 The module's class is swapped for a cached subclass of it (as `torch.nn.utils.parametrize` does). The adapted
 parameter becomes a property that returns the effective weight, so code that reads `module.weight` instead of
-calling the module is right; a plain linear layer's `forward` takes the memory-efficient core instead. Lambda and
-gamma are registered on the module itself, beside its own parameters.
+calling the module gets the correct result; the `forward` of a plain linear layer uses the memory-efficient core.
+Lambda and gamma are registered on the module itself, beside its own parameters.
 
 Shapes: see `randlora_vision.compute.functional`.
 """
@@ -37,23 +37,23 @@ from randlora_vision.layers.peft_around import peft_reader
 from randlora_vision.layers.state import ParameterState
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
-"""Modules whose forward reads its weight for a matrix product."""
+"""Modules whose forward reads the weight for a matrix product."""
 
 
 def adapt_module(module: nn.Module, param: str, state: ParameterState) -> None:
-    """Attach `state` to `param` and swap the module's class for one that knows of it."""
+    """Attach `state` to `param` and swap the module's class for the adapted one."""
     _set_states(module, {**module.__dict__.get("_randlora", {}), param: state})
 
 
 def restore_module(module: AdaptedModule, param: str) -> None:
-    """Detach `param`; the last one gives the module its own class back."""
+    """Detach `param`; detaching the last one restores the module's original class."""
     _set_states(module, {name: state for name, state in module._randlora.items() if name != param})
 
 
 def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
     if isinstance(module, AdaptedModule) and type(module) not in _CLASSES.values():
         raise RuntimeError(
-            f"an adapted {type(module).__name__} was given a parametrization after inject: take it off first "
+            f"a parametrization was registered on an adapted {type(module).__name__} after inject: remove it first "
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         )
     base, quantized = base_class(module), is_quantized(module)
@@ -65,7 +65,7 @@ def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
         swapped = base
     before = type(module)
     module.__class__ = swapped
-    # Hooks of accelerate keep the forward that they found, bound, among the module's own attributes.
+    # Hooks of accelerate store the original bound forward as an attribute of the module.
     for name, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is before.forward:
             module.__dict__[name] = MethodType(swapped.forward, module)
@@ -80,7 +80,7 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] =
 
 
 def adapted_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool) -> type[nn.Module]:
-    """The one subclass of `base` whose `params` are effective weights, under the base's own name."""
+    """The one subclass of `base` whose `params` are effective weights; it has the same name as `base`."""
     key = (base, params, quantized)
     if key not in _CLASSES:
         _CLASSES[key] = _make_class(base, params, quantized)
@@ -115,11 +115,11 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     weight: Tensor = self.base_weight()
     bias: Any = self.bias
     if is_sharded(weight):
-        raise RuntimeError("forward of an adapted layer met a sharded weight: FSDP must unshard its module first")
+        raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
     fused, dropped = self._split_dropout()
     dtype = autocast_dtype(weight)
     if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):
-        return F.linear(input, weight, bias)  # the base layer, its complaint about a wrong dtype included
+        return F.linear(input, weight, bias)  # the base layer, including its error for a wrong dtype
     dtype = dtype or weight.dtype
     if fused:
         terms = self._terms("weight", fused, dtype)
@@ -133,7 +133,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
 def _fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...], dtype: torch.dtype, pinned: Plan
 ) -> Tensor:
-    """`randlora_linear`, with the effective weight kept inside a `cached` block."""
+    """`randlora_linear`, with the effective weight cached inside a `cached` block."""
     cache = current_cache() if pinned.forward != "factored" else None
     if cache is not None:
         kept = cache.weight(Recipe(weight, terms, dtype), x.shape[:-1].numel())
@@ -143,7 +143,7 @@ def _fused_linear(
 
 
 def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The base layer as it is, plus the adapters' branch: the packed weight is never touched."""
+    """The unchanged base layer plus the adapters' branch; the packed weight is never modified."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = base.forward(self, input, *args, **kwargs)
@@ -161,10 +161,10 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The base's forward, for modules that read their weights and hand them to a matrix product."""
+    """The base's forward, for modules that read their weights and pass them to a matrix product."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+        if torch.compiler.is_compiling():  # the compiler itself decides what to save
             return base.forward(self, *args, **kwargs)
         with scope():
             return base.forward(self, *args, **kwargs)
@@ -174,7 +174,7 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _weight_property(param: str) -> property:
     def get(self: Any) -> Tensor:
-        # Compiled code has none of the readers in question.
+        # Compiled code does not contain the readers in question.
         peft = None if torch.compiler.is_compiling() else peft_reader()
         if peft is None:
             return self._effective(param)
@@ -183,7 +183,7 @@ def _weight_property(param: str) -> property:
         return self.base_weight(param)
 
     def set_(self: Any, value: object) -> None:
-        # nn.Module sends Parameters to its own table; only a plain tensor in a Parameter's place arrives here.
+        # nn.Module registers Parameters itself; only a plain tensor assigned in place of one gets here.
         raise RuntimeError(replaced_message(type(self).__name__, param))
 
     return property(get, set_, doc=f"Effective {param}: the frozen one plus the active adapters' updates.")
@@ -197,12 +197,12 @@ def _reduce(self: Any, protocol: Any) -> Any:
     # The swapped class cannot be found by name: store the base class and the adapted parameters instead.
     reduced = super(AdaptedModule, self).__reduce_ex__(protocol)
     if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__":
-        raise TypeError(f"{type(self).__name__} pickles itself in its own way: merge and remove adapters first")
+        raise TypeError(f"{type(self).__name__} has custom pickling: merge and remove the adapters first")
     arguments = (self._randlora_base, tuple(sorted(self._randlora)), self._randlora_quantized)
     return _rebuild, arguments, *reduced[2:]
 
 
 def _rebuild(base: type[nn.Module], params: tuple[str, ...], quantized: bool) -> nn.Module:
-    """Unpickle: an empty instance of the swapped class, filled by the state that follows."""
+    """Unpickle: create an empty instance of the swapped class, to be filled with the pickled state."""
     cls = adapted_class(base, params, quantized)
     return cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""Sums of adapters against dense weights in float64: what is one adapter is exact, what is none is refused."""
+"""Sums of adapters against dense weights in float64: a sum is either one exact adapter or refused."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_a_sum_that_is_no_adapter_is_refused_and_still_computed_by_weights_and_m
 
 
 OTHERS = {
-    "seed": (RandLoRAConfig(rank=3, target_modules=["0", "2"], seed=1), "other bases.*seed 0.*seed 1"),
-    "kind": (RandLoRAConfig(rank=3, target_modules=["0", "2"], bases="normal"), "other bases.*uniform.*normal"),
+    "seed": (RandLoRAConfig(rank=3, target_modules=["0", "2"], seed=1), "different bases.*seed 0.*seed 1"),
+    "kind": (RandLoRAConfig(rank=3, target_modules=["0", "2"], bases="normal"), "different bases.*uniform.*normal"),
     "rank": (RandLoRAConfig(rank=2, target_modules=["0", "2"]), "different ranks"),
     "targets": (RandLoRAConfig(rank=3, target_modules=["0"]), r"different weights.* \(2\)"),
     "modules": (
@@ -159,7 +159,7 @@ def test_bases_that_depend_on_the_largest_layer_must_be_alike() -> None:
     """Very sparse bases take their density from the largest layer that the adapter has."""
     first = RandLoRAConfig(rank=3, target_modules=["0", "2"], bases="very_sparse")
     model = two(None, first, RandLoRAConfig(rank=3, target_modules=["2"], bases="very_sparse"))
-    with pytest.raises(ValueError, match="other bases"):
+    with pytest.raises(ValueError, match="different bases"):
         weighted_sum(model, {"a": 1, "b": 1}, "sum")
 
 
@@ -178,7 +178,7 @@ def test_files_give_the_same_sum(tmp_path: Path) -> None:
 
 
 def test_negation_undoes_an_adapter(tmp_path: Path) -> None:
-    """Task-vector negation, over files, in place: twice is the file that it was."""
+    """Task-vector negation of a file in place: negating twice restores the file."""
     model = vit()
     inject(model, RandLoRAConfig(rank=4))
     randomize(model)

@@ -1,4 +1,4 @@
-"""The adapter file: it gives back the same bits, stays small, and whatever is wrong with it leaves the model alone."""
+"""The adapter file: it restores the same bits, stays small, and a faulty file leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_saving_takes_buffers_as_they_are_now(tmp_path: Path) -> None:
     model, fresh = make().float(), make()
     inject(model, RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
     randomize(model)
-    model.double().train()(X.double())  # the move makes new buffers, the step moves them on
+    model.double().train()(X.double())  # the move creates new buffers, the step updates them
     load_adapter(fresh, save_adapter(model, tmp_path / "adapter.safetensors"))
     assert int(fresh[1].num_batches_tracked) == 1
     assert torch.equal(fresh[1].running_mean, model[1].running_mean)
@@ -231,7 +231,7 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
     inject(model, CONFIG)
     with pytest.raises(ValueError, match="meta device"):
         save_adapter(model, tmp_path / "meta.safetensors")
-    with pytest.raises(ValueError, match="meta"):  # the numbers would be lost without a word
+    with pytest.raises(ValueError, match="meta"):  # the values would be lost silently
         load_adapter(other, path)
     with pytest.raises(ValueError, match=r"one .safetensors file"):
         save_adapter(model, tmp_path / "adapter.bin")
@@ -250,7 +250,7 @@ Tamper = Callable[[dict[str, str], dict[str, Tensor]], object]
 
 
 def rewritten(path: Path, tamper: Tamper, keep_digest: bool = False) -> Path:
-    """The file with its metadata or tensors changed, and a digest that fits unless `keep_digest`."""
+    """The file with its metadata or tensors changed, and a matching digest unless `keep_digest`."""
     with safetensors.safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tamper(metadata, tensors)
@@ -265,7 +265,7 @@ def edit(key: str, **changes: object) -> Tamper:
 
 
 def bases_of_another_seed(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
-    """Bases that are what their own record says, but not what the configuration's seed makes."""
+    """Bases that match their own record, but not the configuration's seed."""
     spec = {**json.loads(metadata["bases"]), "seed": 5}
     del spec["sha256"]
     metadata["bases"] = json.dumps({**spec, "sha256": get_bases(BasesSpec(**spec)).sha256})
@@ -285,14 +285,17 @@ def flip(path: Path, position: int) -> None:
 GROUP = "2x4.8"
 LISTED = [["0", 16, 8, 2, 40.0], ["2", 6, 16, 2, 40.0]]
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda p: p.write_bytes(b""), "no readable safetensors"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "no readable safetensors"),
-    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:40]), "no readable safetensors"),
-    "text": (lambda p: p.write_text("hello, I am no adapter"), "no readable safetensors"),
-    "pickle": (lambda p: torch.save({"a": torch.zeros(3)}, p), "no readable safetensors"),
+    "empty": (lambda p: p.write_bytes(b""), "not a readable safetensors"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "not a readable safetensors"),
+    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:40]), "not a readable safetensors"),
+    "text": (lambda p: p.write_text("hello, I am not an adapter"), "not a readable safetensors"),
+    "pickle": (lambda p: torch.save({"a": torch.zeros(3)}, p), "not a readable safetensors"),
     "flipped payload": (lambda p: flip(p, -1), "altered or damaged.*SHA-256"),
-    "plain safetensors": (lambda p: safetensors.torch.save_file({"a": torch.zeros(3)}, p), "no RandLoRA adapter"),
-    "format": (lambda p: rewritten(p, lambda m, _: m.update(format="other")), "no RandLoRA adapter"),
+    "plain safetensors": (
+        lambda p: safetensors.torch.save_file({"a": torch.zeros(3)}, p),
+        "not a RandLoRA adapter file",
+    ),
+    "format": (lambda p: rewritten(p, lambda m, _: m.update(format="other")), "not a RandLoRA adapter file"),
     "newer": (lambda p: rewritten(p, lambda m, _: m.update(format_version="3")), "format version 3, newer.*upgrade"),
     "version": (lambda p: rewritten(p, lambda m, _: m.update(format_version="x")), "no valid format_version"),
     "no version": (lambda p: rewritten(p, lambda m, _: m.pop("format_version")), "no valid format_version"),
@@ -353,7 +356,7 @@ def test_targets_in_another_order_are_still_the_right_ones(tmp_path: Path) -> No
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fewer": (lambda: vit(depth=1), "file's targets are not in the model"),
-    "more": (lambda: vit(depth=3), "of the model's are not in the file"),
+    "more": (lambda: vit(depth=3), "of the model's targets are not in the file"),
     "wider": (lambda: vit(width=48), r"blocks.0.attn.qkv is .*144.* in the model and .*96.* in the file"),
     "head": (lambda: vit(classes=7), "head.(bias|weight) is .*7.* in the model and .*5.* in the file"),
     "class": (mlp, "does not fit this Sequential"),

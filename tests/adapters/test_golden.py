@@ -1,4 +1,4 @@
-"""Golden files of this version's format: every later version reads them to the same numbers (docs/compatibility.md)."""
+"""Golden files of this format: every later version must read the same values from them (docs/compatibility.md)."""
 
 from __future__ import annotations
 

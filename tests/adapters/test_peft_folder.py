@@ -1,4 +1,4 @@
-"""Folders that PEFT wrote, read without PEFT: the outputs are PEFT's, whatever the layer, rank, kind and setting."""
+"""Folders written by PEFT, read without PEFT: the outputs equal PEFT's for every layer, rank, kind and setting."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_keys_of_any_sign(tmp_path: Path, key: int) -> None:
 
 
 def test_projections_drawn_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PEFT does on hardware without bfloat16: seed-only folders need the caller's word, stored ones do not."""
+    """As PEFT on hardware without bfloat16: seed-only folders need `peft_dtype`, stored projections do not."""
     monkeypatch.setattr(peft_randlora, "is_bf16_available", lambda: False)
     report, *_ = check(tmp_path, "named", target_modules=LINEAR)
     assert report.config.bases == "peft_float16"
@@ -129,7 +129,7 @@ def test_every_setting(tmp_path: Path, case: str) -> None:
 
 
 def test_conv1d_with_linear_layers_beside_it(tmp_path: Path) -> None:
-    """PEFT sizes bases by outputs and inputs: a Conv1D's shape is the other way round."""
+    """PEFT sizes bases by outputs and inputs, and the shape of a Conv1D is transposed."""
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
@@ -274,20 +274,20 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "no weights": (lambda p: (p / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     "no config": (lambda p: (p / "adapter_config.json").unlink(), "without PEFT's adapter_config.json"),
-    "config no json": (lambda p: (p / "adapter_config.json").write_text("{"), "is no JSON"),
-    "config nested": (lambda p: (p / "adapter_config.json").write_text("[" * 200_000), "is no JSON"),
-    "config binary": (lambda p: (p / "adapter_config.json").write_bytes(b"\xff\xfe\x00"), "is no JSON"),
+    "config no json": (lambda p: (p / "adapter_config.json").write_text("{"), "is not valid JSON"),
+    "config nested": (lambda p: (p / "adapter_config.json").write_text("[" * 200_000), "is not valid JSON"),
+    "config binary": (lambda p: (p / "adapter_config.json").write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
     "config list": (lambda p: (p / "adapter_config.json").write_text("[]"), "JSON object"),
     "config huge": (lambda p: (p / "adapter_config.json").write_text(" " * 2**24 + "{}"), "too large"),
     "truncated": (
         lambda p: (p / "adapter_model.safetensors").write_bytes((p / "adapter_model.safetensors").read_bytes()[:-9]),
-        "no readable safetensors",
+        "not a readable safetensors",
     ),
     "rank": (lambda p: rewrite(p, lambda t: None, r=6), "but rank 6 and the model's layer need"),
-    "rank type": (lambda p: rewrite(p, lambda t: None, r="5"), "lacks or garbles"),
-    "rank zero": (lambda p: rewrite(p, lambda t: None, r=0), "lacks or garbles"),
+    "rank type": (lambda p: rewrite(p, lambda t: None, r="5"), "lacks a valid setting"),
+    "rank zero": (lambda p: rewrite(p, lambda t: None, r=0), "lacks a valid setting"),
     "alpha": (lambda p: rewrite(p, lambda t: None, randlora_alpha=0), "alpha must be a positive"),
-    "key": (lambda p: rewrite(p, lambda t: None, projection_prng_key="x"), "lacks or garbles"),
+    "key": (lambda p: rewrite(p, lambda t: None, projection_prng_key="x"), "lacks a valid setting"),
     "lambda alone": (lambda p: rewrite(p, add("no.randlora_lambda", 5, 4)), "is incomplete"),
     "no gamma": (lambda p: rewrite(p, lambda t: t.pop(first_lambda(t).replace("lambda", "gamma"))), "is incomplete"),
     "no layers": (lambda p: rewrite(p, dict.clear), "is incomplete"),
@@ -301,7 +301,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "flat base": (lambda p: rewrite(p, add("tall.randlora_A", 3)), "has the shape"),
     "unknown part": (lambda p: rewrite(p, add("tall.randlora_C", 3)), "unknown tensor"),
-    "stranger": (lambda p: rewrite(p, add("../../etc/passwd", 3)), "modules_to_save"),
+    "foreign tensor": (lambda p: rewrite(p, add("../../etc/passwd", 3)), "modules_to_save"),
     "saved shape": (lambda p: rewrite(p, add("head.bias", 4)), "head.bias is .*3.* in the model and .*4.* in the file"),
 }
 
@@ -331,19 +331,19 @@ def test_the_wrong_model_is_refused(tmp_path: Path) -> None:
         load_adapter(tied, path)
     other, _ = build("named")
     other.wide = nn.Embedding(7, 20)
-    with pytest.raises(ValueError, match="no layer 'wide'|no linear layer"):
+    with pytest.raises(ValueError, match="no layer 'wide'|not a linear layer"):
         load_adapter(other, path)
 
 
 def test_a_folder_in_the_folder_is_named(tmp_path: Path) -> None:
     base, _ = build("named")
     folder(tmp_path / "run" / "mine", trained(base, target_modules=LINEAR))
-    with pytest.raises(ValueError, match="in it: mine"):
+    with pytest.raises(ValueError, match="it contains: mine"):
         load_adapter(base, tmp_path / "run")
 
 
 def test_an_absurd_rank_makes_no_bases(tmp_path: Path) -> None:
-    """Lambda of 100,000 numbers, but a B of 20 times that for every layer: refused before anything is made."""
+    """Lambda has 100,000 numbers, but B would have 20 times as many per layer: refused before allocation."""
     base, _ = build("named")
     path = folder(tmp_path, trained(base, target_modules=["tall"], save_projection=False))
     rank = 100_000

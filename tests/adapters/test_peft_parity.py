@@ -1,4 +1,4 @@
-"""PEFT's RandLora as the independent truth: same bases, lambda and gamma give the same numbers."""
+"""PEFT's RandLora as an independent reference: equal bases, lambda and gamma give equal results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 class GivenBases(DenseBases):
-    """Bases with the numbers of a PEFT model."""
+    """Bases with the values of a PEFT model."""
 
     def __init__(self, like: Bases, a: Tensor, b: Tensor) -> None:
         super().__init__(like.spec)

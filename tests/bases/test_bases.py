@@ -1,4 +1,4 @@
-"""The bases are the same bits everywhere, for ever."""
+"""The bases are bit-identical everywhere and in every version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from randlora_vision.bases.dense import DenseBases, DenseTerm
 from randlora_vision.bases.hadamard import grid
 
 CPU = torch.device("cpu")
-# Files refer to bases by their seed alone. These digests must never change: a change makes every saved adapter void.
+# Files refer to bases only by their seed. These digests must never change, or every saved adapter becomes invalid.
 PINNED = {
     ("uniform", 0): "f32f0ba05b6ca7e5e142439fed1b5866d8bc242e4c12bbb9ce44cbff6550ab2e",
     ("uniform", 2**64 - 1): "f2712854a7087fb06ddf158cd045ed69fa4f153bcc1c68edeb18d89af156fdd7",
@@ -41,7 +41,7 @@ def test_digest_is_of_the_tensors() -> None:
 
 
 def test_uniform_from_the_raw_stream() -> None:
-    """An independent reading of the definition, one number at a time in Python's own arithmetic."""
+    """An independent implementation of the definition, one number at a time in pure Python."""
     row = generate("uniform", 7, 1, 3, 5, 5)[2]
     raw = np.random.Philox(key=7, counter=[0, 0, 2, 1]).random_raw(3)
     halves = [part for word in raw.tolist() for part in (word & 0xFFFFFFFF, word >> 32)][:5]
@@ -116,7 +116,7 @@ def parity_hadamard(rows: list[int], columns: list[int]) -> np.ndarray:
 
 
 def test_structured_from_the_raw_stream() -> None:
-    """An independent reading of the definition: every entry by its indices, in Python's own arithmetic."""
+    """An independent implementation of the definition: every entry from its indices, in pure Python."""
     seed, wide, rank, narrow = 9, 23, 3, 7
     bases = -(-narrow // rank)
     columns = rank * bases

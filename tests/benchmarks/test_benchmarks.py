@@ -1,4 +1,4 @@
-"""The benchmarks' figures are those of the models that they name."""
+"""The benchmarks report the right figures for the models that they name."""
 
 import csv
 
@@ -88,7 +88,7 @@ def test_the_planner_is_the_lowest_at_every_number_of_tokens(tmp_path, capsys):
 def test_a_curve_above_another_is_named():
     flops = {"ours, auto": [10, 30], "ours, always dense": [20, 20], "ours, always factored": [10, 40]}
     words = tokens.verdict([1, 2], {**flops, "PEFT RandLora": [11, 31]})
-    assert words == "the planner's curve lies above: 1.500 of ours, always dense at 2 tokens"
+    assert words == "the planner's curve is above: 1.500 times ours, always dense at 2 tokens"
 
 
 def results():

@@ -63,7 +63,7 @@ class Task:
 
 
 def test_each_part_of_a_step_is_found() -> None:
-    """Data take 1 pause, forward 3, backward 4 and the optimiser 2."""
+    """Loading data takes 1 pause, forward 3, backward 4 and the optimiser 2."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     options = TrainingOptions(lr=0.1, steps=6, batch_size=1)
@@ -75,5 +75,5 @@ def test_each_part_of_a_step_is_found() -> None:
         assert found[part] == pytest.approx(pauses / 10, abs=0.08), part
     assert found["outside forward and backward"] == pytest.approx(0.3, abs=0.1)
     assert sum(found.values()) - found["outside forward and backward"] == pytest.approx(1)
-    # Of six steps two are warm-up. A machine may sleep a little less than it was told to.
+    # Two of the six steps are warm-up. A sleep may be slightly shorter than requested.
     assert trainer.times["step"] > 0.9 * 4 * 10 * PAUSE

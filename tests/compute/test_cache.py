@@ -1,4 +1,4 @@
-"""A block of evaluation keeps W + delta W, and never a stale one: every way to change the model is tried."""
+"""Inside a `cached` block W + delta W is cached, and never stale: every way to change the model is tested."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def host(**settings: Any) -> tuple[nn.Module, Tensor]:
 
 
 def truth(model: nn.Module, x: Tensor) -> Tensor:
-    """The output of a copy that has never seen a cache, outside of any block."""
+    """The output of a copy that has never used a cache, outside any block."""
     with torch.enable_grad():
         return copy.deepcopy(model)(x).detach()
 
@@ -91,7 +91,7 @@ def optimiser_step(model: nn.Module) -> None:
 
 def through_data(model: nn.Module) -> None:
     for _, parameter in adapter_parameters(model):
-        parameter.data.mul_(1.5)  # raises no version counter
+        parameter.data.mul_(1.5)  # does not increment the version counter
 
 
 def other_storage(model: nn.Module) -> None:
@@ -163,7 +163,7 @@ def test_no_change_leaves_a_stale_weight(change: Callable[[nn.Module], Any]) -> 
         for _ in range(2):
             assert close(model(x), expected)
     if change is not merge and expected.dtype == torch.float32:
-        assert not close(before, expected, 1e-2)  # the change is one
+        assert not close(before, expected, 1e-2)  # the change has an effect
 
 
 def test_there_and_back() -> None:

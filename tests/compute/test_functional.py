@@ -54,7 +54,7 @@ def trained(terms: tuple[DenseTerm, ...]) -> tuple[Tensor, ...]:
 
 
 def matrices(term: DenseTerm) -> tuple[Tensor, Tensor]:
-    """A and B written out."""
+    """A and B as dense matrices."""
     if isinstance(term, DenseTerm):
         return term.a, term.b
     shapes = ((term.lam.shape[0], term.gamma.shape[1]), (term.wide, term.lam.numel()))
@@ -217,7 +217,7 @@ def test_the_curve_is_under_every_fixed_order(kind: str, shape: tuple[int, int])
 
 @pytest.mark.parametrize("shape", [(96, 24), (24, 96), (32, 32)])
 def test_never_above_peft(shape: tuple[int, int]) -> None:
-    """PEFT's order on the same sizes, counted on PEFT's own layer."""
+    """At most the FLOPs of PEFT's layer on the same sizes."""
     peft = pytest.importorskip("peft")
     model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
     config = peft.RandLoraConfig(r=4, randlora_alpha=4, target_modules=["0"])
@@ -264,7 +264,7 @@ def test_frozen_adapter_keeps_no_input() -> None:
 def test_half_precision_error_is_within_twice_the_references(
     shape: tuple[int, int], kind: str, plan: str, dtype: torch.dtype
 ) -> None:
-    """Judged against PEFT's formulation in the same precision; float64 is the truth for both."""
+    """The error is compared with that of PEFT's formulation in the same precision; float64 is the reference."""
     torch.manual_seed(0)
     (exact,) = make_terms(*shape, dtype=torch.float32, kind=kind, rank=8)
     a, b = matrices(exact)

@@ -1,4 +1,4 @@
-"""Files made to do harm: nothing in them runs, nothing large is made, nothing is written, and the error is one line."""
+"""Malicious files: no code in them runs, nothing large is allocated or written, and the error is one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def refuse(path: Path, message: str) -> None:
-    """One line that names the file; the model is untouched, and no memory to speak of was taken."""
+    """The error is one line that names the file, the model is unchanged, and little memory was used."""
     model = mlp()
     before = snapshot(model)
     tracemalloc.start()
@@ -79,7 +79,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, writer: str, suffix: str) -> N
     refuse(path, "is a pickle: opening one runs the code in it.*convert it yourself")
     assert not trace.exists()
     with path.open("rb") as file, file if writer.startswith("protocol") else open(path, "rb") as raw:
-        if writer.startswith("protocol"):  # it would have gone off
+        if writer.startswith("protocol"):  # unpickling it does run the code
             pickle.load(raw).close()
             assert trace.exists()
 
@@ -135,16 +135,16 @@ CONTAINERS: dict[str, bytes] = {
 def test_a_container_that_lies(tmp_path: Path, case: str) -> None:
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(CONTAINERS[case])
-    refuse(path, "no readable safetensors file|no RandLoRA adapter")
+    refuse(path, "not a readable safetensors file|not a RandLoRA adapter file")
 
 
 def test_an_oversized_header(tmp_path: Path) -> None:
-    """64 MiB of header in a sparse file: parsing it is not even tried."""
+    """A header of 64 MiB in a sparse file is refused without parsing it."""
     path = tmp_path / "adapter.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 64 * 2**20) + b"{")
         file.truncate(2**27)
-    refuse(path, "header of 67,108,864 bytes is oversized")
+    refuse(path, "header of 67,108,864 bytes is too large")
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed(good: Path) -> None:
@@ -165,7 +165,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed(good: Path) -> None:
 
 
 def json_equal(one: bytes, other: bytes) -> bool:
-    """True if only blanks of the header differ: a space is as good as a tab."""
+    """True if only white space in the header differs, such as a tab instead of a space."""
     try:
         end = 8 + int.from_bytes(one[:8], "little")
         return one[:8] == other[:8] and one[end:] == other[end:] and json.loads(one[8:end]) == json.loads(other[8:end])
@@ -193,7 +193,7 @@ def targets(text: str) -> Tamper:
 
 
 def listed(*changes: object) -> Tamper:
-    """The first target's entries replaced, from the left."""
+    """Replace the first entries of the first target."""
     return targets(json.dumps([[*changes, *LISTED[0][len(changes) :]], LISTED[1]]))
 
 
@@ -235,7 +235,7 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
         "malformed metadata.*characters",
     ),
     "a trillion rows": (listed("0", 10**12, 8), r"0 is .*16, 8.* in the model and .*1000000000000"),
-    "a trillion by a trillion": (listed("0", 10**12, 10**12), "does not hold what it lists"),
+    "a trillion by a trillion": (listed("0", 10**12, 10**12), "does not hold the tensors that it lists"),
     "rank of a trillion": (absurd_rank, "shapes"),
     "rank of a trillion, bare": (settings("config", rank=10**12), "rank 1000000000000 is above the narrow side"),
     "bases of a trillion": (settings("bases", wide=10**12, columns=10**12), "its bases are"),
@@ -253,7 +253,7 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     ),
     "a dunder tensor": (lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}), "not in the model"),
     "modules outside": (settings("config", modules_to_save=["../x"]), "matches nothing"),
-    "a stranger's preset": (settings("config", target_modules="os:system"), "no integration 'os'"),
+    "an unknown preset": (settings("config", target_modules="os:system"), "no integration 'os'"),
     "NaN lambda": (fill(LAMBDA, float("nan")), f"{LAMBDA} holds NaN or infinity"),
     "infinite gamma": (fill(GAMMA, -float("inf")), f"{GAMMA} holds NaN or infinity"),
     "NaN saved": (fill("saved.2.bias", float("nan")), "2.bias holds NaN or infinity"),
@@ -285,8 +285,8 @@ STORED: dict[str, tuple[Tamper, str]] = {
     "integers": (cast("bases.A", torch.int32), "must be a matrix of floats"),
     "flat": (lambda _, t: t.update({"bases.A": torch.zeros(4)}), "must be a matrix"),
     "empty": (lambda _, t: t.update({"bases.A": torch.zeros(0, 4)}), "must be a matrix"),
-    "others": (fill("bases.B", 3.0), "the bases in it are"),
-    "of a trillion": (settings("bases", wide=10**12), "the bases in it are"),
+    "others": (fill("bases.B", 3.0), "the stored bases are"),
+    "of a trillion": (settings("bases", wide=10**12), "the stored bases are"),
     "from a seed": (settings("config", bases="uniform"), "bases"),
     "by a seed": (settings("bases", kind="uniform"), "unexpected.*bases.A"),
 }
@@ -309,7 +309,7 @@ def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
 
 
 def test_a_buffer_may_hold_infinity(tmp_path: Path) -> None:
-    """A mask is full of it; a parameter never is."""
+    """Masks hold infinity; parameters never do."""
 
     def make() -> nn.Sequential:
         model = mlp()
@@ -323,7 +323,7 @@ def test_a_buffer_may_hold_infinity(tmp_path: Path) -> None:
 
 
 def test_a_folder_may_not_point_to_other_files(tmp_path: Path, good: Path) -> None:
-    """PEFT's settings name models and revisions: nothing of that is opened."""
+    """PEFT's settings name models and revisions, and none of them is opened."""
     folder = tmp_path / "peft"
     folder.mkdir()
     values = {"peft_type": "RANDLORA", "base_model_name_or_path": "../../secret", "revision": "../adapter.safetensors"}

@@ -1,4 +1,4 @@
-"""The first-step check: what must learn and does not is named; what need not is not complained about."""
+"""The first-step check: it names weights that should get gradients but do not, and accepts those that need none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_model_that_has_not_run_backward_is_told() -> None:
 
 
 class Hosts(nn.Module):
-    """Experts of which one gets all tokens, and q, k, v projections that a fused one has replaced."""
+    """Experts, one of which gets all tokens, and q, k, v projections that a fused one has replaced."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from tests.layers.test_zoo import assert_same
 from tests.pipeline_helpers import adapt, deltas, denoiser, difference, plain, scaled, text_encoders
 from tests.tiny_pipelines import PIPELINES, sample
 
-CLOSE = 2e-3  # pixels in [0, 1]: what rounding of the weights becomes on its way through the network
+CLOSE = 2e-3  # pixels in [0, 1]: the effect of rounded weights on the output of the network
 
 
 @pytest.fixture(params=PIPELINES)
@@ -35,7 +35,7 @@ def test_the_whole_way_of_an_adapter(family: str, tmp_path: Path) -> None:
     path = integration.save_adapter(pipe, tmp_path / "adapter.safetensors")
 
     other = PIPELINES[family]()
-    sample(other)  # models keep things from their first run
+    sample(other)  # models cache values in their first run
     before = {name: snapshot(part) for name, part in parts(other).items()}
     loaded = integration.load_adapter(other, path)
     assert loaded.keys() == reports.keys() == {name for name in parts(other) if name != "vae"}
@@ -91,8 +91,8 @@ BAD_SCALES: dict[str, tuple[Any, Any, str]] = {
     "text": ("x", "default", "finite"),
     "no adapter": (0.5, "other", "no adapter 'other'.*default"),
     "no adapter in a mapping": ({"default": 0.5, "other": 1}, None, "no adapter 'other'"),
-    "component without adapter name": ({"unet": 0.5}, None, "components: say of which adapter"),
-    "component": ({"unet": 0.5, "vae": 1}, "default", "'vae' is none of the components.*unet, text_encoder"),
+    "component without adapter name": ({"unet": 0.5}, None, "got components: 'unet'; name the adapter"),
+    "component": ({"unet": 0.5, "vae": 1}, "default", "'vae' is not among the components.*unet, text_encoder"),
     "block": ({"unet": {"down_blocks": 0.5, "down": 1}}, "default", "in 'down'; .*down_blocks"),
 }
 
@@ -132,7 +132,7 @@ def test_an_adapter_of_one_encoder_finds_its_place(tmp_path: Path) -> None:
     randlora_vision.save_adapter(pipe.text_encoder_3, tmp_path / "t5.safetensors", "t5")
     other = PIPELINES["sd3"]()
     integration.load_adapter(other, tmp_path / "named.safetensors", "named")
-    with pytest.raises(ValueError, match="fits text_encoder, text_encoder_2: say which with component='text_encoder'"):
+    with pytest.raises(ValueError, match="fits text_encoder, text_encoder_2: choose one with component='text_encoder'"):
         integration.load_adapter(other, tmp_path / "core.safetensors")
     integration.load_adapter(other, tmp_path / "core.safetensors", "first", component="text_encoder")
     integration.load_adapter(other, tmp_path / "t5.safetensors", "t5")
@@ -159,10 +159,10 @@ def test_nothing_is_loaded_if_one_part_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="finite"):
         integration.load_adapter(fresh, path, scale=float("inf"))
     assert integration.list_adapters(fresh) == {}
-    for other, message in (("flux", "is for 'unet', this pipeline has: transformer"), ("sdxl", "does not fit")):
+    for other, message in (("flux", "is for 'unet', but this pipeline has: transformer"), ("sdxl", "does not fit")):
         with pytest.raises(ValueError, match=message):
             integration.load_adapter(PIPELINES[other](), path)
-    with pytest.raises(ValueError, match="takes no component='unet'"):
+    with pytest.raises(ValueError, match="component='unet' is for files with one adapter"):
         integration.load_adapter(PIPELINES["sd15"](), path, component="unet")
     with pytest.raises(ValueError, match="components of a pipeline: load it with .*integrations.diffusers"):
         randlora_vision.load_adapter(PIPELINES["sd15"]().unet, path)
@@ -257,7 +257,7 @@ def test_bundles_are_deterministic_and_checked(tmp_path: Path) -> None:
     bad: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         "tensor": (changed, metadata, "altered"),
         "parts": (tensors, {**metadata, "parts": json.dumps({"unet": parts["unet"]})}, "altered"),
-        "stranger": ({**tensors, "vae/x": torch.ones(1)}, metadata, "unexpected vae/x"),
+        "extra tensor": ({**tensors, "vae/x": torch.ones(1)}, metadata, "unexpected vae/x"),
         "no parts": (tensors, signed({}), "malformed"),
         "list": (tensors, signed(["unet"]), "malformed"),
         "strange name": (tensors, signed({"a/b": {}}), "malformed"),
@@ -282,7 +282,7 @@ def signed(parts: Any) -> dict[str, str]:
 
 def test_what_is_no_pipeline_or_has_no_adapter_is_told_so(tmp_path: Path) -> None:
     pipe = PIPELINES["sd15"]()
-    with pytest.raises(ValueError, match="give the pipeline, got UNet2DConditionModel"):
+    with pytest.raises(ValueError, match="expected a diffusers pipeline, got UNet2DConditionModel"):
         integration.load_adapter(pipe.unet, tmp_path / "a.safetensors")
     calls = (
         lambda: integration.fuse(pipe),

@@ -1,4 +1,4 @@
-"""What diffusers and accelerate do to a pipeline besides adapters: offloading, casting, compiling, other attention.
+"""Other changes that diffusers and accelerate make to a pipeline: offloading, casting, compiling, other attention.
 
 Each either gives the images of the plain adapted pipeline, before and after the adapter is loaded, or refuses clearly.
 """
@@ -45,7 +45,7 @@ def loaded_pipeline(adapter: Path) -> Any:
 
 
 def around(loaded: str, adapter: Path, change: Any) -> Any:
-    """A pipeline that was changed before or after the adapter was loaded."""
+    """Return a pipeline that was changed before or after the adapter was loaded."""
     pipe = PIPELINES["sd15"]()
     if loaded == "before":
         integration.load_adapter(pipe, adapter)
@@ -105,7 +105,7 @@ def test_offloading_layer_by_layer_comes_after_the_adapters(kind: str, adapter: 
         "load an adapter": lambda: integration.load_adapter(pipe, adapter, "more"),
     }
     if kind == "sequential":
-        del changes["load an adapter"]  # finds no weights at all: below
+        del changes["load an adapter"]  # it finds no weights at all: see below
     for what, change in changes.items():
         with pytest.raises(ValueError, match=f"cannot {what}: unet.* layer by layer.*; {what} before enable_{call}"):
             change()

@@ -1,6 +1,6 @@
-"""RandLoRA beside diffusers' own LoRA, in both orders, against plain pipelines with the sum of both dense updates.
+"""RandLoRA with diffusers' own LoRA, in both orders, against plain pipelines with the sum of both dense updates.
 
-LoRA's layers wrap others and rename them; nothing of that may show in a file, a scale or a removal.
+LoRA wraps and renames layers; this must not affect files, scales or removal.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.tiny_pipelines import PIPELINES, sample
 CLOSE = 2e-3
 EFFECT = 5e-3  # the weakest of the two adapters, in Flux
 FAMILIES = ("sd15", "flux")
-# Flux fuses the LoRA of its transformer alone, and unfuses that of all.
+# Flux fuses only the LoRA of its transformer, but unfuses that of all components.
 IGNORED = ("Already unmerged", ".*LoRA.*")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{warning}") for warning in IGNORED]
 
@@ -153,7 +153,7 @@ def test_training_goes_on_beside_a_lora() -> None:
     pipe = PIPELINES["sd15"]()
     inject(pipe.unet, RandLoRAConfig(rank=4, target_modules="diffusers:backbone"))
     pipe.load_lora_weights(lora(pipe))
-    set_active(pipe.unet, "default")  # diffusers freezes what is not its own
+    set_active(pipe.unet, "default")  # diffusers freezes all parameters except its LoRA
     inputs = dict(sample=torch.randn(1, 4, 8, 8), timestep=3, encoder_hidden_states=torch.randn(1, 5, 32))
     pipe.unet(**inputs).sample.square().mean().backward()
     assert all(p.requires_grad and p.grad is not None for _, p in adapter_parameters(pipe.unet))

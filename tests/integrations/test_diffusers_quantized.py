@@ -1,7 +1,7 @@
-"""Denoisers with packed weights, by the quantisation libraries themselves, on the CPU.
+"""Denoisers with weights packed by the quantisation libraries themselves, on the CPU.
 
-The truth is a plain denoiser with the unpacked weights and the same adapter. 8-bit layers of bitsandbytes round their
-inputs too: what they compute is compared more loosely.
+The reference is a plain denoiser with the unpacked weights and the same adapter. 8-bit layers of bitsandbytes round
+their inputs too, so their outputs are compared with a larger tolerance.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from tests.helpers import randomize
 from tests.pipeline_helpers import difference
 from tests.tiny_pipelines import PIPELINES, sample
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 CONFIG = RandLoRAConfig(rank=4, target_modules="diffusers:backbone")
 Pack = Callable[[nn.Linear], nn.Linear]
 
@@ -46,7 +45,7 @@ def int8(layer: nn.Linear) -> nn.Linear:
 
 
 def unpacked(layer: Any) -> Tensor:
-    """The numbers that a packed weight stands for."""
+    """The values that a packed weight represents."""
     weight = layer.weight
     if hasattr(weight, "quant_state"):
         import bitsandbytes
@@ -82,7 +81,7 @@ def packed_pipeline(kind: str) -> Any:
 
 
 def plain_pipeline(packed: Any) -> Any:
-    """The same numbers in plain layers."""
+    """The same values in plain layers."""
     pipe = PIPELINES["flux"]()
     with torch.no_grad():
         for path, module in pipe.transformer.named_modules():
@@ -103,7 +102,7 @@ def contents(model: nn.Module) -> dict[str, bytes]:
 
 
 def loss(pipe: Any) -> Tensor:
-    """A number that the whole transformer moves; the inputs are fixed."""
+    """A number that depends on the whole transformer, for fixed inputs."""
     draw = torch.Generator().manual_seed(3)
     hidden, text = torch.randn(1, 16, 16, generator=draw), torch.randn(1, 5, 24, generator=draw)
     image_ids, text_ids = torch.zeros(16, 3), torch.zeros(5, 3)
@@ -159,7 +158,7 @@ def test_they_compute_what_the_unpacked_model_does(kind: str, tmp_path: Path) ->
     plain = plain_pipeline(pipe)
     inject(pipe.transformer, CONFIG)
     randomize(pipe.transformer)
-    # An adapter of the packed model goes onto the plain one, and can be merged there.
+    # An adapter of the packed model can be loaded into the plain one and merged there.
     load_adapter(plain.transformer, save_adapter(pipe.transformer, tmp_path / "a.safetensors"), trainable=True)
     for each in (pipe, plain):
         loss(each).backward()
@@ -185,7 +184,7 @@ def test_diffusers_own_loading_with_torchao(tmp_path: Path) -> None:
         pipe.transformer = FluxTransformer2DModel.from_pretrained(
             tmp_path / "model",
             quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()),
-            torch_dtype=torch.bfloat16,
+            dtype=torch.bfloat16,
         )
         for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
             part.to(torch.bfloat16)
@@ -202,7 +201,7 @@ def test_diffusers_own_loading_with_torchao(tmp_path: Path) -> None:
 
 
 def test_hooks_of_accelerate_keep_no_forward_without_the_adapter() -> None:
-    # device_map puts hooks on every packed layer, which hold on to the forward that they found.
+    # device_map adds hooks to every packed layer, which keep a reference to the original forward.
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
     pipe, hooked = packed_pipeline("torchao int8"), packed_pipeline("torchao int8")

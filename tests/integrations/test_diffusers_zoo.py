@@ -1,6 +1,6 @@
-"""Every family of diffusers' denoisers through the presets: what is adapted acts, learns, merges, leaves and travels.
+"""The presets on every family of diffusers denoisers: adapters act, train, merge, are removed and are saved.
 
-The models are those of the zoo and two more; the reference outputs are taken from the frozen base: see test_zoo.py.
+The models are those of the zoo and two more; the reference outputs come from the frozen base: see test_zoo.py.
 """
 
 import re
@@ -30,7 +30,7 @@ from tests.zoo.from_diffusers import CHANNELS, HEADS, TEXT, denoiser, denoising,
 from tests.zoo.from_diffusers import ENTRIES as SHARED
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
 ]
 
@@ -63,17 +63,17 @@ MORE = [
     ),
 ]
 # fmt: on
-# Left out: the autoencoder, which is no denoiser, and the UNet that differs in its zoo target alone.
+# Left out: the autoencoder, which is not a denoiser, and the UNet that differs only in its zoo target.
 ENTRIES = [entry for entry in (*SHARED, *MORE) if not entry.name.endswith(("autoencoder", "unet_sd15_all"))]
 every_family = pytest.mark.parametrize("entry", [pytest.param(e, id=e.name.partition("/")[2]) for e in ENTRIES])
 PRESETS = ("attention", "backbone", "conv")
-# What the blocks of a denoiser do besides attention, MLPs and convolutions.
+# Parts in the blocks of a denoiser besides attention, MLPs and convolutions.
 OUTSIDE = re.compile(r"norm|emb|time|modulation|(^|\.)(img|txt)_mod\.|adaln|caption|guidance|pooler|context_embedder")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small spend their time on handing work to threads."""
+    """Use one thread: models this small spend their time on thread overhead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,7 +81,7 @@ def one_thread() -> Iterator[None]:
 
 
 def config(preset: str = "conv") -> RandLoRAConfig:
-    """The widest preset: the others choose among its targets."""
+    """The widest preset; the others choose a subset of its targets."""
     return RandLoRAConfig(rank=4, target_modules=f"diffusers:{preset}")
 
 
@@ -95,7 +95,7 @@ def test_presets_nest_and_choose_by_role(entry: Entry) -> None:
     attention, backbone, conv = (preset_names(model, f"diffusers:{name}") for name in PRESETS)
     assert attention and set(attention) <= set(backbone) <= set(conv)
     assert len(set(conv)) == len(conv) and not [name for name in conv if OUTSIDE.search(name)]
-    # Every projection that an attention calls so, wherever it is, but in poolings and embedders.
+    # Every projection with such a name in an attention, except in poolings and embedders.
     called = re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)$")
     wanted = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and called.search(n)}
     assert {name for name in wanted if not OUTSIDE.search(name)} <= set(attention)

@@ -24,7 +24,7 @@ CONFIG = RandLoRAConfig(rank=4, target_modules="all", seed=3)
 
 
 def truncated(delta: Tensor, rank: int) -> Tensor:
-    """The best approximation of that rank, by NumPy in float64."""
+    """The best approximation of the given rank, computed by NumPy in float64."""
     u, s, v = np.linalg.svd(delta.double().flatten(1).numpy(), full_matrices=False)
     return torch.from_numpy((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(delta.shape)
 
@@ -124,7 +124,7 @@ def test_kohya_files_for_flux_stack_the_layers_of_diffusers(tmp_path: Path) -> N
 
 
 def test_diffusers_unstacks_a_kohya_file_for_flux(tmp_path: Path) -> None:
-    # Its converter takes the single blocks' width for granted, so only the double blocks can be small.
+    # The converter hard-codes the width of the single blocks, so only the double blocks can be small.
     names = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_v_proj", "transformer_blocks.0.ff.net.2"]
     config = RandLoRAConfig(rank=4, target_modules=[f"^{n}$"[1:-1] for n in names], exclude_modules=r"single_.*")
     pipe, _ = adapted_pipe("flux", config)
@@ -286,19 +286,19 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("rank .of every layer. or energy", {}),
         ("one of the two", dict(rank=2, energy=0.9)),
-        ("rank must be a whole number of at least 1, got 0", dict(rank=0)),
+        ("rank must be an integer of at least 1, got 0", dict(rank=0)),
         ("energy must be a number above 0 and at most 1, got 1.5", dict(energy=1.5)),
         ("format must be one of diffusers, kohya, peft, lycoris, got 'a1111'", dict(rank=2, format="a1111")),
         ("give neither rank nor energy", dict(rank=2, format="lycoris")),
         ("no adapter 'other'; it has: default", dict(rank=2, adapter_name="other")),
-        ("no place for modules trained in full .modules_to_save: head.weight, head.bias.", dict(rank=2)),
+        ("cannot hold modules trained in full .modules_to_save: head.weight, head.bias.", dict(rank=2)),
     ]
     for message, options in wrong:
         with pytest.raises(ValueError, match=message):
             export_lora(model, path, **options)
     with pytest.raises(ValueError, match="one .safetensors file, got the name"):
         export_lora(model, tmp_path / "lora.bin", rank=2)
-    with pytest.raises(ValueError, match="give the pipeline, got int"):
+    with pytest.raises(ValueError, match="expected a diffusers pipeline, got int"):
         export_lora(3, path, rank=2)
     assert not list(tmp_path.iterdir())
 
@@ -318,12 +318,12 @@ def test_layers_that_a_format_cannot_hold_are_named(tmp_path: Path) -> None:
     assert export_lora(grouped, path, format="lycoris").error == 0
     pipe = PIPELINES["flux"]()
     inject(pipe.text_encoder_2, RandLoRAConfig(rank=4))
-    with pytest.raises(ValueError, match="FluxPipeline loads LoRA into transformer, text_encoder alone"):
+    with pytest.raises(ValueError, match="FluxPipeline loads LoRA into transformer, text_encoder only"):
         export_lora(pipe, path, rank=2)
     sd3 = PIPELINES["sd3"]()
     inject(sd3.transformer, RandLoRAConfig(rank=4, target_modules=["to_q"]))
     with pytest.raises(
-        ValueError, match="SD3Transformer2DModel are not known here; ComfyUI reads the format 'diffusers'"
+        ValueError, match="SD3Transformer2DModel are not supported; ComfyUI reads the format 'diffusers'"
     ):
         export_lora(sd3, path, rank=2, format="kohya")
     part = vit()

@@ -128,7 +128,7 @@ def test_one_model_of_diffusers_without_this_library(tmp_path: Path) -> None:
 
 
 def test_which_adapters_are_merged(tmp_path: Path) -> None:
-    """Those that act or the named one, its own head included; merged ones come back in their order."""
+    """Merges the active adapters or the named one, with its head; merged ones are restored in their order."""
     x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(IMAGES)
     model = vit().requires_grad_(False)
     for seed, name in enumerate(("a", "b", "c")):
@@ -153,7 +153,7 @@ def test_which_adapters_are_merged(tmp_path: Path) -> None:
         alone = vit()
         inject(alone, RandLoRAConfig(rank=4, target_modules=["qkv"], seed=1))
         randomize(alone, None, 1)
-        alone.head.bias.add_(3)  # the head of b started as a copy of the one in force, that of a
+        alone.head.bias.add_(3)  # the head of b started as a copy of the active one, that of a
         torch.testing.assert_close(saved("b"), alone(x), atol=1e-5, rtol=1e-5)
 
 

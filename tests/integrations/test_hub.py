@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, stood in for by a server on this machine that speaks the part of its interface needed here."""
+"""The Hugging Face Hub, replaced by a local server that implements the part of its interface needed here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory; `log` holds (method, path) of every request."""
+    """Repositories in memory; `log` records (method, path) of every request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -195,7 +195,7 @@ def test_mistakes_are_one_line(server: Hub, tmp_path: Path) -> None:
     path = save_adapter(adapted(), tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match="library must be one of timm, open_clip, diffusers, got 'keras'"):
         hub.push_to_hub(path, "me/flowers", base_model="x", library="keras")
-    with pytest.raises(ValueError, match="the Hugging Face Hub did not take 'a/b/c': "):
+    with pytest.raises(ValueError, match="the Hugging Face Hub rejected the upload to 'a/b/c': "):
         hub.push_to_hub(path, "a/b/c", base_model="x")
     (tmp_path / "other.safetensors").write_bytes(b"no adapter")
     with pytest.raises(ValueError, match="other.safetensors|adapter.safetensors"):

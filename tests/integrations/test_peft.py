@@ -1,4 +1,4 @@
-"""PEFT's own loader reads what `export` writes, and live PEFT models are taken over: the outputs are the same."""
+"""PEFT's own loader reads what `export` writes, and live PEFT models are converted: the outputs are the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINEAR = ["tall", "fc", "out", "wide"]
 
 
 def adapted(base: nn.Module, seed: int = 0, **settings: Any) -> nn.Module:
-    """Ours, on a copy of the base, with everything that it trains moved."""
+    """Our adapter on a copy of the base, with all trained parameters changed."""
     model = copy.deepcopy(base)
     inject(model, RandLoRAConfig(**{"rank": 5, "alpha": 15, **settings}))
     randomize(model, seed=seed)
@@ -38,7 +38,7 @@ def adapted(base: nn.Module, seed: int = 0, **settings: Any) -> nn.Module:
 
 
 def check(tmp_path: Path, name: str, **settings: Any) -> dict[str, Tensor]:
-    """PEFT's loader gives our output; ours reads the folder back. Returns the tensors in the file."""
+    """Check that PEFT's loader gives our output and ours reads the folder back; return the tensors in the file."""
     base, x = build(name)
     ours = adapted(base, **settings)
     reference = answer(ours, x)
@@ -96,7 +96,7 @@ def test_alphas_of_every_layer_go_into_lambda(tmp_path: Path) -> None:
 
 
 def test_names_that_end_like_others(tmp_path: Path) -> None:
-    """PEFT matches the ends of names: asked for "0" it would adapt "1.0" too."""
+    """PEFT matches the ends of names: given "0", it would adapt "1.0" too."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())).eval()
     x = torch.randn(3, 6)
@@ -140,7 +140,7 @@ def test_a_saved_module_that_peft_would_confuse_is_written_as_tensors(tmp_path: 
 
 
 def test_the_one_warning_of_pefts_loader(tmp_path: Path) -> None:
-    """It misses copies of the bases alone, which all its layers share: what the README says of it stays true."""
+    """The warning lists only copies of the bases, which all layers share, as the README says."""
     base, x = build("named")
     ours = adapted(base, target_modules=LINEAR)
     with warnings.catch_warnings(record=True) as caught:
@@ -272,7 +272,7 @@ def test_other_models_are_refused_before_they_are_touched() -> None:
     tied.blocks[0]["fc"].weight = tied.blocks[1]["fc"].weight
     tied = trained(tied, target_modules=LINEAR)
     cases = (
-        (lora, "adapters default are no such"),
+        (lora, "these have another PEFT type: default"),
         (merged, r"unmerge_adapter\(\)"),
         (tied, "weights of .*blocks.0.fc.* are shared"),
     )

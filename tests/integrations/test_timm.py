@@ -1,4 +1,4 @@
-"""timm's presets on models of full size, its head and its habits: checkpointing, fused attention, fusing, averaging."""
+"""timm's presets on full-size models, its heads and features: checkpointing, fused attention, fusing, averaging."""
 
 import copy
 import re
@@ -188,7 +188,7 @@ def test_number_of_classes_in_file_and_model(tmp_path: Path) -> None:
     for classes in (0, 5):
         model = build(VIT, num_classes=classes)
         keys = list(model.state_dict())
-        with pytest.raises(ValueError, match=f"of 8 classes and this VisionTransformer has {classes}: make the model"):
+        with pytest.raises(ValueError, match=f"of 8 classes, but this VisionTransformer has {classes}: create"):
             integration.load_adapter(model, path)
         assert list(model.state_dict()) == keys
     with pytest.raises(ValueError, match="of 8 classes"):
@@ -205,7 +205,7 @@ def test_files_without_a_classifier(tmp_path: Path) -> None:
     integration.load_adapter(build(VIT, num_classes=5), path)
     path = saved(tmp_path, modules_to_save=["norm"])
     assert integration.num_classes(path) is None
-    # Other modules trained in full are no classifier.
+    # Other modules trained in full are not a classifier.
     path = saved(tmp_path, target_modules=["attn.qkv"], modules_to_save=["blocks.0.attn.proj"])
     integration.load_adapter(build(VIT, num_classes=5), path)
     path = saved(tmp_path, modules_to_save=["head", "blocks.0.attn.qkv"])
@@ -330,7 +330,7 @@ def test_the_page_is_up_to_date() -> None:
 
 @pytest.mark.slow
 def test_peft_loses_the_weights_that_are_read() -> None:
-    """PEFT's RandLora on the same linear layers: no gradient where a weight is read, anywhere else there is one."""
+    """PEFT's RandLora on the same linear layers: no gradient where the model reads the weight itself, else there is."""
     import peft
 
     lost_by = {}

@@ -1,6 +1,6 @@
-"""Every family of timm through the presets: what is adapted acts, learns, merges, leaves and travels with its head.
+"""The presets on every family of timm: adapters act, train, merge, are removed and are saved with their head.
 
-The reference outputs are taken from the frozen base: see test_zoo.py.
+The reference outputs come from the frozen base: see test_zoo.py.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ every_family = families(*FAMILIES)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small spend their time on handing work to threads."""
+    """Use one thread: models this small spend their time on thread overhead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 
 def config(family: Family, **settings: Any) -> RandLoRAConfig:
-    """The widest preset: the others choose among its targets."""
+    """The widest preset; the others choose a subset of its targets."""
     return RandLoRAConfig(rank=family.rank, **{"target_modules": "timm:conv", **settings})
 
 
@@ -73,7 +73,7 @@ def test_presets_nest_and_leave_classifier_and_stem_alone(family: Family) -> Non
 
 
 def stems(model: nn.Module) -> list[str]:
-    """What timm's configuration says reads the pixels."""
+    """The modules that read the pixels, according to timm's configuration."""
     names = model.pretrained_cfg["first_conv"]
     return [names] if isinstance(names, str) else list(names)
 

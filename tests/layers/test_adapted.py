@@ -26,7 +26,7 @@ CONFIG = RandLoRAConfig(rank=3, target_modules="all")
 
 
 class PackedAttention(nn.Module):
-    """A host that holds a packed projection of its own and reads it, with an optional q and v bias (BEiT)."""
+    """A host that holds a packed projection itself and reads it, with an optional q and v bias (BEiT)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_reparametrising_after_injection_fails(late: str, state: str) -> None:
         "spectral_norm": torch.nn.utils.spectral_norm,
         "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
     }
-    # Pruning meets PyTorch's own complaint first: the effective weight is no Parameter.
+    # Pruning first gets PyTorch's own error: the effective weight is not a Parameter.
     own = (TypeError, "cannot assign") if (late, state) == ("prune", "live") else (RuntimeError, "before inject")
     with pytest.raises(own[0], match=own[1]):
         calls[late](model[0])

@@ -1,4 +1,4 @@
-"""The branch form: dropout gives the adapter another input than the frozen weight, and packed weights stay packed."""
+"""The branch form: with dropout the adapter has a different input from the base, and packed weights stay packed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_dropout_on_weights_that_are_read_is_said_not_to_act() -> None:
 
 
 class Int8Linear(nn.Linear):
-    """A packed layer as quantisation libraries make them: an integer weight and a scale, its own forward."""
+    """A packed layer as in quantisation libraries: an integer weight, a scale and a custom forward."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__(source.in_features, source.out_features)

@@ -217,11 +217,11 @@ def test_unreachable_layers_are_skipped_with_a_reason(kind: str, reason: str) ->
     elif kind == "weight_norm":
         odd = torch.nn.utils.weight_norm(nn.Linear(8, 8))
     else:
-        odd = nn.LSTM(8, 8)  # holds matrices that its kernel reads past Python
+        odd = nn.LSTM(8, 8)  # holds matrices that its kernel reads without going through Python
     model = nn.ModuleDict({"plain": nn.Linear(8, 8), "odd": odd})
     report = inject(model, RandLoRAConfig(rank=2))
     assert [target.name for target in report.targets] == ["plain"]
-    if kind != "packed":  # an LSTM is no linear layer: the preset has no reason to speak of it
+    if kind != "packed":  # an LSTM is not a linear layer, so the preset does not report it
         assert reason in dict(report.skipped)["odd"]
     with pytest.raises(ValueError, match=reason):
         plan(model, RandLoRAConfig(rank=2, target_modules=["odd"]), "b")

@@ -1,4 +1,4 @@
-"""Structured bases in adapted models: everything that dense bases do, on the same tests' terms."""
+"""Structured bases in adapted models: they do everything that dense bases do, to the same tolerances."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import IMAGES, clip, dense_model, mlp, randomize, vit
 
 
 def adapted(base: nn.Module, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """(adapted model, the dense truth in float64)."""
+    """(adapted model, dense reference in float64)."""
     model = copy.deepcopy(base)
     report = inject(model, RandLoRAConfig(**{"rank": 4, "bases": "structured", **settings}))
     randomize(model)
@@ -25,7 +25,7 @@ def adapted(base: nn.Module, **settings: Any) -> tuple[nn.Module, nn.Module]:
 
 
 class Odd(nn.Module):
-    """Shapes that no small factors divide: primes, a convolution, attention."""
+    """Shapes that small factors do not divide: primes, a convolution, attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,6 @@ def test_clip_merges_saves_and_loads(tmp_path: Path) -> None:
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in base.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("host", "bases"),
     [
@@ -126,7 +125,7 @@ def test_autocast_computes_in_low_precision() -> None:
 
 
 def test_twenty_steps_equal_those_of_the_dense_formula() -> None:
-    """Training through the factors against autograd on B written out, in float64."""
+    """Training through the factors against autograd on the dense B, in float64."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 29), nn.GELU(), nn.Linear(29, 9)).double()
     x, y = torch.randn(16, 12, dtype=torch.float64), torch.randn(16, 9, dtype=torch.float64)

@@ -29,7 +29,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-# Precision: judged against the error that a plain factored computation makes in the same precision.
+# Precision: compared with the error of a plain factored computation in the same precision.
 
 
 def plain(layer: nn.Module, x: Tensor, trained: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -184,7 +184,7 @@ def test_a_compiled_vit_has_no_graph_break_and_equal_gradients(backend: str) -> 
         assert found.keys() == expected.keys() and len(found) == 8
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
-        if backend == "aot_eager":  # what compiles again is dynamo's to decide, not the backend's
+        if backend == "aot_eager":  # recompilation is decided by dynamo, not by the backend
             set_scale(compiled, 0.0)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
             assert not torch.allclose(compiled(x), out, atol=1e-3)
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Every storage that an operation makes, by weak reference."""
+    """Every storage that an operation creates, by weak reference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that a forward pass leaves allocated for the backward pass, its output included."""
-    model(x).sum().backward()  # bases are made, gradients allocated
+    model(x).sum().backward()  # creates the bases and allocates the gradients
     with Allocations() as allocations:
         out = model(x)
     kept = allocations.alive()

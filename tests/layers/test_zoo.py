@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.parametrize(
         "entry", [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.slow else []) for e in ZOO]
     ),
-    # The hosts' own: Chroma imports from a module that diffusers moved, Mochi asks for autocast in float32.
+    # Caused by the hosts: Chroma imports from a module that diffusers moved, Mochi asks for autocast in float32.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
 ]
@@ -54,7 +54,7 @@ MOVED = 1e-2
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small spend their time on handing work to threads."""
+    """Models this small spend most of their time on thread overhead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -70,7 +70,7 @@ def frozen(entry: Entry) -> nn.Module:
 
 
 def trained(entry: Entry) -> nn.Module:
-    """A frozen base with an adapter that acts."""
+    """A frozen base with an adapter that has an effect."""
     model = frozen(entry)
     inject(model, config(entry))
     draw(model)
@@ -92,7 +92,7 @@ def difference(output: Tensor, reference: Tensor) -> float:
 
 
 def matrices(model: nn.Module, target: str) -> dict[str, tuple[nn.Parameter, set[str]]]:
-    """What an adapter may be asked for, found without the library: parameters and all names of each."""
+    """The parameters that can be adapted, with all their names, found without the library."""
     kinds = PROJECTIONS + CONVOLUTIONS if target == "all" else PROJECTIONS
     names: dict[nn.Parameter, set[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -113,7 +113,7 @@ def is_rounding(gradient: Tensor | None, largest: float) -> bool:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that `remove` must bring back, in a form that compares."""
+    """Everything that `remove` must restore, in a comparable form."""
     return {
         "types": {path: type(module) for path, module in model.named_modules(remove_duplicate=False)},
         "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},

@@ -1,4 +1,4 @@
-"""Two CPU processes, really two, against one process at the same global batch: the scripts as a user starts them."""
+"""Two real CPU processes compared with one process at the same global batch size, for all scripts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and data: 5 validation batches of 2 and 3 of 4, so never as many for each of two processes."""
+    """Models and data: 5 validation batches of size 2 or 3 of size 4, an odd number for two processes."""
     work = tmp_path_factory.mktemp("work")
     write_class_folders(work / "images", per_class=15)
     rows = [f"{path.relative_to(work)},a {path.parent.name}" for path in sorted((work / "images").rglob("*.png"))]
@@ -79,5 +79,5 @@ def test_a_resumed_pair_ends_with_the_same_bytes(two: Path) -> None:
 
 def test_only_the_first_process_writes(work: Path, two: Path) -> None:
     first, second = (json.loads((work / f"changes-{rank}.json").read_text()) for rank in (0, 1))
-    assert len(first) > 100  # that writing is noticed at all
+    assert len(first) > 100  # the check detects writes at all
     assert second == []

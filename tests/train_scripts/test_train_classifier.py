@@ -1,4 +1,4 @@
-"""train_classifier.py as a user runs it."""
+"""Tests of train_classifier.py, run as a user would run it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
-    """train_classifier.main on the tiny model and folder; a flag given again counts instead. Returns the run folder."""
+    """Return train_classifier.main with defaults for the tiny model and folder; `argv` overrides them."""
 
     def main(*argv: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
             state._shared_state.clear()
         folder = tmp_path / "run"
         given = ["--output-dir", str(folder)]
@@ -101,7 +101,7 @@ def test_two_lines_of_python_give_the_accuracy_back(train: Any, tiny: Path) -> N
 def test_every_method_ends_with_a_file_that_loads(train: Any, method: str) -> None:
     folder = train("--method", method)
     assert summary(folder)["reload_difference"] == 0
-    if method in ("lora", "vera"):  # the random projections are in no file
+    if method in ("lora", "vera"):  # the random projections are not saved
         assert summary(folder)["file_bytes"] <= 4 * summary(folder)["trained_numbers"] + 8192
 
 
@@ -170,7 +170,7 @@ def test_a_resumed_run_learns_the_same(train: Any, argv: list[str]) -> None:
 
 @pytest.mark.parametrize("method", ["randlora", "lora", "vera", "full"])
 def test_the_head_has_a_learning_rate_of_its_own(train: Any, method: str) -> None:
-    """So small a rate is none: the head keeps its first state."""
+    """The rate is so small that the head keeps its initial state."""
     folder = train("--method", method, "--head-lr", "1e-30", "--lr", "0.01", "--weight-decay", "0")
     saved = load_file(folder / "adapter.safetensors")
     (weight,) = (tensor for name, tensor in saved.items() if name.endswith("head.weight"))
@@ -189,11 +189,17 @@ def test_torchvisions_own_format(train: Any, tmp_path: Path) -> None:
         (raw / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         header = np.array([0x801, len(pixels)], ">i4").tobytes()
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + np.uint8(splits.labels[split][:40]).tobytes())
-    folder = train("--dataset", "torch/mnist", "--data", str(tmp_path))
+    folder = train("--data", "timm:torch/mnist", "--data-root", str(tmp_path))
     split = json.loads((folder / "split.json").read_text())
     assert len(split["class_names"]) == 10 and split["class_names"][3] == "3 - three"
     assert split["sizes"]["test"] == 40 and split["sizes"]["train"] + split["sizes"]["val"] == 40
     assert len(summary(folder)["per_class"]) == 10
+
+
+def test_a_table_of_classes(train: Any, images: Path, tmp_path: Path) -> None:
+    rows = [f"{path},{path.parent.name}" for path in sorted(images.rglob("*.png"))]
+    (tmp_path / "images.csv").write_text("\n".join(["path,label", *rows]))
+    assert summary(train("--data", str(tmp_path / "images.csv")))["reload_difference"] == 0
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -204,10 +210,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no images": (["--data", "{tmp}/empty"], "no readable images"),
     "one class": (["--data", "{tmp}/one"], "only one class with images"),
     "corrupt image, strict": (["--data", "{tmp}/corrupt", "--strict-data"], "cannot read the image"),
-    "other number of classes": (["--num-classes", "4"], "the data has 3 classes, --num-classes says 4"),
+    "other number of classes": (["--num-classes", "4"], "the data has 3 classes, but --num-classes says 4"),
     "other head": (
         ["--model", "local-dir:{tiny}", "--initial-checkpoint", "{tiny}/model.safetensors"],
-        "holds a classifier of 5 classes and the data has 3",
+        "has a classifier of 5 classes, but the data has 3",
     ),
     "no checkpoint": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/no.pth"], "no file"),
     "no checkpoint in it": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/text.pth"], "cannot read"),
@@ -216,11 +222,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no target": (["--target-modules", "no_such_layer"], "no_such_layer"),
     "rank above m": (["--rank", "4096"], "4096"),
     "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),
-    "augmentation": (["--auto-augment", "nonsense"], "timm cannot make the --auto-augment 'nonsense'"),
+    "augmentation": (["--auto-augment", "nonsense"], "timm cannot create the --auto-augment 'nonsense'"),
     "odd mixup": (["--mixup", "0.2", "--batch-size", "7"], "need an even --batch-size"),
     "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
-    "unknown dataset": (["--dataset", "torch/nope"], "Unknown torchvision dataset nope"),
-    "dataset not there": (["--dataset", "torch/mnist"], "--dataset-download"),
+    "unknown dataset": (["--data", "timm:torch/nope", "--data-root", "{tmp}"], "Unknown torchvision dataset nope"),
+    "dataset not there": (["--data", "timm:torch/mnist", "--data-root", "{tmp}"], "--download"),
+    "captions": (["--data", "digits-pairs"], "has captions, not classes"),
     "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
 }
 
@@ -246,7 +253,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in error and error.count("error: ") == 1
 
 
-# As processes of their own
+# In separate processes
 
 
 @pytest.mark.slow
@@ -259,7 +266,7 @@ def test_the_embedded_default_from_start_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")
-    assert values["before"]["original"]["top1"] > 0.9  # what the base was taught
+    assert values["before"]["original"]["top1"] > 0.9  # the task the base was trained on
     assert values["before"]["test"]["top1"] < 0.2
     assert values["after"]["test"]["top1"] > values["before"]["test"]["top1"] + 0.2
     assert values["reload_difference"] == 0

@@ -1,4 +1,4 @@
-"""train_clip.py and compare_clip.py as a user runs them."""
+"""Tests of train_clip.py and compare_clip.py, run as a user would run them."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
-    """train_clip.main on the tiny model and folder; a flag given again counts instead. Returns the run folder."""
+    """Return train_clip.main with defaults for the tiny model and folder; `argv` overrides them."""
 
     def main(*argv: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
             state._shared_state.clear()
         folder = tmp_path / "run"
         defaults = {
@@ -152,7 +152,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
 
     def killed(self: ClipClassifier, batches: Any) -> Scores:
         checkpoints = [path.name for path in (tmp_path / "killed").glob("checkpoints/*")]
-        if "step-000006" in checkpoints:  # so in the evaluation of step 8
+        if "step-000006" in checkpoints:  # i.e. in the evaluation at step 8
             raise KeyboardInterrupt
         return scores(self, batches)
 
@@ -181,7 +181,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
 
     assert yaml.safe_load((folder / "config.yaml").read_text())["checkpoints"]["resume"] is None
 
-    # A finished run too goes on from any of its checkpoints.
+    # A finished run can also be resumed from any of its checkpoints.
     train(*flags, "--output-dir", str(folder), "--resume", str(folder / "checkpoints" / "step-000009"))
     assert numbers(folder) == numbers(straight)
 
@@ -212,7 +212,7 @@ def test_a_runs_own_config_repeats_it(train: Any, tmp_path: Path) -> None:
         ["--method", "lora", "--towers", "text", "--gradient-checkpointing", "--layer-decay", "0.5"],
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python, for loader processes
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python, for loader processes
 def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
     assert (train(*argv) / "summary.json").exists()
 
@@ -222,7 +222,9 @@ def test_the_logit_scale_is_trained_at_its_own_rate_and_saved(train: Any, tiny: 
     base, adapted = (tiny_clip(tiny).model for _ in range(2))
     load_adapter(adapted, folder / "adapter.safetensors")
     moved = (adapted.logit_scale - base.logit_scale).abs().item()
-    assert moved == pytest.approx(0.2, rel=1e-4) or moved == pytest.approx(0.6, rel=1e-4)  # Lion: by the rate itself
+    assert moved == pytest.approx(0.2, rel=1e-4) or moved == pytest.approx(
+        0.6, rel=1e-4
+    )  # Lion moves by the learning rate itself
     trained = json.loads((folder / "summary.json").read_text())["trained_numbers"]
     plain = json.loads((train("--overwrite") / "summary.json").read_text())["trained_numbers"]
     assert trained == plain + 1
@@ -250,7 +252,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def captions(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table with two captions of every image."""
+    """A table with two captions per image."""
     table = tmp_path_factory.mktemp("captions") / "pairs.csv"
     lines = [
         f"{path},{text} {path.parent.name} number {path.stem}"
@@ -320,7 +322,7 @@ def test_a_probe_learns_on_adapted_features(
     assert load_file(probed / "adapter.safetensors").keys() == {"class_features"}
     with pytest.raises(SystemExit):
         train("--method", "linear-probe", "--adapter", str(probed / "adapter.safetensors"), "--overwrite")
-    assert "is a linear classifier itself: it has no features to learn on" in capsys.readouterr().err
+    assert "is itself a linear classifier: it has no features to train on" in capsys.readouterr().err
 
 
 def test_the_towers_of_a_resnet_cannot_be_checkpointed(
@@ -339,7 +341,7 @@ def test_the_towers_of_a_resnet_cannot_be_checkpointed(
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Inductor takes a minute here; what it makes of the adapters is compared in test_layers_training.py.
+    # Inductor takes a minute here; test_layers_training.py compares its results for the adapters.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     plain = train("--output-dir", str(tmp_path / "plain")).parent / "plain"
     train("--torch-compile", "--output-dir", str(tmp_path / "compiled"))
@@ -373,15 +375,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "loss is not finite": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "20"], "training stopped after step"),
     "unknown optimiser": (["--optimizer", "adanw2"], "--optimizer adanw2 is not known; close matches: adanw"),
     "missing adapter": (["--eval-only", "--adapter", "{tmp}/a.safetensors"], "a.safetensors"),
-    "adapter that nobody asked for": (["--adapter", "{tmp}/a.safetensors"], "--adapter needs --eval-only, or"),
+    "adapter that is not used": (["--adapter", "{tmp}/a.safetensors"], "--adapter needs --eval-only, or"),
     "scales of nothing": (["--eval-only", "--eval-scales", "0,1"], "--eval-scales with --eval-only needs --adapter"),
-    "scales that are no numbers": (["--eval-scales", "0,half"], "--eval-scales takes numbers with commas between"),
+    "scales that are not numbers": (["--eval-scales", "0,half"], "--eval-scales must be numbers separated by commas"),
     "scales that are not finite": (["--eval-scales", "0,inf"], "--eval-scales must be finite numbers"),
     "layer decay": (["--layer-decay", "0"], "--layer-decay must be above 0 and at most 1, got 0.0"),
-    "resumed measuring": (["--eval-only", "--resume", "latest"], "--eval-only trains nothing: leave --resume out"),
+    "resumed measuring": (["--eval-only", "--resume", "latest"], "--eval-only does not train: leave --resume out"),
     "unknown tracker": (["--report-to", "tensorbord"], "--report-to tensorbord is not known"),
     "retention data that is missing": (["--retention-data", "{tmp}/nowhere"], "nowhere"),
-    "unknown metric": (["--best-metric", "top3"], "nothing of that name is measured, only top1, top5, loss"),
+    "unknown metric": (["--best-metric", "top3"], "--best-metric top3 is not measured; choose one of top1, top5, loss"),
     "unknown key in the file": (["--config", "{tmp}/typo.yaml"], "no option training: stepz; close matches: steps"),
     "no checkpoint": (["--output-dir", "{tmp}/old", "--resume", "latest"], "holds no checkpoint"),
     "missing checkpoint": (["--resume", "{tmp}/old/checkpoints/step-000010"], "there is no checkpoint"),
@@ -418,7 +420,7 @@ def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-# As processes of their own
+# In separate processes
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +441,7 @@ def test_the_embedded_default_from_start_to_end(cache: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["before"]["original"]["top1"] > 0.95  # what the base was taught
+    assert summary["before"]["original"]["top1"] > 0.95  # the task the base was trained on
     assert summary["before"]["test"]["top1"] < 0.2
     assert summary["after"]["test"]["top1"] > summary["before"]["test"]["top1"] + 0.2
     assert summary["reload_difference"] == 0

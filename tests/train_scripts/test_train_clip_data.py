@@ -1,4 +1,4 @@
-"""train_clip.py from start to end on every kind of data."""
+"""End-to-end tests of train_clip.py on every kind of data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def train(tiny: Path, tmp_path: Path) -> Any:
     def main(data: Any, *argv: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
             state._shared_state.clear()
         folder = tmp_path / "run"
         argv = tuple(word.replace("{tmp}", str(tmp_path)) for word in argv)
@@ -58,7 +58,7 @@ def test_a_run_on(source: str, train: Any, tmp_path: Path, capsys: pytest.Captur
     assert "results: " in capsys.readouterr().out
     if "--shots" in argv or "--train-fraction" in argv:
         assert len(split["chosen"]) == split["sizes"]["train"]
-        assert max(split["chosen"]) >= len(split["chosen"])  # positions in the whole, not in the part
+        assert max(split["chosen"]) >= len(split["chosen"])  # indices into the whole split, not into the subset
 
 
 def test_what_was_skipped_and_cut_is_told(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_what_was_skipped_and_cut_is_told(train: Any, tmp_path: Path, capsys: py
     folder = train(path)
     printed = capsys.readouterr().out
     assert "skipped 2" in printed and "skipped.txt" in printed
-    assert "1 captions are longer than the model's context and are cut" in printed
+    assert "1 captions are longer than the model's context and are truncated" in printed
     assert json.loads((folder / "summary.json").read_text())["truncated_captions"] == 1
 
 

@@ -1,4 +1,4 @@
-"""train_dreambooth.py as a user runs it, on tiny random pipelines of every family."""
+"""Tests of train_dreambooth.py, run as a user would run it, on tiny random pipelines of every family."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(models: Path, images: Path, tmp_path: Path) -> Any:
-    """train_dreambooth.main on a tiny pipeline; a flag given again counts instead. Returns the run folder."""
+    """Return train_dreambooth.main with defaults for a tiny pipeline; `argv` overrides them."""
 
     def main(*argv: str, model: str = "sd15", module: ModuleType | None = None) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a process of its own
+        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
             state._shared_state.clear()
         defaults = {
             "--pretrained-model-name-or-path": str(models / model),
@@ -98,7 +98,7 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[Any]]:
-    """The script, and a list that gets the pipelines that it trains."""
+    """Return the script, and a list to which it appends the pipelines that it trains."""
     module, trained = script(), []
     adapt = module.adapt
     monkeypatch.setattr(module, "adapt", lambda family, options: trained.append(family.pipe) or adapt(family, options))
@@ -128,7 +128,7 @@ def test_the_saved_file_makes_a_fresh_pipeline_the_trained_one(
         assert (sample(base, prompt) - expected).abs().max() > 0.01
     texts = [name for name, _ in pipe.components.items() if name.startswith("text_encoder") and name[-1] != "3"]
     texts = texts[:1] if model == "flux" else texts
-    for name in texts:  # the text encoders were trained, and are in the file
+    for name in texts:  # the text encoders were trained and are in the file
         before, after = getattr(base, name), getattr(reloaded, name)
         ids = torch.tensor([[49406, 320, 1125, 49407]])
         states = [part(ids, output_hidden_states=True).hidden_states[1] for part in (before, after)]
@@ -145,7 +145,7 @@ def test_a_run(train: Any, images: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(list((folder / "class_images").glob("*.png"))) == 3
     printed = capsys.readouterr().out
     assert "transformer_blocks" in printed  # the injection report
-    assert "the same pictures (largest difference of a pixel: 0.0e+00)" in printed
+    assert "the same pictures (largest pixel difference: 0.0e+00)" in printed
     assert f"load_adapter(pipe, '{folder}/adapter.safetensors')" in printed
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -161,7 +161,7 @@ def test_a_run(train: Any, images: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Path, monkeypatch: Any) -> None:
-    """Spoil what is saved at step 1: the picture must show it, and training must go on as if nothing had been."""
+    """Corrupt the file saved at step 1: the picture must show it, and training must be unaffected."""
     plain = train("--validation-prompt", PROMPT)
     save = DreamBoothTask.save
 
@@ -262,7 +262,7 @@ def test_the_text_encoder_learns_at_its_own_rate(train: Any) -> None:
     assert lambdas["unet"] > 1e-4 and 0 < lambdas["text_encoder"] < 1e-10
 
 
-# Going on
+# Resuming
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
@@ -321,15 +321,18 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["--resume", "latest", "--output-dir", "{tmp}/empty"], "holds no checkpoint"),
     "missing checkpoint": (["--resume_from_checkpoint", "{tmp}/run/checkpoints/step-000100"], "there is no checkpoint"),
     "unknown flag": (["--instance-promt", "x"], "Perhaps you meant --instance-prompt"),
-    "no images": (["--instance-data-dir", "{tmp}/empty"], "holds no images"),
-    "no folder": (["--instance-data-dir", "{tmp}/nowhere"], "does not exist or is no folder"),
+    "no images": (["--instance-data-dir", "{tmp}/empty"], "contains no images"),
+    "no folder": (["--instance-data-dir", "{tmp}/nowhere"], "does not exist or is not a folder"),
     "no caption": (["--instance-prompt", ""], "0.png has no caption: give --instance-prompt"),
     "metadata": (["--instance-data-dir", "{tmp}/meta"], 'metadata.jsonl, line 2: expected {"file_name"'),
-    "metadata of another image": (["--instance-data-dir", "{tmp}/other"], "names b.png, which is no image"),
+    "metadata of another image": (["--instance-data-dir", "{tmp}/other"], "names b.png, which is not an image"),
     "broken image": (["--instance-data-dir", "{tmp}/broken"], "cannot read the image"),
     "no pipeline": (["--pretrained-model-name-or-path", "{tmp}/empty"], "model_index.json"),
-    "a file": (["--pretrained-model-name-or-path", "{tmp}/x.safetensors"], "is no folder of a pipeline"),
-    "another pipeline": (["--pretrained-model-name-or-path", "{tmp}/ddpm"], "is a DDPMPipeline; pipelines that can be"),
+    "a file": (["--pretrained-model-name-or-path", "{tmp}/x.safetensors"], "is not a pipeline folder"),
+    "another pipeline": (
+        ["--pretrained-model-name-or-path", "{tmp}/ddpm"],
+        "is a DDPMPipeline, which cannot be trained",
+    ),
     "size": (["--resolution", "15"], "--resolution 15: the sides must be multiples of 2"),
     "class prompt": (["--with-prior-preservation"], "--with-prior-preservation needs --class-prompt"),
     "class images": (["--class-data-dir", "x"], "need --with-prior-preservation"),
@@ -383,7 +386,7 @@ def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, models: Path, tm
 def test_the_embedded_default(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its course, with a pipeline that has hardly been taught."""
+    """Run the default end to end, with a barely pretrained pipeline."""
     little = Pretraining(steps=2, batch_size=4)
     monkeypatch.setattr(demo_pipelines, "_VAE_TRAINING", little)
     monkeypatch.setattr(demo_pipelines, "_DENOISER_TRAINING", {"unet": little, "flow": little})
@@ -397,5 +400,5 @@ def test_the_embedded_default(
         set(summary["after"]) == {"loss", "prior_loss", "subject", "class_kept", "digits_kept"}
         and summary["reload_difference"] == 0
     )
-    assert "inverted sevens for the subject's prompt" in capsys.readouterr().out
+    assert "inverted sevens for the subject prompt" in capsys.readouterr().out
     assert (tmp_path / "run/samples.png").exists()

@@ -1,4 +1,4 @@
-"""What is measured of a classifier: accuracy, overall and by class, on the task and on the base model's own."""
+"""Evaluation of a classifier: overall and per-class accuracy, on the task and on the original task."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ _PICTURES = 32
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores:
-    """Measure a model on data of `classes` classes; leaves it in eval mode."""
+    """Evaluate a model on data with `classes` classes. Leaves it in eval mode."""
     model.eval()
     return measure(model, batches, classes, next(model.parameters()).device)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of the tests."""
+    """The results of a model on the tests."""
 
-    tasks: Mapping[str, str]  # what each test is of
+    tasks: Mapping[str, str]  # test -> name of its data
     scores: Mapping[str, Scores]
-    logits: Tensor  # of the sample of pictures (P, K)
+    logits: Tensor  # for the sample of pictures (P, K)
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
-        """The numbers of each test."""
+        """The metrics of each test."""
         return {name: scores.values for name, scores in self.scores.items()}
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Answers:
 
 
 class Exam:
-    """The test split, a sample of its pictures, and where there is one the test split of the original task."""
+    """The test split with a sample of its pictures, and the test split of the original task, if any."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Exam:
         self.images = torch.stack([transform(picture) for picture in self.pictures])
 
     def take(self, model: nn.Module) -> Answers:
-        """Measure a model."""
+        """Evaluate a model."""
         scores = {name: evaluate(model, batches, classes) for name, (batches, classes) in self._tests.items()}
         return Answers(self.tasks, scores, self.predict(model))
 
@@ -80,7 +80,7 @@ class Exam:
         return logits.float().cpu()
 
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
-        """Return the sample of pictures with both answers."""
+        """Return the sample of pictures with both predictions."""
         was = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
         return [
             Prediction(
@@ -106,18 +106,18 @@ def write_results(
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
-    """Write what is left of the run folder; return the content of summary.json."""
+    """Write the remaining files of the run folder; return the content of summary.json."""
     for step, answers in ((0, before), (speed.steps, after)):
         for name, values in (answers.results if answers else {}).items():
             run.log(step, name, values)
     method, title = options.adapter.method, model_title(options)
     plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
     when = "after" if before is None else "before and after"
-    plot_predictions(exam.predictions(before, after), f"Test images and the answers {when} training", run.predictions)
+    plot_predictions(exam.predictions(before, after), f"Test images and predictions {when} training", run.predictions)
     scores, names = after.scores["test"], exam.class_names
     top1 = scores.values["top1"]
-    # The head has one output for each class of the data: the matrix is square.
-    plot_confusion(scores.confusion.tolist(), names, f"Answers on the test images, top-1 {top1:.1%}", run.confusion)
+    # The head has one output per class of the data, so the matrix is square.
+    plot_confusion(scores.confusion.tolist(), names, f"Predictions on the test images, top-1 {top1:.1%}", run.confusion)
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
         "head_numbers": head_numbers,

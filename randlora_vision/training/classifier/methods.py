@@ -1,4 +1,4 @@
-"""The ways of training a timm classifier: RandLoRA with its head, PEFT's LoRA and VeRA, all of it, or its head."""
+"""The methods of training a timm classifier: RandLoRA, LoRA and VeRA of PEFT, full fine-tuning, or the head alone."""
 
 import re
 from collections.abc import Iterator
@@ -27,30 +27,30 @@ _PLAIN_CODE = (
 
 
 class RandLoRAWithHead(RandLoRA):
-    """RandLoRA beside a classifier that is trained in full, in one file."""
+    """RandLoRA together with a fully trained classifier head, saved in one file."""
 
     def check_gradients(self) -> list[str]:
-        """Check both."""
+        """Check the gradients of the adapters and of the head."""
         return super().check_gradients() + finite_gradients(head_parameters(self.model))
 
     def load(self, model: nn.Module, path: Path) -> None:
-        """Load the adapter file, head included."""
+        """Load the adapter file, including the head."""
         load_adapter(model, path)
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return the integration's call."""
+        """Return the code that calls `load_adapter` of the timm integration."""
         return ["from randlora_vision.integrations.timm import load_adapter", f"load_adapter(model, {str(path)!r})"]
 
 
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a timm model's classifier."""
+    """Yield the parameters of the classifier head of a timm model."""
     for head in head_modules(model):
         for name, parameter in model.get_submodule(head).named_parameters():
             yield f"{head}.{name}", parameter
 
 
 def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
-    """Make the model trainable by the chosen method, everything else frozen."""
+    """Prepare the model for the chosen method and freeze all other weights."""
     adapter, seed = options.adapter, options.training.seed
     if adapter.method == "full":
         return TrainedTensors(model, [name for name, _ in model.named_parameters()], "full fine-tuning", _PLAIN_CODE)
@@ -69,14 +69,14 @@ def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
     }
     if adapter.method == "lora":
         return Peft(model, LoraConfig(lora_alpha=adapter.alpha, **shared), targets)
-    # The projections come from the seed, as RandLoRA's bases do: in the file they would be most of it.
+    # The projections come from the seed, like the bases of RandLoRA: saved, they would dominate the file size.
     with quiet():
         config = VeraConfig(projection_prng_key=seed, save_projection=False, **shared)
     return Peft(model, config, targets)
 
 
 def adapter_targets(model: nn.Module, options: ClassifierOptions) -> list[str]:
-    """Return the names of the weights that an adapter acts on."""
+    """Return the names of the weights that an adapter changes."""
     return target_names(model, _config(model, options))
 
 

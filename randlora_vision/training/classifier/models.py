@@ -1,4 +1,4 @@
-"""Loading any timm classifier with its transforms, with errors that a user can act on."""
+"""Loading any timm classifier with its transforms, with helpful error messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,30 +17,30 @@ from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
 
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
-# A head of exact zeros would pass no gradient back, and the first step could not tell whether adapters learn.
+# A head of exact zeros passes no gradient back, so the first step could not check the gradients of the adapters.
 _HEAD_STD = 1e-3
 
 
 @dataclass(frozen=True)
 class LoadedClassifier:
-    """A timm model and what goes with it."""
+    """A timm model with its data configuration and the code that creates it."""
 
     model: nn.Module
     data_config: Mapping[str, Any]
-    code: list[str]  # the Python that makes the model, under the name `model`
+    code: list[str]  # the Python lines that create `model`
     has_weights: bool
     fresh_head: bool
 
     @property
     def eval_transform(self) -> Transform:
-        """Timm's transform of images that are measured."""
+        """The evaluation transform of timm."""
         from timm.data import create_transform
 
         transform: Transform = create_transform(**self.data_config)
         return transform
 
     def training_transform(self, splits: ImageSplits, augment: AugmentOptions) -> Transform:
-        """Return timm's transform of training images, or the data's own augmentation where none was asked for."""
+        """Return the training transform: timm's, or the augmentation that belongs to the data if none was requested."""
         from timm.data import create_transform
 
         if splits.augment and not (augment.auto_augment or augment.random_erasing):
@@ -50,22 +50,22 @@ class LoadedClassifier:
             transform: Transform = create_transform(
                 **config, is_training=True, auto_augment=augment.auto_augment, re_prob=augment.random_erasing
             )
-        except Exception as error:  # asserts and others, on a string that it cannot read
-            raise ValueError(f"timm cannot make the --auto-augment {augment.auto_augment!r}: {error}") from error
+        except Exception as error:  # assertions and others, for a string that timm cannot parse
+            raise ValueError(f"timm cannot create the --auto-augment {augment.auto_augment!r}: {error}") from error
         return transform
 
 
 def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedClassifier:
-    """Load a timm model, frozen, with a head of `classes` outputs.
+    """Load a frozen timm model with a head of `classes` outputs.
 
-    The head is a new one where the weights bring none, or one for another number of classes. What no
-    weights fill is drawn with `seed`: the same call gives the same model again. Raises ValueError for an
-    unknown model, naming close ones, for weights that do not fit or cannot be fetched, and for numbers
-    of classes that contradict each other.
+    The head is new if the weights contain none, or one for another number of classes. Parameters that are not in the
+    weights are drawn with `seed`, so the same call returns the same model. Raises ValueError for an unknown model
+    (naming close matches), for weights that do not fit or cannot be downloaded, and for contradictory numbers of
+    classes.
     """
     assert options.model is not None
     if options.num_classes not in (None, classes):
-        raise ValueError(f"the data has {classes} classes, --num-classes says {options.num_classes}: leave it out")
+        raise ValueError(f"the data has {classes} classes, but --num-classes says {options.num_classes}: leave it out")
     if not options.model.startswith(_SCHEMES):
         _check_name(options.model)
     arguments: dict[str, Any] = {}
@@ -78,8 +78,8 @@ def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedCla
     if options.initial_checkpoint:
         if in_weights != classes and not options.fresh_head:
             raise ValueError(
-                f"{options.initial_checkpoint} holds a classifier of {in_weights} classes and the data has {classes}: "
-                "give --fresh-head to start with a new one"
+                f"{options.initial_checkpoint} has a classifier of {in_weights} classes, but the data has {classes}: "
+                "give --fresh-head to start with a new head"
             )
         arguments |= {"checkpoint_path": options.initial_checkpoint, "num_classes": in_weights}
     else:
@@ -106,23 +106,23 @@ def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedCla
 
 
 def with_own_head(options: ModelOptions, seed: int) -> nn.Module:
-    """Return the pretrained model with the head that its weights bring."""
+    """Return the pretrained model with the head of its weights."""
     assert options.model is not None
     return _create(options.model, {"pretrained": True}, seed).requires_grad_(False)
 
 
 def _create(name: str, arguments: Mapping[str, Any], seed: int) -> Any:
-    """Call timm. Any: what a model of timm can do is more than a module's type says."""
+    """Create a timm model. The type is Any because timm models have methods that nn.Module does not declare."""
     import timm
 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return timm.create_model(name, **arguments)
-    except Exception as error:  # of whatever library reads the file or asks the network
+    except Exception as error:  # from any library that reads the file or uses the network
         reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
         words = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
-        raise ValueError(f"timm cannot make the model {name!r} with {words}: {reason}") from error
+        raise ValueError(f"timm cannot create the model {name!r} with {words}: {reason}") from error
 
 
 def _check_name(name: str) -> None:
@@ -143,7 +143,7 @@ def _check_name(name: str) -> None:
 
 
 def _is_fixed(name: str) -> bool:
-    """Tell whether a model has to be built for one image size."""
+    """Return whether a model must be built for a fixed image size."""
     import timm
 
     config = None if name.startswith(_SCHEMES) else timm.get_pretrained_cfg(name)
@@ -151,7 +151,7 @@ def _is_fixed(name: str) -> bool:
 
 
 def _classes_of_weights(options: ModelOptions, arguments: Mapping[str, Any]) -> int | None:
-    """Return how many classes the classifier tells apart that the weights bring; None if they bring none."""
+    """Return the number of classes of the classifier in the weights, or None if there are no weights."""
     assert options.model is not None
     if not (options.pretrained or options.initial_checkpoint):
         return None
@@ -163,24 +163,26 @@ def _classes_of_weights(options: ModelOptions, arguments: Mapping[str, Any]) -> 
 
     assert options.initial_checkpoint is not None
     if not Path(options.initial_checkpoint).is_file():
-        raise FileNotFoundError(f"no file {options.initial_checkpoint!r} (--initial-checkpoint)")
+        raise FileNotFoundError(f"there is no file {options.initial_checkpoint!r} (--initial-checkpoint)")
     try:
         weights: Mapping[str, Tensor] = load_state_dict(options.initial_checkpoint)
-    except Exception as error:  # of whatever library reads the file
+    except Exception as error:  # from any library that reads the file
         raise ValueError(f"cannot read --initial-checkpoint {options.initial_checkpoint}: {error}") from error
     outputs = {len(weights[f"{head}.weight"]) for head in head_modules(model) if f"{head}.weight" in weights}
     if len(outputs) != 1:
-        raise ValueError(f"{options.initial_checkpoint} has no classifier of a {options.model}")
+        raise ValueError(f"{options.initial_checkpoint} has no classifier that fits {options.model}")
     return outputs.pop()
 
 
 def _check_head(model: nn.Module, classes: int) -> None:
     if not head_modules(model) or getattr(model, "num_classes", None) != classes:
-        raise ValueError(f"timm made a {type(model).__name__} without a classifier of {classes} classes: take another")
+        raise ValueError(
+            f"timm created a {type(model).__name__} without a classifier of {classes} classes: choose another model"
+        )
 
 
 def _renew_head(model: nn.Module, seed: int) -> None:
-    """Draw the head's last layers anew, all but zero."""
+    """Initialise the last layer of each head with values close to zero."""
     generator = torch.Generator().manual_seed(seed)
     for head in head_modules(model):
         layers = [part for part in model.get_submodule(head).modules() if isinstance(part, (nn.Linear, nn.Conv2d))]

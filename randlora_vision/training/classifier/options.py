@@ -1,12 +1,13 @@
-"""The options of train_classifier.py, and what the ones left out become."""
+"""The options of train_classifier.py and their defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from randlora_vision.training.data.options import SplitOptions
+from randlora_vision.training.data.options import DataOptions
 from randlora_vision.training.harness.options import (
+    FREE,
     AdapterOptions,
     CheckpointOptions,
     RateOptions,
@@ -16,7 +17,7 @@ from randlora_vision.training.harness.options import (
 )
 
 Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]
-# The demo's have the lowest validation loss of one seed on a coarse grid. The others are the usual ones.
+# The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones.
 _DEMO_LR: Mapping[Method, float] = {"randlora": 2e-3, "lora": 6e-3, "vera": 3e-2, "full": 1.2e-3, "linear-probe": 5e-2}
 _DEMO_HEAD_LR: Mapping[Method, float] = {"randlora": 6e-3}
 _LR: Mapping[Method, float] = {"randlora": 1e-3, "lora": 1e-3, "vera": 4e-3, "full": 1e-5, "linear-probe": 1e-3}
@@ -30,21 +31,21 @@ class ModelOptions:
     """The timm model."""
 
     model: str | None = None
-    """A model of timm: its name, hf-hub:ORG/REPO or local-dir:FOLDER. Left out: the tiny digits ViT, or
-    vit_base_patch16_224 with pretrained weights where the data is given."""
+    """A timm model: its name, hf-hub:ORG/REPO or local-dir:FOLDER. By default, the tiny digits ViT, or
+    vit_base_patch16_224 with pretrained weights if data is given."""
     pretrained: bool = False
-    """Start from timm's pretrained weights; otherwise from random ones, or from --initial-checkpoint."""
+    """Start from the pretrained weights of timm instead of random weights or --initial-checkpoint."""
     initial_checkpoint: str | None = None
     """Start from the weights in this file."""
     fresh_head: bool = False
-    """Start with a new classifier even where the weights bring one of the right number of classes; needed
-    for an --initial-checkpoint of another number."""
+    """Start with a new classifier head even if the weights contain one with the right number of classes; needed for
+    an --initial-checkpoint with another number of classes."""
     img_size: int | None = None
-    """The side of the images in pixels. Left out: the model's own."""
+    """Image size in pixels (one side). Defaults to that of the model."""
     num_classes: int | None = None
-    """Left out, as it can always be: the number that the data has."""
+    """Number of classes. Defaults to that of the data, so it can always be left out."""
     cache_dir: str | None = None
-    """Where the digits ViT is kept. Left out: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+    """Folder that caches the digits ViT. Defaults to $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.pretrained and self.initial_checkpoint:
@@ -56,38 +57,19 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions(SplitOptions):
-    """The images."""
-
-    data: str | None = None
-    """A folder of class folders, or of train/ and val/ or test/ with class folders in each; with --dataset,
-    where that keeps its files. Left out, with no --dataset: the embedded digits, all ten, background and
-    foreground swapped."""
-    dataset: str | None = None
-    """A dataset by timm's name: torch/cifar10 (torchvision's), hfds/ORG/NAME (Hugging Face's)."""
-    dataset_download: bool = False
-    """Allow --dataset to fetch what is not on the disk."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dataset_download and not self.dataset:
-            raise ValueError("--dataset-download needs --dataset")
-
-
-@dataclass(frozen=True)
 class AugmentOptions:
-    """How training images are changed, by timm. On the embedded digits: small rotations, unless given."""
+    """Augmentation of training images by timm. The embedded digits use small rotations by default."""
 
     auto_augment: str | None = None
-    """timm's string for it, such as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or original."""
+    """A timm augmentation string, such as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or original."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle of an image."""
     label_smoothing: float = 0.0
-    """Part of the target that is spread over all classes."""
+    """Fraction of the target that is spread over all classes."""
     mixup: float = 0.0
-    """Mixup's alpha; 0 switches it off."""
+    """Alpha of Mixup; 0 disables it."""
     cutmix: float = 0.0
-    """CutMix's alpha; 0 switches it off. With both, every batch takes one or the other."""
+    """Alpha of CutMix; 0 disables it. If both are enabled, each batch uses one or the other."""
 
     def __post_init__(self) -> None:
         for name in ("random_erasing", "label_smoothing"):
@@ -99,13 +81,13 @@ class AugmentOptions:
 
 @dataclass(frozen=True)
 class ClassifierAdapterOptions(AdapterOptions):
-    """What is trained, beside the classifier head, which always is."""
+    """What is trained, in addition to the classifier head, which is always trained."""
 
-    method: Method = "randlora"  # type: ignore[assignment]  # one method more
-    """RandLoRA, PEFT's LoRA or VeRA on the same weights, full fine-tuning, or the head alone."""
+    method: Method = "randlora"  # type: ignore[assignment]  # one more method
+    """RandLoRA, the LoRA or VeRA of PEFT on the same weights, full fine-tuning, or the head alone."""
     head_lr: float | None = None
-    """Peak learning rate of the head. Left out: --lr (where that is left out too, the embedded digits have
-    one of their own)."""
+    """Peak learning rate of the head. Defaults to --lr; if that is not given either, the embedded digits use a
+    separate default for RandLoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +97,7 @@ class ClassifierAdapterOptions(AdapterOptions):
 
 @dataclass(frozen=True)
 class ClassifierOptions:
-    """Everything that train_classifier.py can be told."""
+    """All options of train_classifier.py."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -124,23 +106,23 @@ class ClassifierOptions:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     rates: RateOptions = field(default_factory=RateOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
-    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
-    run: RunOptions = field(default_factory=RunOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions, metadata=FREE)
+    run: RunOptions = field(default_factory=RunOptions, metadata=FREE)
 
     def __post_init__(self) -> None:
         if (self.augment.mixup or self.augment.cutmix) and self.training.batch_size % 2:
             raise ValueError(f"--mixup and --cutmix need an even --batch-size, got {self.training.batch_size}")
         if self.adapter.alpha is not None and self.adapter.method == "vera":
-            raise ValueError("--alpha: VeRA has none")
+            raise ValueError("--alpha: VeRA has no alpha, leave it out")
 
     @property
     def embedded(self) -> bool:
-        """Whether the data are the embedded digits."""
-        return self.data.data is None and self.data.dataset is None
+        """Whether the data is the embedded digits."""
+        return self.data.embedded
 
 
 def resolve(options: ClassifierOptions) -> ClassifierOptions:
-    """Return `options` with a value for everything left out, but for LoRA's rank when a budget sets it."""
+    """Return `options` with the defaults filled in, except the rank of LoRA if a budget sets it."""
     embedded, method = options.embedded, options.adapter.method
     model, adapter, training = options.model, options.adapter, options.training
     if model.model is None:
@@ -160,5 +142,5 @@ def resolve(options: ClassifierOptions) -> ClassifierOptions:
 
 
 def model_title(options: ClassifierOptions) -> str:
-    """Return a short name of the model: without the folders that lead to it."""
+    """Return a short name of the model, without the path of its folder."""
     return Path(options.model.model or "").name

@@ -1,4 +1,4 @@
-"""Training a timm classifier as a task of the training loop: its loss, and what is measured and saved."""
+"""The task that trains a timm classifier: its loss, evaluation and saving."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from randlora_vision.training.methods.adaptation import Adaptation
 
 
 class ClassifierLoss(nn.Module):
-    """Cross entropy of a model's logits, with timm's Mixup and CutMix and label smoothing."""
+    """Cross entropy of the logits of a model, with Mixup, CutMix and label smoothing from timm."""
 
     def __init__(self, model: nn.Module, classes: int, augment: AugmentOptions) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class ClassifierLoss(nn.Module):
         """Return the mean loss of a batch, a scalar."""
         images, targets = batch["images"], batch["labels"]
         if self.mixup is not None:
-            even = len(images) - len(images) % 2  # odd where an image could not be read
+            even = len(images) - len(images) % 2  # odd if an image could not be read
             images, targets = self.mixup(images[:even].clone(), targets[:even])
         loss: Tensor = self.criterion(self.model(images), targets)
         return loss
 
 
 class ClassifierTask(AdaptedTask):
-    """What the loop trains: the loss on `train`, measured on `val`, saved to one file."""
+    """Train with the loss on `train`, evaluate on `val`, and save to one file."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ClassifierTask(AdaptedTask):
         self._val = evaluation_batches(val, training.batch_size, training.workers)
 
     def own_lr(self) -> dict[nn.Parameter, float]:
-        """Return the learning rates that are not the common one, by parameter."""
+        """Return the learning rates that differ from the default, by parameter."""
         model, lr, head_lr = self.loss.model, self._options.training.lr, self._options.adapter.head_lr
         assert lr is not None, "resolve the options first"
         decay = self._options.rates.layer_decay
@@ -82,5 +82,5 @@ class ClassifierTask(AdaptedTask):
         return rates
 
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracies on the validation split."""
+        """Return the loss and the accuracies on the validation split."""
         return evaluate(self.loss.model, self._val, self.classes).values

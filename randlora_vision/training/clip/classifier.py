@@ -1,4 +1,4 @@
-"""A CLIP model as an image classifier: class prompts, their loss, and accuracy.
+"""A CLIP model as an image classifier: class prompts, the loss and the accuracy.
 
 Shapes: B images, C classes, T templates, L tokens, D shared dimension.
 """
@@ -14,16 +14,16 @@ from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.data.labelled import Batch
 from randlora_vision.training.evaluation.accuracy import Scores, measure
 
-PROBE = "class_features"  # the name of a probe's parameter, here and in its file
+PROBE = "class_features"  # name of a linear probe's parameter, in the module and in the file
 _PROMPTS_AT_ONCE = 256
 
 
 class ClipClassifier(nn.Module):
     """logits (B, C) = exp(logit_scale) * image features (B, D) @ class features (C, D)^T.
 
-    Class features are the text tower's, averaged over the templates. With `probe` they are a
-    parameter, `class_features`, that starts as those; otherwise they are recomputed at every call
-    while the text tower learns, and computed once while it is frozen (as it is when this is built).
+    The class features are the text features of the class prompts, averaged over the templates. With `probe`,
+    they initialise a trained parameter, `class_features`. Otherwise they are recomputed at every call if the
+    text tower is trained, and computed once if it is frozen when the classifier is built.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ClipClassifier(nn.Module):
         probe: bool = False,
     ) -> None:
         super().__init__()
-        # Any: the two towers' methods are open_clip's, which no type of PyTorch's knows.
+        # Any: nn.Module does not declare encode_image and encode_text of open_clip.
         self.clip: Any = clip.model
         self.prompts = prompts
         texts = [template.replace("{}", name) for name in class_names for template in templates]
@@ -45,7 +45,7 @@ class ClipClassifier(nn.Module):
         self.tokens: Tensor
         self.class_features: nn.Parameter | None = None
         self._frozen: Tensor | None = None  # (C, T, D)
-        self.eval()  # what is computed once is computed as in evaluation: no dropout, all templates averaged
+        self.eval()  # cached features are computed as in evaluation: without dropout, for all templates
         if not text_tower_learns(clip.model):
             with torch.no_grad():
                 self._frozen = self._encode(self.tokens)
@@ -53,7 +53,7 @@ class ClipClassifier(nn.Module):
             self.class_features = nn.Parameter(self.prompt_features().detach().clone())
 
     def prompt_features(self) -> Tensor:
-        """Return the class features (C, D), of unit length, that the prompts give now."""
+        """Return the class features (C, D), of unit length, of the prompts with the current text tower."""
         tokens, features = self.tokens, self._frozen
         if self.training and self.prompts == "sample":
             chosen = torch.randint(tokens.shape[1], (tokens.shape[0],)).to(tokens.device)
@@ -69,13 +69,13 @@ class ClipClassifier(nn.Module):
         return self.logits(images, self._current_features())
 
     def logits(self, images: Tensor, class_features: Tensor) -> Tensor:
-        """Return the logits (B, C) for class features (C, D) that are already there."""
+        """Return the logits (B, C) of the images (B, 3, H, W) for the given class features (C, D)."""
         image_features = self.clip.encode_image(images, normalize=True)
         return self.clip.logit_scale.exp() * image_features @ class_features.T
 
     @torch.no_grad()
     def scores(self, batches: Iterable[Batch]) -> Scores:
-        """Measure the classifier on the batches; leaves the model in eval mode."""
+        """Evaluate the classifier on the batches. Leaves the model in eval mode."""
         self.eval()
         features = self._current_features()
         return measure(lambda images: self.logits(images, features), batches, len(self.tokens), features.device)
@@ -97,7 +97,7 @@ class ClipClassifier(nn.Module):
 
 
 class ClassPromptLoss(nn.Module):
-    """Cross entropy of a classifier's logits: what training minimises."""
+    """The training loss: cross entropy of the logits of a classifier."""
 
     def __init__(self, classifier: ClipClassifier) -> None:
         super().__init__()
@@ -109,12 +109,12 @@ class ClassPromptLoss(nn.Module):
 
 
 def text_tower_learns(model: nn.Module) -> bool:
-    """Tell whether any parameter of the text tower requires a gradient."""
+    """Return whether any parameter of the text tower requires a gradient."""
     return any(p.requires_grad for name, p in model.named_parameters() if belongs_to(name, "text"))
 
 
 def belongs_to(name: str, tower: str) -> bool:
-    """Tell whether an open_clip parameter is of the `vision` or the `text` tower, by its name.
+    """Return whether the open_clip parameter `name` belongs to `tower` ("vision" or "text").
 
     The logit scale and bias, and CoCa's caption decoder, belong to neither.
     """

@@ -1,10 +1,9 @@
-"""The losses of images with captions, CLIP's and SigLIP's, over the pairs of all processes.
+"""The CLIP and SigLIP losses for images with captions, over the pairs of all processes.
 
-They are open_clip's `ClipLoss(local_loss=True, gather_with_grad=True)` and `SigLipLoss`, which know nothing of
-captions: two images of one caption are negatives of each other there. Here they are positives, and where
-no caption repeats the numbers are open_clip's (and its gradients: its classes are not used because a class that
-knows captions shares only the two matrix products with them, and because they gather by functions that PyTorch
-has deprecated).
+They correspond to `ClipLoss(local_loss=True, gather_with_grad=True)` and `SigLipLoss` of open_clip, which do not
+compare captions: there, two images with the same caption are negatives of each other. Here they are positives. If
+no caption repeats, values and gradients equal those of open_clip. Its classes are not used, because only the two
+matrix products could be shared, and because they gather with functions that PyTorch has deprecated.
 
 Shapes: b pairs of this process, B pairs of all processes, D shared dimension.
 """
@@ -27,7 +26,7 @@ Contrast = Literal["clip", "siglip"]
 def softmax_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Return the sum (a scalar) over rows of the cross entropy of logits (b, B) with all of a row's positives.
 
-    `positive` (b, B) bool. Of several positives each is wanted with equal probability.
+    `positive` is (b, B) bool. If a row has several positives, the target is uniform over them.
     """
     targets = positive.to(logits.dtype)
     return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True), reduction="sum")
@@ -39,11 +38,11 @@ def sigmoid_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def fitted_bias(logits: Tensor, positive: Tensor) -> Tensor:
-    """Return the bias (a scalar) at which the sigmoid loss of logits (B, B) is least.
+    """Return the bias (a scalar) that minimises the sigmoid loss of logits (B, B).
 
-    There the probabilities add up to the number of positives, which halving an interval finds. It stands in for
-    the trained bias of SigLIP models where a model has none: without any, all pairs of a CLIP begin as
-    likely ones. As it is the minimum, the gradient at the logits needs no term for it.
+    At the minimum, the probabilities sum to the number of positives; bisection finds it. It replaces the trained
+    bias of SigLIP for models without one: without any bias, a CLIP model starts with high probabilities for all
+    pairs. Because the bias is at the minimum, the gradient with respect to the logits needs no term for it.
     """
     wanted = min(float(positive.sum()), positive.numel() - 0.5)
     prior = math.log(wanted / (positive.numel() - wanted))
@@ -57,49 +56,50 @@ def fitted_bias(logits: Tensor, positive: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Replay:
-    """A batch of which the gradient is known that the joint loss of several batches has at its features."""
+    """A batch and the gradient of the joint loss of several batches with respect to its features."""
 
     batch: PairBatch
     image_gradient: Tensor  # (b, D)
     text_gradient: Tensor  # (b, D)
-    other_gradients: Sequence[Tensor]  # at the logit scale and bias, as far as they are trained
+    other_gradients: Sequence[Tensor]  # with respect to the trained ones of logit scale and bias
     loss: Tensor  # the joint loss, a scalar
-    batches: int  # over how many it is joint
+    batches: int  # number of batches in the joint loss
 
 
 class ContrastiveLoss(nn.Module):
-    """The mean loss over the pairs of all processes, each against all texts and (CLIP's) all images.
+    """The mean contrastive loss over the pairs of all processes.
 
-    A process returns its share: the mean of the processes' values is the loss, and so the mean of
-    their gradients, which DistributedDataParallel takes, is its gradient.
+    Each image is compared with all texts and, for the CLIP loss, each text with all images. Each process returns its
+    share: the mean of the shares over the processes is the loss. DistributedDataParallel averages the gradients over
+    the processes, so the result is the gradient of the loss.
     """
 
     def __init__(self, model: nn.Module, contrast: Contrast) -> None:
         super().__init__()
-        self.clip: Any = model  # open_clip's, whose two towers' methods no type of PyTorch's knows
+        self.clip: Any = model  # nn.Module does not declare encode_image and encode_text
         self.contrast = contrast
 
     def forward(self, batch: PairBatch | Replay) -> Tensor:
-        """Return the loss of a batch, a scalar; or what has the gradient of a joint loss, and its value."""
+        """Return the loss of a batch, a scalar; for a `Replay`, one with value and gradient of the joint loss."""
         if isinstance(batch, Replay):
             return self._replay(batch)
         return self.pair_loss(*self.features(batch), batch["captions"])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the towers, and not the loss: what goes between processes is not for the compiler."""
+        """Compile the towers but not the loss, which communicates between processes."""
         self.features = torch.compile(self.features, *args, **kwargs)  # type: ignore[method-assign]
 
     def features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Return the image and text features (b, D), of unit length, in float32 or better."""
+        """Return the image and text features (b, D), of unit length, in float32 or higher precision."""
         images = self.clip.encode_image(batch["images"], normalize=True)
         texts = self.clip.encode_text(batch["tokens"], normalize=True)
         return _at_least_float32(images), _at_least_float32(texts)
 
     def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor) -> Tensor:
-        """Return this process's share, a scalar, given its features (b, D) and the captions' numbers (b,)."""
+        """Return this process's share of the loss, a scalar, for features (b, D) and caption ids (b,)."""
         counts = row_counts(len(captions), captions.device)
         positive = captions[:, None] == gather_rows(captions, counts)
-        with torch.autocast(images.device.type, enabled=False):  # rounded logits of scale 100 are off by 0.5
+        with torch.autocast(images.device.type, enabled=False):  # at a logit scale of 100, rounding errs by up to 0.5
             scale = self.clip.logit_scale.exp()
             logits = scale * images @ gather_rows(texts, counts).T
             if self.contrast == "siglip":
@@ -113,12 +113,12 @@ class ContrastiveLoss(nn.Module):
         return total * (len(counts) / sum(counts))
 
     def join(self, batches: Sequence[PairBatch], seed: Callable[[int], None]) -> list[Replay]:
-        """Return what to call this module with, batch by batch, for the loss of all `batches` as one.
+        """Return the inputs to this module, one per batch, for the loss of all `batches` as a single batch.
 
-        The mean of the losses and of the gradients are then those of the big batch, while no more than
-        one batch's activations are kept: all features are computed first without them, then the loss and its
-        gradient at the features, and each batch is computed again to pass its part of that on. `seed(k)`
-        must put the random states at the k-th batch where they are when it is computed again.
+        The means of the losses and of the gradients then equal those of the single large batch, but the activations
+        of only one batch are kept in memory at a time: first all features are computed without gradients, then the
+        loss and its gradient with respect to the features; finally, each batch is computed again to backpropagate
+        its part of that gradient. `seed(k)` must set the random state that batch k has when it is computed again.
         """
         features = []
         with torch.no_grad():
@@ -134,7 +134,7 @@ class ContrastiveLoss(nn.Module):
         return [Replay(*part, others, loss.detach(), len(batches)) for part in parts]
 
     def trained_scalars(self) -> list[nn.Parameter]:
-        """Return the logit scale, and with SigLIP's loss the bias, as far as they are trained."""
+        """Return the logit scale and, for the SigLIP loss, the logit bias, if they are trained."""
         bias = getattr(self.clip, "logit_bias", None) if self.contrast == "siglip" else None
         return [scalar for scalar in (self.clip.logit_scale, bias) if scalar is not None and scalar.requires_grad]
 

@@ -1,4 +1,4 @@
-"""What is measured of a CLIP model before and after training: the task, and what it could do before.
+"""Evaluation of a CLIP model before and after training, on the task and on other data sets.
 
 Shapes: P sampled pictures, C classes.
 """
@@ -28,12 +28,12 @@ Splits = ImageSplits | PairSplits
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of the tests."""
+    """The results of a model on the tests."""
 
-    tasks: Mapping[str, str]  # what each test is of
-    scores: Mapping[str, Scores]  # of the tests with classes
-    features: Mapping[str, Features]  # of those with captions
-    logits: Tensor  # of the sample of pictures (P, C), or (P, P) against each one's first caption
+    tasks: Mapping[str, str]  # test -> name of its data
+    scores: Mapping[str, Scores]  # for the tests with classes
+    features: Mapping[str, Features]  # for the tests with captions
+    logits: Tensor  # for the sample of pictures: (P, C), or (P, P) against the first caption of each picture
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,11 +48,11 @@ class Answers:
 class Exam:
     """The test split of the task and of others, and a sample of the task's pictures.
 
-    Data with classes is measured by zero-shot classification, data with captions by retrieval.
+    Data with classes is evaluated by zero-shot classification, data with captions by retrieval.
     """
 
     def __init__(self, clip: LoadedClip, tests: Mapping[str, Splits], options: ClipOptions, skipped: SkipList) -> None:
-        """Prepare; `tests` are by name, the task's is `test`."""
+        """Prepare the tests. `tests` maps a name to its data; the task is named "test"."""
         self.tests = tests
         self.skipped = skipped
         self.templates = options.images.templates
@@ -77,7 +77,7 @@ class Exam:
         self.images = torch.stack([self.transform(picture) for picture in self.pictures])
 
     def take(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> Answers:
-        """Measure a model, on the task by `classifier` where it has classes; by default the prompts' one."""
+        """Evaluate a model. `classifier`, if given, replaces the zero-shot classifier on a task with classes."""
         scores, features = {}, {}
         for name, test in self.tests.items():
             if isinstance(test, ImageSplits):
@@ -98,7 +98,7 @@ class Exam:
         return ClipClassifier(clip, self.captions, ["{}"]).predict(self.images)
 
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
-        """Return the sample of pictures with both answers; for data with classes."""
+        """Return the sample of pictures with both predictions, for data with classes."""
         assert self.class_names is not None
         names = self.class_names
         old = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
@@ -110,7 +110,7 @@ class Exam:
         ]
 
     def found(self, before: Answers | None, after: Answers) -> Sequence[Found]:
-        """Return the sample of pictures with the captions that were nearest; for data with captions."""
+        """Return the sample of pictures with their nearest captions, for data with captions."""
         return [
             Found(
                 picture,

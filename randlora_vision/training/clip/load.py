@@ -1,4 +1,4 @@
-"""A saved file of any method on a CLIP model again, at its full strength or at part of it."""
+"""Loading a saved file of any method into a CLIP model, at full or partial strength."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ from randlora_vision.training.methods.lora import LowRank, load_lora
 def reload(
     clip: LoadedClip, class_names: Sequence[str] | None, options: ClipOptions, path: Path, scale: float = 1.0
 ) -> ClipClassifier | None:
-    """Put a saved file on a base model, in place, and return the classifier that this makes where there are classes.
+    """Load a saved file into a base model, in place, and return its classifier if there are classes.
 
-    See `put_on`. At part of its strength a linear probe is that far from the prompts' features.
+    See `put_on`. At a `scale` s, the features of a linear probe are prompts + s * (probe - prompts).
     """
     probe = put_on(clip.model, path, scale)
     if class_names is None:
         if probe is not None:
-            raise ValueError(f"{path} is a linear classifier, and the data has captions, not classes")
+            raise ValueError(f"{path} is a linear classifier, but the data has captions, not classes")
         return None
     classifier = ClipClassifier(
         clip, class_names, options.images.templates, options.images.prompts, probe=probe is not None
@@ -36,7 +36,9 @@ def reload(
     if probe is not None and own is not None:
         if own.shape != probe.shape:
             shapes = " x ".join(map(str, probe.shape)), " x ".join(map(str, own.shape))
-            raise ValueError(f"{path} is a linear classifier of {shapes[0]} numbers; model and data want {shapes[1]}")
+            raise ValueError(
+                f"{path} is a linear classifier of shape {shapes[0]}, but the model and the data need {shapes[1]}"
+            )
         with torch.no_grad():
             own.copy_(torch.lerp(own, probe.to(own), scale))
         own.requires_grad_(False)
@@ -44,20 +46,21 @@ def reload(
 
 
 def put_on(model: nn.Module, path: Path, scale: float = 1.0) -> Tensor | None:
-    """Put what a file holds on a frozen base model, in place; return a linear probe's class features (C, D).
+    """Load a file into a frozen base model, in place; return the class features (C, D) of a linear probe.
 
-    At `scale` s the weights are base + s * (adapted - base): 1 is as trained, 0 the base. A probe is returned as
-    it is: it lies beside the model. Raises ValueError for a file that is none of ours or of another model.
+    At a `scale` s, the weights are base + s * (adapted - base): 1 gives the trained weights, 0 the base weights. The
+    features of a probe are returned unscaled, and the model is not changed. Raises ValueError for a file that is not
+    an adapter file or belongs to another model.
     """
-    if path.is_dir():  # PEFT's
+    if path.is_dir():  # a PEFT adapter
         _load_randlora(model, path, scale)
         return None
     try:
         with safe_open(path, framework="pt") as file:
             kind = (file.metadata() or {}).get("format")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     except SafetensorError as error:
-        raise ValueError(f"{path} is no adapter file: {error}") from error
+        raise ValueError(f"{path} is not an adapter file: {error}") from error
     if kind == FORMAT:
         _load_randlora(model, path, scale)
     elif kind == LORA_FORMAT:
@@ -80,14 +83,14 @@ def _load_randlora(model: nn.Module, path: Path, scale: float) -> None:
 
 @torch.no_grad()
 def _move(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, scale: float) -> None:
-    """Take the parameters that were trained in full from the model's own towards the file's."""
+    """Interpolate the fully trained parameters from their values in the model towards those in the file."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters:
-            raise ValueError(f"{path} is no adapter of this model: a {type(model).__name__} has no {name}")
+            raise ValueError(f"{path} is not an adapter of this model: {type(model).__name__} has no parameter {name}")
         if parameters[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in the file and {tuple(parameters[name].shape)} in the model"
-            raise ValueError(f"{path} is no adapter of this model: {name} is {shapes}")
+            raise ValueError(f"{path} is not an adapter of this model: {name} is {shapes}")
     for name, tensor in tensors.items():
         own = parameters[name]
         own.copy_(torch.lerp(own, tensor.to(own), scale))

@@ -1,4 +1,4 @@
-"""The ways of training a CLIP model, and their learning rates by layer."""
+"""The methods of training a CLIP model, and their layer-wise learning rates."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -41,9 +41,10 @@ _PROBE_CODE = (
 def adapt(
     clip: LoadedClip, class_names: Sequence[str] | None, options: ClipOptions
 ) -> tuple[ClipClassifier | None, Adaptation]:
-    """Make the model trainable by the chosen method, everything else frozen; return its classifier of classes too.
+    """Prepare the model for the chosen method and freeze all other weights; return the classifier and the adaptation.
 
-    For the linear probe the trained weights are the classifier's, for the other methods the model's own.
+    The linear probe trains the weights of the classifier; the other methods train weights of the model. The
+    classifier is None for data without classes.
     """
     probe = options.adapter.method == "linear-probe"
     adaptation = None if probe else _adapt_model(clip.model, options)
@@ -51,7 +52,7 @@ def adapt(
     if class_names is not None:
         classifier = ClipClassifier(clip, class_names, options.images.templates, options.images.prompts, probe)
     if adaptation is None:
-        assert classifier is not None, "a probe without classes: resolve_loss refuses it"
+        assert classifier is not None, "a probe needs classes: resolve_loss checks this"
         adaptation = TrainedTensors(classifier, [PROBE], "linear classifier", _PROBE_CODE)
     return classifier, adaptation
 
@@ -64,7 +65,7 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
         assert adapter.rank is not None and adapter.alpha is not None, "resolve the budget first"
         return LoRA(model, adapter_targets(model, options), adapter.rank, adapter.alpha)
     towers = _towers(options)
-    # Token tables stay frozen: few of their rows are in any prompt, and they slow every step down.
+    # Token embeddings stay frozen: the prompts use few of their rows, and training them slows down every step.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
     names = [
         name
@@ -76,7 +77,7 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
 
 
 def adapter_targets(model: nn.Module, options: ClipOptions) -> list[str]:
-    """Return the names of the weights that an adapter acts on."""
+    """Return the names of the weights that an adapter changes."""
     return target_names(model, _config(options))
 
 
@@ -85,7 +86,7 @@ def _config(options: ClipOptions, modules_to_save: Iterable[str] = ()) -> RandLo
 
 
 def checkpoint_towers(model: nn.Module, options: ClipOptions) -> None:
-    """Let the towers that are adapted compute activations again; raise ValueError for one that cannot."""
+    """Turn on activation checkpointing in the adapted towers; raise ValueError if a tower does not support it."""
     for tower in _towers(options):
         checkpoint_activations(model, f"the {tower} tower", partial(belongs_to, tower=tower))
 
@@ -95,7 +96,7 @@ def _towers(options: ClipOptions) -> tuple[str, ...]:
 
 
 def own_rates(model: Any, options: ClipOptions) -> dict[nn.Parameter, float]:
-    """Return the learning rates of an open_clip model that are not the common one, by parameter."""
+    """Return the learning rates that differ from the default, by parameter of an open_clip model."""
     assert options.training.lr is not None, "resolve the options first"
     decay, scale_lr = options.rates.layer_decay, options.clip.logit_scale_lr
     rates = layer_rates(model, clip_layers(model), options.training.lr, decay) if decay != 1 else {}
@@ -103,15 +104,15 @@ def own_rates(model: Any, options: ClipOptions) -> dict[nn.Parameter, float]:
 
 
 def _scalars(model: nn.Module, options: ClipOptions) -> list[str]:
-    """Return what is trained of the logit scale and bias. Of the losses only SigLIP's depends on the bias."""
+    """Return the names of the trained logit scale and bias. Only the SigLIP loss depends on the bias."""
     if not options.clip.train_logit_scale:
         return []
     with_bias = options.loss.loss == "siglip" and getattr(model, "logit_bias", None) is not None
     return ["logit_scale", "logit_bias"] if with_bias else ["logit_scale"]
 
 
-# Of an open_clip tower that is not timm's: what comes before the blocks, the blocks, and a norm after them, which
-# is of the last block. All else is the last layer. Names are those within the tower.
+# Layers of an open_clip tower that is not a timm model: the stem before the blocks, the blocks, and a norm after them,
+# which counts as part of the last block. Everything else is the last layer. Names are relative to the tower.
 _CLIP_TOWER: Mapping[str, Any] = {
     "stem": (
         r"(?:conv\d|bn\d|class_embedding|cls_emb|positional_embedding|token_embedding|ln_pre|"
@@ -119,16 +120,19 @@ _CLIP_TOWER: Mapping[str, Any] = {
     ),
     "blocks": [
         (r"layer(\d)\.(\d+)\.", None),  # open_clip's ResNets
-        (r"transformer\.(?:\w+\.)*?(?:resblocks|layers?|blocks?|h)\.(\d+)\.", None),  # its own, and Hugging Face's
+        (
+            r"transformer\.(?:\w+\.)*?(?:resblocks|layers?|blocks?|h)\.(\d+)\.",
+            None,
+        ),  # open_clip's and Hugging Face's transformers
         (r"(?:ln_post|ln_final|transformer\.(?:\w+\.)*\w*norm)\b", AS_THE_ONE_BEFORE),
     ],
 }
 
 
 def clip_layers(model: Any) -> list[Layers]:
-    """Return the layers of each tower of an open_clip model, its projection the last.
+    """Return the layers of each tower of an open_clip model; the projection is the last layer.
 
-    What is of no tower, such as the logit scale, is left out.
+    Parameters outside both towers, such as the logit scale, are left out.
     """
     trunk, text = (getattr(*place, None) for place in ((model.visual, "trunk"), (model, "text")))
     if trunk is None:

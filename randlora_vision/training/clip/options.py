@@ -1,4 +1,4 @@
-"""The options of train_clip.py, and what the ones left out become."""
+"""The options of train_clip.py and their defaults."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import (
+    FREE,
     AdapterOptions,
     CheckpointOptions,
     Method,
@@ -21,8 +22,8 @@ from randlora_vision.training.harness.options import (
 
 Towers = Literal["vision", "text", "both"]
 Loss = Literal["class-prompts", "clip", "siglip"]
-# The demo's have the lowest validation loss, mean of three seeds, on a coarse grid (of a factor of two or
-# less). The others are the usual ones for pretrained CLIP models.
+# The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
+# of two or less. The others are the usual ones for pretrained CLIP models.
 _DEMO_LR: Mapping[Method, float] = {"randlora": 2e-3, "lora": 9e-3, "full": 1.2e-3, "linear-probe": 1e-1}
 _LR: Mapping[Method, float] = {"randlora": 1e-3, "lora": 1e-3, "full": 1e-5, "linear-probe": 1e-3}
 
@@ -32,19 +33,19 @@ class ModelOptions:
     """The CLIP model."""
 
     model: str | None = None
-    """A model of open_clip: its name, hf-hub:ORG/REPO, local-dir:FOLDER, or the path of a model
-    configuration (.json). Left out: the tiny digits CLIP, or ViT-B-32 where --data is given."""
+    """An open_clip model: its name, hf-hub:ORG/REPO, local-dir:FOLDER, or the path of a model configuration (.json).
+    By default, the tiny digits CLIP, or ViT-B-32 if --data is given."""
     pretrained: str | None = None
-    """Its weights: one of open_clip's tags, or the path of a checkpoint."""
+    """The pretrained weights: an open_clip tag, or the path of a checkpoint."""
     towers: Towers = "both"
-    """The tower or towers that are adapted. With the text tower frozen its features are computed once."""
+    """Which towers to adapt. If the text tower is frozen, its features are computed once."""
     train_logit_scale: bool = False
-    """RandLoRA and full fine-tuning: train the scale of the logits too (with --loss siglip also a SigLIP model's
-    bias), and save it with the rest."""
+    """Also train the logit scale, and with --loss siglip the logit bias of a SigLIP model, and save it in the same
+    file. For RandLoRA and full fine-tuning only."""
     logit_scale_lr: float | None = None
-    """Its peak learning rate. Left out: --lr."""
+    """Peak learning rate of the logit scale. Defaults to --lr."""
     cache_dir: str | None = None
-    """Where the digits CLIP is kept. Left out: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+    """Folder that caches the digits CLIP. Defaults to $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.logit_scale_lr is not None and not self.train_logit_scale:
@@ -58,47 +59,49 @@ class LossOptions:
     """What training minimises."""
 
     loss: Loss | None = None
-    """class-prompts: the cross entropy of images against the features of their classes' prompts. clip and siglip:
-    images and captions against each other, by softmax or sigmoid, over all pairs of a step, those of
-    other processes and accumulated batches included; the captions of data with classes are the prompts. For
-    siglip a model without a logit bias gets the best one at each step. Left out: class-prompts for data with
-    classes, clip for captions."""
+    """class-prompts: cross entropy of the images against the text features of the class prompts. clip and siglip:
+    contrastive losses between images and captions, with softmax or sigmoid, over all pairs of a step, including those
+    of other processes and accumulated batches; for data with classes, the prompts are the captions. With siglip, a
+    model without a logit bias uses the optimal one at each step. Defaults to class-prompts for data with classes and
+    clip for data with captions."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is measured beside the task, before and after."""
+    """What to evaluate besides the task, before and after training."""
 
-    retention_data: str | None = None
-    """Data, given in the ways of --data, on which forgetting is measured: its test split, by the same templates."""
+    retention_data: str | None = field(default=None, metadata=FREE)
+    """Data on which to measure forgetting, in any form that --data takes: its test split, with the same templates."""
     eval_only: bool = False
-    """Train nothing: measure the model, and the model with --adapter where that is given."""
+    """Do not train: evaluate the model, and also the model with --adapter if given."""
     adapter: str | None = None
-    """A file that this script wrote, of any method: --eval-only measures it, and --method linear-probe learns on
-    the features of the model with it (RandLoRA, LoRA or full fine-tuning, which then stay as they are)."""
-    eval_scales: tuple[str, ...] = ()
-    """Measure part of the way from the base model to the adapted one as well, and draw it: 0,0.25,0.5,0.75,1."""
+    """A file written by this script with any method: --eval-only evaluates it, and --method linear-probe trains on the
+    features of the model with it (RandLoRA, LoRA or full fine-tuning, whose weights then stay frozen)."""
+    eval_scales: tuple[str, ...] = field(default=(), metadata=FREE)
+    """Also evaluate and plot the model at these scales between base (0) and adapted (1), such as 0,0.25,0.5,0.75,1."""
 
     def __post_init__(self) -> None:
         scales = self.scales
         if not all(math.isfinite(scale) for scale in scales):
             raise ValueError(f"--eval-scales must be finite numbers, got {', '.join(self.eval_scales)}")
         if scales and self.eval_only and self.adapter is None:
-            raise ValueError("--eval-scales with --eval-only needs --adapter: the base model alone has no scale")
+            raise ValueError(
+                "--eval-scales with --eval-only needs --adapter: the base model alone has no adapter to scale"
+            )
 
     @property
     def scales(self) -> list[float]:
-        """The scales as numbers; raises ValueError for a word that is none."""
+        """The scales as floats. Raises ValueError for a value that is not a number."""
         words = [word for group in self.eval_scales for word in group.split(",") if word.strip()]
         try:
             return [float(word) for word in words]
         except ValueError as error:
-            raise ValueError(f"--eval-scales takes numbers with commas between them: {error}") from error
+            raise ValueError(f"--eval-scales must be numbers separated by commas: {error}") from error
 
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """Everything that train_clip.py can be told."""
+    """All options of train_clip.py."""
 
     clip: ModelOptions = field(default_factory=ModelOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
@@ -108,25 +111,27 @@ class ClipOptions:
     rates: RateOptions = field(default_factory=RateOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
-    run: RunOptions = field(default_factory=RunOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions, metadata=FREE)
+    run: RunOptions = field(default_factory=RunOptions, metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.adapter.target_modules and self.clip.towers != "both":
             raise ValueError("--towers and --target-modules both choose what is adapted: give one")
         if self.clip.train_logit_scale and self.adapter.method not in ("randlora", "full"):
-            raise ValueError(f"--train-logit-scale: a file of --method {self.adapter.method} has no place for it")
+            raise ValueError(f"--train-logit-scale: the file format of --method {self.adapter.method} cannot store it")
         evaluation = self.evaluation
         if evaluation.adapter and not evaluation.eval_only and self.adapter.method != "linear-probe":
-            raise ValueError("--adapter needs --eval-only, or --method linear-probe to learn on its features")
+            raise ValueError("--adapter needs --eval-only, or --method linear-probe to train on its features")
         if evaluation.eval_only and self.checkpoints.resume is not None:
-            raise ValueError("--eval-only trains nothing: leave --resume out")
+            raise ValueError("--eval-only does not train: leave --resume out")
         if self.loss.loss in ("clip", "siglip") and self.adapter.method == "linear-probe":
-            raise ValueError(f"--method linear-probe is a classifier: it cannot learn from --loss {self.loss.loss}")
+            raise ValueError(
+                f"--method linear-probe is a classifier: it cannot be trained with --loss {self.loss.loss}"
+            )
 
 
 def resolve(options: ClipOptions) -> ClipOptions:
-    """Return `options` with a value for everything left out, but for LoRA's rank when a budget sets it."""
+    """Return `options` with the defaults filled in, except the rank of LoRA if a budget sets it."""
     embedded, method = options.images.embedded, options.adapter.method
     clip, images, adapter, training = options.clip, options.images, options.adapter, options.training
     if clip.model is None and not embedded:
@@ -153,9 +158,9 @@ def resolve(options: ClipOptions) -> ClipOptions:
 
 
 def resolve_loss(options: ClipOptions, captions: bool) -> ClipOptions:
-    """Return `options` with the loss for data with captions, or with classes.
+    """Return `options` with the loss filled in for data with captions or with classes.
 
-    Raises ValueError where the loss or the method cannot be for such data.
+    Raises ValueError if the loss or the method cannot be used with such data.
     """
     loss = options.loss.loss or ("clip" if captions else "class-prompts")
     if captions and loss == "class-prompts":
@@ -166,7 +171,7 @@ def resolve_loss(options: ClipOptions, captions: bool) -> ClipOptions:
 
 
 def resolve_metric(options: ClipOptions, captions: bool) -> ClipOptions:
-    """Return `options` with the metric that data with captions has, where that of data with classes was the default."""
+    """Return `options` with mean recall as the default metric for data with captions."""
     training = options.training
     if captions and training.best_metric == TrainingOptions.best_metric:
         training = replace(training, best_metric="mean_recall")
@@ -174,5 +179,5 @@ def resolve_metric(options: ClipOptions, captions: bool) -> ClipOptions:
 
 
 def model_title(options: ClipOptions) -> str:
-    """Return a short name of the model: without the folders that lead to it."""
+    """Return a short name of the model, without the path of its folder."""
     return Path(options.clip.model or "").name.removesuffix(".json")

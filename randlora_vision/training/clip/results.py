@@ -1,4 +1,4 @@
-"""The end of a CLIP run: pictures and summary in the run folder, and what is said on the terminal."""
+"""The end of a CLIP run: figures and summary in the run folder, and the closing message."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ from randlora_vision.training.methods.adaptation import Adaptation
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was measured in a run."""
+    """All evaluation results of a run."""
 
     exam: Exam
     before: Answers
-    after: Answers | None  # None where only the base model was measured
+    after: Answers | None  # None if only the base model was evaluated
     scales: Sequence[tuple[float, Results]] = ()  # between the base model and the adapted one
     truncated_captions: int = 0
 
     @property
     def last(self) -> Answers:
-        """The answers that the run is about."""
+        """The results after training, or those of the base model if nothing was trained."""
         return self.after or self.before
 
     def record(self) -> dict[str, Any]:
-        """Return what summary.json holds of it."""
+        """Return the content for summary.json."""
         names = self.exam.class_names
         found = {"before": self.before, "after": self.after}
         classes = {
@@ -59,7 +59,7 @@ def write_results(
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
-    """Write what is left of the run folder after training; return the content of summary.json."""
+    """Write the remaining files of the run folder after training; return the content of summary.json."""
     assert measured.after is not None
     for step, answers in ((0, measured.before), (speed.steps, measured.after)):
         for name, values in answers.results.items():
@@ -76,7 +76,7 @@ def write_results(
 
 
 def write_evaluation(run: RunFolder, options: ClipOptions, measured: Measured) -> dict[str, Any]:
-    """Write the run folder of a run that only measures; return the content of summary.json."""
+    """Write the run folder of an evaluation-only run; return the content of summary.json."""
     for name, values in measured.last.results.items():
         run.log(0, name, values)
     _draw(run, measured, "without and with the adapter" if measured.after else "of the base model")
@@ -95,11 +95,11 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
     exam, last = measured.exam, measured.last
     before = measured.before if measured.after else None
     if exam.class_names is None:
-        plot_found(exam.found(before, last), f"Test images and the nearest captions {when}", run.predictions)
+        plot_found(exam.found(before, last), f"Test images and nearest captions {when}", run.predictions)
     else:
-        plot_predictions(exam.predictions(before, last), f"Test images and the answers {when}", run.predictions)
+        plot_predictions(exam.predictions(before, last), f"Test images and predictions {when}", run.predictions)
         scores = last.scores["test"]
-        title = f"Answers on the test images, top-1 {scores.values['top1']:.1%}"
+        title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
         plot_confusion(scores.confusion.tolist(), exam.class_names, title, run.confusion)
     if measured.scales:
         lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
@@ -110,7 +110,7 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
 
 
 def loading_code(run: RunFolder, options: ClipOptions, adaptation: Adaptation) -> list[str]:
-    """Return the Python that makes the adapted model again."""
+    """Return the Python code that rebuilds the adapted model."""
     name, pretrained = options.clip.model or "", options.clip.pretrained
     lines = ["import open_clip"]
     if name.endswith(".json"):

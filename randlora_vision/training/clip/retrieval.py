@@ -1,6 +1,6 @@
-"""Image-text retrieval: the features of all images and captions of a split, and recall in both directions.
+"""Image-text retrieval: features of all images and captions of a split, and recall in both directions.
 
-Shapes: I images, T captions, U different texts among them, D shared dimension, Q queries at once, K candidates.
+Shapes: I images, T captions, U distinct texts among them, D shared dimension, Q queries per chunk, K candidates.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Features:
-    """What a CLIP model makes of images and their captions; all on the CPU, features of unit length in float32.
+    """The CLIP features of images and their captions, on the CPU, of unit length and in float32.
 
-    A text is right for an image when the image has a caption of the same number: this one, or one that means
-    the same (see `PairBatch`). A text that is the caption of many images is a candidate once.
+    A text is correct for an image if the image has a caption with the same number: this text, or one with the same
+    meaning (see `PairBatch`). A text that is the caption of several images is a single candidate.
     """
 
     images: Tensor  # (I, D)
     indices: Tensor  # (I,) int64: each image's position in its split
-    words: Sequence[str]  # U, all different
+    words: Sequence[str]  # U distinct texts
     texts: Tensor  # (U, D)
-    numbers: Tensor  # (U,) int64: equal ones mean the same
+    numbers: Tensor  # (U,) int64: texts with equal numbers have the same meaning
     image_of: Tensor  # (T,) int64: which image (a row) each caption belongs to
-    text_of: Tensor  # (T,) int64: and which text it is
+    text_of: Tensor  # (T,) int64: which text (a row) each caption is
 
     def recalls(self) -> dict[str, float]:
-        """Return recall@1, 5 and 10 of all images and all captions as queries, and the mean of the six."""
+        """Return recall@1, @5 and @10 with images and with captions as queries, and the mean of the six."""
         values = {}
         ranks = {"image_to_text": self.text_ranks(), "text_to_image": self.image_ranks()[self.text_of]}
         for direction, places in ranks.items():
@@ -44,7 +44,7 @@ class Features:
         return {**values, "mean_recall": sum(values.values()) / len(values)}
 
     def text_ranks(self) -> Tensor:
-        """Return for every image (I,) how many wrong texts are at least as near as its nearest right one."""
+        """Return, for each image (I,), how many wrong texts are at least as near as the nearest correct one."""
         _, meaning = self.numbers.unique(return_inverse=True)
 
         def right(start: int, end: int) -> Tensor:
@@ -55,7 +55,7 @@ class Features:
         return _ranks(self.images, self.texts, right)
 
     def image_ranks(self) -> Tensor:
-        """Return for every text (U,) how many wrong images are at least as near as its nearest right one."""
+        """Return, for each text (U,), how many wrong images are at least as near as the nearest correct one."""
         numbers = self.numbers[self.text_of]
 
         def right(start: int, end: int) -> Tensor:
@@ -65,7 +65,7 @@ class Features:
         return _ranks(self.texts, self.images, right)
 
     def nearest(self, index: int) -> tuple[str, bool]:
-        """Return the text nearest to the image at a position of the split, and whether it is a right one."""
+        """Return the text nearest to the image at `index` of the split, and whether it is correct."""
         (row,) = (self.indices == index).nonzero().flatten().tolist()
         text = int((self.texts @ self.images[row]).argmax())
         own = self.numbers[self.text_of[self.image_of == row]]
@@ -73,10 +73,10 @@ class Features:
 
 
 def _ranks(queries: Tensor, candidates: Tensor, right: Any) -> Tensor:
-    """Return, for each query, how many wrong candidates are no farther than the nearest right one.
+    """Return, for each query, how many wrong candidates are at least as near as the nearest correct one.
 
-    A tie counts against the model, and so does what is no number: equal features for all would otherwise
-    find everything. `right(start, end)` returns (Q, K) booleans of these queries.
+    Ties and NaN count against the model; otherwise a model with equal features for all inputs would reach perfect
+    recall. `right(start, end)` returns booleans (Q, K): which candidates are correct for these queries.
     """
     ranks = []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -90,10 +90,10 @@ def _ranks(queries: Tensor, candidates: Tensor, right: Any) -> Tensor:
 
 @torch.no_grad()
 def retrieval_features(model: Any, data: CaptionedImages, batch_size: int, workers: int | None) -> Features:
-    """Encode all images of a split and all their captions; leaves the model in eval mode.
+    """Encode all images of a split and all their captions. Leaves the model in eval mode.
 
-    Unreadable images are left out with their captions. Several processes share the work. Raises
-    ValueError where not one image could be read.
+    Unreadable images are left out together with their captions. The work is split over all processes. Raises
+    ValueError if no image can be read.
     """
     model.eval()
     device = next(model.parameters()).device

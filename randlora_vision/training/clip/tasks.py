@@ -1,4 +1,4 @@
-"""Training a CLIP model as a task of the loop: on class prompts, or on images with captions."""
+"""Tasks for the training loop that train a CLIP model on class prompts or on images with captions."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from randlora_vision.training.methods.adaptation import Adaptation
 
 
 class ClassPromptTask(AdaptedTask):
-    """What the loop trains: the classifier's loss on `train`, measured on `val`, saved to one file."""
+    """Train with the classification loss on `train`, evaluate on `val`, and save to one file."""
 
     def __init__(
         self,
@@ -47,18 +47,18 @@ class ClassPromptTask(AdaptedTask):
         self._val = evaluation_batches(val, training.batch_size, training.workers)
 
     def own_lr(self) -> dict[nn.Parameter, float]:
-        """Return the learning rates that are not the common one, by parameter."""
+        """Return the learning rates that differ from the default, by parameter."""
         return own_rates(self.classifier.clip, self._options)
 
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracies on the validation split."""
+        """Return the loss and the accuracies on the validation split."""
         return self.classifier.scores(self._val).values
 
 
 class ContrastiveTask(AdaptedTask):
-    """What the loop trains: the loss of the pairs in `train`, saved to one file; `evaluate` measures the model.
+    """Train with the contrastive loss on `train`, evaluate with `evaluate`, and save to one file.
 
-    With gradient accumulation a step's loss is that of all its pairs, as if they were one batch.
+    With gradient accumulation, the loss of a step covers all its pairs, as if they were one batch.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class ContrastiveTask(AdaptedTask):
         )
 
     def own_lr(self) -> dict[nn.Parameter, float]:
-        """Return the learning rates that are not the common one, by parameter."""
+        """Return the learning rates that differ from the default, by parameter."""
         return own_rates(self.loss.clip, self._options)
 
     def join(self, batches: Sequence[PairBatch], seed: Callable[[int], None]) -> list[Replay]:
-        """Make one loss of the batches of a step (see `JointTask`)."""
+        """Join the batches of a step into one loss (see `JointTask`)."""
         return self.loss.join(batches, seed)
 
     def evaluate(self) -> dict[str, float]:
-        """Return what is measured on the validation split."""
+        """Return the metrics on the validation split."""
         return self._evaluate()

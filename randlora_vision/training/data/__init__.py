@@ -1,1 +1,1 @@
-"""What is trained on: images with classes and images with captions, from any source."""
+"""Training data: images with classes and images with captions, from any source."""

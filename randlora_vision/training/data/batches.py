@@ -1,4 +1,4 @@
-"""The order of batches, and the processes that load them."""
+"""The order of batches, and the worker processes that load them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ _MOST_WORKERS = 4
 
 
 def worker_count(workers: int | None, decoding: bool) -> int:
-    """Return the number of loader processes: as told, else none where there is nothing to decode.
+    """Return the number of loader processes: `workers` if given, else 0 when there is nothing to decode.
 
-    Otherwise it is what a process has of the cores, one of them left to it, and at most 4.
+    Otherwise it is this process's share of the cores, less one for the process itself, and at most 4.
     """
     if workers is not None:
         return workers
@@ -31,19 +31,19 @@ _Item = TypeVar("_Item")
 
 
 def readable_items(items: Sequence[_Item | None]) -> list[_Item]:
-    """Return the items of a batch that could be read; raise ValueError when none could."""
+    """Return the items of a batch that could be read; raise ValueError when there are none."""
     found = [item for item in items if item is not None]
     if not found:
-        raise ValueError("not one image of a batch could be read: see skipped.txt in the run folder")
+        raise ValueError("no image of a batch could be read: see skipped.txt in the run folder")
     return found
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """A fixed number of batches of indices, each item once per pass, in an order that only the seed decides.
+    """A fixed number of batches of indices, each item once per pass, in an order set by the seed alone.
 
-    Passes follow each other without a break: a batch may end one and begin the next, so every batch
-    has `batch_size` items whatever the size of the data, and batch k does not depend on where one
-    starts reading.
+    Passes follow each other without a break: one batch may end a pass and begin the next. Every batch
+    therefore has `batch_size` items whatever the size of the data, and batch k does not depend on where
+    reading starts.
     """
 
     def __init__(self, items: int, batch_size: int, batches: int, seed: int) -> None:
@@ -52,7 +52,7 @@ class ShuffledBatches(Sampler[list[int]]):
         self.batch_size = batch_size
         self.batches = batches
         self.seed = seed
-        self.drop_last = False  # accelerate asks every batch sampler for it
+        self.drop_last = False  # accelerate reads this attribute
 
     def __len__(self) -> int:
         return self.batches
@@ -68,6 +68,6 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def loading(images: Sequence[Picture], workers: int | None) -> dict[str, Any]:
-    """Return how a loader of images works ahead: processes that decode, and memory that a GPU copies from at once."""
+    """Return the DataLoader arguments for loading images: worker processes and pinned memory."""
     decoding = not all(isinstance(image, Image.Image) for image in images[:1])
     return {"num_workers": worker_count(workers, decoding), "pin_memory": torch.cuda.is_available()}

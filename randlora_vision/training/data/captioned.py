@@ -19,11 +19,11 @@ Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> (texts, L) int64
 
 
 class PairBatch(TypedDict):
-    """Images with a caption each.
+    """A batch of images with one caption each.
 
-    `captions` are numbers: equal ones are captions that mean the same, by their text or by the class that
-    they were made from, so that neither is a negative of the other. `indices` are the images' positions in
-    their split.
+    `captions` holds numbers. Equal numbers mark captions with the same meaning (the same text, or made from
+    the same class), so neither is a negative of the other. `indices` are the images' positions in their
+    split.
     """
 
     images: Tensor  # (B, 3, H, W) float32
@@ -34,10 +34,10 @@ class PairBatch(TypedDict):
 
 @dataclass(frozen=True)
 class PairSplits:
-    """Images and captions, at least one an image, of each split, and where the splits came from.
+    """Images and captions, at least one per image, of each split, and the origin of the splits.
 
-    `val` and `test` are as in `ImageSplits`. `groups` is for captions that were made from classes: the
-    class of every image, which then decides what means the same.
+    `val` and `test` are as in `ImageSplits`. `groups` is given for captions that were made from classes: the
+    class of every image, which then decides which captions mean the same.
     """
 
     name: str
@@ -51,7 +51,7 @@ class PairSplits:
     def select(
         self, split: str, transform: Transform, tokenize: Tokenize, skipped: SkipList, draw: bool | None = None
     ) -> "CaptionedImages":
-        """Return one split as a dataset; captions are drawn (`draw`) on `train`, unless told."""
+        """Return one split as a dataset; by default, captions are drawn at random (`draw`) only on `train`."""
         draw = split == "train" if draw is None else draw
         groups = self.groups[split] if self.groups else None
         return CaptionedImages(self.images[split], self.captions[split], transform, tokenize, skipped, groups, draw)
@@ -73,9 +73,9 @@ class PairSplits:
 
 
 class CaptionedImages(Dataset):
-    """Images with captions: one of an image's is drawn at each access, or always the first.
+    """Images with captions: each access draws one of the image's captions, or returns the first.
 
-    An unreadable file goes to `skipped` and gives None, which `collate_pairs` leaves out.
+    An unreadable file is recorded in `skipped` and gives None, which `collate_pairs` leaves out.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class CaptionedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int] | None:
         """Return image (3, H, W), tokens (L,), the caption's number and `index`."""
         captions = self.captions[index]
-        # Before the picture is read and augmented: what these draw must not decide the caption.
+        # Before the picture is read and augmented, so that the caption does not depend on what these draw.
         caption = random.choice(captions) if self.draw else captions[0]
         picture = self.picture(index)
         if picture is None:
@@ -119,14 +119,14 @@ class CaptionedImages(Dataset):
         return caption_number(caption) if self.groups is None else self.groups[index]
 
     def texts(self) -> tuple[list[str], list[int], list[int]]:
-        """Return every caption of every image, in order, with its number and the position of its image: T each."""
+        """Return all T captions in order, their numbers, and the positions of their images."""
         texts = [(text, index) for index, captions in enumerate(self.captions) for text in captions]
         numbers = [self.number(index, text) for text, index in texts]
         return [text for text, _ in texts], numbers, [index for _, index in texts]
 
 
 def caption_number(text: str) -> int:
-    """Return a number from 0 to 2^63 - 1 that is the same for the same text, everywhere."""
+    """Return a number from 0 to 2^63 - 1 that depends on the text alone, on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -155,7 +155,7 @@ def evaluation_pair_batches(data: CaptionedImages, batch_size: int, workers: int
 
 
 def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
-    """Return images with classes as images with captions: every template with the class name in it."""
+    """Turn images with classes into images with captions: every template filled with the class name."""
     captions = [tuple(template.replace("{}", name) for template in templates) for name in splits.class_names]
     return PairSplits(
         name=splits.name,
@@ -172,20 +172,20 @@ _AT_ONCE = 1024
 
 
 def truncated_captions(splits: PairSplits, tokenize: Any) -> int:
-    """Return how many different captions are longer than the context of a tokenizer (open_clip's), which cuts them."""
+    """Return how many distinct captions exceed the context of an open_clip tokenizer and are truncated."""
     texts = {text for split in splits.captions.values() for captions in split for text in captions}
     return sum(_cut(chunk, tokenize) for chunk in _chunks(sorted(texts, key=len), tokenize.context_length))
 
 
 def _chunks(texts: Sequence[str], context: int) -> Iterator[Sequence[str]]:
-    # A token is a byte or more: what has fewer bytes than the context, its two end marks aside, fits for sure.
+    # A token is at least one byte, so a text with no more bytes than the context less its two end marks fits.
     long = [text for text in texts if len(text.encode()) > context - 2]
     for start in range(0, len(long), _AT_ONCE):
         yield long[start : start + _AT_ONCE]
 
 
 def _cut(texts: Sequence[str], tokenize: Any) -> int:
-    """Count the texts of which a longer context would keep more: the end mark moves."""
+    """Count the texts that are truncated: with a longer context, their end mark moves."""
     context = tokenize.context_length
     longer = tokenize(texts, context_length=context + 1)[:, :context]
     return int((longer != tokenize(texts)).any(dim=1).sum())

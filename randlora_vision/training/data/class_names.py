@@ -1,4 +1,4 @@
-"""The words for the classes of a dataset, and the prompts around them: the user's, or open_clip's."""
+"""Class names of a dataset and the prompt templates for them: the user's, or open_clip's."""
 
 import json
 import re
@@ -18,10 +18,10 @@ _TEMPLATE_SETS = ("openai", "simple")
 def with_class_names(splits: ImageSplits, source: str | None) -> ImageSplits:
     """Return the splits with the class names of `source`, a file or 'imagenet'.
 
-    Without one the names stay; but the 1000 folder names of ImageNet, which are numbers in WordNet, become
-    open_clip's names for them.
+    Without a source the names stay, except that the 1000 folder names of ImageNet (WordNet ids) are replaced
+    by open_clip's names.
 
-    Raises ValueError when the names do not match the classes, with what differs.
+    Raises ValueError, listing the differences, when the names do not match the classes.
     """
     own = list(splits.class_names)
     if source is None:
@@ -34,28 +34,28 @@ def with_class_names(splits: ImageSplits, source: str | None) -> ImageSplits:
 
 
 def _by_folder(given: Mapping[str, Any], own: Sequence[str], source: str) -> list[str]:
-    """Return the name of every class, looked up by what the data calls it."""
+    """Return the name of every class, looked up by its name in the data."""
     words = {key.replace("_", " "): str(name) for key, name in given.items()}
     _check_same(set(words), set(own), source)
     return [words[name] for name in own]
 
 
 def _in_order(given: Sequence[Any], own: Sequence[str], source: str) -> list[str]:
-    """Return the names as they are given, once it is sure that their order is that of the labels."""
+    """Return the names unchanged after checking that they are in the order of the labels."""
     names = [str(name) for name in given]
-    if own == [str(number) for number in range(len(own))]:  # the data has numbers alone, maybe not all of them
+    if own == [str(number) for number in range(len(own))]:  # the data has only numbers, perhaps not all of them
         if len(names) < len(own):
-            raise ValueError(f"--class-names {source} has {len(names)} names, and the labels go up to {len(own) - 1}")
+            raise ValueError(f"--class-names {source} has {len(names)} names, but the labels go up to {len(own) - 1}")
         return names
     words = [name.replace("_", " ") for name in names]
     if len(names) != len(own):
         _check_same(set(words), set(own), source)
-        raise ValueError(f"--class-names {source} has {len(names)} names, and the data has {len(own)} classes")
+        raise ValueError(f"--class-names {source} has {len(names)} names, but the data has {len(own)} classes")
     moved = [(word, name) for word, name in zip(words, own, strict=True) if word != name and word in own]
     if moved:
         word, name = moved[0]
         raise ValueError(
-            f"--class-names {source} is not in the order of the labels: it has {word!r} in the place of {name!r}; "
+            f"--class-names {source} is not in the order of the labels: it has {word!r} where the data has {name!r}; "
             'sort it, or give JSON with a name for every class: {"folder": "name"}'
         )
     return names
@@ -79,9 +79,9 @@ def _imagenet_names() -> list[str]:
 
 
 def read_templates(given: Sequence[str]) -> tuple[str, ...]:
-    """Return prompts with {} for the class name: those given, and those of the sets and files that are named.
+    """Return prompts with {} for the class name: the given ones, and those in the given sets and files.
 
-    Raises ValueError for a prompt without {}, and for what is neither a prompt nor a set nor a file.
+    Raises ValueError for a prompt without {}, and for anything that is not a prompt, a set or a file.
     """
     templates: list[str] = []
     for item in given:
@@ -94,7 +94,7 @@ def read_templates(given: Sequence[str]) -> tuple[str, ...]:
     for template in templates:
         if "{}" not in template:
             raise ValueError(
-                f"--templates: {template!r} has no {{}} for the class name, and is neither a file nor one of "
+                f"--templates: {template!r} has no {{}} for the class name and is neither a file nor one of "
                 f"{' and '.join(_TEMPLATE_SETS)}"
             )
     return tuple(templates)
@@ -108,7 +108,7 @@ def _open_clip_templates(name: str) -> list[str]:
 
 
 def _read_words(path: Path, flag: str, kinds: Sequence[type] = (list, dict)) -> Any:
-    """Return the list (or dictionary) of a JSON file, or the lines of a text file that are not empty."""
+    """Return the list or dictionary in a JSON file, or the non-empty lines of a text file."""
     if not path.is_file():
         raise ValueError(f"{flag}: there is no file {path}")
     text = path.read_text(encoding="utf-8-sig")
@@ -117,10 +117,10 @@ def _read_words(path: Path, flag: str, kinds: Sequence[type] = (list, dict)) -> 
         try:
             words = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{flag}: {path} is no JSON file: {error}") from error
+            raise ValueError(f"{flag}: {path} is not valid JSON: {error}") from error
     if type(words) not in kinds or not words:
         raise ValueError(f"{flag}: {path} holds no names")
     for word in words.values() if isinstance(words, dict) else words:
         if not isinstance(word, str) or not word.strip():
-            raise ValueError(f"{flag}: {path} holds {word!r}, which is no name")
+            raise ValueError(f"{flag}: {path} holds {word!r}, which is not a name")
     return words

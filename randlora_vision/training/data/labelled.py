@@ -30,10 +30,10 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Images (files, items of a dataset, or already decoded) and labels of each split, and where the splits came from.
+    """Images (files, items of a dataset, or already decoded) and labels of each split, and the origin of the splits.
 
-    `val` chooses and is looked at during training; `test` is for the numbers before and after. Where
-    the data has only one of the two, both are the same images.
+    `val` is evaluated during training and selects the best state; `test` is evaluated before and after
+    training. Where the data has only one of the two, both are the same images.
     """
 
     name: str
@@ -65,9 +65,9 @@ class ImageSplits:
 
 
 class LabelledImages(Dataset):
-    """Images (files, items of a dataset, or already decoded) with a label each, transformed when asked for.
+    """Images (files, items of a dataset, or already decoded) with one label each, transformed on access.
 
-    An unreadable file goes to `skipped` and gives None, which `collate` leaves out.
+    An unreadable file is recorded in `skipped` and gives None, which `collate` leaves out.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reading a picture, and keeping count of those that cannot be read."""
+"""Reading images, and recording those that cannot be read."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class SkipList:
-    """What of the data could not be used: one line each in a text file, or an error when strict.
+    """The data that could not be used: one line per item in a text file, or an error when strict.
 
-    Loader processes append to the same file, so what they meet is known after the run too.
+    Loader processes append to the same file, so it lists what any process skipped.
     """
 
     def __init__(self, path: Path | None = None, strict: bool = False) -> None:
@@ -27,7 +27,7 @@ class SkipList:
         self._lock = threading.Lock()
 
     def add(self, image: "Picture | str", reason: object) -> None:
-        """Note an unreadable image, or (a string) a place in a file; raise ValueError when strict."""
+        """Record an unreadable image, or (a string) a position in a file; raise ValueError when strict."""
         if self.strict:
             what = "cannot use" if isinstance(image, str) else "cannot read the image"
             raise ValueError(f"{what} {image}: {reason} (without --strict-data it is skipped)")
@@ -39,7 +39,7 @@ class SkipList:
                 file.write(f"{image}\t{reason}\n")
 
     def count(self) -> int:
-        """Return how many different images were noted, by any process."""
+        """Return how many distinct images were recorded, by any process."""
         if self.path is None or not self.path.exists():
             return 0
         return len({line.split("\t")[0] for line in self.path.read_text(encoding="utf-8").splitlines()})
@@ -50,29 +50,29 @@ class SkipList:
 
 
 def read_image(source: Path | IO[bytes]) -> Image.Image:
-    """Decode an image as RGB; raise OSError when it cannot be."""
+    """Decode an image as RGB; raise OSError when that fails."""
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise OSError("it is in no image format that Pillow knows") from error
+        raise OSError("Pillow does not recognise its image format") from error
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow raises these, beside OSError, on broken files.
+        # Pillow raises these as well as OSError on broken files.
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class Readable(Protocol):
-    """An image that is neither a file nor decoded yet. Its string says which one it is."""
+    """An image that is neither a file nor decoded yet; `str` identifies it in messages."""
 
     def read(self) -> Image.Image:
-        """Decode it as RGB; raise OSError when it cannot be."""
+        """Decode the image as RGB; raise OSError when that fails."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of a dataset that is asked for its items one by one, each a tuple or dictionary with the image.
+    """An image of a map-style dataset whose items are tuples or dictionaries that contain the image.
 
-    That is decoded, or a file that is open.
+    The image there is either decoded or an open file.
     """
 
     dataset: Any
@@ -80,11 +80,11 @@ class StoredImage:
     key: int | str = 0
 
     def read(self) -> Image.Image:
-        """Decode it as RGB; raise OSError when it cannot be."""
+        """Decode the image as RGB; raise OSError when that fails."""
         try:
             image: Image.Image | IO[bytes] = self.dataset[self.index][self.key]
             return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
-        except Exception as error:  # of whatever library keeps it
+        except Exception as error:  # from any library
             raise OSError(f"{type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
@@ -95,14 +95,14 @@ Picture = Path | Image.Image | Readable
 
 
 def open_picture(image: Picture) -> Image.Image:
-    """Return an image, decoded where it is not; raise OSError when it cannot be."""
+    """Return the decoded image; raise OSError when it cannot be decoded."""
     if isinstance(image, Image.Image):
         return image
     return read_image(image) if isinstance(image, Path) else image.read()
 
 
 def readable(image: Picture, skipped: SkipList) -> Image.Image | None:
-    """Return an image, or note in `skipped` that it cannot be decoded and return None."""
+    """Return the decoded image, or record it in `skipped` and return None when it cannot be decoded."""
     try:
         return open_picture(image)
     except OSError as error:
@@ -111,7 +111,7 @@ def readable(image: Picture, skipped: SkipList) -> Image.Image | None:
 
 
 def held_out_files(images: Mapping[str, Sequence[Picture]]) -> dict[str, list[str]]:
-    """Return which images are not for training, by split; those of the embedded data have no names."""
+    """Return the images that are not for training, by split; embedded images have no names and are left out."""
     held_out = {name: images for name, images in images.items() if name != "train"}
     return {
         name: [str(image) for image in images if not isinstance(image, Image.Image)]
@@ -124,12 +124,12 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes that Pillow reads, in small letters, with their dot."""
+    """Return the file suffixes that Pillow reads, in lower case with the dot."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
 def whole_images(paths: Sequence[Path], skipped: SkipList) -> list[bool]:
-    """Tell of each file whether it is there and readable to its end; `skipped` notes the others."""
+    """Return for each file whether it exists and is complete; record the others in `skipped`."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda path: _is_whole(path, skipped), paths))
 
@@ -141,7 +141,7 @@ def _is_whole(path: Path, skipped: SkipList) -> bool:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 64))
             if not marker or marker not in file.read():
-                read_image(path)  # cut short, or followed by other bytes, or of another format: find out
+                read_image(path)  # truncated, followed by other bytes, or in another format: decode it to find out
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         skipped.add(path, error)
         return False

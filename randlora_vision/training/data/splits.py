@@ -1,4 +1,4 @@
-"""From a source of data to training, validation and test splits, and to a part of the training data."""
+"""Training, validation and test splits from a source of data, and subsets of the training data."""
 
 import random
 from collections import defaultdict
@@ -12,21 +12,21 @@ from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.options import SplitOptions
 from randlora_vision.training.data.pictures import Picture, SkipList
 
-_MOST_PAIRS = 1000  # held out: recall is of all against all, and known by this number in the literature
+_MOST_PAIRS = 1000  # held out: recall compares all pairs, and 1000 is the usual number in the literature
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images of one split with labels, or with captions, at least one an image."""
+    """Images of one split with labels, or with captions (at least one per image)."""
 
-    source: str  # what it is called in messages
+    source: str  # its name in messages
     images: Sequence[Picture]
     labels: Sequence[int] | Sequence[str] | None = None
     captions: Sequence[Sequence[str]] | None = None
-    class_names: Sequence[str] | None = None  # of labels that are numbers, where they have names
+    class_names: Sequence[str] | None = None  # names for integer labels, if there are any
 
     def take(self, indices: Iterable[int]) -> "Part":
-        """Return some of the images, in this order."""
+        """Return the images at `indices`, in that order."""
         indices = list(indices)
         return Part(
             self.source,
@@ -40,11 +40,11 @@ class Part:
 def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int) -> ImageSplits | PairSplits:
     """Return the splits of a source that has `train` and may have `val` and `test`.
 
-    Where `val` is missing, a `fraction` of `train` is held out, drawn with `seed`; where `test` is missing, it
-    is the same as `val`.
+    If `val` is missing, a `fraction` of `train` is held out, drawn with `seed`. If `test` is missing, it is the
+    same as `val`.
 
-    Raises ValueError when the parts are not of one kind, there is nothing to train on or to hold out, there are
-    fewer than two classes, or a part has a class that `train` lacks.
+    Raises ValueError when some parts have captions and others classes, when there are no images to train on or
+    to hold out, when there are fewer than two classes, or when a part has a class that `train` lacks.
     """
     train = parts["train"]
     if not train.images:
@@ -52,7 +52,7 @@ def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int
     for part in parts.values():
         if (part.captions is None) != (train.captions is None):
             kinds = ("captions", "classes") if train.captions is not None else ("classes", "captions")
-            raise ValueError(f"{train.source} has images with {kinds[0]} and {part.source} with {kinds[1]}")
+            raise ValueError(f"{train.source} has images with {kinds[0]}, but {part.source} has images with {kinds[1]}")
         if not part.images:
             raise ValueError(f"no readable images in {part.source}")
     held_out = sorted(set(parts) - {"train"})
@@ -79,7 +79,7 @@ def _pair_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: in
 def _hold_out_pairs(train: Part, fraction: float, seed: int) -> dict[str, Part]:
     count = len(train.images)
     if count < 2:
-        raise ValueError(f"{train.source} has one image: it cannot be in training and in validation")
+        raise ValueError(f"{train.source} has only one image, which cannot be used for both training and validation")
     held_out = min(count - 1, max(1, round(fraction * count)), _MOST_PAIRS)
     chosen = set(random.Random(seed).sample(range(count), held_out))
     return {"train": train.take(i for i in range(count) if i not in chosen), "val": train.take(sorted(chosen))}
@@ -107,7 +107,7 @@ def _image_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: i
 
 
 def _class_names(parts: Mapping[str, Part]) -> list[str]:
-    """Return the names of the labels 0, 1, 2...: those given, else the sorted labels, else numbers."""
+    """Return the names of the labels 0, 1, 2...: the given names, else the sorted labels, else the numbers."""
     train = parts["train"]
     for part in parts.values():
         if part.class_names != train.class_names:
@@ -138,17 +138,17 @@ def _numbers(part: Part, names: Sequence[str], train: Part) -> list[int]:
 
 
 def hold_out(labels: Sequence[int], names: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the positions kept and those held out: `fraction` of every class, one or more, and not all.
+    """Return the positions kept and those held out: `fraction` of every class, at least one image but not all.
 
-    Raises ValueError for a class of one image.
+    Raises ValueError for a class with a single image.
     """
     chosen: set[int] = set()
     generator = random.Random(seed)
     for label, indices in sorted(members(labels).items()):
         if len(indices) < 2:
             raise ValueError(
-                f"the class {names[label]!r} has one image: it cannot be in training and in validation; "
-                "add images, or give validation images apart"
+                f"the class {names[label]!r} has only one image, which cannot be used for both training and "
+                "validation; add images, or give validation images separately"
             )
         count = min(len(indices) - 1, max(1, round(fraction * len(indices))))
         chosen.update(generator.sample(indices, count))
@@ -169,14 +169,14 @@ _Splits = TypeVar("_Splits", bound=ImageSplits | PairSplits)
 def training_part(splits: _Splits, options: SplitOptions) -> _Splits:
     """Return the splits with the part of `train` that --shots or --train-fraction asks for.
 
-    Its positions in the whole of `train` are kept in `chosen`. Raises ValueError when a class has fewer
-    images than the shots, and for shots of data without classes.
+    The positions of its images in the whole of `train` are stored in `chosen`. Raises ValueError when a class
+    has fewer images than --shots, or when --shots is given for data without classes.
     """
     seed, fraction = options.split_seed, options.train_fraction
     count = len(splits.images["train"])
     if options.shots is not None:
         if isinstance(splits, PairSplits):
-            raise ValueError("--shots counts images of a class, and these have captions: use --train-fraction")
+            raise ValueError("--shots counts images per class, but this data has captions: use --train-fraction")
         chosen = few_shot_indices(splits.labels["train"], splits.class_names, options.shots, seed)
         part = f"{options.shots} shots a class"
     elif fraction < 1:
@@ -214,7 +214,7 @@ def few_shot_indices(labels: Sequence[int], names: Sequence[str], shots: int, se
 
 
 def _fraction_of_classes(labels: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """Return the positions of a part of every class, at least one image of it, in order."""
+    """Return the positions of a fraction of every class, at least one image each, in order."""
     generator = random.Random(seed)
     return sorted(
         index
@@ -224,7 +224,7 @@ def _fraction_of_classes(labels: Sequence[int], fraction: float, seed: int) -> l
 
 
 def without_empty_captions(part: Part, skipped: SkipList) -> Part:
-    """Return the part with captions stripped of white space, and without the images that have none left."""
+    """Strip whitespace from the captions, and leave out images whose captions are all empty."""
     if part.captions is None:
         return part
     captions = [[text.strip() for text in texts if text.strip()] for texts in part.captions]

@@ -1,7 +1,7 @@
-"""Captioned images as training batches for a denoiser: pixels, or latents that were computed once.
+"""Training batches of captioned images for a denoiser: pixels, or cached latents.
 
-Everything that is computed once is kept under the index of its item, so no order can pair it with
-another item's caption.
+Cached values are stored under the index of their item, so that no change of order can pair them with the caption of
+another item.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from randlora_vision.training.harness.seeding import seed_everything
 
 
 class DiffusionBatch(TypedDict):
-    """B items of one size."""
+    """A batch of B items with the same size."""
 
     inputs: Tensor
-    """Pixels (B, 3, h, w) between -1 and 1, or moments of latents (B, 2 C, H, W), float32."""
+    """Pixels (B, 3, h, w) between -1 and 1, or moments of latents (B, 2 C, H, W); float32."""
     captions: Tensor
-    """Places in the list of prompts (B,)."""
+    """Indices into the list of prompts (B,)."""
     prior: Tensor
-    """Whether an item is there to keep what the model knew (B,), bool."""
+    """Whether an item is for prior preservation (B,), bool."""
     sizes: Tensor
-    """Original size, corner of the crop, size (B, 6), height first."""
+    """Original size, top left corner of the crop, and size after cropping (B, 6), height first."""
 
 
 Entry = tuple[Tensor, Tensor, int, bool]  # input, sizes, caption, prior
@@ -38,7 +38,7 @@ Entry = tuple[Tensor, Tensor, int, bool]  # input, sizes, caption, prior
 
 @dataclass(frozen=True)
 class Item:
-    """An image with the place of its caption in the list of prompts, and the bucket that it goes to."""
+    """An image with the index of its caption in the list of prompts, and its bucket."""
 
     image: Picture
     caption: int
@@ -47,7 +47,7 @@ class Item:
 
 
 def read_picture(image: Picture) -> Image.Image:
-    """Return the image in RGB, the right way up. Raises ValueError where it cannot be read: a subject has few."""
+    """Return the image in RGB with its EXIF orientation applied. Raises ValueError if it cannot be read."""
     try:
         if isinstance(image, Image.Image):
             return image.convert("RGB")
@@ -57,7 +57,7 @@ def read_picture(image: Picture) -> Image.Image:
 
 
 class CaptionedPixels(Dataset):
-    """Items as pixels, cut anew at every access unless in the middle."""
+    """Items as pixels; without `center_crop`, every access draws a new random crop."""
 
     def __init__(self, items: Sequence[Item], center_crop: bool) -> None:
         self.items = list(items)
@@ -73,7 +73,7 @@ class CaptionedPixels(Dataset):
 
 
 class CachedLatents(Dataset):
-    """The same items, each cut and encoded once; what is kept is the distribution that latents are drawn from."""
+    """The same items, each cropped and encoded once; caches the distribution from which latents are drawn."""
 
     def __init__(self, data: CaptionedPixels, family: Family, seed: int) -> None:
         self.items = data.items
@@ -91,7 +91,7 @@ class CachedLatents(Dataset):
 
 
 def collate(entries: Sequence[Entry]) -> DiffusionBatch:
-    """Stack the items of a batch."""
+    """Stack items into a batch."""
     inputs, sizes, captions, prior = zip(*entries, strict=True)
     return DiffusionBatch(
         inputs=torch.stack(inputs),
@@ -104,7 +104,7 @@ def collate(entries: Sequence[Entry]) -> DiffusionBatch:
 def diffusion_batches(
     data: CaptionedPixels | CachedLatents, batch_size: int, batches: int, seed: int, workers: int | None
 ) -> "DataLoader[DiffusionBatch]":
-    """Return a loader of exactly `batches` batches of `batch_size` instance items and as many prior ones."""
+    """Return a loader of exactly `batches` batches, each with `batch_size` instance items and as many prior items."""
     buckets, prior = [item.bucket for item in data.items], [item.prior for item in data.items]
     return DataLoader(
         data,
@@ -116,7 +116,7 @@ def diffusion_batches(
 
 
 class Prompts:
-    """The encodings of a list of prompts: all computed once, or with gradients where text encoders are trained."""
+    """Encodings of a list of prompts: cached, or computed with gradients if text encoders are trained."""
 
     def __init__(self, family: Family, texts: Sequence[str], trained: bool, at_once: int = 16) -> None:
         self.family = family
@@ -128,7 +128,7 @@ class Prompts:
             self.cached = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def __call__(self, places: Tensor) -> Encoded:
-        """Return the encodings (B, ...) of the prompts at these places (B,), on the denoiser's device."""
+        """Return the encodings (B, ...) of the prompts at indices `places` (B,), on the device of the denoiser."""
         if self.cached is None:
             return self.family.encode([self.texts[place] for place in places.tolist()])
         chosen = places.cpu()

@@ -1,4 +1,4 @@
-"""Sizes of training images: buckets of one shape each, fitting images into them, and batches that stay within one."""
+"""Aspect-ratio buckets: their sizes, fitting images into them, and batches from a single bucket."""
 
 import random
 from collections import defaultdict
@@ -11,15 +11,15 @@ from torch.utils.data import Sampler
 from torchvision.transforms.functional import pil_to_tensor
 
 Size = tuple[int, int]  # height, width
-# Of automatic buckets: width to height. The usual formats of photographs and screens, upright and lying.
+# Width / height of the automatic buckets: the usual portrait and landscape formats of photographs and screens.
 _RATIOS = (1.0, 4 / 5, 5 / 4, 3 / 4, 4 / 3, 2 / 3, 3 / 2, 9 / 16, 16 / 9, 1 / 2, 2.0)
 
 
 def parse_buckets(text: str | None, resolution: int, multiple: int) -> list[Size]:
-    """Return the buckets that an option names: `height,width` pairs between semicolons, "auto", or None for a square.
+    """Return the buckets for an option: "height,width;height,width;...", "auto", or None for one square.
 
-    Automatic ones have about resolution * resolution pixels. Raises ValueError for a side that is no
-    multiple of `multiple`.
+    Automatic buckets have about resolution * resolution pixels. Raises ValueError for a side that is not a multiple
+    of `multiple`.
     """
     if text == "auto":
         sides = (((resolution**2 / ratio) ** 0.5, (resolution**2 * ratio) ** 0.5) for ratio in _RATIOS)
@@ -40,16 +40,16 @@ def parse_buckets(text: str | None, resolution: int, multiple: int) -> list[Size
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """Return the bucket whose shape loses least of an image of this size (height, width); of equal ones the first."""
+    """Return the bucket that crops least from an image of this size (height, width); the first one in a tie."""
     ratio = size[1] / size[0]
     return max(buckets, key=lambda bucket: min(ratio / (bucket[1] / bucket[0]), (bucket[1] / bucket[0]) / ratio))
 
 
 def fit(image: Image.Image, bucket: Size, center_crop: bool) -> tuple[Tensor, Tensor]:
-    """Scale an image until it covers the bucket and cut out a part, the middle or one drawn by Python's `random`.
+    """Scale an image to cover the bucket and crop it, at the center or at a position from Python's `random`.
 
-    Returns the pixels (3, h, w) float32 between -1 and 1, and six integers: original size, the corner
-    of the crop, and the bucket's size, height first.
+    Returns the pixels (3, h, w), float32 between -1 and 1, and six integers: the original size, the top left corner of
+    the crop, and the size of the bucket, height first.
     """
     height, width = bucket
     scale = max(height / image.height, width / image.width)
@@ -64,11 +64,11 @@ def fit(image: Image.Image, bucket: Size, center_crop: bool) -> tuple[Tensor, Te
 
 
 class BucketBatches(Sampler[list[int]]):
-    """A fixed number of batches, each of one bucket: so many instance items, then as many prior ones if there are any.
+    """Sample a fixed number of batches, each with `batch_size` instance items of one bucket.
 
-    Passes over the instance items follow each other without a break and in an order that only the seed
-    decides; what is left of a bucket waits for the next pass, so every batch is full. Prior items go
-    round in each bucket on their own.
+    If there are prior items, each batch also contains `batch_size` prior items of the same bucket, after the instance
+    items. The order of the instance items depends only on the seed. Items left over at the end of a pass over the data
+    are used in the next pass, so every batch is full. Prior items cycle independently within each bucket.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BucketBatches(Sampler[list[int]]):
         self.instances_at_once = batch_size
         self.batches = batches
         self.seed = seed
-        # What accelerate asks of a batch sampler: it deals out batches of this length.
+        # accelerate needs these attributes to split the batches between processes.
         self.batch_size = 2 * batch_size if self.priors else batch_size
         self.drop_last = False
 

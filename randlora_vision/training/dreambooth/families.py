@@ -1,7 +1,7 @@
-"""The families of diffusion pipelines, each a small class: what differs between them when one is trained.
+"""The families of diffusion pipelines: one small class per family with everything that differs in training.
 
-Prompts are encoded by the pipeline's own `encode_prompt`, so training sees what sampling sees. Latents
-here are always unpacked, (B, C, H, W); a family that packs them for its denoiser does so inside.
+Prompts are encoded by `encode_prompt` of the pipeline, so training and sampling use the same encodings. Latents are
+always unpacked here, (B, C, H, W); a family whose denoiser needs packed latents packs them internally.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from randlora_vision.training.dreambooth.objectives import FlowMatching, NoisePrediction, Objective, ObjectiveOptions
 
-Encoded = dict[str, Tensor]  # under the names of the pipeline's own arguments
+Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
 
 
 class Family:
-    """Stable Diffusion 1.5 and 2, and what the other families share."""
+    """Stable Diffusion 1.5 and 2, and the base class of the other families."""
 
     pipeline = "StableDiffusionPipeline"
     denoiser_name = "unet"
     text_encoder_names: tuple[str, ...] = ("text_encoder",)  # all of them
     trainable_text_encoders: tuple[str, ...] = ("text_encoder",)  # the CLIP ones
     loading: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    """What the pipeline is loaded with, whatever it was saved with."""
+    """Loading arguments that override what the pipeline was saved with."""
 
     def __init__(self, pipe: Any, options: ObjectiveOptions, max_sequence_length: int | None) -> None:
         self.pipe = pipe
@@ -34,42 +34,42 @@ class Family:
         self.objective = self.make_objective()
 
     def make_objective(self) -> Objective:
-        """Return the rule by which this family learns."""
+        """Return the training objective of this family."""
         return NoisePrediction(self.pipe.scheduler, self.options)
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is asked at every step of sampling."""
+        """The network that is called at every sampling step."""
         return getattr(self.pipe, self.denoiser_name)
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property
     def size_multiple(self) -> int:
-        """What both sides of an image must be divisible by, in pixels."""
+        """The number of pixels by which both sides of an image must be divisible."""
         return int(self.pipe.vae_scale_factor)
 
     @property
     def default_resolution(self) -> int:
-        """The side of the squares that the pipeline makes by default, in pixels."""
+        """The default side length of generated images, in pixels."""
         latents = getattr(self.pipe, "default_sample_size", None) or self.pipe.unet.config.sample_size
         return int(latents) * int(self.pipe.vae_scale_factor)
 
     def drop_text_encoders(self) -> None:
-        """Take the text encoders out of the pipeline, where every prompt that is needed is encoded."""
+        """Remove the text encoders from the pipeline, once all needed prompts are encoded."""
         for name in self.text_encoder_names:
             setattr(self.pipe, name, None)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Encode prompts (B of them), with the empty prompt's encoding beside them if `guided`."""
+        """Encode B prompts; if `guided`, also return the encoding of the empty prompt."""
         found, negative = self.pipe.encode_prompt(list(prompts), self.device, 1, guided)
         return _present(prompt_embeds=found, negative_prompt_embeds=negative)
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
-        """Ask the denoiser; `sizes` (B, 6) are the original size, the crop's corner, and the size (height first)."""
+        """Call the denoiser; `sizes` (B, 6) holds original size, crop corner and size after cropping, height first."""
         return self.denoiser(latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"]).sample
 
     @torch.no_grad()
@@ -77,10 +77,10 @@ class Family:
         """Return mean and log variance of the latents (B, 2 C, H, W) of images (B, 3, h, w) between -1 and 1."""
         with _full_precision(self.device):
             moments: Tensor = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
-            return moments.contiguous()  # random numbers like it are drawn in the order of memory
+            return moments.contiguous()  # sampling with randn_like depends on the memory layout
 
     def latents(self, moments: Tensor) -> Tensor:
-        """Draw latents (B, C, H, W) from their distribution, on the denoiser's scale."""
+        """Draw latents (B, C, H, W) from their distribution, scaled for the denoiser."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         drawn = DiagonalGaussianDistribution(moments).sample()
@@ -100,25 +100,25 @@ class Family:
         return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
 
     def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Return the latents that the pipeline gives out as (B, C, H, W)."""
+        """Return latents that the pipeline outputs as (B, C, H, W)."""
         return latents
 
 
 class SDXL(Family):
-    """Stable Diffusion XL: two text encoders, and conditions of image sizes."""
+    """Stable Diffusion XL: two text encoders, and conditioning on image sizes."""
 
     pipeline = "StableDiffusionXLPipeline"
     text_encoder_names = trainable_text_encoders = ("text_encoder", "text_encoder_2")
     loading: Mapping[str, Any] = {}
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Add the pooled encoding."""
+        """Also return the pooled encodings."""
         return _four(
             self.pipe.encode_prompt(prompt=list(prompts), device=self.device, do_classifier_free_guidance=guided)
         )
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
-        """Add the pooled encoding and the sizes to the conditions."""
+        """Also condition on the pooled encoding and the sizes."""
         added = {"text_embeds": prompt["pooled_prompt_embeds"], "time_ids": sizes.to(latents.dtype)}
         return self.denoiser(
             latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"], added_cond_kwargs=added
@@ -135,16 +135,16 @@ class SD3(Family):
     loading: Mapping[str, Any] = {}
 
     def make_objective(self) -> Objective:
-        """Flow matching."""
+        """Return the flow matching objective."""
         return FlowMatching(self.pipe.scheduler, self.options)
 
     @property
     def size_multiple(self) -> int:
-        """The transformer's patches count too."""
+        """The multiple for the VAE and the patches of the transformer."""
         return int(self.pipe.vae_scale_factor) * int(self.pipe.patch_size)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Encode by all three."""
+        """Encode with all text encoders."""
         length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
         texts = list(prompts)
         return _four(
@@ -154,7 +154,7 @@ class SD3(Family):
         )
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
-        """Ask the transformer."""
+        """Call the transformer."""
         return self.denoiser(
             hidden_states=latents,
             timestep=timesteps,
@@ -173,22 +173,22 @@ class Flux(Family):
     loading: Mapping[str, Any] = {}
 
     def make_objective(self) -> Objective:
-        """Flow matching."""
+        """Return the flow matching objective."""
         return FlowMatching(self.pipe.scheduler, self.options)
 
     @property
     def size_multiple(self) -> int:
-        """Latents are packed two by two."""
+        """The multiple for the VAE and latents packed two by two."""
         return 2 * int(self.pipe.vae_scale_factor)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Encode by both; Flux has guidance inside and takes no negative prompt here."""
+        """Encode with both text encoders; Flux has built-in guidance and needs no negative prompt."""
         length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
         found, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, **length)
         return {"prompt_embeds": found, "pooled_prompt_embeds": pooled}
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
-        """Pack, ask the transformer, unpack."""
+        """Pack the latents, call the transformer and unpack its output."""
         count, channels, height, width = latents.shape
         text = prompt["prompt_embeds"]
         guidance = None
@@ -196,7 +196,7 @@ class Flux(Family):
             guidance = torch.full((count,), self.options.guidance_scale, device=latents.device)
         answer = self.denoiser(
             hidden_states=self.pipe._pack_latents(latents, count, channels, height, width),
-            timestep=timesteps / 1000,  # which the transformer multiplies by 1000
+            timestep=timesteps / 1000,  # the transformer multiplies them by 1000
             guidance=guidance,
             encoder_hidden_states=text,
             pooled_projections=prompt["pooled_prompt_embeds"],
@@ -207,7 +207,7 @@ class Flux(Family):
         return self.unpack(answer, height * scale, width * scale)
 
     def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Undo the pipeline's packing; height and width are the image's."""
+        """Undo the packing of the pipeline; height and width are those of the image."""
         unpacked: Tensor = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         return unpacked
 
@@ -223,21 +223,21 @@ def load_family(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Family:
-    """Load a pipeline and return the family that it belongs to; its VAE stays in float32.
+    """Load a pipeline and return its family; the VAE stays in float32.
 
-    Raises ValueError for a pipeline of another class, and OSError where diffusers finds no pipeline.
+    Raises ValueError for an unsupported pipeline class, and OSError if diffusers finds no pipeline.
     """
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
     if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~"))):
-        raise ValueError(f"--pretrained-model-name-or-path {path} is no folder of a pipeline (of save_pretrained)")
+        raise ValueError(f"--pretrained-model-name-or-path {path} is not a pipeline folder written by save_pretrained")
     index = DiffusionPipeline.load_config(path, revision=revision)
     name = index.get("_class_name")
     family = FAMILIES.get(str(name))
     if family is None:
-        raise ValueError(f"{path} is a {name}; pipelines that can be trained: {', '.join(FAMILIES)}")
+        raise ValueError(f"{path} is a {name}, which cannot be trained; supported pipelines: {', '.join(FAMILIES)}")
     pipe = DiffusionPipeline.from_pretrained(
         path,
         revision=revision,
@@ -253,7 +253,7 @@ def load_family(
 
 
 def _left_out(index: Mapping[str, Any]) -> dict[str, None]:
-    """Name the parts that a pipeline was saved without, such as Stable Diffusion 3's T5."""
+    """Return the components that the pipeline was saved without, such as the T5 of Stable Diffusion 3."""
     return {part: None for part, home in index.items() if home == [None, None]}
 
 
@@ -268,6 +268,6 @@ def _present(**tensors: Tensor | None) -> Encoded:
 
 @contextlib.contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast: VAEs overflow in fp16."""
+    """Disable autocast, because VAEs overflow in fp16."""
     with torch.autocast(device.type, enabled=False):
         yield

@@ -1,11 +1,12 @@
 """PEFT's LoRA in a diffusers pipeline, in the file that `pipe.load_lora_weights` reads.
 
-Only PEFT's functional interface is used. The `add_adapter` of a transformers model calls the same functions, but
-refuses versions of PEFT: that of transformers 5.24 wants a PEFT that did not exist when it was released.
+Only the functional interface of PEFT is used. `add_adapter` of a transformers model calls the same functions, but also
+checks the version of PEFT, and transformers 5.24 requires one that did not exist when it was released.
 
-The scripts have a second LoRA (lora.py), because neither can replace the other. PEFT wraps layers, so it misses the
-packed attention and the bare projections of open_clip's models. The parametrization of lora.py builds every adapted
-weight in full, so it cannot take quantised layers, and a step costs as much as full fine-tuning.
+The scripts have a second LoRA (training/methods/lora.py), because neither can replace the other. PEFT wraps layers, so
+it cannot adapt the packed attention and the bare projections of open_clip models. The parametrization of
+training/methods/lora.py computes every adapted weight in full, so it does not support quantised layers, and a step
+costs as much as in full fine-tuning.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ _ADAPTER = "default"
 
 
 class LoRAInPipeline:
-    """PEFT's LoRA on the weights that RandLoRA would adapt."""
+    """LoRA of PEFT on the weights that RandLoRA would adapt."""
 
     def __init__(self, pipe: Any, targets: Mapping[str, Sequence[str]], rank: int, alpha: float) -> None:
         from diffusers.training_utils import cast_training_params
@@ -54,7 +55,7 @@ class LoRAInPipeline:
         yield from self.trained.items()
 
     def check_gradients(self) -> list[str]:
-        """Require a gradient somewhere in every component: the factor that starts at zero gets one at once."""
+        """Check that every component gets a gradient; the factor that starts at zero has one after the first step."""
         for name in self.parts:
             first = (p.grad for path, p in self.trained.items() if path.startswith(f"{name}.") and ".lora_B." in path)
             if not any(gradient is not None and gradient.any() for gradient in first):
@@ -62,7 +63,7 @@ class LoRAInPipeline:
         return finite_gradients(self.parameters())
 
     def save(self, path: Path) -> None:
-        """Write diffusers' LoRA file."""
+        """Write a LoRA file in the format of diffusers."""
         from peft import get_peft_model_state_dict
 
         arguments = {}
@@ -80,12 +81,12 @@ class LoRAInPipeline:
             inject_adapter_in_model(config, getattr(model, name), _ADAPTER)
         self._copy_in(model, path)
 
-    def lent(self, path: Path) -> AbstractContextManager[None]:
-        """Copy the file's tensors in for the time."""
+    def with_saved(self, path: Path) -> AbstractContextManager[None]:
+        """Temporarily replace the trained tensors by those of the file."""
         return values_restored(self, lambda: self._copy_in(self.pipe, path))
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return diffusers' call."""
+        """Return the code that calls `pipe.load_lora_weights`."""
         return [f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})"]
 
     def _copy_in(self, pipe: Any, path: Path) -> None:
@@ -96,4 +97,4 @@ class LoRAInPipeline:
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
             unknown = set_peft_model_state_dict(getattr(pipe, name), own, _ADAPTER).unexpected_keys
             if unknown:
-                raise ValueError(f"{path} holds {unknown[0]}, and no such layer of {name} is adapted")
+                raise ValueError(f"{path} contains {unknown[0]}, but no such layer of {name} is adapted")

@@ -1,4 +1,4 @@
-"""The loss of every family: the squared error of the denoiser's answer, for the subject and for what is to be kept."""
+"""The loss of every family: the squared error of the prediction, for the subject and for prior preservation."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,11 @@ from randlora_vision.training.dreambooth.families import Family
 
 
 class DiffusionLoss(nn.Module):
-    """Holds what is trained, and a few more parts, under `parts`; called with a batch it returns a scalar.
+    """The mean weighted squared error on a batch, with a prior preservation term.
 
-    L = mean over instance items of e + prior_loss_weight * mean over prior items of e, with e the
-    weighted squared error of one item, mean over its latents. Noise and its level come from PyTorch's
-    current random state.
+    L = mean(e over instance items) + prior_loss_weight * mean(e over prior items), where e is the weighted squared
+    error of one item, averaged over its latents. Noise and noise levels are drawn from the current random state of
+    PyTorch. `parts` registers the trained components as submodules.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class DiffusionLoss(nn.Module):
         self.cached_latents = cached_latents
 
     def forward(self, batch: DiffusionBatch) -> Tensor:
-        """Return the loss."""
+        """Return the loss of a batch, a scalar."""
         errors, prior = self.errors(batch), batch["prior"].to(self.family.device)
         loss = errors[~prior].mean()
         return loss + self.prior_loss_weight * errors[prior].mean() if prior.any() else loss
 
     def errors(self, batch: DiffusionBatch) -> Tensor:
-        """Return each item's weighted squared error (B,), float32."""
+        """Return the weighted squared error of each item (B,), float32."""
         family = self.family
         inputs = batch["inputs"].to(family.device)
         noised = family.objective(family.latents(inputs if self.cached_latents else family.moments(inputs)))

@@ -1,4 +1,4 @@
-"""The ways of training a pipeline: RandLoRA, PEFT's LoRA in diffusers' file format, or every weight."""
+"""The methods of training a pipeline: RandLoRA, PEFT's LoRA in the diffusers file format, or full fine-tuning."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ _TRAINED, _SAVED = "default", "saved"
 
 
 class PipelineAdaptation(Adaptation, Protocol):
-    """What is trained in a pipeline. `load` is given the pipeline."""
+    """A pipeline made trainable by one method. `load` takes the pipeline as its model."""
 
-    def lent(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Within the context the pipeline computes with what a saved file holds, in place of what is in training."""
+    def with_saved(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the pipeline uses the saved file instead of the weights in training."""
 
 
 class RandLoRAInPipeline:
-    """Random bases and trained diagonals in each adapted component, one file for all."""
+    """RandLoRA in each adapted component, saved in one file."""
 
     def __init__(self, pipe: Any, configs: Mapping[str, RandLoRAConfig]) -> None:
         self.pipe = pipe
@@ -49,7 +49,7 @@ class RandLoRAInPipeline:
                 yield f"{part}.{name}", parameter
 
     def check_gradients(self) -> list[str]:
-        """Check every component: one that stays as it was is a mistake, not a slow learner."""
+        """Check the gradients of every component; raise ValueError if one of them cannot learn."""
         notes = []
         for name, part in self.parts.items():
             try:
@@ -68,8 +68,8 @@ class RandLoRAInPipeline:
             pipelines.load_adapter(model, path)
 
     @contextlib.contextmanager
-    def lent(self, path: Path) -> Iterator[None]:
-        """Load the file as a second adapter and silence the one in training."""
+    def with_saved(self, path: Path) -> Iterator[None]:
+        """Temporarily load the file as a second adapter and deactivate the adapter in training."""
         with quiet():
             pipelines.load_adapter(self.pipe, path, _SAVED)
         try:
@@ -84,7 +84,7 @@ class RandLoRAInPipeline:
             set_active(part, adapter)
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return the integration's call."""
+        """Return the code that calls `load_adapter` of the diffusers integration."""
         return [
             "from randlora_vision.integrations.diffusers import load_adapter",
             f"load_adapter(pipe, {str(path)!r})",
@@ -92,7 +92,7 @@ class RandLoRAInPipeline:
 
 
 class FullInPipeline(TrainedTensors):
-    """Every weight of the trained components, under the components' names."""
+    """Full fine-tuning of the trained components; tensor names start with the name of the component."""
 
     def __init__(self, pipe: Any, components: Sequence[str]) -> None:
         container = components_of(pipe, components)
@@ -101,15 +101,15 @@ class FullInPipeline(TrainedTensors):
         self.components = list(components)
 
     def load(self, model: Any, path: Path) -> None:
-        """Copy the file's tensors into the pipeline's components."""
+        """Copy the tensors of the file into the components of the pipeline."""
         super().load(components_of(model, self.components), path)
 
-    def lent(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        """Copy the file's tensors in for the time."""
+    def with_saved(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Temporarily replace the trained tensors by those of the file."""
         return values_restored(self, lambda: TrainedTensors.load(self, self.model, path))
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return the plain calls of safetensors and PyTorch."""
+        """Return the code that loads the file with safetensors and PyTorch."""
         lines = ["from safetensors.torch import load_file", f"tensors = load_file({str(path)!r})"]
         for name in self.components:
             own = f"{{k.removeprefix('{name}.'): v for k, v in tensors.items() if k.startswith('{name}.')}}"
@@ -118,12 +118,12 @@ class FullInPipeline(TrainedTensors):
 
 
 def components_of(pipe: Any, names: Sequence[str]) -> nn.ModuleDict:
-    """Return some of a pipeline's components as one module."""
+    """Return the named components of a pipeline as one module."""
     return nn.ModuleDict({name: getattr(pipe, name) for name in names})
 
 
 def trained_components(family: Family, options: DreamBoothOptions) -> list[str]:
-    """Return the names of the components that are trained, the denoiser first."""
+    """Return the names of the trained components, the denoiser first."""
     texts = [name for name in family.trainable_text_encoders if getattr(family.pipe, name) is not None]
     if options.pipeline.train_text_encoder and not texts:
         raise ValueError("--train-text-encoder: this pipeline has no CLIP text encoder")
@@ -131,7 +131,7 @@ def trained_components(family: Family, options: DreamBoothOptions) -> list[str]:
 
 
 def adapt(family: Family, options: DreamBoothOptions) -> PipelineAdaptation:
-    """Make a pipeline trainable by the chosen method, everything else frozen."""
+    """Prepare a pipeline for the chosen method and freeze all other weights."""
     adapter, pipe = options.adapter, family.pipe
     names = trained_components(family, options)
     if adapter.method == "full":
@@ -145,13 +145,13 @@ def adapt(family: Family, options: DreamBoothOptions) -> PipelineAdaptation:
 
 
 def _config(options: DreamBoothOptions, denoiser: bool) -> RandLoRAConfig:
-    # Targets that the user names are the denoiser's.
+    # --target-modules applies only to the denoiser.
     adapter = options.adapter if denoiser else replace(options.adapter, target_modules=())
     return randlora_config(adapter, options.training.seed, "diffusers:attention" if denoiser else "diffusers:text")
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:
-    """Let denoisers (diffusers) and text encoders (transformers) compute activations again in the backward pass."""
+    """Turn on gradient checkpointing in denoisers (diffusers) and text encoders (transformers)."""
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     for part in parts:
         next(method for name in names if (method := getattr(part, name, None)))()

@@ -1,9 +1,9 @@
-"""What a denoiser is taught: noise levels, the noisy latents, the target, and the weight of every image's error.
+"""Training objectives of denoisers: noise levels, noisy latents, targets, and the weight of each error.
 
-Two kinds are known, noise prediction (Stable Diffusion 1.5, 2, XL) and flow matching (Stable Diffusion 3,
-Flux). Schedulers, timestep densities and weightings are diffusers' own.
+There are two objectives: noise prediction (Stable Diffusion 1.5, 2, XL) and flow matching (Stable Diffusion 3, Flux).
+Schedulers, timestep densities and weightings come from diffusers.
 
-Shapes: B images, C channels, H x W of latents.
+Shapes: B images, C channels, latents of size H x W.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """What the denoiser is taught."""
+    """The training objective of the denoiser."""
 
     snr_gamma: float | None = None
-    """Noise prediction: weigh timesteps by min-SNR with this gamma (5.0 is usual; arXiv 2303.09556)."""
+    """Noise prediction: gamma of the min-SNR weighting of timesteps (usually 5.0; arXiv 2303.09556)."""
     weighting_scheme: WeightingScheme = "logit_normal"
-    """Flow matching: how noise levels are drawn (logit_normal, mode) or weighed (sigma_sqrt, cosmap)."""
+    """Flow matching: how noise levels are drawn (logit_normal, mode) or weighted (sigma_sqrt, cosmap)."""
     logit_mean: float = 0.0
     """Mean of logit_normal."""
     logit_std: float = 1.0
@@ -30,7 +30,7 @@ class ObjectiveOptions:
     mode_scale: float = 1.29
     """Scale of mode."""
     guidance_scale: float = 3.5
-    """Flux: what a guidance-distilled transformer is told in training."""
+    """Flux: guidance scale given to a guidance-distilled transformer during training."""
 
     def __post_init__(self) -> None:
         if self.snr_gamma is not None and self.snr_gamma <= 0:
@@ -44,38 +44,40 @@ class Noised:
     """A batch at random noise levels."""
 
     latents: Tensor
-    """What the denoiser sees (B, C, H, W)."""
+    """The noisy latents that the denoiser gets as input (B, C, H, W)."""
     timesteps: Tensor
-    """What it is told of the noise level (B,)."""
+    """The timesteps that the denoiser gets as input (B,)."""
     target: Tensor
-    """What it should answer (B, C, H, W)."""
+    """The target of the prediction (B, C, H, W)."""
     weight: Tensor
-    """Of each image's squared error (B,)."""
+    """The weight of the squared error of each image (B,)."""
 
 
 class Objective(Protocol):
-    """Draws noise and noise levels from PyTorch's current random state."""
+    """A rule that adds noise to latents, drawn from the current random state of PyTorch."""
 
     def __call__(self, latents: Tensor) -> Noised:
-        """Noise clean latents (B, C, H, W), float32."""
+        """Add noise to clean latents (B, C, H, W), float32."""
 
 
 class NoisePrediction:
-    """The denoiser answers the noise (epsilon) or the velocity (v_prediction), as its scheduler says."""
+    """The denoiser predicts the noise (epsilon) or the velocity (v_prediction), depending on its scheduler."""
 
     def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
         from diffusers import DDPMScheduler
 
         if "beta_schedule" not in scheduler.config:
-            raise ValueError(f"the noise schedule of {type(scheduler).__name__} is of no known kind (it has no betas)")
+            raise ValueError(f"the noise schedule of {type(scheduler).__name__} is not supported: it has no betas")
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.kind = self.scheduler.config.prediction_type
         if self.kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"the scheduler's prediction_type is {self.kind!r}: epsilon and v_prediction are known")
+            raise ValueError(
+                f"the scheduler's prediction_type is {self.kind!r}, but it must be epsilon or v_prediction"
+            )
         self.gamma = options.snr_gamma
 
     def __call__(self, latents: Tensor) -> Noised:
-        """Noise the latents at timesteps drawn uniformly."""
+        """Add noise to the latents at uniformly drawn timesteps."""
         steps = self.scheduler.config.num_train_timesteps
         noise = torch.randn_like(latents)
         timesteps = torch.randint(steps, (len(latents),), device=latents.device)
@@ -85,7 +87,7 @@ class NoisePrediction:
         return Noised(noisy, timesteps, target, self._weight(timesteps, epsilon))
 
     def _weight(self, timesteps: Tensor, epsilon: bool) -> Tensor:
-        """Min-SNR: min(SNR, gamma) over what the plain squared error amounts to, SNR or SNR + 1."""
+        """Return the min-SNR weights: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for velocity."""
         from diffusers.training_utils import compute_snr
 
         if self.gamma is None:
@@ -96,7 +98,7 @@ class NoisePrediction:
 
 
 class FlowMatching:
-    """The denoiser answers the velocity noise - latents on the straight line between the two."""
+    """The denoiser predicts the velocity, noise - latents, on the straight line between latents and noise."""
 
     def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -105,7 +107,7 @@ class FlowMatching:
         self.options = options
 
     def __call__(self, latents: Tensor) -> Noised:
-        """Noise the latents at levels drawn as the weighting scheme says, the scheduler's shift included."""
+        """Add noise at levels drawn by the weighting scheme, including the shift of the scheduler."""
         from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
         options, device = self.options, latents.device

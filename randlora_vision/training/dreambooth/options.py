@@ -1,4 +1,4 @@
-"""The options of train_dreambooth.py, and what the ones left out become."""
+"""The options of train_dreambooth.py and their defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.harness.options import (
+    FREE,
     AdapterOptions,
     CheckpointOptions,
     RunOptions,
@@ -28,24 +29,24 @@ class PipelineOptions:
     """The pipeline."""
 
     pretrained_model_name_or_path: str | None = None
-    """A diffusers pipeline: the folder of save_pretrained, or a name on the hub. Stable Diffusion 1.5, 2, XL
-    and 3, and Flux. Left out: a tiny one, taught handwritten digits."""
+    """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. Stable Diffusion
+    1.5, 2, XL and 3, and Flux are supported. By default, a tiny pipeline pretrained on handwritten digits."""
     revision: str | None = None
-    """Its revision on the hub."""
+    """Revision of the pipeline on the Hub."""
     variant: str | None = None
-    """Its weights' variant, such as fp16."""
+    """Variant of the weights, such as fp16."""
     family: DemoFamily = "unet"
-    """Which tiny pipeline, where none is named: a UNet that predicts noise, or a transformer of flow matching."""
+    """Which tiny pipeline to use by default: a UNet with noise prediction, or a transformer with flow matching."""
     train_text_encoder: bool = False
-    """Adapt the CLIP text encoders too."""
+    """Also adapt the CLIP text encoders."""
     text_encoder_lr: float | None = None
-    """Their peak learning rate. Left out: --lr."""
+    """Peak learning rate of the text encoders. Defaults to --lr."""
     max_sequence_length: int | None = None
-    """Tokens of a prompt that T5 reads (Stable Diffusion 3, Flux). Left out: the pipeline's default."""
+    """Maximum prompt length for T5, in tokens (Stable Diffusion 3, Flux). Defaults to that of the pipeline."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass: uses less memory and more time."""
     cache_dir: str | None = None
-    """Where the tiny pipelines are kept. Left out: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+    """Folder that caches the tiny pipelines. Defaults to $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.text_encoder_lr is not None and not self.train_text_encoder:
@@ -56,41 +57,41 @@ class PipelineOptions:
 
 @dataclass(frozen=True)
 class SubjectOptions:
-    """The images to learn, their captions, and what is to be kept."""
+    """The images to learn, their captions, and prior preservation."""
 
     instance_data_dir: str | None = None
-    """A folder of images. A caption beside an image (name.txt) or in the folder's metadata.jsonl (file_name,
-    text) counts in place of --instance-prompt."""
+    """A folder of images. A caption in a text file next to an image (name.txt) or in metadata.jsonl in the folder
+    (file_name, text) takes precedence over --instance-prompt."""
     dataset_name: str | None = None
-    """In place of a folder, a dataset of Hugging Face: a name on the hub, or the folder of save_to_disk."""
+    """A Hugging Face dataset instead of a folder: a name on the Hub, or a folder written by save_to_disk."""
     image_column: str = "image"
-    """The dataset's column of images."""
+    """The image column of the dataset."""
     caption_column: str | None = None
-    """The dataset's column of captions. Left out: --instance-prompt for all."""
+    """The caption column of the dataset. By default, all images use --instance-prompt."""
     instance_prompt: str | None = None
-    """The caption of images that have none of their own: 'a photo of sks dog'."""
+    """The caption of images without a separate caption, such as 'a photo of sks dog'."""
     with_prior_preservation: bool = False
-    """Train on images of the class too, so that the model keeps what the class was."""
+    """Also train on images of the class, so that the model does not forget the class."""
     class_data_dir: str | None = None
-    """A folder of them. Where it has too few, the base pipeline makes more and leaves them there. Left out:
+    """A folder of class images. If it has too few, the base pipeline generates more and saves them there. Defaults to
     class_images in the run folder."""
     class_prompt: str | None = None
-    """Their caption: 'a photo of a dog'."""
+    """The caption of the class images, such as 'a photo of a dog'."""
     num_class_images: int = 100
-    """How many there are to be."""
+    """Number of class images."""
     prior_loss_weight: float = 1.0
-    """Weight of their loss."""
+    """Weight of the loss on the class images."""
     sample_batch_size: int | None = None
-    """Images that the pipeline makes at once, here and for validation. Left out: 4 (32 on the digits)."""
+    """Batch size for generating class images and validation pictures. Defaults to 4 (32 for the digits)."""
     resolution: int | None = None
-    """Side of the square that images are cut to, or of one with the area of automatic buckets. Left out: the
-    pipeline's own."""
+    """Side of the square to which images are cropped; automatic buckets have about the same area. Defaults to that of
+    the pipeline."""
     aspect_ratio_buckets: str | None = None
-    """Sizes to choose from for each image, 'height,width;height,width', or auto."""
+    """Sizes from which to choose for each image: 'height,width;height,width', or auto."""
     center_crop: bool = False
-    """Cut images in the middle, not at random."""
+    """Crop images at the center instead of at random."""
     cache_latents: bool = True
-    """Encode every image once, before training; a random cut is then the same at every step."""
+    """Encode every image once before training; a random crop is then the same at every step."""
 
     def __post_init__(self) -> None:
         if self.instance_data_dir and self.dataset_name:
@@ -109,16 +110,16 @@ class SubjectOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """The pictures that are made at every evaluation."""
+    """The pictures that are generated at every evaluation."""
 
     validation_prompt: tuple[str, ...] = ()
-    """One prompt or several; none: no pictures."""
+    """One or more prompts. By default, no pictures are generated."""
     num_validation_images: int = 4
-    """Pictures of each."""
+    """Pictures per prompt."""
     num_inference_steps: int | None = None
-    """Steps of sampling. Left out: the pipeline's default."""
+    """Sampling steps. Defaults to those of the pipeline."""
     validation_guidance_scale: float | None = None
-    """Guidance of sampling. Left out: the pipeline's default."""
+    """Guidance scale for sampling. Defaults to that of the pipeline."""
 
     def __post_init__(self) -> None:
         _above("--num-validation-images", self.num_validation_images)
@@ -130,9 +131,9 @@ class HubOptions:
     """The Hugging Face Hub."""
 
     push_to_hub: bool = False
-    """Upload the adapter with a model card when training is done; log in before (hf auth login, or HF_TOKEN)."""
+    """Upload the adapter with a model card after training; requires a login (hf auth login, or HF_TOKEN)."""
     hub_model_id: str | None = None
-    """Where to: OWNER/NAME."""
+    """The repository to upload to: OWNER/NAME."""
 
     def __post_init__(self) -> None:
         if self.push_to_hub != (self.hub_model_id is not None):
@@ -144,15 +145,15 @@ class DreamBoothAdapterOptions(AdapterOptions):
     """What is trained."""
 
     method: Method = "randlora"
-    """RandLoRA, PEFT's LoRA in diffusers' own file format, or every weight."""
+    """RandLoRA, PEFT's LoRA in the diffusers file format, or full fine-tuning."""
     target_modules: tuple[str, ...] = ()
-    """Which weights of the denoiser are adapted: one preset or regular expression, or several name suffixes.
-    Left out: those of its attention."""
+    """Which weights of the denoiser to adapt: one preset or regular expression, or several name suffixes. Defaults to
+    the attention weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
-            raise ValueError("--budget: choose LoRA's size by --rank here")
+            raise ValueError("--budget is not supported here: choose the size of LoRA with --rank")
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,14 @@ class DreamBoothTrainingOptions(TrainingOptions):
     """How it is trained."""
 
     batch_size: Annotated[int, also("--train-batch-size")] = 4
-    """Instance images in one forward call of one process; prior images come on top, as many."""
+    """Instance images per forward call and process; with prior preservation, as many class images are added."""
     eval_every: Annotated[int, also("--validation-steps")] = 100
-    """Steps between two evaluations, with pictures where there is a --validation-prompt; there is always one
-    before the first step and one after the last."""
+    """Steps between evaluations, which include pictures if there is a --validation-prompt. The model is always
+    evaluated before the first and after the last step."""
     best_metric: str = "loss"
-    """The value by which the best state is chosen: of the instance images at fixed noise (there are no others)."""
+    """The metric that selects the best state. The loss is that of the training instance images at fixed noise."""
     use_8bit_adam: bool = False
-    """AdamW of bitsandbytes with 8-bit states."""
+    """Use AdamW of bitsandbytes with 8-bit states."""
 
     def __post_init__(self) -> None:
         if self.use_8bit_adam:
@@ -182,7 +183,7 @@ _ADAM_8BIT = "bnbadamw8bit"
 
 @dataclass(frozen=True)
 class DreamBoothOptions:
-    """Everything that train_dreambooth.py can be told."""
+    """All options of train_dreambooth.py."""
 
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     subject: SubjectOptions = field(default_factory=SubjectOptions)
@@ -190,13 +191,13 @@ class DreamBoothOptions:
     adapter: DreamBoothAdapterOptions = field(default_factory=DreamBoothAdapterOptions)
     training: DreamBoothTrainingOptions = field(default_factory=DreamBoothTrainingOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
-    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    hub: HubOptions = field(default_factory=HubOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions, metadata=FREE)
+    run: RunOptions = field(default_factory=RunOptions, metadata=FREE)
+    hub: HubOptions = field(default_factory=HubOptions, metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.hub.push_to_hub and (self.embedded or self.adapter.method != "randlora"):
-            raise ValueError("--push-to-hub is for RandLoRA on a pipeline of your own")
+            raise ValueError("--push-to-hub is for RandLoRA on your own pipeline")
 
     @property
     def embedded(self) -> bool:
@@ -205,7 +206,7 @@ class DreamBoothOptions:
 
 
 def resolve(options: DreamBoothOptions) -> DreamBoothOptions:
-    """Return `options` with a value for everything left out, but for what the pipeline decides."""
+    """Return `options` with the defaults filled in, except those that depend on the pipeline."""
     pipeline, subject, adapter, training = options.pipeline, options.subject, options.adapter, options.training
     embedded, method = options.embedded, adapter.method
     if embedded != (pipeline.pretrained_model_name_or_path is None):
@@ -254,7 +255,7 @@ def _demo_validation(validation: ValidationOptions) -> ValidationOptions:
 
 
 def model_title(options: DreamBoothOptions) -> str:
-    """Return a short name of the pipeline: without the folders that lead to it."""
+    """Return a short name of the pipeline, without the path of its folder."""
     path = options.pipeline.pretrained_model_name_or_path
     return Path(path).name if path else f"the digits pipeline ({options.pipeline.family})"
 

@@ -1,4 +1,4 @@
-"""The pictures of a run that trains a pipeline: samples beside those of the base, and over training, and curves."""
+"""The figures of a DreamBooth run: samples of the base and the adapted pipeline over training, and loss curves."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ Row = tuple[str, Sequence[Any]]  # a label and images
 
 
 def plot_samples(groups: Sequence[tuple[str, Sequence[Row]]], title: str, path: Path) -> None:
-    """Draw rows of images, each with its label; groups of rows follow each other, each under its own heading."""
+    """Plot labelled rows of images in groups, each group below its heading."""
     columns = max(len(images) for _, rows in groups for _, images in rows)
     count = sum(len(rows) for _, rows in groups)
     side, label, heading = 1.1, 1.5, 0.45  # inches
@@ -41,7 +41,7 @@ def plot_samples(groups: Sequence[tuple[str, Sequence[Row]]], title: str, path: 
 
 
 def plot_losses(metrics: Metrics, title: str, path: Path) -> None:
-    """Draw the losses and the learning rate over the steps."""
+    """Plot the losses and the learning rate over the steps."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     loss, rate = figure.subplots(1, 2, width_ratios=(3, 2))
     loss.plot(*series(metrics, "train", "loss"), alpha=0.5, label="training batches (random noise levels)")
@@ -65,10 +65,10 @@ Report = Callable[[int, Sequence[Path]], None]  # step, PNG files
 
 
 class Album:
-    """Writes what a gallery shows, base against adapted, to a run folder and to the trackers.
+    """Writes the pictures of a gallery, base and adapted, to a run folder and to the trackers.
 
-    Every picture is a file too, samples/<step>/<prompt>-<number>.png, so a run that goes on later has
-    all of them for its last figure.
+    Every picture is also saved as samples/<step>/<prompt>-<number>.png, so a resumed run can include all of them in the
+    final figure.
     """
 
     def __init__(self, run: RunFolder, gallery: Gallery, adaptation: PipelineAdaptation, report: Report) -> None:
@@ -78,17 +78,17 @@ class Album:
         self.report = report
 
     def show(self, step: int) -> None:
-        """Draw from the file that was just saved, loaded anew, beside the base's pictures."""
+        """Generate pictures with the file that was just saved, and plot them together with those of the base."""
         if step == 0:
-            return  # it is the base
-        with self.adaptation.lent(self.run.adapter):
+            return  # the adapter is untrained
+        with self.adaptation.with_saved(self.run.adapter):
             write_pictures(self.run, _name(step), self.gallery.draw())
-        path = self.run.sample_folder / _name(step) / "base-and-adapted.png"  # trackers go by the file's name
+        path = self.run.sample_folder / _name(step) / "base-and-adapted.png"  # trackers use the file name as the title
         self._plot({"base": _BASE, "adapted": _name(step)}, f"Base and adapted after {step} steps, same seeds", path)
         self.report(step, [path])
 
     def finish(self, steps: Sequence[int]) -> None:
-        """Draw the samples over training in one figure."""
+        """Plot the samples over training in one figure."""
         rows = {"base": _BASE, **{f"step {step}": _name(step) for step in steps if step}}
         self._plot(rows, "Samples over training, same seeds", self.run.samples)
 
@@ -108,12 +108,12 @@ class Album:
 
 
 def write_base_pictures(run: RunFolder, gallery: Gallery) -> None:
-    """Write what the pipeline draws before it is adapted."""
+    """Write the pictures of the pipeline before it is adapted."""
     write_pictures(run, _BASE, gallery.draw())
 
 
 def write_pictures(run: RunFolder, name: str, rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write each picture of each prompt to a folder of that name."""
+    """Write each picture of each prompt to the sample folder `name`."""
     for prompt, pictures in enumerate(rows):
         for number, picture in enumerate(pictures):
             with replacing(_path(run, name, prompt, number)) as temporary:

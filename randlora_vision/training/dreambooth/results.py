@@ -1,4 +1,4 @@
-"""The end of a run that learns a subject: pictures and summary in the run folder, and what is said on the terminal."""
+"""The end of a DreamBooth run: figures and summary in the run folder, and the closing message."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,23 +15,23 @@ from randlora_vision.training.harness.task import Speed
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of samples that a classifier of real digits takes for what they should be."""
+    """Fractions of samples that a classifier of real digits recognises as intended."""
 
     subject: float
-    """Of the subject's prompt: an inverted seven."""
+    """For the prompt of the subject: an inverted seven."""
     class_kept: float
-    """Of the class's prompt, which prior preservation is for: an upright digit."""
+    """For the prompt of the class, covered by prior preservation: an upright digit."""
     digits_kept: float
-    """Of the ten digits' own prompts, which nothing preserves: that digit, upright."""
+    """For the prompts of the ten digits, not covered by prior preservation: that digit, upright."""
 
     def __str__(self) -> str:
         return (
-            f"inverted sevens for the subject's prompt {self.subject:.0%}, upright digits for the class's "
-            f"{self.class_kept:.0%}, the right digit for each digit's {self.digits_kept:.0%}"
+            f"inverted sevens for the subject prompt {self.subject:.0%}, upright digits for the class prompt "
+            f"{self.class_kept:.0%}, the correct digit for the digit prompts {self.digits_kept:.0%}"
         )
 
 
-_SAME = 2 / 255  # of the range 0 to 1: rounding of half precision may show, another adapter shows far more
+_SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a different adapter differs far more
 
 
 def write_results(
@@ -42,7 +42,7 @@ def write_results(
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
-    """Write what is left of the run folder but for the samples; return the content of summary.json."""
+    """Write the remaining files of the run folder except the samples; return the content of summary.json."""
     method, title = options.adapter.method, model_title(options)
     metrics = run.read_metrics()
     plot_losses(metrics, f"{method} on {title}", run.curves)
@@ -64,7 +64,7 @@ def _values(line: Mapping[str, Any], shares: Shares | None) -> dict[str, float]:
 def closing_words(
     run: RunFolder, adaptation: PipelineAdaptation, shares: Mapping[str, Shares], summary: dict[str, Any]
 ) -> str:
-    """Return the losses, the file, the proof of the reload, and the Python that loads the file."""
+    """Return the closing message: losses, file, result of the reload check, and code that loads the file."""
     lines = [""]
     for when in ("before", "after"):
         losses = f"loss {summary[when]['loss']:.4f} on the subject"
@@ -74,8 +74,8 @@ def closing_words(
     lines += [
         f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
         f"{summary['images_per_second']:.0f} images/s",
-        f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh pipeline it gives the same "
-        f"pictures (largest difference of a pixel: {summary['reload_difference']:.1e})",
+        f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh pipeline, it gives the same "
+        f"pictures (largest pixel difference: {summary['reload_difference']:.1e})",
         "\nTo use it:",
         *(f"    {line}" for line in adaptation.loading_code(run.adapter)),
         *([f"\npictures: {run.samples}"] if run.samples.exists() else []),
@@ -85,7 +85,7 @@ def closing_words(
 
 
 def check_same(difference: float, run: RunFolder) -> float:
-    """Return the reloaded pipeline's largest difference of a pixel; raise RuntimeError when it shows."""
+    """Return the largest pixel difference of the reloaded pipeline; raise RuntimeError if it is visible."""
     if not difference <= _SAME:
-        raise RuntimeError(f"{run.adapter} does not give the trained pipeline back: a pixel differs by {difference}")
+        raise RuntimeError(f"{run.adapter} does not reproduce the trained pipeline: a pixel differs by {difference}")
     return difference

@@ -1,4 +1,4 @@
-"""Sampling from a pipeline while it is trained, and images of the subject's class: the same for the same seeds."""
+"""Reproducible sampling from a pipeline during training, and generated images of the class of the subject."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Sampler:
-    """Draws pictures of one size from a family's pipeline as it is at the moment."""
+    """Generates pictures of one size with the current weights of a pipeline."""
 
     def __init__(
         self, family: Family, size: Size, at_once: int, autocast: Autocast, steps: int | None, guidance: float | None
@@ -37,7 +37,7 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
-        """Encode prompts, one a picture, for guided sampling."""
+        """Encode prompts, one per picture, for guided sampling."""
         for name in self.family.text_encoder_names:
             encoder = getattr(self.family.pipe, name)
             if encoder is not None:
@@ -47,7 +47,7 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, encoded: Encoded, seeds: Sequence[int]) -> Tensor:
-        """Return a picture for each encoded prompt and its seed (B, 3, h, w), float32 between 0 and 1, on the CPU."""
+        """Return one picture per encoded prompt and seed (B, 3, h, w), float32 between 0 and 1, on the CPU."""
         return torch.cat(
             [
                 self._draw_few(
@@ -61,11 +61,13 @@ class Sampler:
     def _draw_few(self, encoded: Encoded, seeds: Sequence[int]) -> Tensor:
         family, (height, width) = self.family, self.size
         family.denoiser.eval()
-        # The scheduler keeps state while it samples; encoders are not needed, and may be elsewhere.
+        # Use a second pipeline, as the scheduler keeps state; text encoders are not needed and may be elsewhere.
         idle = dict.fromkeys(family.text_encoder_names)
         view = type(family.pipe)(**{**family.pipe.components, **idle, **family.loading})
         view.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        generators = [
+            torch.Generator().manual_seed(seed) for seed in seeds
+        ]  # on the CPU, so samples do not depend on the device
         size = {"height": height, "width": width}
         with self.autocast():
             latents = view(**encoded, **self.settings, **size, generator=generators, output_type="latent").images
@@ -73,7 +75,7 @@ class Sampler:
 
 
 class Gallery:
-    """The pictures of validation: so many of each prompt, from the same seeds whenever they are drawn."""
+    """The validation pictures: `each` per prompt, generated from the same seeds every time."""
 
     def __init__(self, sampler: Sampler, prompts: Sequence[str], each: int, seed: int, text_trained: bool) -> None:
         self.sampler = sampler
@@ -103,15 +105,15 @@ def as_image(picture: Tensor) -> Any:
 
 
 def largest_difference(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> float:
-    """Return the largest difference of a pixel between two galleries' pictures, of the range 0 to 1."""
+    """Return the largest pixel difference between the pictures of two galleries, for pixels in [0, 1]."""
     pairs = [pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True)]
     return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
 
 
 def class_images(options: SubjectOptions, folder: Path, sampler: Sampler, accelerator: Accelerator) -> list[Path]:
-    """Return the first `num_class_images` images of the folder, filled up first by all processes together.
+    """Return the first `num_class_images` images of the folder; all processes generate the missing ones.
 
-    An image's name tells its number, and the number its seed: what was interrupted goes on where it was.
+    The name of an image contains its number, which is also its seed, so an interrupted run can be continued.
     """
     if not options.with_prior_preservation:
         return []
@@ -123,7 +125,7 @@ def class_images(options: SubjectOptions, folder: Path, sampler: Sampler, accele
     wanted = [(number, path) for number, path in names if not path.exists()][: max(0, missing)]
     own = wanted[accelerator.process_index :: accelerator.num_processes]
     if wanted:
-        accelerator.print(f"making {len(wanted)} images of {options.class_prompt!r} in {folder}")
+        accelerator.print(f"generating {len(wanted)} images of {options.class_prompt!r} in {folder}")
     for start in tqdm(range(0, len(own), sampler.at_once), disable=not (own and accelerator.is_main_process)):
         some = own[start : start + sampler.at_once]
         encoded = sampler.encode([options.class_prompt] * len(some))

@@ -1,4 +1,4 @@
-"""The images of a subject with their captions, and those of its class that keep what the model knew."""
+"""The images of a subject with their captions, and the class images for prior preservation."""
 
 import json
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from randlora_vision.training.dreambooth.buckets import Size, nearest_bucket
 from randlora_vision.training.dreambooth.options import SubjectOptions
 
 _METADATA = "metadata.jsonl"
-_CAPTION_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl, the first that a line has
+_CAPTION_KEYS = ("text", "caption", "prompt")  # keys in metadata.jsonl; the first one found in a line is used
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Images with a caption each."""
+    """Images, each with a caption."""
 
     name: str
     images: Sequence[Picture]
     captions: Sequence[str]
 
     def record(self) -> dict[str, Any]:
-        """Return what a run folder keeps: the files and their captions."""
+        """Return the record for the run folder: the files and their captions."""
         return {
             "name": self.name,
             "images": [str(image) if isinstance(image, Path) else number for number, image in enumerate(self.images)],
@@ -39,14 +39,14 @@ class Subject:
 
 
 def read_subject(options: SubjectOptions) -> Subject:
-    """Read the folder or the dataset; raise ValueError for one without images, or an image without a caption."""
+    """Read the folder or the dataset; raise ValueError if there are no images, or an image has no caption."""
     if options.dataset_name:
         return _read_dataset(options)
     assert options.instance_data_dir is not None
     folder = Path(options.instance_data_dir)
     images = list_images(folder, "--instance-data-dir")
     if not images:
-        raise ValueError(f"--instance-data-dir {folder} holds no images")
+        raise ValueError(f"--instance-data-dir {folder} contains no images")
     listed = _read_metadata(folder)
     captions = []
     for image in images:
@@ -56,17 +56,17 @@ def read_subject(options: SubjectOptions) -> Subject:
             caption = beside.read_text(encoding="utf-8").strip()
         caption = caption or options.instance_prompt
         if not caption:
-            raise ValueError(f"{image} has no caption: give --instance-prompt, or write {beside.name} beside it")
+            raise ValueError(f"{image} has no caption: give --instance-prompt, or write {beside.name} next to it")
         captions.append(caption)
     if listed:
-        raise ValueError(f"{folder / _METADATA} names {sorted(listed)[0]}, which is no image of the folder")
+        raise ValueError(f"{folder / _METADATA} names {sorted(listed)[0]}, which is not an image in the folder")
     return Subject(folder.name, images, captions)
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:
-    """Return the image files of a folder, in the order of their names."""
+    """Return the image files of a folder, sorted by name."""
     if not folder.is_dir():
-        raise ValueError(f"{flag} {folder} does not exist or is no folder")
+        raise ValueError(f"{flag} {folder} does not exist or is not a folder")
     formats = Image.registered_extensions()
     extensions = {extension for extension, name in formats.items() if name in Image.OPEN}
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in extensions and path.is_file())
@@ -97,12 +97,14 @@ def _read_dataset(options: SubjectOptions) -> Subject:
     assert name is not None
     try:
         found = load_from_disk(name) if _is_saved_dataset(Path(name)) else load_dataset(name)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # datasets raises many types
         raise ValueError(f"--dataset-name {name} cannot be read: {type(error).__name__}: {error}") from error
     data = (found.get("train") or next(iter(found.values()))) if isinstance(found, DatasetDict) else found
     for flag, column in (("--image-column", options.image_column), ("--caption-column", options.caption_column)):
         if column is not None and column not in data.column_names:
-            raise ValueError(f"{flag} {column}: {name} has the columns {', '.join(data.column_names)}")
+            raise ValueError(
+                f"{flag} {column}: there is no such column, {name} has the columns {', '.join(data.column_names)}"
+            )
     if len(data) == 0:
         raise ValueError(f"--dataset-name {name} has no images")
     column = options.caption_column
@@ -129,10 +131,10 @@ class _Column:
 def make_items(
     subject: Subject, class_images: Sequence[Picture], class_prompt: str | None, buckets: Sequence[Size]
 ) -> tuple[list[Item], list[str]]:
-    """Return the items of training and the prompts that their captions are places in.
+    """Return the training items and the list of prompts that their captions index.
 
-    First the subject's, each in the bucket nearest to it, then the class's. Every bucket that is in use gets
-    images of the class: they are dealt out in turns, again from the first where there are too few.
+    The items of the subject come first, each in its nearest bucket, then those of the class. Class images are assigned
+    to the used buckets in turn, so that every used bucket gets some; if there are too few, they are reused.
     """
     prompts = list(dict.fromkeys([*subject.captions, *([class_prompt] if class_prompt else [])]))
     items = []

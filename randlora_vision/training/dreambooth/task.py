@@ -1,4 +1,4 @@
-"""Learning a subject as a task of the training loop, and what it is trained on."""
+"""The task that trains a pipeline on a subject, and its training data."""
 
 import itertools
 from collections import defaultdict
@@ -29,12 +29,12 @@ from randlora_vision.training.dreambooth.subject import Subject, make_items
 from randlora_vision.training.harness.seeding import seed_everything
 from randlora_vision.training.harness.task import AdaptedTask, batches_consumed
 
-_MEASURED = 16  # images, some of them several times, at fixed noise: enough to see a trend
+_MEASURED = 16  # images, possibly repeated, at fixed noise: enough to see a trend
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The subject's images, those of its class, and the sizes that they are cut to."""
+    """The images of the subject and of its class, and the sizes to which they are cropped."""
 
     subject: Subject
     class_images: Sequence[Path]
@@ -42,7 +42,7 @@ class TrainingSet:
     buckets: Sequence[Size]
 
     def record(self) -> dict[str, Any]:
-        """Return what a run folder keeps."""
+        """Return the record for the run folder."""
         names = [path.name for path in self.class_images]
         return {**self.subject.record(), "class_prompt": self.class_prompt, "class_images": names}
 
@@ -53,7 +53,7 @@ class TrainingSet:
 
 
 class DreamBoothTask(AdaptedTask):
-    """What the loop trains: the denoising loss on the subject and its class, saved to one file."""
+    """Train with the denoising loss on the subject and its class, and save to one file."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class DreamBoothTask(AdaptedTask):
         self._measured = list(_fixed_batches(items, training.batch_size))
 
     def own_lr(self) -> dict[nn.Parameter, float]:
-        """Return the learning rates that are not the common one, by parameter."""
+        """Return the learning rates that differ from the default, by parameter."""
         if self.text_encoder_lr is None:
             return {}
         texts = [part for name, part in self.loss.parts.items() if name != self.family.denoiser_name]
@@ -98,7 +98,7 @@ class DreamBoothTask(AdaptedTask):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the losses on the subject and on the class, at noise that is the same at every call."""
+        """Return the losses on the subject and on the class, with the same noise at every call."""
         self.loss.eval()
         errors: dict[str, list[float]] = defaultdict(list)
         for number, indices in enumerate(self._measured):
@@ -110,7 +110,7 @@ class DreamBoothTask(AdaptedTask):
 
 
 def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
-    """Return batches of one size and one kind each, the same few images whatever the seed."""
+    """Return batches of one size and one kind, with the same few images for every seed."""
     batches = []
     for prior in (False, True):
         by_bucket: dict[Size, list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""How often a classifier is right: overall, among its first five answers, and by class.
+"""Accuracy of a classifier: top-1, top-5 and per class.
 
 Shapes: B images, C classes of the data, K outputs of the model.
 """
@@ -16,7 +16,7 @@ from randlora_vision.training.harness.distributed import measure_all
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of some images."""
+    """The results of a model on some images."""
 
     confusion: Tensor  # (C, K) int64: how many images of each class (row) got which answer
     top5: float
@@ -24,7 +24,7 @@ class Scores:
 
     @property
     def values(self) -> dict[str, float]:
-        """The numbers by name: top1, top5, and loss where there is one."""
+        """The metrics by name: top1, top5, and loss if there is one."""
         top1 = self.confusion.diagonal().sum().item() / self.confusion.sum().item()
         return {"top1": top1, "top5": self.top5, **({} if self.loss is None else {"loss": self.loss})}
 
@@ -42,10 +42,10 @@ class Scores:
 def measure(
     logits_of: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, device: torch.device
 ) -> Scores:
-    """Measure what `logits_of` makes of images (B, 3, H, W), logits (B, K), on data of `classes` classes.
+    """Evaluate `logits_of`, images (B, 3, H, W) to logits (B, K), on data with `classes` classes.
 
-    Answers beyond the data's classes count as wrong ones. With fewer than five outputs, top-5 counts
-    them all. Several processes share the batches and all get the same numbers.
+    Answers outside the data's classes count as wrong. With fewer than five outputs, top-5 counts all of them.
+    Several processes share the batches and all get the same results.
     """
     outputs = 0
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, predictions before and after, and methods side by side."""
+"""Figures of a run: curves, predictions before and after training, and comparisons of methods."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from PIL import Image
 from randlora_vision.files.atomic import replacing
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
-HEADLINES = {"top1": "top-1", "mean_recall": "mean recall"}  # the one number of a test: the first of them that it has
+HEADLINES = {"top1": "top-1", "mean_recall": "mean recall"}  # of a test, the first of these that it has
 _RIGHT, _WRONG = "#1a7f37", "#c62828"
 _COLOURS = ("#1f5fbf", "#d9822b", "#4c9f50", "#8e4fa8", "#7f7f7f")
-_MEASURED = {  # what of a validation split is drawn
+_MEASURED = {  # the validation metrics that are drawn
     "top1": ("top-1", _COLOURS[0]),
     "top5": ("top-5", _COLOURS[2]),
     "mean_recall": ("mean recall", _COLOURS[0]),
@@ -26,17 +26,17 @@ _MEASURED = {  # what of a validation split is drawn
     "text_to_image_r1": ("text to image, recall@1", _COLOURS[3]),
 }
 _DPI = 150
-_NAMED, _NUMBERED = 30, 15  # the most classes of a confusion matrix with names, and with numbers
+_NAMED, _NUMBERED = 30, 15  # most classes of a confusion matrix drawn with names, and with numbers
 
 
 def series(metrics: Metrics, split: str, name: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of one measurement."""
+    """Return the steps and values of one metric."""
     lines = [line for line in metrics if line["split"] == split and name in line]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def plot_curves(metrics: Metrics, title: str, path: Path) -> None:
-    """Draw loss, accuracy on the validation split, and learning rate over the steps."""
+    """Plot loss, validation accuracy and learning rate against the steps."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     loss.plot(*series(metrics, "train", "loss"), color=_COLOURS[0], alpha=0.6, label="training batches")
@@ -66,7 +66,7 @@ def plot_curves(metrics: Metrics, title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image with its class and what the model answered before and after training."""
+    """One image with its class and the model's answers before and after training."""
 
     picture: Image.Image
     truth: str
@@ -78,7 +78,7 @@ def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, 
     """Draw a grid of images, each with its class and the two answers, green where right and red where wrong."""
     rows = -(-len(predictions) // columns)
     height = 2.15 * rows + 0.7
-    # Placed by hand: laying out this many labels automatically takes seconds.
+    # A manual layout, since laying out this many labels automatically takes seconds.
     figure = Figure(figsize=(1.6 * columns, height))
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.75 / height, bottom=0.5 / height, hspace=0.55, wspace=0.1)
@@ -105,16 +105,16 @@ def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, 
 
 @dataclass(frozen=True)
 class Found:
-    """One image with its caption and the caption that the model found nearest, before and after training."""
+    """One image with its caption and the nearest caption by the model, before and after training."""
 
     picture: Image.Image
     caption: str
-    before: tuple[str, bool] | None  # the caption, and whether it is a right one; None where nothing was measured
+    before: tuple[str, bool] | None  # the caption, and whether it is correct; None if not measured
     after: tuple[str, bool]
 
 
 def plot_found(items: Sequence[Found], title: str, path: Path, columns: int = 2) -> None:
-    """Draw images, each with its caption and the retrieved ones beside it, green where right and red where wrong."""
+    """Draw images next to their captions and the retrieved ones, green where right and red where wrong."""
     rows = -(-len(items) // columns)
     height = 1.7 * rows + 0.7
     figure = Figure(figsize=(6.4 * columns, height))
@@ -140,7 +140,7 @@ def plot_found(items: Sequence[Found], title: str, path: Path, columns: int = 2)
 
 
 def plot_scales(scales: Sequence[float], values: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """Draw what each test gives (`values`, by its name) between the base model (scale 0) and the adapted one (1)."""
+    """Plot the results of each test (`values`, by name) from scale 0, the base model, to 1, the adapted model."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     for (name, line), colour in zip(values.items(), itertools.cycle(_COLOURS)):
@@ -153,9 +153,9 @@ def plot_scales(scales: Sequence[float], values: Mapping[str, Sequence[float]], 
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title: str, path: Path) -> None:
-    """Draw which part of each true class (a row) got which answer (a column).
+    """Draw the confusion matrix: the fraction of each true class (row) that got each answer (column).
 
-    Up to 30 classes are named, and up to 15 have their numbers of images written in.
+    Up to 30 classes are named, and for up to 15 the numbers of images are written in the cells.
     """
     classes = len(names)
     side = min(10.0, max(5.0, 2.5 + 0.45 * classes))
@@ -181,15 +181,15 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title:
 
 @dataclass(frozen=True)
 class Compared:
-    """One method's run, for the comparison."""
+    """The run of one method, for `plot_comparison`."""
 
     label: str
     metrics: Metrics
-    accuracies: Mapping[str, tuple[float, float]]  # of each measured task: before, after
+    accuracies: Mapping[str, tuple[float, float]]  # per task: before, after
 
 
 def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
-    """Draw validation accuracy over the steps, a line for each method, and test accuracies before and after."""
+    """Plot validation accuracy against the steps, one line per method, and test accuracies before and after."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     for run, colour in zip(runs, _COLOURS, strict=False):
@@ -203,7 +203,7 @@ def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
 
 
 def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
-    """Draw for every task a grey bar for the base and one bar for each method."""
+    """Draw one grey bar for the base model and one bar per method for every task."""
     tasks = list(runs[0].accuracies)
     width = 0.8 / (len(runs) + 1)
     bars = [("before", [runs[0].accuracies[task][0] for task in tasks], "#bbbbbb")]
@@ -218,7 +218,7 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
 
 
 def over_steps(axes: Axes) -> None:
-    """Make optimiser steps the horizontal axis."""
+    """Label the horizontal axis with optimiser steps."""
     axes.set_xlabel("optimiser step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(alpha=0.3)
@@ -234,7 +234,7 @@ def _shortened(name: str, most: int = 16) -> str:
 
 
 def save_figure(figure: Figure, title: str, path: Path) -> None:
-    """Write a figure under its title, in one piece."""
+    """Set the title of a figure and write it atomically."""
     figure.suptitle(title, fontweight="bold")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI)

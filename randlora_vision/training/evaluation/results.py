@@ -1,4 +1,4 @@
-"""The results of every classification run: the part of summary.json and of the words that scripts share."""
+"""Results of a run: the parts of summary.json and of the printed summary that scripts share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
 
-Results = Mapping[str, Mapping[str, float]]  # by the name of the test, its numbers by name
+Results = Mapping[str, Mapping[str, float]]  # test name -> metric name -> value
 
 
 def summarise(
@@ -21,7 +21,7 @@ def summarise(
     reload_difference: float,
     skipped: SkipList,
 ) -> dict[str, Any]:
-    """Return what was trained, how fast, and the proof of the reload."""
+    """Return the part of summary.json on what was trained, the speed, and the check of the reloaded file."""
     return {
         "method": method,
         "model": model,
@@ -37,12 +37,12 @@ def summarise(
 
 
 def in_words(tasks: Mapping[str, str], results: Results) -> str:
-    """Return accuracies or recalls of each test, under what it is a test of."""
+    """Return the accuracies or recalls of each test as text, labelled by its task."""
     return "; ".join(f"{tasks[name]} {_words(values)}" for name, values in results.items())
 
 
 def headline(values: Mapping[str, float]) -> float:
-    """Return the one number that stands for a test: top-1, or the mean recall."""
+    """Return the headline metric of a test: top-1, or the mean recall."""
     return next(values[name] for name in HEADLINES if name in values)
 
 
@@ -57,14 +57,14 @@ def _words(values: Mapping[str, float]) -> str:
 
 
 def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
-    """Return the accuracies, the file, the proof of the reload, and the Python that loads the file."""
+    """Return the printed summary: accuracies, the file, the check of the reload, and the loading code."""
     return "\n".join(
         [
             f"\nbefore: {before}",
             f"after:  {after}",
             f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
             f"{summary['images_per_second']:.0f} images/s",
-            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model it gives equal "
+            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model, it gives equal "
             f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
             *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
             "\nTo use it:",
@@ -75,7 +75,7 @@ def closing_words(run: RunFolder, before: object, after: object, summary: dict[s
 
 
 def check_equal(difference: float, largest: float, run: RunFolder) -> float:
-    """Return the reloaded model's largest difference of a logit; raise RuntimeError when it is more than rounding."""
+    """Return the largest logit difference of the reloaded model; raise RuntimeError if it exceeds rounding."""
     if difference > 1e-4 * largest:
-        raise RuntimeError(f"{run.adapter} does not give the trained model back: a logit differs by {difference}")
+        raise RuntimeError(f"{run.adapter} does not reproduce the trained model: a logit differs by {difference}")
     return difference

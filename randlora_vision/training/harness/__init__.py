@@ -1,1 +1,1 @@
-"""The training loop and what stands around it, the same for every task."""
+"""The training loop and its supporting code, the same for every task."""

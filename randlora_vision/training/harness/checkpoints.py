@@ -1,4 +1,4 @@
-"""Checkpoints of a run: tensors in safetensors and the rest in JSON, one folder per step, never half written."""
+"""Checkpoints of a run: safetensors and JSON, in one folder per step that is written atomically."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """What training needs to go on after `step`: JSON values, and tensors on the CPU by name."""
+    """The state needed to resume training after `step`: JSON values, and tensors on the CPU by name."""
 
     step: int
     values: dict[str, Any]
@@ -32,16 +32,16 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state read from disk, and the settings of the run that wrote it."""
+    """A state read from disk, with the settings of the run that wrote it."""
 
     path: Path
     settings: dict[str, Any]
     state: State
 
     def check(self, settings: Mapping[str, Any], free: Sequence[str]) -> None:
-        """Raise ValueError, listing what differs, unless the run's settings are `settings`.
+        """Raise ValueError, listing the differences, unless the checkpoint was written with `settings`.
 
-        `free` names the settings, or groups of them, that may differ ("run", "training.workers").
+        `free` names the settings, or groups of settings, that may differ ("run", "training.workers").
         """
         then, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
         differing = [
@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints that a run writes: every so many steps, the oldest removed beyond a limit.
+    """Writes the checkpoints of a run at regular intervals, and removes the oldest beyond a limit.
 
     A process that must not write passes `writing=False`.
     """
@@ -69,16 +69,16 @@ class Checkpoints:
         self.writing = writing
 
     def due(self, step: int) -> bool:
-        """Tell whether a checkpoint is to be written after this step."""
+        """Return whether a checkpoint must be written after this step."""
         return self.every > 0 and step % self.every == 0
 
     def write(self, state: State) -> None:
-        """Write a checkpoint under a temporary name, rename it, and only then remove what it makes superfluous."""
+        """Write a checkpoint under a temporary name, rename it, and only then remove older checkpoints."""
         if not self.writing:
             return
         path = self.folder / f"step-{state.step:06}"
         unfinished, old = (path.with_name(f".{path.name}.{what}") for what in ("new", "old"))
-        for leftover in (unfinished, old):  # of a process that was killed here
+        for leftover in (unfinished, old):  # from a process that was killed here
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file(state.tensors, unfinished / _TENSORS)
@@ -93,14 +93,14 @@ class Checkpoints:
         for file in unfinished.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        if path.exists():  # a run that was resumed before it comes by again
+        if path.exists():  # a run resumed from an earlier step reaches it again
             os.replace(path, old)
         os.replace(unfinished, path)
         shutil.rmtree(old, ignore_errors=True)
         self._prune(state.step)
 
     def _prune(self, step: int) -> None:
-        """Keep the newest ones up to `step`; later ones are of the course that a resumed run has left."""
+        """Keep the newest checkpoints up to `step`; remove later ones, which predate the resumed run."""
         found = list_checkpoints(self.folder)
         past = [path for number, path in found if number <= step]
         for path in [*past[: -self.limit], *(path for number, path in found if number > step)]:
@@ -108,33 +108,33 @@ class Checkpoints:
 
 
 def find_checkpoint(options: CheckpointOptions, run: RunOptions) -> tuple[Checkpoint | None, RunOptions]:
-    """Read what `--resume` names; return it and `run` with the output folder that it lies in.
+    """Read the checkpoint that `--resume` names; return it, and `run` with its run folder as output folder.
 
-    Raises ValueError when there is none, when it is damaged, or when --output-dir is another folder.
+    Raises ValueError when there is no checkpoint, when it is damaged, or when --output-dir is another folder.
     """
     if options.resume is None:
         return None, run
     if run.overwrite:
-        raise ValueError("--overwrite would remove the run that --resume goes on with: give one")
+        raise ValueError("--overwrite would remove the run that --resume continues: give only one of the two")
     if options.resume == "latest":
         if run.output_dir is None:
-            raise ValueError("--resume latest needs --output-dir: the run folder whose latest checkpoint is meant")
+            raise ValueError("--resume latest needs --output-dir, the run folder whose latest checkpoint is used")
         found = list_checkpoints(Path(run.output_dir) / FOLDER)
         if not found:
-            raise ValueError(
-                f"--resume latest: {run.output_dir} holds no checkpoint (they are written with --checkpoint-every)"
-            )
+            raise ValueError(f"--resume latest: {run.output_dir} holds no checkpoint (--checkpoint-every writes them)")
         return read_checkpoint(found[-1][1]), run
     path = Path(options.resume)
     checkpoint = read_checkpoint(path)
     home = path.absolute().parent.parent
     if run.output_dir is not None and Path(run.output_dir).resolve() != home.resolve():
-        raise ValueError(f"--resume {path} goes on in {home}, but --output-dir is {run.output_dir}: leave it out")
+        raise ValueError(
+            f"--resume {path} continues in {home}, but --output-dir is {run.output_dir}: omit --output-dir"
+        )
     return checkpoint, replace(run, output_dir=run.output_dir or str(path.parent.parent))
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return step and path of the finished checkpoints in a folder, the oldest first."""
+    """Return the step and path of every complete checkpoint in a folder, oldest first."""
     return sorted((int(path.name.removeprefix("step-")), path) for path in folder.glob("step-[0-9]*"))
 
 
@@ -145,7 +145,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = json.loads((path / _STATE).read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
+            raise ValueError(f"its format is {content['format']}, but this version reads format {_FORMAT}")
         if content["sha256"] != _sha256(path / _TENSORS):
             raise ValueError(f"{_TENSORS} is not the file that was written")
         state = State(content["step"], content["values"], load_file(path / _TENSORS))
@@ -157,7 +157,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:
-    """Return what an optimiser remembers: its tensors by parameter name, and the numbers of its groups."""
+    """Return the state of an optimiser: its tensors by parameter name, and the numbers of its groups."""
     tensors: dict[str, Tensor] = {}
     saved = optimizer.state_dict()["state"]
     memory = {
@@ -177,7 +177,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: State) -> None:
-    """Give an optimiser over the same parameters what `optimizer_state` returned."""
+    """Load the result of `optimizer_state` into an optimiser over the same parameters."""
     content = optimizer.state_dict()
     memory = state.values["memory"]
     content["state"] = {
@@ -191,17 +191,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 
 
 def _order(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> list[str]:
-    """Return the names in the order by which `Optimizer.state_dict` numbers the parameters."""
+    """Return the names in the order in which `Optimizer.state_dict` numbers the parameters."""
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """Return a copy on the CPU that training does not change."""
+    """Return a contiguous copy on the CPU."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` as JSON; its tensors go to `tensors` under names that start with `name`."""
+    """Return `value` as JSON; store its tensors in `tensors` under names that start with `name`."""
     if isinstance(value, Tensor):
         tensors[name] = to_cpu(value)
         return {"tensor": name}
@@ -245,5 +245,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _flag(name: str) -> str:
-    """Return the flag of an option by its name in groups; other settings are named as they are."""
+    """Return the flag of a grouped option name; other names are returned unchanged."""
     return "--" + name.rpartition(".")[2].replace("_", "-") if "." in name else name

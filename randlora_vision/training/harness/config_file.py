@@ -1,4 +1,4 @@
-"""Options from a YAML file, in the groups of a run folder's config.yaml, turned into the flags they stand for."""
+"""Options from a YAML file, grouped as in a run folder's config.yaml, converted to command-line flags."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ class ConfigFile:
     """Options from a file."""
 
     config: str | None = None
-    """A YAML file with any of these options, in groups as a run folder's config.yaml has them (training: lr:
-    0.001). Flags override it; what both leave out has its default. A run's own config.yaml repeats the
-    run, in another --output-dir; it holds what was chosen for you too, such as --alpha and --lr."""
+    """A YAML file with any of these options, grouped as in a run folder's config.yaml (training: lr: 0.001).
+    Flags override the file; options in neither have their defaults. The config.yaml of a run repeats that run
+    with another --output-dir; it also holds the resolved defaults, such as --alpha and --lr."""
 
 
 def expand_config(argv: Sequence[str], options: type) -> list[str]:
-    """Return `argv` with the options of its `--config` file, where it names one, put before it as flags.
+    """Return `argv`, preceded by the options of its `--config` file as flags if it names one.
 
     `options` is a dataclass of option groups. Raises ValueError for a file that cannot be read, and
-    for a group, a name or a kind of value that the options do not have.
+    for an unknown group, an unknown option or a value of the wrong kind.
     """
     path: str | None = None
     for place, word in enumerate(argv):
@@ -67,11 +67,11 @@ def _flags(content: Any, options: type) -> list[str]:
 
 def _close(word: object, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(word), known, n=3)
-    return f"close matches: {', '.join(close)}" if close else f"known are {', '.join(known)}"
+    return f"close matches: {', '.join(close)}" if close else f"choose from {', '.join(known)}"
 
 
 def _flag(name: str, value: Any, switch: bool) -> list[str]:
-    """Return the words of a command line that set an option; none where the value is 'left out'."""
+    """Return the command-line words that set an option; none where the value means that it is not set."""
     flag = name.replace("_", "-")
     if value is None or value == []:
         return []

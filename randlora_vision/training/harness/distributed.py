@@ -1,6 +1,6 @@
-"""Between processes: rows of all of them with right gradients, and measuring that is shared among them.
+"""Communication between processes: gathering rows with correct gradients, and sharing evaluation.
 
-Shapes: P processes, N rows of all processes, n rows of this one.
+Shapes: P processes, N rows of all processes together, n rows of this one.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from randlora_vision.training.harness.seeding import with_batches
 
 
 def process_and_processes() -> tuple[int, int]:
-    """Return the number of this process, from 0, and how many there are."""
+    """Return the rank of this process and the number of processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -30,10 +30,10 @@ def row_counts(rows: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the rows (N, ...) of all processes, in the order of the processes, given each one's (n, ...).
+    """Return the rows (N, ...) of all processes, in the order of the processes, given this one's (n, ...).
 
-    `counts` is what `row_counts` returned for them; they need not be equal. The gradient that arrives
-    at `rows` is the sum of those of all processes.
+    `counts` is the result of `row_counts`; the counts need not be equal. The gradient of `rows` is the sum of
+    the gradients from all processes.
     """
     if len(counts) == 1:
         return rows
@@ -43,14 +43,14 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def measure_all(batches: Iterable[Any], measure: Callable[[Any], Sequence[Tensor]]) -> list[Tensor]:
-    """Return what `measure` gives for all batches, on the CPU, joined in the order of the batches.
+    """Return the results of `measure` for all batches, on the CPU, concatenated in the order of the batches.
 
-    `measure` returns tensors with one row per item of its batch. Of several processes each measures every
-    P-th batch, and all of them get everything: the very rows that one process would compute. Where
-    the batches cannot be shared out evenly, some processes measure one twice and the double is dropped: a model
-    whose processes must compute in step (FSDP) can be measured as well.
+    `measure` returns tensors with one row per item of its batch. Each of several processes measures every
+    P-th batch, and all of them receive every row, exactly as a single process would compute them. If the
+    batches cannot be divided evenly, some processes measure an extra batch, whose result is dropped, so that
+    models whose processes must run in lockstep (FSDP) can be evaluated too.
 
-    Raises ValueError where there is no batch.
+    Raises ValueError when there are no batches.
     """
     process, processes = process_and_processes()
     places, results = [], []
@@ -59,7 +59,7 @@ def measure_all(batches: Iterable[Any], measure: Callable[[Any], Sequence[Tensor
         places.append((number, len(values[0])))
         results.append(values)
     if not results:
-        raise ValueError("there is nothing to measure: not one batch")
+        raise ValueError("there is nothing to evaluate: the data has no batches")
     columns = [torch.cat(column) for column in zip(*results, strict=True)]
     if processes == 1:
         return [column.cpu() for column in columns]
@@ -78,7 +78,7 @@ def _in_order(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tenso
 
 
 def _own_batches(batches: Iterable[Any], process: int, processes: int) -> Iterator[tuple[int, Any]]:
-    """Yield the batches of a process with their numbers, as many on every process; a double has the number -1."""
+    """Yield (number, batch) for a process, equally many on every process; a repeated batch has the number -1."""
     if processes == 1:
         yield from enumerate(batches)
     elif isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset):
@@ -91,7 +91,7 @@ def _own_batches(batches: Iterable[Any], process: int, processes: int) -> Iterat
 
 
 def _every_other(batches: Iterable[Any], process: int, processes: int) -> Iterator[tuple[int, Any]]:
-    """Do the same with batches that can only be read one after the other."""
+    """Do the same for batches that can only be read in order."""
     numbered = enumerate(batches)
     first = None
     for group in iter(lambda: list(itertools.islice(numbered, processes)), []):
@@ -100,7 +100,7 @@ def _every_other(batches: Iterable[Any], process: int, processes: int) -> Iterat
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows (n, ...), of one shape on all processes, to (P, n, ...). PyTorch's own is named differently by version."""
+    """Gather rows (n, ...), of the same shape on all processes, to (P, n, ...), in every version of PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

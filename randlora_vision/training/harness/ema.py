@@ -1,4 +1,4 @@
-"""Exponential moving averages of the trained parameters, and of nothing else."""
+"""Exponential moving averages of the trained parameters."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The averages, by name; `applied` lends them to the model.
+    """The averages, by name; `applied` loads them into the model temporarily.
 
-    average <- d * average + (1 - d) * parameter after every step, with d = min(decay, (1 + t) / (10 + t)) at
-    the t-th: in a short run the first steps, near the start, would otherwise weigh for too long.
+    average <- d * average + (1 - d) * parameter after every step t, with d = min(decay, (1 + t) / (10 + t)).
+    The smaller decay of the first steps keeps the initial values from dominating the average in a short run.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -21,14 +21,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after `step` steps."""
+        """Update the averages with the parameters after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self.parameters.items():
             self.averages[name].lerp_(parameter, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averages for the length of the block."""
+        """Load the averages into the model for the duration of the block."""
         trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.put_into_model()
         try:
@@ -37,11 +37,11 @@ class Ema:
             _copy(trained, self.parameters)
 
     def put_into_model(self) -> None:
-        """Give the model the averages for good."""
+        """Load the averages into the model permanently."""
         _copy(self.averages, self.parameters)
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Go on from averages saved earlier."""
+        """Restore averages saved earlier."""
         _copy(averages, self.averages)
 
 

@@ -1,4 +1,4 @@
-"""Between a task and the loop: what a run folder and checkpoints need around the training itself."""
+"""Connects a task to the training loop: run folder, checkpoints and trackers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,14 +12,14 @@ from torch import nn
 from randlora_vision.files.atomic import fingerprint
 from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from randlora_vision.training.harness.loop import Trainer
-from randlora_vision.training.harness.options import FREE_SETTINGS, CheckpointOptions, RunOptions, TrainingOptions
+from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, TrainingOptions, free_settings
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.task import Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
 
 
 class FittingOptions(Protocol):
-    """Any script's options."""
+    """The option groups that every script has."""
 
     @property
     def training(self) -> TrainingOptions:
@@ -27,7 +27,7 @@ class FittingOptions(Protocol):
 
     @property
     def checkpoints(self) -> CheckpointOptions:
-        """How a run that was cut off goes on."""
+        """How checkpoints are written and resumed."""
 
     @property
     def run(self) -> RunOptions:
@@ -38,25 +38,23 @@ _Options = TypeVar("_Options", bound=FittingOptions)
 
 
 class Data(Protocol):
-    """What is trained on."""
+    """The training data."""
 
     def record(self) -> dict[str, Any]:
-        """Return what the run folder keeps of it, plain JSON."""
+        """Return a description for the run folder, as plain JSON."""
 
 
 def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[_Options, RunFolder, Checkpoint | None]:
-    """Open the run folder, for going on from the checkpoint that `--resume` names where it does.
+    """Open the run folder, resuming from the checkpoint that `--resume` names, if given.
 
-    Returns the options with the folder in them and without the wish to resume: whoever feeds config.yaml back
-    does not want it again. Raises ValueError as `find_checkpoint` and `open_run_folder` do.
+    Returns the options with the folder set and with `resume` cleared, so that config.yaml can be used again
+    to start a new run. Raises ValueError as `find_checkpoint` and `open_run_folder` do.
     """
     resume, run_options = find_checkpoint(options.checkpoints, options.run)
     checkpoints = replace(options.checkpoints, resume=None)
     options = replace(options, run=run_options, checkpoints=checkpoints)  # type: ignore[type-var]  # a dataclass
     run = open_run_folder(options.run, script, accelerator.is_main_process, resuming=resume is not None)
-    (path,) = broadcast_object_list(
-        [str(run.path)]
-    )  # the default is named after the time, by the first process's clock
+    (path,) = broadcast_object_list([str(run.path)])  # the default name contains the first process's time
     if not run.writing:
         run = RunFolder(Path(path), writing=False)
     return options, run, resume
@@ -72,15 +70,15 @@ def fit(
     own_lr: Mapping[nn.Parameter, float],
     after_save: Callable[[int], None] | None = None,
 ) -> Speed:
-    """Write the settings to the run folder and train, from a checkpoint where one is given.
+    """Write the settings to the run folder and train, starting from a checkpoint if one is given.
 
-    Raises ValueError when the checkpoint is of other settings or images, and as the loop does.
+    Raises ValueError when the checkpoint was written with other settings or images, and as `Trainer.run` does.
     """
     record = data.record()
     processes = accelerator.num_processes
     settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
     if resume:
-        resume.check(settings, FREE_SETTINGS)
+        resume.check(settings, free_settings(options))
         run.keep_metrics(resume.state.step)
         accelerator.print(f"resumed from {resume.path}")
     step = resume.state.step if resume else 0
@@ -107,7 +105,7 @@ def fit(
 
 
 def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:
-    """Give the run's pictures to the trackers, as of `step`, and close what accelerate has opened."""
+    """Report the run's pictures to the trackers at `step`, and close what accelerate has opened."""
     if run.writing:
         report_pictures(accelerator, step, run.pictures())
     accelerator.end_training()

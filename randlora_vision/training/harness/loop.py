@@ -1,4 +1,4 @@
-"""The training loop of every script. It knows nothing of CLIP: a task brings the loss and the data."""
+"""The training loop of every script; a task provides the loss and the data."""
 
 import contextlib
 import itertools
@@ -32,15 +32,15 @@ from randlora_vision.training.harness.task import JointTask, Speed, Task
 
 
 class Trainer:
-    """Runs a task: optimiser, schedule, accumulation, clipping, averaging, evaluation, saving, early stopping.
+    """Trains a task: optimiser, schedule, accumulation, clipping, averaging, evaluation, saving, early stopping.
 
-    What was trained is saved at every evaluation, the one before the first step included, and only
-    when everything measured is finite: the file on disk is always the last good state. After the best
-    evaluation so far `keep_best` is called, which may keep a copy of that file; after every one `after_save`,
-    with the step, which may show what the file does.
+    The trained parameters are saved at every evaluation, including the one before the first step, but only
+    when every metric is finite: the file on disk is always the last good state. `keep_best()` is called after
+    each new best evaluation, for example to copy that file; `after_save(step)` is called after every
+    evaluation, for example to draw samples.
 
-    Every forward pass starts from random states that follow from the seed, the process and the step,
-    so a run that continues from a checkpoint computes what one that was never cut off does.
+    Every forward pass starts from random states that depend on the seed, the process and the step, so a run
+    resumed from a checkpoint computes the same numbers as an uninterrupted one.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Trainer:
         optimizer = make_optimizer(options.optimizer, trained, options.lr, options.weight_decay, own_lr)
         batches = seeded_items(task.batches, options.seed)
         self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
-        # Only now: FSDP puts parameters of its own in the place of the model's.
+        # Only now, because FSDP replaces the parameters of the model.
         self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         # Not prepared: accelerate would step it once per process.
@@ -87,9 +87,9 @@ class Trainer:
             self._restore(resume.state)
 
     def run(self) -> Speed:
-        """Train to the last step, or to where patience ends.
+        """Train to the last step, or until early stopping.
 
-        Raises ValueError when the loss, a gradient or a result is not finite.
+        Raises ValueError when the loss, a gradient or a metric is not finite.
         """
         if self.step == 0:
             self._evaluate()
@@ -124,12 +124,12 @@ class Trainer:
         if self.ema:
             self.ema.put_into_model()
         if self.accelerator.is_fsdp2:
-            self.loss.unshard()  # for good: what follows does not call the model through the loss
+            self.loss.unshard()  # permanently: what follows does not call the model through the loss
         rate = self.step * self.images_per_step / self.seconds
         return Speed(self.step, self.seconds, rate, peak_memory())
 
     def _close(self, loader: Any, batches: Any) -> None:
-        """Tell accelerate, which keeps a loader open until it is read to its end, that this one is done with."""
+        """Close the loader, which accelerate otherwise keeps open until it is read to its end."""
         if self.step == self.steps:
             next(batches, None)
         elif loader in self.accelerator.gradient_state.dataloader_references:
@@ -141,7 +141,7 @@ class Trainer:
         return bool(patience and self.best and self.best.evaluations_since >= patience)
 
     def _optimise(self, batches: Any) -> tuple[float, float]:
-        """Do one optimiser step; return its mean loss over all processes, and the gradient's norm."""
+        """Do one optimiser step; return its mean loss over all processes and the gradient norm."""
         train_mode(self.loss)
         losses, measured = [], (0.0, 0.0)
         for number, part in enumerate(self._parts(batches)):
@@ -159,7 +159,7 @@ class Trainer:
         return measured
 
     def _parts(self, batches: Any) -> Iterable[Any]:
-        """Return what the loss is called with, one after the other, in an optimiser step."""
+        """Return the arguments of the loss in one optimiser step, in order."""
         parts = itertools.islice(batches, self.options.gradient_accumulation_steps)
         if self.options.gradient_accumulation_steps == 1 or not isinstance(self.task, JointTask):
             return parts
@@ -170,17 +170,17 @@ class Trainer:
         seed_everything("step", self.options.seed, self.accelerator.process_index, self.step, part)
 
     def _clip(self, loss: torch.Tensor) -> tuple[float, float]:
-        """Clip the gradients to the allowed norm; return the loss and the norm, which are finite numbers.
+        """Clip the gradients to the maximum norm; return the loss and the norm as finite numbers.
 
-        Where it can, it asks the device for both at once: they are needed before the parameters change, and
-        nothing else of a step waits for the device. The first step's gradients are looked at one by one.
+        Both are read from the device in one transfer, before the parameters change; nothing else in a step
+        waits for the device. In the first step, the gradients are checked one by one.
         """
-        scaled = self.accelerator.scaler is not None  # fp16: overflows are expected, and their steps skipped
+        scaled = self.accelerator.scaler is not None  # fp16: overflows are expected, and their steps are skipped
         if not (scaled or self.checked):
             self._require_finite("the loss", loss.item())
             self._check_once()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is in parts
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's norm is sharded
         value, length = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
         self._require_finite("the loss", value)
         if math.isfinite(length):
@@ -194,7 +194,7 @@ class Trainer:
             self._stop(f"{what} is {value}")
 
     def _check_once(self) -> None:
-        if not self.checked and self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # keeps them to itself
+        if not self.checked and self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # hides its gradients
             for note in self.task.check_gradients():
                 self.accelerator.print(f"note: {note}")
             require_all_gradients(self.accelerator, self.names)
@@ -203,13 +203,13 @@ class Trainer:
     def _evaluate(self) -> None:
         with self.ema.applied() if self.ema else contextlib.nullcontext(), self._whole():
             with self.accelerator.autocast():
-                # The first process's values are everyone's: all of them must stop at the same step.
+                # All processes use the values of the first, since all must stop at the same step.
                 (values,) = broadcast_object_list([self.task.evaluate()])
             self._keep(values)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """Have whole parameters where the model is not called through the loss, and where it is saved (FSDP)."""
+        """Gather FSDP's sharded parameters while the model is saved or called other than through the loss."""
         if self.accelerator.is_fsdp2:
             self.loss.unshard()
         yield
@@ -217,10 +217,10 @@ class Trainer:
             self.loss.reshard()
 
     def _keep(self, values: dict[str, float]) -> None:
-        """Log and save what was measured, unless it is broken."""
+        """Log the metrics and save the parameters, unless a metric is not finite."""
         broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            self._stop(f"in evaluation {', '.join(broken)}")
+            self._stop(f"in evaluation, {', '.join(broken)}")
         self.log(self.step, "val", values)
         self.saved = f"the state of step {self.step} is kept in {self.task.save()}"
         if self.keep_best is not None or self.options.early_stopping_patience:
@@ -235,7 +235,7 @@ class Trainer:
         return self.accelerator.skip_first_batches(self.batches, done) if done else self.batches
 
     def _state(self) -> State:
-        """Return what a checkpoint holds. Random states are not among it: they follow from the step."""
+        """Return the contents of a checkpoint, without random states, which follow from the step."""
         optimizer = optimizer_state(self.optimizer.optimizer, self.names)
         scaler = self.accelerator.scaler
         values = {
@@ -255,7 +255,7 @@ class Trainer:
         saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith("parameters/")}
         own = {f"parameters/{name}": parameter for parameter, name in self.names.items()}
         if {name: p.shape for name, p in own.items()} != {name: tensor.shape for name, tensor in saved.items()}:
-            raise ValueError(f"the checkpoint of step {state.step} holds other parameters than those trained here")
+            raise ValueError(f"the checkpoint of step {state.step} does not hold the parameters trained here")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
@@ -272,14 +272,14 @@ class Trainer:
 
     def _stop(self, reason: str) -> None:
         raise ValueError(
-            f"training stopped after step {self.step}: {reason}; a lower --lr usually cures it ({self.saved})"
+            f"training stopped after step {self.step}: {reason}; a lower --lr usually helps ({self.saved})"
         )
 
 
 def train_mode(module: nn.Module) -> None:
-    """Put a module in training mode, but batch normalisations: their running statistics are the base's.
+    """Put a module in training mode, except for batch normalisations, which keep the base's running statistics.
 
-    They are in no adapter file, so a base that moved them would not be the one the adapter is loaded on.
+    Adapter files do not contain these statistics, so the adapter would be loaded into a different base model.
     """
     module.train()
     for part in module.modules():

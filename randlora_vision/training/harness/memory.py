@@ -1,4 +1,4 @@
-"""What trades memory for time: checkpointed activations and the order of numbers in memory."""
+"""Trading memory for time: activation checkpointing and the channels-last memory format."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and tim
 
 
 def placed(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """Move a timm or open_clip model to a device, in place, with convolutions in channels-last order if asked for.
+    """Move a timm or open_clip model to a device, in place, optionally in channels-last format.
 
-    The pictures that it is given are put in that order too: the weight that an adapter makes has the usual one, and
-    a convolution keeps to the channels-last order when either of the two has it.
+    The input pictures are converted to that format too: the weight that an adapter computes has the default format,
+    and a convolution runs in channels-last format when either its weight or its input has it.
     """
     model.to(device)
     if channels_last:
@@ -28,10 +28,10 @@ def _reorder(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def checkpoint_activations(model: Any, what: str, within: Callable[[str], bool] = lambda name: True) -> None:
-    """Let the blocks of a timm or open_clip model compute their activations again in the backward pass.
+    """Recompute the activations of a timm or open_clip model's blocks in the backward pass.
 
-    `within` tells by a module's name whether it is of the part that `what` names. Raises ValueError where
-    no block of that part can do it: some models take the call and ignore it.
+    `within` returns whether a module, by its name, belongs to the part that `what` describes. Raises ValueError
+    when no block of that part supports it: some models accept the call and ignore it.
     """
     try:
         model.set_grad_checkpointing(True)
@@ -46,4 +46,4 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _without(what: str, model: nn.Module) -> str:
-    return f"{what} of this {type(model).__name__} has no blocks that can be computed again, leave it out"
+    return f"{what} of this {type(model).__name__} has no blocks that can be recomputed, leave it out"

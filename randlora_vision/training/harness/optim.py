@@ -1,8 +1,7 @@
-"""Optimisers, learning-rate schedules and learning rates by layer, the same for every script.
+"""Optimisers, learning-rate schedules and layer-wise learning rates, the same for every script.
 
-Rates that fall from the last layer to the first are those of BEiT (arXiv 2106.08254). The layers of a timm model are
-those that timm.optim counts. An adapter's parameters are named after the module that they sit in, so they are of its
-layer.
+Learning rates that decay from the last layer to the first follow BEiT (arXiv 2106.08254). The layers of a timm model
+are those of timm.optim. An adapter's parameters carry the name of their module, so they belong to the module's layer.
 """
 
 import difflib
@@ -15,15 +14,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Literal["cosine", "linear", "constant"]
-# It needs second derivatives, for which the loop's backward pass keeps no graph.
+# It needs second derivatives, but the loop's backward pass does not keep the graph.
 _UNFIT = {"adahessian"}
-_WITH_FUSED_KERNEL = {"adam", "adamw"}  # PyTorch's own by these names
+_WITH_FUSED_KERNEL = {"adam", "adamw"}  # PyTorch's optimisers of these names
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raise ValueError, with close matches, for a name that is none of timm's optimisers.
+    """Raise ValueError, with close matches, for a name that is not one of timm's optimisers.
 
-    Any of them may be wrapped: lookahead_adamw.
+    Any of them may be wrapped, as in lookahead_adamw.
     """
     if name == "adamw":
         return  # without the import, which takes a second
@@ -43,10 +42,10 @@ def make_optimizer(
     weight_decay: float,
     own_lr: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return timm's optimiser of that name over the trainable ones of `parameters`.
+    """Return timm's optimiser of that name over the trainable parameters in `parameters`.
 
-    Those in `own_lr` have a peak learning rate of their own. Raises ValueError where the optimiser
-    needs a package or a device that is not there.
+    `own_lr` gives individual peak learning rates. Raises ValueError when the optimiser needs a package or a
+    device that is not available.
     """
     from timm.optim import create_optimizer_v2
 
@@ -60,29 +59,29 @@ def make_optimizer(
         groups += [{**group, "lr": rate} for group in decay_groups(chosen, weight_decay)]
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, **_fused(name, everything))
-    except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # of packages that are not installed
+    except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # from packages that are not installed
         raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error
 
 
 def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
-    """Ask for the kernel that updates all parameters at once, where PyTorch has it for these.
+    """Request the fused kernel, which updates all parameters at once, where PyTorch supports it.
 
-    Elsewhere PyTorch and timm choose the next best (foreach) by themselves.
+    Elsewhere PyTorch and timm choose the next best implementation (foreach) themselves.
     """
     usable = all(p.is_cuda and p.is_floating_point() for p in parameters)
     return {"fused": True} if usable and name in _WITH_FUSED_KERNEL else {}
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return PyTorch's AdamW over the trainable ones of `parameters`."""
+    """Return PyTorch's AdamW over the trainable parameters in `parameters`."""
     return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable ones of `parameters` as optimiser groups, decayed and not.
+    """Return the trainable parameters in `parameters` as optimiser groups, with and without weight decay.
 
     Vectors and scalars (biases, norm scales, a logit scale) are not decayed: pulling them to zero
-    changes what the network computes, not how complex it is. Matrices are, lambda and gamma included.
+    changes what the network computes, not how complex it is. Matrices, including lambda and gamma, are.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -95,10 +94,10 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosine") -> float:
-    """Return what the learning rate is multiplied by at `step` of `steps`, counted from 0.
+    """Return the factor on the learning rate at `step` of `steps`, counted from 0.
 
-    It rises linearly over the first `warmup` steps (never from zero: step 0 learns too), then falls
-    along a half cosine or a line that would reach zero at `steps`, or stays.
+    It rises linearly over the first `warmup` steps (starting above zero, so that step 0 learns too), then
+    falls along a half cosine or a line that would reach zero at `steps`, or stays constant.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -109,12 +108,12 @@ def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosin
 
 
 def warmup_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int, shape: Schedule = "cosine") -> LambdaLR:
-    """Return the scheduler of `schedule_factor`; call its `step()` once per optimiser step."""
+    """Return a scheduler that applies `schedule_factor`; call its `step()` once per optimiser step."""
     return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape))
 
 
-AS_THE_ONE_BEFORE = (99999,)  # timm's word for it
-Layers = Mapping[str, int]  # by a parameter's name, its layer, counted from 0
+AS_THE_ONE_BEFORE = (99999,)  # timm's marker for this
+Layers = Mapping[str, int]  # parameter name -> layer, counted from 0
 
 
 def layer_rates(model: nn.Module, parts: Iterable[Layers], lr: float, decay: float) -> dict[nn.Parameter, float]:
@@ -130,19 +129,19 @@ def layer_rates(model: nn.Module, parts: Iterable[Layers], lr: float, decay: flo
 
 
 def timm_layers(model: nn.Module) -> Layers:
-    """Return the layers of a timm model, its head the last; raise ValueError for a model that does not tell them."""
+    """Return the layers of a timm model, the head last; raise ValueError if the model does not define them."""
     return layers_by(model, matcher(model))
 
 
 def layers_by(part: nn.Module, matcher: Any, prefix: str = "") -> Layers:
-    """Return the layers of a part of a model as timm's `matcher` groups them; `prefix` is the part's own name."""
+    """Return the layers of part of a model as grouped by timm's `matcher`; `prefix` is the name of the part."""
     from timm.models import group_parameters
 
     return {f"{prefix}{name}": layer for name, layer in group_parameters(part, matcher, reverse=True).items()}
 
 
 def matcher(model: Any) -> Any:
-    """Return a timm model's own grouping of its parameters; raise ValueError for a model without one."""
+    """Return a timm model's grouping of its parameters; raise ValueError if it has none."""
     if not hasattr(model, "group_matcher"):
-        raise ValueError(f"--layer-decay: a {type(model).__name__} does not tell its layers, leave it out")
+        raise ValueError(f"--layer-decay: {type(model).__name__} does not define its layers, leave it out")
     return model.group_matcher(coarse=False)

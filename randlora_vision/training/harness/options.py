@@ -1,7 +1,7 @@
-"""The options that every training script shares, and how a command line becomes one object of them.
+"""The options that every training script shares, and the parser that builds them from a command line.
 
-Each group is a frozen dataclass, checked when built; its field docstrings are the help texts.
-A script nests the groups that it needs in a dataclass of its own and calls `parse`.
+Each group is a frozen dataclass, validated on construction; its field docstrings are the help texts.
+A script nests the groups that it needs in its own dataclass and calls `parse`.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -20,35 +20,37 @@ from randlora_vision.training.harness.optim import Schedule, check_optimizer_nam
 
 Method = Literal["randlora", "lora", "full", "linear-probe"]
 _Options = TypeVar("_Options")
+FREE = {"free": True}
+"""Metadata of settings, or groups of settings, that may differ on resuming: they do not change what is learned."""
 
 
 def also(*flags: str) -> Any:
-    """Return the mark of an option that goes by other names too: those of diffusers' training scripts."""
+    """Return the annotation that adds aliases to an option, for example those of diffusers' training scripts."""
     return tyro.conf.arg(aliases=flags)
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What is trained."""
+    """The training method and its adapter."""
 
     method: Method = "randlora"
     """RandLoRA, LoRA on the same weights, full fine-tuning, or a linear classifier on frozen features."""
     rank: int | None = None
     """RandLoRA: the rank of one random base; a LARGER rank means FEWER trained numbers, the opposite of
-    LoRA. Left out: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
+    LoRA. Default: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
     alpha: Annotated[float | None, also("--lora-alpha")] = None
-    """Numerator of the scale alpha / rank. Left out: 20 * rank for RandLoRA, 2 * rank for LoRA."""
+    """Numerator of the scale alpha / rank. Default: 20 * rank for RandLoRA, 2 * rank for LoRA."""
     budget: int | None = None
-    """LoRA, instead of --rank: the number of trained numbers to come nearest to."""
+    """LoRA: choose the rank whose number of trained parameters is closest to this, instead of --rank."""
     dropout: Annotated[float, also("--lora-dropout")] = 0.0
     """RandLoRA: dropout on the adapter's input."""
     bases: Literal["uniform", "normal", "sparse", "very_sparse", "structured"] = "uniform"
-    """RandLoRA: the distribution of the random bases. Structured ones train at about the cost of LoRA."""
+    """RandLoRA: the distribution of the random bases. Structured bases train at about the cost of LoRA."""
     init: Literal["lambda-zero", "gamma-zero"] = "lambda-zero"
-    """RandLoRA: which factor starts at zero (PEFT's choice, or the paper's vision code's)."""
+    """RandLoRA: which factor starts at zero: lambda, as in PEFT, or gamma, as in the paper's vision code."""
     target_modules: tuple[str, ...] = ()
     """Which weights are adapted: one preset or regular expression, or several name suffixes.
-    Left out: the attention and MLP weights of the chosen towers."""
+    Default: the attention and MLP weights of the chosen towers."""
 
     def __post_init__(self) -> None:
         _require(self.rank is None or self.rank >= 1, "--rank must be 1 or more", self.rank)
@@ -58,54 +60,54 @@ class AdapterOptions:
         if self.budget is not None and self.method != "lora":
             raise ValueError(f"--budget chooses the rank of --method lora, not of --method {self.method}")
         if self.budget is not None and self.rank is not None:
-            raise ValueError("--budget and --rank both choose LoRA's rank: give one")
+            raise ValueError("--budget and --rank both choose LoRA's rank: give only one")
         if self.dropout and self.method != "randlora":
-            raise ValueError(f"--dropout is RandLoRA's; --method {self.method} has none")
+            raise ValueError(f"--dropout needs --method randlora; --method {self.method} has no dropout")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How it is trained."""
+    """The training loop."""
 
     steps: Annotated[int | None, also("--max-steps", "--max-train-steps")] = None
-    """Optimiser steps. Left out: 1000 (fewer on the embedded digits; config.yaml tells)."""
+    """Optimiser steps. Default: 1000 (fewer on the embedded digits; see config.yaml after the start)."""
     batch_size: Annotated[int, also("--train-batch-size")] = 64
-    """Images in one forward call of one process; one optimiser step sees this times the accumulation
-    steps times the processes."""
+    """Images per forward pass and process; an optimiser step uses this number times the accumulation steps
+    times the number of processes."""
     gradient_accumulation_steps: int = 1
-    """Forward calls whose gradients are averaged into one optimiser step."""
+    """Forward passes whose gradients are averaged into one optimiser step."""
     optimizer: str = "adamw"
-    """One of timm's optimisers by name (timm.optim.list_optimizers()), with lookahead_ before it if wanted."""
+    """A timm optimiser (see timm.optim.list_optimizers()), optionally with the prefix lookahead_."""
     lr: Annotated[float | None, also("--learning-rate")] = None
-    """Peak learning rate. Left out: the method's own default, chosen for AdamW (in config.yaml after the run)."""
+    """Peak learning rate. Default: depends on the method, chosen for AdamW (see config.yaml after the start)."""
     weight_decay: Annotated[float, also("--adam-weight-decay")] = 0.01
-    """Decay of matrices and convolutions, lambda and gamma among them; vectors and scalars (biases, norms'
+    """Weight decay of matrices and convolutions, including lambda and gamma; vectors and scalars (biases, norm
     scales, class tokens, the logit scale) are never decayed."""
     warmup_fraction: float = 0.1
-    """Part of the steps over which the learning rate rises."""
+    """Fraction of the steps over which the learning rate warms up linearly."""
     schedule: Annotated[Schedule, also("--lr-scheduler")] = "cosine"
-    """The learning rate's way after that: down to zero along a half cosine or a line, or constant."""
+    """The learning rate after the warmup: falling to zero along a half cosine or a line, or constant."""
     ema_decay: float = 0.0
-    """Measure and save, in place of the trained numbers, their moving average with this decay (0: off).
-    The decay is smaller in the first steps, (1 + t) / (10 + t) at step t."""
+    """Decay of a moving average of the trained parameters, which is evaluated and saved in their place (0: off).
+    The decay is at most (1 + t) / (10 + t) at step t, so it is smaller in the first steps."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm when it is longer; 0 switches that off."""
+    """Clip the gradient to this norm; 0 disables clipping."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the forward and backward passes; trained numbers stay float32."""
+    """Precision of the forward and backward passes; trained parameters stay in float32."""
     seed: int = 0
     """Seed of the bases, the order of the images, augmentation and dropout."""
     eval_every: Annotated[int, also("--validation-steps")] = 25
-    """Steps between two evaluations on the validation split; there is always one before the first
-    step and one after the last."""
+    """Steps between evaluations on the validation split; there is always one before the first step and one
+    after the last."""
     best_metric: str = "top1"
-    """The value measured on the validation split by which the best state is chosen."""
+    """The validation metric by which the best state is chosen."""
     early_stopping_patience: int = 0
-    """Stop after so many evaluations without a better value than the best so far; 0: never."""
-    log_every: int = 5
-    """Steps between two lines of training values in metrics.jsonl."""
-    workers: Annotated[int | None, also("--dataloader-num-workers")] = None
-    """Processes that decode images ahead of the training process (0: it does so itself). Left out: 4, or as many
-    as there are cores to spare; 0 for the embedded digits, which are decoded."""
+    """Stop after this many evaluations without an improvement of --best-metric; 0: never."""
+    log_every: int = field(default=5, metadata=FREE)
+    """Steps between lines of training values in metrics.jsonl."""
+    workers: Annotated[int | None, also("--dataloader-num-workers")] = field(default=None, metadata=FREE)
+    """Worker processes that load images (0: the training process loads them itself). Default: 4, or fewer if
+    there are not enough free cores; 0 for the embedded digits, which are already decoded."""
 
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps >= 1, "--steps must be 1 or more", self.steps)
@@ -123,11 +125,11 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class RateOptions:
-    """Learning rates that differ from layer to layer."""
+    """Layer-wise learning rates."""
 
     layer_decay: float = 1.0
-    """Every layer learns at this times the rate of the layer after it, the head or projection at the end at
-    --lr itself (timm's rule; each tower of a CLIP by itself). 1: all alike."""
+    """Each layer's learning rate is this times that of the next layer; the head or projection at the end uses
+    --lr (timm's rule, applied to each tower of a CLIP model separately). 1: the same rate everywhere."""
 
     def __post_init__(self) -> None:
         _require(0 < self.layer_decay <= 1, "--layer-decay must be above 0 and at most 1", self.layer_decay)
@@ -135,14 +137,14 @@ class RateOptions:
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """Time against memory."""
+    """Speed and memory use."""
 
     gradient_checkpointing: bool = False
-    """Keep fewer activations for the backward pass and compute the others again: less memory, more time."""
+    """Keep fewer activations for the backward pass and recompute the others: less memory, more time."""
     torch_compile: bool = False
     """Compile the forward and backward passes with torch.compile."""
     channels_last: bool = False
-    """Keep convolutions' weights and pictures in the order of memory that tensor cores like."""
+    """Keep convolution weights and images in the channels-last format, which is faster on tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,12 @@ class RunOptions:
     """Where the results go."""
 
     output_dir: str | None = None
-    """The run folder. Left out: runs/<script>-<date and time>."""
+    """The run folder. Default: runs/<script>-<date and time>."""
     overwrite: bool = False
-    """Replace the run that the folder already holds (only a run's own files); refused otherwise."""
+    """Replace a run that the folder already holds (only files written by a run); otherwise that is an error."""
     report_to: tuple[str, ...] = ()
-    """Trackers that metrics and pictures go to, beside the run folder's own files: tensorboard (in the run
-    folder's logs/), wandb, mlflow and others that accelerate knows, or none. Left out: tensorboard, where it
-    is installed."""
+    """Trackers that also receive metrics and pictures: tensorboard (in the run folder's logs/), wandb, mlflow
+    and others that accelerate supports, or none. Default: tensorboard, if it is installed."""
 
     def __post_init__(self) -> None:
         if self.report_to:
@@ -167,15 +168,15 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """How a run that was cut off goes on."""
+    """Checkpoints, and resuming from them."""
 
     checkpoint_every: Annotated[int, also("--checkpointing-steps")] = 0
-    """Steps between two checkpoints in the run folder's checkpoints/; 0: none."""
+    """Steps between checkpoints, written to the run folder's checkpoints/; 0: none."""
     checkpoints_total_limit: int = 2
-    """How many are kept; an older one is removed once a newer one is safely on disk."""
+    """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: Annotated[str | None, also("--resume-from-checkpoint")] = None
-    """'latest' (of --output-dir), or the path of a checkpoint. Training goes on to the very numbers of a
-    run that was never cut off. Settings must be those of that run, but for these of their own, --output-dir,
+    """Resume from 'latest' (of --output-dir) or from the path of a checkpoint. The result is exactly that of an
+    uninterrupted run. The settings must be those of that run, except for the checkpoint options, --output-dir,
     --overwrite, --report-to, --log-every, --workers, --eval-scales and --retention-data."""
 
     def __post_init__(self) -> None:
@@ -184,16 +185,14 @@ class CheckpointOptions:
         _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
 
 
-# What may differ when a run is resumed: nothing of it changes what is learnt.
-FREE_SETTINGS = (
-    "run",
-    "checkpoints",
-    "hub",
-    "training.log_every",
-    "training.workers",
-    "evaluation.eval_scales",
-    "evaluation.retention_data",
-)
+def free_settings(options: Any) -> list[str]:
+    """Return the settings, and whole groups of settings, marked as `FREE`: ``"run"``, ``"training.workers"``."""
+    free = []
+    for group in fields(options):
+        members = () if "free" in group.metadata else fields(getattr(options, group.name))
+        free += [f"{group.name}.{member.name}" for member in members if "free" in member.metadata]
+        free += [group.name] if "free" in group.metadata else []
+    return free
 
 
 def _flag(name: str) -> str:
@@ -206,10 +205,10 @@ def _require(condition: bool, expected: str, got: object) -> None:
 
 
 def parse(options: type[_Options], argv: Sequence[str] | None, description: str) -> _Options:
-    """Build `options` (a dataclass of option groups) from a command line, and the file that `--config` names.
+    """Build `options` (a dataclass of option groups) from a command line and the file that `--config` names.
 
-    A mistake in either raises ValueError with one line; `--help` prints and exits. The groups' own
-    names are no part of a flag: `training.lr` is `--lr`.
+    A mistake in either raises ValueError with a one-line message; `--help` prints and exits. The names of the
+    groups are not part of the flags: `training.lr` is `--lr`.
     """
     command_line = make_dataclass(
         "CommandLine",
@@ -228,14 +227,14 @@ def parse(options: type[_Options], argv: Sequence[str] | None, description: str)
 
 
 def _one_line_complaint(box: str) -> str:
-    """Turn tyro's framed message into one line: what is wrong, then the flags that come close."""
+    """Turn tyro's framed message into one line: what is wrong, then similar flags."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     sections = [one_line(section) for section in re.split("(?:─|-){10,}", "\n".join(lines))]
-    if "╭" not in box:  # drawn without a frame, where the terminal has no UTF-8: the title is a section
+    if "╭" not in box:  # without UTF-8, tyro draws no frame: the title is a section
         del sections[0]
     what, *rest = sections
-    what = re.sub(r"^Error parsing (?!--)\S+: ", "", what).rstrip(".")  # an option group's name says nothing
+    what = re.sub(r"^Error parsing (?!--)\S+: ", "", what).rstrip(".")  # an option group's name does not help
     similar = [
         flag
         for section in rest

@@ -1,4 +1,4 @@
-"""Random numbers that the seed and the place in the run decide alone, so that a run can go on from anywhere."""
+"""Random numbers that depend only on the seed and the position in the run, so that a run can resume anywhere."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 
 def seed_everything(*key: int | str) -> None:
-    """Seed Python, NumPy and PyTorch (every device) by a hash of `key`: near keys give unrelated numbers."""
+    """Seed Python, NumPy and PyTorch (every device) with a hash of `key`; similar keys give unrelated numbers."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
     random.seed(seed)
     np.random.seed(seed)
@@ -19,11 +19,11 @@ def seed_everything(*key: int | str) -> None:
 
 
 def seeded_items(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
-    """Return a loader of the same batches in which (seed, position) decides what augmentation draws for an item.
+    """Return a loader of the same batches in which augmentation depends only on (seed, position) of an item.
 
-    The position counts items from the start of training, so neither loader processes, nor reading ahead,
-    nor starting in the middle changes a picture. A loader without a batch sampler has no positions: its
-    data must draw from generators of their own.
+    The position counts items from the start of training, so loader processes, prefetching and resuming do
+    not change a picture. A loader without a batch sampler has no positions: its dataset must use its own
+    random generators.
     """
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
@@ -35,7 +35,7 @@ class _Numbered(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, batches: Any) -> None:
         self.batches = batches
-        self.batch_size = batches.batch_size  # accelerate asks for these two
+        self.batch_size = batches.batch_size  # accelerate reads these two
         self.drop_last = batches.drop_last
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class _Numbered(Sampler[list[tuple[int, int]]]):
 
 
 class _SeededItems(Dataset):
-    """The items of a dataset, asked for by (position, index)."""
+    """The items of a dataset, indexed by (position, index)."""
 
     def __init__(self, data: Any, seed: int) -> None:
         self.data = data
@@ -65,7 +65,7 @@ class _SeededItems(Dataset):
 
 
 def with_batches(loader: "DataLoader[Any]", dataset: Dataset, batch_sampler: Any) -> "DataLoader[Any]":
-    """Return a loader as `loader` in all but its data and what of them makes a batch."""
+    """Return a copy of `loader` with another dataset and batch sampler."""
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task, and what it returns."""
+"""The interface between the training loop and a task."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,55 +13,55 @@ from randlora_vision.training.methods.adaptation import Adaptation
 
 
 class Task(Protocol):
-    """What is trained: any object with these five."""
+    """A training task: any object with these five members."""
 
     @property
     def loss(self) -> nn.Module:
-        """A module that holds the model; called with a batch it returns the mean loss, a scalar."""
+        """A module that holds the model and returns the mean loss (a scalar) of a batch."""
 
     @property
     def batches(self) -> DataLoader[Any]:
-        """As many batches as all processes together consume, in an order that depends on nothing but a seed."""
+        """As many batches as all processes together consume, in an order that depends only on the seed."""
 
     def evaluate(self) -> dict[str, float]:
-        """Return what is measured during training, by name."""
+        """Return the validation metrics by name."""
 
     def check_gradients(self) -> list[str]:
-        """After the first backward: raise ValueError for a part that cannot learn; return notes."""
+        """Check after the first backward pass: raise ValueError for a part that cannot learn, else return notes."""
 
     def save(self) -> str:
-        """Write what is trained and return where."""
+        """Write the trained parameters and return their path."""
 
 
 @runtime_checkable
 class JointTask(Protocol):
-    """A task whose loss of several batches is that of one big batch, not the mean of the batches' losses.
+    """A task whose loss over several batches is that of one big batch, not the mean of the batches' losses.
 
-    Contrastive ones are: pairs of one batch are negatives of those of another.
+    Contrastive losses are an example: pairs of one batch are negatives for those of another.
     """
 
     def join(self, batches: Sequence[Any], seed: Callable[[int], None]) -> Sequence[Any]:
-        """Return, for the batches of one optimiser step, what `loss` is called with in place of each.
+        """Return the arguments to call `loss` with in place of the batches of one optimiser step.
 
-        The mean of what it then returns, and of the gradients, is the big batch's. `seed(k)` puts the
-        random states where they are when `loss` is called with the k-th.
+        The mean of the resulting losses, and of their gradients, is that of the big batch. `seed(k)` sets the
+        random states to those in effect when `loss` is called with the k-th argument.
         """
 
 
 class AdaptedTask:
-    """What the tasks of the scripts share: a method's gradients are checked, and its file is written."""
+    """Base class of the scripts' tasks: checks a method's gradients and writes its file."""
 
     def __init__(self, adaptation: Adaptation, path: Path | None) -> None:
-        """Save to `path`, on the process that has one."""
+        """Save to `path`; processes that must not write pass None."""
         self.adaptation = adaptation
         self.path = path
 
     def check_gradients(self) -> list[str]:
-        """Leave it to the method."""
+        """Run the method's check."""
         return self.adaptation.check_gradients()
 
     def save(self) -> str:
-        """Write what was trained."""
+        """Write the trained parameters."""
         if self.path is not None:
             self.adaptation.save(self.path)
         return str(self.path)
@@ -75,7 +75,7 @@ def batches_consumed(training: TrainingOptions, processes: int) -> int:
 
 @dataclass(frozen=True)
 class Speed:
-    """How many steps were made, how long they took, evaluation left out, and the memory they needed."""
+    """The number of steps, their duration without evaluation, and the memory that they used."""
 
     steps: int
     seconds: float

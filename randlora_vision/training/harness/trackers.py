@@ -1,4 +1,4 @@
-"""Trackers such as TensorBoard and Weights & Biases: accelerate drives them, a run folder feeds them."""
+"""Trackers such as TensorBoard and Weights & Biases, through accelerate."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _DEFAULT = "tensorboard"
 
 
 def chosen_trackers(names: Sequence[str]) -> list[str]:
-    """Return the trackers that `--report-to` means: by default TensorBoard where it is installed, none for `none`.
+    """Return the trackers selected by `--report-to`: by default TensorBoard if installed, no tracker for `none`.
 
     Raises ValueError for an unknown name, with close matches, and for one that is not installed.
     """
@@ -27,13 +27,13 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
         return [_DEFAULT] if _DEFAULT in installed else []
     if "none" in names:
         if len(names) > 1:
-            raise ValueError(f"--report-to {' '.join(names)}: none goes with no other")
+            raise ValueError(f"--report-to {' '.join(names)}: none cannot be combined with other trackers")
         return []
     known = [name for name in LoggerType.list() if name != "all"]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"--report-to {name} is not known; known are none, {', '.join(close or known)}")
+            raise ValueError(f"--report-to {name} is not known; choose from none, {', '.join(close or known)}")
         if name not in installed:
             raise ValueError(f"--report-to {name}: the package is not installed (pip install {name.replace('_', '-')})")
     return list(dict.fromkeys(names))
@@ -42,16 +42,16 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
 def start_trackers(
     accelerator: Accelerator, names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int
 ) -> Log:
-    """Start the trackers of a run and return what reports values to them, under `split/name`.
+    """Start the trackers of a run and return a function that reports values to them as `split/name`.
 
-    `folder` is for trackers that write files; `step` is where a resumed run goes on: what TensorBoard was
-    told after it is hidden. On any process but the first nothing is reported.
+    `folder` is for trackers that write files. `step` is the step from which a run resumes: TensorBoard hides
+    later values. Only the first process reports values.
     """
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(chosen_trackers(names), folder)
     accelerator.init_trackers(_PROJECT, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
     for tracker in accelerator.trackers:
-        if not isinstance(tracker, TensorBoardTracker):  # which would write them as a run of its own
+        if not isinstance(tracker, TensorBoardTracker):  # which would write them as a separate run
             tracker.store_init_configuration(dict(settings))
 
     def log(step: int, split: str, values: Mapping[str, float]) -> None:
@@ -61,7 +61,7 @@ def start_trackers(
 
 
 def report_pictures(accelerator: Accelerator, step: int, paths: Sequence[Path]) -> None:
-    """Give PNG files, under their names, to the trackers that take pictures."""
+    """Report PNG files, by their names, to the trackers that accept pictures."""
     for tracker in accelerator.trackers:
         for path in paths:
             with Image.open(path) as opened:

@@ -1,1 +1,1 @@
-"""What is trained: RandLoRA, LoRA, PEFT's methods, or the model's own parameters."""
+"""Training methods: RandLoRA, LoRA, PEFT's methods, or training the model's own parameters."""

@@ -33,32 +33,32 @@ class Adaptation(Protocol):
         """Yield the trained parameters by name."""
 
     def check_gradients(self) -> list[str]:
-        """After the first backward: raise ValueError for a trained part that cannot learn; return notes."""
+        """Check after the first backward pass: raise ValueError for a part that cannot learn, else return notes."""
 
     def save(self, path: Path) -> None:
-        """Write what was trained, and nothing else, in one piece."""
+        """Write the trained parameters, and nothing else, atomically."""
 
     def load(self, model: nn.Module, path: Path) -> None:
-        """Put a saved file on a fresh base model."""
+        """Load a saved file into a fresh base model."""
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return the lines of Python that do the same, for a reader whose model is called `model`."""
+        """Return the lines of Python that do the same for a model in the variable `model`."""
 
 
 class AdapterSettings(Protocol):
-    """What the options of every script say of an adapter."""
+    """The adapter options that every script has."""
 
     @property
     def rank(self) -> int | None:
-        """R; None where a budget decides."""
+        """The rank R; None where a budget decides."""
 
     @property
     def alpha(self) -> float | None:
-        """None for RandLoRA's own."""
+        """Numerator of the scale alpha / rank; None for RandLoRA's default."""
 
     @property
     def dropout(self) -> float:
-        """On the adapter's input."""
+        """Dropout probability on the adapter's input."""
 
     @property
     def bases(self) -> str:
@@ -70,19 +70,19 @@ class AdapterSettings(Protocol):
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """One preset or regular expression, or several name suffixes; empty for the script's own preset."""
+        """One preset or regular expression, or several name suffixes; empty for the script's preset."""
 
 
 def randlora_config(
     adapter: AdapterSettings, seed: int, preset: str, modules_to_save: Iterable[str] = ()
 ) -> RandLoRAConfig:
-    """RandLoRA's configuration for a script's options.
+    """Return the RandLoRA configuration for a script's options.
 
     Args:
-        adapter: The options. A rank that a budget decides counts as 1, which fits every weight.
-        seed: Of the random bases.
-        preset: What is adapted where the options name nothing.
-        modules_to_save: What is trained in full beside the adapters.
+        adapter: The adapter options. Where a budget decides the rank, it is set to 1, which fits every weight.
+        seed: Seed of the random bases.
+        preset: What is adapted when the options name no target.
+        modules_to_save: Modules that are trained in full alongside the adapters.
     """
     named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
     return RandLoRAConfig(
@@ -98,12 +98,12 @@ def randlora_config(
 
 
 def target_names(model: nn.Module, config: RandLoRAConfig) -> list[str]:
-    """The weights that RandLoRA would adapt, whatever the rank."""
+    """Return the names of the weights that RandLoRA would adapt, whatever the rank."""
     return [target.name for target in plan(model, replace(config, rank=1, alpha=None)).targets]
 
 
 class RandLoRA:
-    """Random bases, trained diagonals: this package."""
+    """RandLoRA: random bases with trained diagonal factors, as implemented by this package."""
 
     def __init__(self, model: nn.Module, config: RandLoRAConfig) -> None:
         self.model = model
@@ -113,12 +113,12 @@ class RandLoRA:
         self.whole = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield lambda and gamma of every adapted weight, and what is trained in full beside them."""
+        """Yield lambda and gamma of every adapted weight, then the parameters that are trained in full."""
         yield from adapter_parameters(self.model)
         yield from ((name, self.model.get_parameter(name)) for name in self.whole)
 
     def check_gradients(self) -> list[str]:
-        """Leave it to the library, which knows which of the two factors starts without a gradient."""
+        """Call the library's check, which knows which of the two factors has no gradient at first."""
         return check_gradients(self.model)
 
     def save(self, path: Path) -> None:
@@ -131,25 +131,25 @@ class RandLoRA:
             load_adapter(model, path)
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return the library's own call."""
+        """Return the call of `load_adapter`."""
         return ["from randlora_vision import load_adapter", f"load_adapter(model, {str(path)!r})"]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back warnings for which the user has other words: the printed report, or an error of ours."""
+    """Suppress user warnings that the printed report or an error already covers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 class TrainedTensors:
-    """Parameters of the model itself: all of a tower's (full fine-tuning), or a classifier (linear probe)."""
+    """Trains parameters of the model itself: a whole tower (full fine-tuning) or a classifier (linear probe)."""
 
     def __init__(self, model: nn.Module, names: Iterable[str], what: str, code: Sequence[str]) -> None:
         self.model = model
         self.names = list(names)
-        self.code = code  # lines in which {path!r} stands for the file
+        self.code = code  # lines in which {path!r} is replaced by the file
         model.requires_grad_(False)
         for name in self.names:
             model.get_parameter(name).requires_grad_(True)
@@ -161,28 +161,28 @@ class TrainedTensors:
             yield name, self.model.get_parameter(name)
 
     def check_gradients(self) -> list[str]:
-        """Require finite gradients; name the parameters that the loss does not depend on."""
+        """Require finite gradients; return a note on the parameters that the loss does not depend on."""
         return finite_gradients(self.parameters())
 
     def save(self, path: Path) -> None:
-        """Write the parameters under their own names."""
+        """Write the parameters under their names in the model."""
         with replacing(path) as temporary:
             save_file({name: p.detach().contiguous() for name, p in self.parameters()}, temporary)
 
     def load(self, model: nn.Module, path: Path) -> None:
-        """Copy the parameters of the file into the model's."""
+        """Copy the parameters in the file into the model."""
         with torch.no_grad():
             for name, tensor in load_file(path).items():
                 model.get_parameter(name).copy_(tensor)
 
     def loading_code(self, path: Path) -> list[str]:
-        """Return the plain calls of safetensors and PyTorch."""
+        """Return plain safetensors and PyTorch calls."""
         return [line.format(path=str(path)) for line in self.code]
 
 
 @contextlib.contextmanager
 def values_restored(adaptation: Adaptation, change: Callable[[], None]) -> Iterator[None]:
-    """Call `change`; on leaving the context give the trained parameters the values that they had before it."""
+    """Call `change`; on leaving the context, restore the previous values of the trained parameters."""
     before = [(parameter, parameter.detach().clone()) for _, parameter in adaptation.parameters()]
     try:
         change()
@@ -194,12 +194,12 @@ def values_restored(adaptation: Adaptation, change: Callable[[], None]) -> Itera
 
 
 def finite_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Raise ValueError for a gradient that is not finite; return a note on the parameters that have none."""
+    """Raise ValueError for a gradient that is not finite; return a note on the parameters without one."""
     gradients = [(name, parameter.grad) for name, parameter in parameters]
     broken = [name for name, grad in gradients if grad is not None and not grad.isfinite().all()]
     if broken:
-        raise ValueError(f"after the first backward the gradient of {listing(broken, 3)} is not finite")
+        raise ValueError(f"after the first backward pass, the gradient of {listing(broken, 3)} is not finite")
     without = [name for name, grad in gradients if grad is None]
     if len(without) == len(gradients):
-        raise ValueError("after the first backward no trained parameter has a gradient")
-    return [f"no gradient reaches {listing(without, 3)}: left as they are"] if without else []
+        raise ValueError("after the first backward pass, no trained parameter has a gradient")
+    return [f"no gradient reaches {listing(without, 3)}: they stay unchanged"] if without else []

@@ -1,11 +1,11 @@
-"""LoRA on the very weights that RandLoRA adapts, for comparison: W + (alpha / r) B A.
+"""LoRA on the same weights that RandLoRA adapts, for comparison: W + (alpha / r) B A.
 
-It is written as a parametrization of the weight, so it holds wherever a model reads that weight. PEFT
-wraps layers instead: an out_proj of torch's attention so wrapped is never called, and the projections
-that open_clip's own attention keeps as bare parameters are out of reach. Where PEFT is right the two
-compute the same numbers (tests/training/methods/test_lora.py).
+It is a parametrization of the weight, so it takes effect wherever the model reads that weight. PEFT
+wraps layers instead: it wraps the out_proj of PyTorch's attention, which is never called as a layer, and it
+cannot reach the projections that open_clip's attention keeps as bare parameters. Where PEFT does take
+effect, the two compute the same numbers (tests/training/methods/test_lora.py).
 
-Shapes: O out, I in (of a convolution: channels times kernel), R rank.
+Shapes: O out, I in (channels times kernel size for a convolution), R rank.
 """
 
 import json
@@ -31,23 +31,23 @@ FORMAT = "randlora_vision.lora"
 
 
 class LowRank(nn.Module):
-    """Parametrization W -> W + (alpha / rank) up @ down; `up` (O, R) starts at zero, `down` (R, I) at random."""
+    """Parametrization W -> W + (alpha / rank) up @ down; `up` (O, R) starts at zero, `down` (R, I) is random."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         self.scale = alpha / rank
         self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), device=weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as PEFT and the LoRA paper's code
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as in PEFT and in the code of the LoRA paper
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the effective weight, in the weight's own shape and dtype."""
+        """Return the effective weight, in the shape and dtype of `weight`."""
         delta = self.scale * (self.up @ self.down)
         return weight + delta.view_as(weight).to(weight.dtype)
 
 
 def weight_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
-    """Return the (module, parameter name) of a target: a module's path (its `weight`), or a parameter's."""
+    """Return (module, parameter name) for a target: the path of a module (its `weight`) or of a parameter."""
     path, _, parameter = target.rpartition(".")
     modules = dict(model.named_modules())
     if target in modules:
@@ -58,9 +58,9 @@ def weight_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
 
 
 def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> dict[str, LowRank]:
-    """Freeze `model` and put LoRA on the targets; returns the trained parts by target name.
+    """Freeze `model` and add LoRA to the targets; return the trained modules by target name.
 
-    Raises ValueError, before anything changes, when the rank is above a target's smaller side.
+    Raises ValueError, before anything changes, when the rank is above the smaller side of a target.
     """
     found = {target: weight_of(model, target) for target in targets}
     for target, (module, name) in found.items():
@@ -77,25 +77,25 @@ def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: floa
 
 
 def lora_parameters_per_rank(model: nn.Module, targets: Iterable[str]) -> int:
-    """Return the trained numbers of LoRA of rank 1 on the targets: the sum of O + I."""
+    """Return how many numbers LoRA of rank 1 trains on the targets: the sum of O + I."""
     weights = (getattr(*weight_of(model, target)) for target in targets)
     return sum(weight.shape[0] + weight[0].numel() for weight in weights)
 
 
 def rank_for_budget(model: nn.Module, targets: Iterable[str], budget: int) -> int:
-    """Return the LoRA rank, 1 or more, whose trained numbers come nearest to `budget`."""
+    """Return the LoRA rank, 1 or more, whose number of trained parameters is closest to `budget`."""
     return max(1, round(budget / lora_parameters_per_rank(model, targets)))
 
 
 def resolve_budget(
     options: _Options, model: nn.Module, targets: Callable[[nn.Module, _Options], list[str]]
 ) -> _Options:
-    """Turn LoRA's budget, where there is one, into the rank that comes nearest to it.
+    """Replace LoRA's budget, if there is one, by the rank that comes closest to it.
 
     Args:
-        options: A script's options, with the group `adapter`.
+        options: A script's options, with an `adapter` group.
         model: The base model.
-        targets: Names the weights that these options adapt in the model.
+        targets: Function of (model, options) that returns the names of the adapted weights.
     """
     adapter = options.adapter
     if adapter.budget is None:
@@ -105,7 +105,7 @@ def resolve_budget(
 
 
 def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:
-    """Write the trained tensors and what is needed to put them back, as one safetensors file."""
+    """Write the trained tensors, and what is needed to load them, to one safetensors file."""
     tensors = {}
     for target, part in added.items():
         tensors[f"{target}.lora_A"] = part.down.detach().contiguous()
@@ -116,11 +116,11 @@ def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float)
 
 
 def load_lora(model: nn.Module, path: Path | str) -> None:
-    """Put the LoRA of a file on a base model, frozen."""
+    """Add the LoRA in a file to a base model, frozen."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no LoRA file of this package")
+            raise ValueError(f"{path} is not a LoRA file written by this package")
         targets = json.loads(metadata["targets"])
         added = inject_lora(model, targets, int(metadata["rank"]), float(metadata["alpha"]))
         with torch.no_grad():
@@ -131,7 +131,7 @@ def load_lora(model: nn.Module, path: Path | str) -> None:
 
 
 class LoRA:
-    """Two low-rank factors beside each weight."""
+    """LoRA: two low-rank factors added to each weight."""
 
     def __init__(self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -> None:
         self.added = inject_lora(model, targets, rank, alpha)
@@ -146,7 +146,7 @@ class LoRA:
                 yield f"{target}.{name}", parameter
 
     def check_gradients(self) -> list[str]:
-        """Require a gradient on `up`; the one of `down` is zero until `up` has moved."""
+        """Require a nonzero gradient on `up`; the gradient of `down` is zero until `up` changes."""
         dead = [name for name, part in self.added.items() if part.up.grad is None or not part.up.grad.any()]
         if dead:
             raise ValueError(f"no gradient reaches the LoRA of {listing(dead, 3)}")

@@ -1,4 +1,4 @@
-"""PEFT's LoRA and VeRA beside a classifier that is trained in full, in one file."""
+"""PEFT's LoRA and VeRA together with a fully trained classifier, saved to one file."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from randlora_vision.files.atomic import replacing
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.training.methods.adaptation import finite_gradients, quiet
 
-_METADATA = "randlora_vision.peft"  # one key: safetensors writes several in any order
-_COPIES = ".modules_to_save"  # of the modules that PEFT trains in full
-# Of the tensors that PEFT adds, those with a gradient at the first step: the others wait for these.
+_METADATA = "randlora_vision.peft"  # a single key: safetensors does not fix the order of several
+_COPIES = ".modules_to_save"  # suffix of the modules that PEFT trains in full
+# The tensors of PEFT with a nonzero gradient at the first step; the others follow once these have changed.
 _FIRST_TO_LEARN = re.compile(r"\.(lora_B|vera_lambda_b)\.")
 
 
 class Peft:
-    """One of PEFT's methods beside a classifier that is trained in full, in one file."""
+    """A PEFT method together with a fully trained classifier, saved to one file."""
 
     def __init__(self, model: nn.Module, config: Any, targets: list[str]) -> None:
         heads = head_modules(model)
@@ -29,13 +29,15 @@ class Peft:
         foreign = [name for name in targets if name not in modules]
         if foreign:
             raise ValueError(
-                f"PEFT adapts layers and {foreign[0]} is a bare parameter: leave it out (--target-modules)"
+                f"PEFT adapts layers, but {foreign[0]} is a bare parameter: leave it out (--target-modules)"
             )
         self.model = _wrap(model, config)
         copies = (name for name, _ in model.named_modules())
         wrapped = [name.removesuffix(_COPIES) for name in copies if name.endswith(_COPIES)]
         if sorted(wrapped) != sorted(heads):
-            raise ValueError(f"PEFT takes {', '.join(wrapped)} for the classifier, which is {', '.join(heads)}")
+            raise ValueError(
+                f"PEFT would train {', '.join(wrapped)} as the classifier, but the classifier is {', '.join(heads)}"
+            )
         self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         numbers = sum(p.numel() for _, p in self.trained)
         self.report = (
@@ -44,24 +46,24 @@ class Peft:
         )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what PEFT left trainable, the head included."""
+        """Yield every parameter that PEFT leaves trainable, including the head."""
         yield from self.trained
 
     def check_gradients(self) -> list[str]:
-        """Require a gradient on every adapter: PEFT wraps a layer, and a model that reads its weight passes it by."""
+        """Require a gradient on every adapter: a model that reads a wrapped layer's weight bypasses PEFT."""
         first = [(name, p.grad) for name, p in self.parameters() if _FIRST_TO_LEARN.search(name)]
         dead = [_FIRST_TO_LEARN.split(name)[0] for name, grad in first if grad is None or not grad.any()]
         if dead:
             names = [name.removeprefix("base_model.model.") for name in dead]
             raise ValueError(
                 f"no gradient reaches PEFT's adapters of {', '.join(names[:3])} ({len(dead)} in all): the model reads "
-                "these weights without calling their layers; name others with --target-modules, or take --method "
+                "these weights without calling their layers; choose others with --target-modules, or use --method "
                 "randlora, which adapts them"
             )
         return finite_gradients(self.parameters())
 
     def save(self, path: Path) -> None:
-        """Write what PEFT saves, and its configuration in the file's metadata."""
+        """Write the tensors that PEFT saves, with its configuration in the metadata."""
         from peft import get_peft_model_state_dict
 
         tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(self.model).items()}
@@ -82,14 +84,14 @@ class Peft:
 
 
 def load_peft(model: nn.Module, path: Path | str) -> Any:
-    """Put the adapter of a file that `Peft` wrote on a base model, in place; return PEFT's wrapper of it."""
+    """Add the adapter in a file written by `Peft` to a base model, in place; return PEFT's wrapper of it."""
     from peft import PeftConfig, set_peft_model_state_dict
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if _METADATA not in metadata:
-            raise ValueError(f"{path} is no file of PEFT's adapters by this package")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
+            raise ValueError(f"{path} is not a file of PEFT adapters written by this package")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     with quiet():
         wrapped = _wrap(model, PeftConfig.from_peft_type(**json.loads(metadata[_METADATA])))
         set_peft_model_state_dict(wrapped, tensors)
@@ -97,7 +99,7 @@ def load_peft(model: nn.Module, path: Path | str) -> Any:
 
 
 def _wrap(model: nn.Module, config: Any) -> Any:
-    """Call PEFT, which adapts the model in place. Any: its classes are known where it is installed."""
+    """Call PEFT, which adapts the model in place; Any, because PEFT may not be installed."""
     from peft import get_peft_model
 
     narrow: Mapping[str, int] = {

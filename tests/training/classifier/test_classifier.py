@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.training.classifier.data import read_dataset
 from randlora_vision.training.classifier.evaluation import evaluate
 from randlora_vision.training.classifier.methods import adapt, adapter_targets
 from randlora_vision.training.classifier.models import load_classifier
@@ -31,6 +30,7 @@ from randlora_vision.training.classifier.options import (
 )
 from randlora_vision.training.classifier.task import ClassifierLoss
 from randlora_vision.training.data.labelled import LabelledImages
+from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.splits import few_shot_indices
 from randlora_vision.training.evaluation.plots import plot_confusion
 from randlora_vision.training.methods.lora import resolve_budget
@@ -60,7 +60,7 @@ def batches(size: int = 4) -> list[Any]:
 
 
 def logits_model(logits: torch.Tensor) -> torch.nn.Module:
-    """A model that answers the k-th image with the k-th row."""
+    """Return a model that maps the k-th image to the k-th row."""
 
     class Fixed(torch.nn.Module):
         def __init__(self) -> None:
@@ -123,7 +123,7 @@ def test_the_plain_loss_is_cross_entropy(tiny: Path) -> None:
 
 @pytest.mark.parametrize("augment", [AugmentOptions(mixup=0.8), AugmentOptions(cutmix=1.0, label_smoothing=0.1)])
 def test_mixing_leaves_the_batch_as_it_is(tiny: Path, augment: AugmentOptions) -> None:
-    """An odd batch, as one that an unreadable image is missing from, loses one image more."""
+    """An odd batch, as after skipping an unreadable image, drops one more image."""
     model = load_classifier(options(tiny).model, 7, seed=0).model
     images = IMAGES.clone()
     batch: Any = {"images": images, "labels": LABELS}
@@ -185,7 +185,7 @@ def test_a_budget_becomes_the_nearest_rank(tiny: Path) -> None:
 
 
 def test_peft_is_refused_where_its_adapters_are_passed_by() -> None:
-    """BEiT reads the weight of qkv, to add a bias without a part for the keys."""
+    """BEiT uses the weight of qkv directly, to add a bias that has no part for the keys."""
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
     for method in ("lora", "vera"):
         model = timm.create_model("beit_base_patch16_224", **small)
@@ -197,7 +197,7 @@ def test_peft_is_refused_where_its_adapters_are_passed_by() -> None:
 
 
 def test_load_peft_reads_no_other_file(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="no file of PEFT's adapters"):
+    with pytest.raises(ValueError, match="not a file of PEFT adapters"):
         load_peft(timm.create_model("test_vit"), tiny / "model.safetensors")
 
 
@@ -216,7 +216,7 @@ def test_few_shots() -> None:
 
 def test_folders_without_splits_are_not_their_own_test(tmp_path: Path) -> None:
     root = write_class_folders(tmp_path / "data")
-    splits = read_dataset(DataOptions(dataset="torch/image_folder", data=str(root)), "torch/image_folder")
+    splits = read_data(DataOptions(data="timm:torch/image_folder", data_root=str(root)), NO_SKIPS)
     assert {name: len(images) for name, images in splits.images.items()} == {"train": 15, "val": 3, "test": 3}
     assert splits.images["test"] == splits.images["val"]
     picture = LabelledImages(splits.images["val"], splits.labels["val"], lambda image: image, NO_SKIPS)[0]
@@ -224,7 +224,7 @@ def test_folders_without_splits_are_not_their_own_test(tmp_path: Path) -> None:
 
 
 def test_a_dataset_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read from files on the disk: `datasets` takes a folder where it takes the name of a repository."""
+    """Read from files on disk: `datasets` accepts a folder instead of a repository name."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     for split, count in (("train", 20), ("test", 6)):
         pictures = [b"broken" if i == 1 else png(Image.new("L", (20, 20), i)) for i in range(count)]
@@ -232,7 +232,7 @@ def test_a_dataset_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "hub" / f"{split}.parquet")
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     name = f"hfds/{tmp_path / 'hub'}"
-    splits = read_dataset(DataOptions(dataset=name, data=str(tmp_path / "cache")), name)
+    splits = read_data(DataOptions(data=f"timm:{name}", data_root=str(tmp_path / "cache")), NO_SKIPS)
     assert os.environ.pop("HF_DATASETS_OFFLINE") == "1"  # nothing may be fetched
     assert splits.class_names == ["cat", "dog"]
     assert [len(splits.images[name]) for name in ("train", "val", "test")] == [16, 4, 6]
@@ -247,10 +247,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(ValueError, match="needs the package datasets: pip install datasets"):
-        read_dataset(DataOptions(dataset="hfds/ORG/NAME"), "hfds/ORG/NAME")
+        read_data(DataOptions(data="timm:hfds/ORG/NAME"), NO_SKIPS)
 
 
-# The demo's model
+# The model of the demo
 
 
 def test_the_demo_model_is_cached_and_loads_as_any_other(

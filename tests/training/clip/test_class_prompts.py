@@ -252,11 +252,11 @@ def test_a_configuration_file_with_a_checkpoint_is_the_folders_model(folder: Pat
         ("{folder}/tiny-test-clip.json", "{folder}/other.safetensors", "cannot load the model '.*' with weights"),
         ("{folder}/tiny-test-clip.json", "{folder}/open_clip_config.json", "cannot load the model '.*' with weights"),
         ("local-dir:{folder}/nowhere", None, "cannot load the model"),
-        ("local-dir:{folder}", "openai", "bring their own weights"),
-        ("{folder}/open_clip_config.json", None, "no open_clip model configuration: it lacks embed_dim"),
+        ("local-dir:{folder}", "openai", "come with their own weights"),
+        ("{folder}/open_clip_config.json", None, "is not an open_clip model configuration: it lacks embed_dim"),
         ("{folder}/nowhere.json", None, "No such file"),
         ("{folder}/RN50.json", None, "already has another model named 'RN50'"),
-        ("{folder}/broken.json", None, "is no JSON file"),
+        ("{folder}/broken.json", None, "is not a JSON file"),
     ],
 )
 def test_model_mistakes_are_explained(folder: Path, name: str, pretrained: str | None, expected: str) -> None:
@@ -267,7 +267,7 @@ def test_model_mistakes_are_explained(folder: Path, name: str, pretrained: str |
         load_clip(name.format(folder=folder), pretrained and pretrained.format(folder=folder), 0)
 
 
-# The demo's base model
+# The base model of the demo
 
 
 def test_the_contrastive_loss_is_clips_where_captions_differ() -> None:
@@ -278,7 +278,7 @@ def test_the_contrastive_loss_is_clips_where_captions_differ() -> None:
 
 
 def test_pairs_of_one_caption_are_no_negatives() -> None:
-    """Two images of one caption, perfectly matched: only the multi-positive loss is at its minimum."""
+    """Two images with one caption, perfectly matched: only the multi-positive loss is at its minimum."""
     features = F.normalize(torch.tensor([[1.0, 0], [1, 0], [0, 1]]), dim=-1).requires_grad_()
     captions = torch.tensor([0, 0, 1])
     contrastive_loss(features, features.detach(), torch.tensor(50.0), captions).backward()
@@ -309,7 +309,7 @@ def test_the_demo_model_is_cached_and_loads_as_any_other(
     assert clip.eval_transform(digits.read_digits().images["test"][0]).shape == (3, 32, 32)
 
     monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=1))
-    assert demo_model_folder(str(tmp_path)) != folder  # other settings, another model
+    assert demo_model_folder(str(tmp_path)) != folder  # other settings give another model
 
 
 def test_a_failed_pretraining_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

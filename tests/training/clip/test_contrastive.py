@@ -30,7 +30,7 @@ CONTRASTS: list[Contrast] = ["clip", "siglip"]
 
 
 class Towers(nn.Module):
-    """What the loss asks of an open_clip model, in float64."""
+    """The parts of an open_clip model that the loss uses, in float64."""
 
     def __init__(self, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Towers(nn.Module):
 
 
 def pairs(captions: list[int]) -> PairBatch:
-    """Return pairs whose captions of one number differ in their words, as those of one class do."""
+    """Return pairs in which captions with equal ids differ in their words, like the prompts of one class."""
     generator, size = torch.Generator().manual_seed(3), len(captions)
     images = torch.randn(size, 3, 2, 2, dtype=torch.float64, generator=generator)
     tokens = torch.randn(size, 4, dtype=torch.float64, generator=generator)
@@ -113,7 +113,7 @@ def test_repeated_captions_are_positives(contrast: Contrast) -> None:
 
 
 def test_a_model_without_bias_gets_the_best_one() -> None:
-    """At the minimum over the bias, where the gradient is that of the loss at any fixed one."""
+    """At the minimum over the bias, the other gradients equal those of the loss with a fixed bias."""
     model, without = Towers(), Towers(bias=False)
     assert model.logit_bias is not None
     plain = ContrastiveLoss(model, "siglip")
@@ -149,7 +149,7 @@ def seed(part: int) -> None:
 @pytest.mark.parametrize("frozen", ["", "visual", "transformer", "logit"])
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_joined_batches_have_the_gradient_of_one_big_batch(contrast: Contrast, frozen: str) -> None:
-    """With dropout: what is computed twice is computed with the same masks."""
+    """With dropout: both computations of a batch use the same masks."""
     model = Towers(dropout=0.3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (frozen and name.startswith(frozen)))
@@ -199,7 +199,7 @@ def test_features_of_low_precision_are_compared_in_float32() -> None:
 
 
 class PairTask:
-    """The loss over pairs whose captions repeat, as the loop trains it."""
+    """A task for the training loop: the loss over pairs with repeated captions."""
 
     def __init__(self, batch_size: int, contrast: Contrast = "clip", dtype: torch.dtype = torch.float64) -> None:
         self.model = Towers().to(dtype)
@@ -311,7 +311,7 @@ def test_siglips_bias_is_trained_with_the_scale_where_the_loss_depends_on_it(tmp
         ("siglip", "full", False, "siglip"),
         ("class-prompts", "lora", True, "needs data with classes, but this has captions"),
         (None, "linear-probe", True, "linear-probe is a classifier and needs data with classes"),
-        ("clip", "linear-probe", False, "it cannot learn from --loss clip"),
+        ("clip", "linear-probe", False, "it cannot be trained with --loss clip"),
     ],
 )
 def test_the_loss_follows_the_data(loss: Any, method: Any, captions: bool, expected: str) -> None:
@@ -323,7 +323,7 @@ def test_the_loss_follows_the_data(loss: Any, method: Any, captions: bool, expec
             resolve_loss(ClipOptions(loss=LossOptions(loss), adapter=AdapterOptions(method=method)), captions)
 
 
-# Processes that share a model
+# Distributed training
 
 
 def sharded(**fsdp: Any) -> Any:
@@ -343,7 +343,7 @@ def test_fsdp_spreads_all_but_scalars() -> None:
 def test_what_fsdp_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot train a scalar .logit_scale.: start without --train-logit-scale"):
         prepare_sharding(sharded(), Towers(bias=False), TrainingOptions(), checkpoints=False)
-    with pytest.raises(ValueError, match="--checkpoint-every and --resume do not go with FSDP"):
+    with pytest.raises(ValueError, match="--checkpoint-every and --resume are not supported with FSDP"):
         prepare_sharding(sharded(), nn.Linear(1, 1), TrainingOptions(), checkpoints=True)
     old, wrapping = sharded(), sharded()
     old.is_fsdp2, wrapping.state.fsdp_plugin.auto_wrap_policy = False, print
@@ -356,7 +356,7 @@ def test_what_fsdp_cannot_do_is_refused() -> None:
 def test_a_parameter_without_gradient_is_named_where_processes_would_wait_for_it() -> None:
     task = PairTask(4)
     names = {parameter: name for name, parameter in task.loss.named_parameters()}
-    task.loss(pairs([0, 1, 2])).backward()  # CLIP's, which knows no bias
+    task.loss(pairs([0, 1, 2])).backward()  # the CLIP loss does not use the bias
     searching = SimpleNamespace(find_unused_parameters=True)
     require_all_gradients(SimpleNamespace(num_processes=1, ddp_handler=None), names)  # type: ignore[arg-type]
     require_all_gradients(SimpleNamespace(num_processes=2, ddp_handler=searching), names)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def options_of(method: Any) -> ClipOptions:
 
 
 def trained(folder: Path, method: Any, path: Path) -> Tensor | None:
-    """Write a file of a method, its numbers moved as training would; return a probe's class features."""
+    """Write a file of a method with perturbed weights; return the class features of a probe."""
     clip = tiny_clip(folder)
     _, adaptation = adapt(clip, NAMES, options_of(method))
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +45,7 @@ def trained(folder: Path, method: Any, path: Path) -> Tensor | None:
 
 
 def weights(folder: Path, path: Path | None, scale: float = 1.0) -> dict[str, Tensor]:
-    """Return the weights that a model computes with, in float64."""
+    """Return the weights that a model uses, in float64."""
     model: Any = tiny_clip(folder).model
     if path is not None:
         assert put_on(model, path, scale) is None
@@ -104,11 +104,11 @@ def write(path: Path, kind: str) -> Path:
     ("kind", "names", "expected"),
     [
         ("missing", NAMES, "adapter.safetensors"),
-        ("no safetensors", NAMES, "adapter.safetensors is no adapter file"),
-        ("other model", NAMES, "is no adapter of this model: a CLIP has no encoder.weight"),
+        ("no safetensors", NAMES, "adapter.safetensors is not an adapter file"),
+        ("other model", NAMES, "is not an adapter of this model: CLIP has no parameter encoder.weight"),
         ("other shape", NAMES, r"visual.proj is \(2, 2\) in the file and \(32, 16\) in the model"),
-        ("other classes", NAMES, "is a linear classifier of 7 x 16 numbers; model and data want 3 x 16"),
-        ("probe", None, "is a linear classifier, and the data has captions"),
+        ("other classes", NAMES, "is a linear classifier of shape 7 x 16, but the model and the data need 3 x 16"),
+        ("probe", None, "is a linear classifier, but the data has captions"),
     ],
 )
 def test_files_that_do_not_fit(folder: Path, tmp_path: Path, kind: str, names: Any, expected: str) -> None:

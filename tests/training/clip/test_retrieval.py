@@ -37,7 +37,7 @@ def test_a_perfect_model_finds_everything() -> None:
 
 
 def test_ranks_in_closed_form() -> None:
-    """Image i is likest to text i + 1 (of 12, in a ring), then to its own: so its own is second everywhere."""
+    """Image i is most similar to text i + 1 (mod 12), then to text i, so the correct one always ranks second."""
     likeness = torch.eye(12) + 2 * torch.eye(12).roll(1, dims=1)
     found = features(torch.eye(12), likeness.T, [(i, i) for i in range(12)])
     assert found.text_ranks().tolist() == [1] * 12 and found.image_ranks().tolist() == [1] * 12
@@ -74,22 +74,22 @@ def test_captions_that_mean_the_same_are_right_for_both_images() -> None:
 
 
 def test_a_text_of_many_images_is_one_candidate_and_many_queries() -> None:
-    """Text 0 is the caption of images 0 to 2, text 1 of image 3: both are nearer to the other three and their text."""
+    """Text 0 is the caption of images 0 to 2, text 1 that of image 3; image 3 and text 1 both rank theirs last."""
     images = [[1.0, 0.0]] * 3 + [[0.8, 0.6]]
     found = features(images, [[1.0, 0.0], [0.9, 0.1]], [(0, 0), (1, 0), (2, 0), (3, 1)])
-    assert found.text_ranks().tolist() == [0, 0, 0, 1]  # not 3: the text that is in the way is there once
+    assert found.text_ranks().tolist() == [0, 0, 0, 1]  # not 3: the wrong text is a single candidate
     assert found.image_ranks().tolist() == [0, 3]
     assert found.recalls()["text_to_image_r1"] == 0.75
 
 
 def numpy_recall(images: Any, texts: Any, right: Any, k: int) -> float:
-    """The part of rows of which one right column is among the k likest, by a full sort."""
+    """The fraction of rows with a correct column among the k most similar, by a full sort."""
     order = np.argsort(-(images @ texts.T), axis=1)[:, :k]
     return float(np.mean([right[row, columns].any() for row, columns in enumerate(order)]))
 
 
 def test_recall_equals_a_full_sort() -> None:
-    """More images than are ranked at once, one to four captions each, some of which mean the same."""
+    """More images than one chunk, with one to four captions each, some of which have the same meaning."""
     rng = np.random.default_rng(0)
     owners = np.repeat(np.arange(300), rng.integers(1, 5, 300))
     meanings = np.where(rng.random(len(owners)) < 0.2, rng.integers(0, 40, len(owners)), 1000 + np.arange(len(owners)))

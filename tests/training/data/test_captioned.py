@@ -99,7 +99,7 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
     (batch,) = evaluation_pair_batches(data, 2, workers=0)
     assert batch["indices"].tolist() == [1] and text_of(batch["tokens"][0]) == "b"
     assert skipped.count() == 1
-    with pytest.raises(ValueError, match="not one image"):
+    with pytest.raises(ValueError, match="no image of a batch"):
         collate_pairs([None])
 
 

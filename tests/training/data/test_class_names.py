@@ -66,12 +66,12 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "another order": (
         "x.txt",
         "dog\ncat\nsea lion",
-        "not in the order of the labels: it has 'dog' in the place of 'cat'",
+        "not in the order of the labels: it has 'dog' where the data has 'cat'",
     ),
     "empty": ("x.txt", "\n", "holds no names"),
-    "no JSON": ("x.json", None, "is no JSON file"),
+    "no JSON": ("x.json", None, "is not valid JSON"),
     "a number": ("x.json", "3", "holds no names"),
-    "numbers": ("x.json", ["a", "b", 3], "holds 3, which is no name"),
+    "numbers": ("x.json", ["a", "b", 3], "holds 3, which is not a name"),
 }
 
 
@@ -92,11 +92,11 @@ def test_a_missing_file() -> None:
 
 
 def test_names_of_numbers(tmp_path: Path) -> None:
-    """The data may lack the last classes, and so not know them; it cannot know more than are named."""
+    """The data may lack the last classes, but it must not have more classes than names."""
     path = words(tmp_path / "x.txt", "a\nb\nc")
     for count in (2, 3):
         assert with_class_names(splits([str(n) for n in range(count)]), path).class_names == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="has 3 names, and the labels go up to 3"):
+    with pytest.raises(ValueError, match="has 3 names, but the labels go up to 3"):
         with_class_names(splits(["0", "1", "2", "3"]), path)
 
 
@@ -133,6 +133,6 @@ def test_wrong_templates(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_templates([path])
     with pytest.raises(
-        ValueError, match="'opanai' has no {} for the class name, and is neither a file nor one of openai"
+        ValueError, match="'opanai' has no {} for the class name and is neither a file nor one of openai"
     ):
         read_templates(["opanai"])

@@ -11,9 +11,10 @@ from torchvision.transforms.functional import to_tensor
 
 from randlora_vision.training.data.batches import ShuffledBatches
 from randlora_vision.training.data.labelled import LabelledImages, collate, evaluation_batches, training_batches
+from randlora_vision.training.data.options import DataOptions
 from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.sources import digits
-from randlora_vision.training.data.sources.class_folders import read_class_folders
 from tests.training_helpers import NO_SKIPS, write_class_folders
 
 
@@ -22,7 +23,7 @@ def names(paths: object) -> set[str]:
 
 
 def read(root: Path, skipped: SkipList = NO_SKIPS, fraction: float = 0.5, seed: int = 0):
-    return read_class_folders(root, fraction, seed, skipped)
+    return read_data(DataOptions(data=str(root), val_fraction=fraction, split_seed=seed), skipped)
 
 
 def truncate(path: Path) -> None:
@@ -101,7 +102,7 @@ def test_one_class(tmp_path: Path) -> None:
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
     write_class_folders(tmp_path, per_class=1)
-    with pytest.raises(ValueError, match="the class 'one' has one image"):
+    with pytest.raises(ValueError, match="the class 'one' has only one image"):
         read(tmp_path)
 
 
@@ -120,7 +121,7 @@ def broken(tmp_path: Path) -> Path:
     root = write_class_folders(tmp_path / "data")
     truncate(root / "one" / "000.png")
     (root / "one" / "empty.png").write_bytes(b"")
-    (root / "two" / "text.jpg").write_text("this is no image")
+    (root / "two" / "text.jpg").write_text("this is not an image")
     Image.new("RGB", (64, 64), "red").save(root / "zero" / "whole.jpg")
     Image.effect_noise((64, 64), 50).save(root / "zero" / "cut.jpg")
     truncate(root / "zero" / "cut.jpg")
@@ -144,7 +145,7 @@ def test_strict_data_stops_at_the_first(broken: Path) -> None:
 
 
 def test_an_image_that_breaks_later_is_left_out_of_its_batch(tmp_path: Path) -> None:
-    """Broken in the middle: only decoding finds it."""
+    """A file that is broken in the middle, which only decoding detects."""
     root = write_class_folders(tmp_path / "data", per_class=2)
     paths = sorted(root.rglob("*.png"))
     content = bytearray(paths[1].read_bytes())
@@ -157,7 +158,7 @@ def test_an_image_that_breaks_later_is_left_out_of_its_batch(tmp_path: Path) -> 
         (batch,) = evaluation_batches(data, batch_size=6, workers=workers)
         assert batch["labels"].tolist() == [0, 2, 3, 4, 5]
         assert batch["images"].shape == (5, 3, 32, 32)
-    assert skipped.count() == 1  # each process noted it, once
+    assert skipped.count() == 1  # recorded once by each process
 
     strict = LabelledImages(paths, range(6), to_tensor, SkipList(strict=True))
     with pytest.raises(ValueError, match="cannot read the image"):
@@ -165,7 +166,7 @@ def test_an_image_that_breaks_later_is_left_out_of_its_batch(tmp_path: Path) -> 
 
 
 def test_a_batch_without_readable_images() -> None:
-    with pytest.raises(ValueError, match="not one image"):
+    with pytest.raises(ValueError, match="no image of a batch"):
         collate([None, None])
 
 
@@ -185,7 +186,7 @@ def test_batches_are_full_even_when_larger_than_the_data() -> None:
 
 def test_the_order_is_decided_by_the_seed() -> None:
     def order(seed: int) -> list[list[int]]:
-        torch.rand(1)  # global state plays no part
+        torch.rand(1)  # global state has no effect
         return list(ShuffledBatches(20, 5, 3, seed))
 
     assert order(0) == order(0) != order(1)

@@ -1,4 +1,4 @@
-"""Every kind of data that train_clip.py reads: the same digits must come out of all of them."""
+"""Every kind of data that train_clip.py reads; all of them must give the same digits."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_torchvision(tmp_path: Path) -> None:
     assert {name: len(images) for name, images in one.images.items()} == {"train": 10, "val": 10, "test": 10}
 
 
-@pytest.mark.slow  # it has no list of labels: all its images are made
+@pytest.mark.slow  # it has no list of labels, so all its images are generated
 def test_torchvisions_fake_data_has_no_files() -> None:
     splits = read("torchvision:FakeData")
     assert len(splits.images["train"]) + len(splits.images["val"]) == 1000 and len(splits.class_names) == 10
@@ -194,10 +194,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {"caption_column": "kaption"},
         r"no column 'kaption' \(--caption-column\); it has filepath, caption",
     ),
-    "two kinds": (lambda folder: table(folder), {"caption_column": "a", "label_column": "b"}, "give one"),
+    "two kinds": (lambda folder: table(folder), {"caption_column": "a", "label_column": "b"}, "give only one"),
     "empty table": (lambda folder: write_text(folder / "x.csv", ""), {}, "has no column"),
     "no lines": (lambda folder: write_text(folder / "x.csv", "image,text\n"), {}, "no readable images in .*x.csv"),
-    "no text": (lambda folder: write_text(folder / "x.csv", b"image,text\n\xff\xfe"), {}, "no readable table of UTF-8"),
+    "no text": (
+        lambda folder: write_text(folder / "x.csv", b"image,text\n\xff\xfe"),
+        {},
+        "not a readable table of UTF-8",
+    ),
     "images not there": (
         lambda folder: write_text(folder / "x.csv", "image,text\na.png,b\n"),
         {},
@@ -208,7 +212,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
             1
         ],
         {},
-        "has one image: it cannot be in training and in validation",
+        "has only one image, which cannot be used for both training and validation",
     ),
     "two classes of one image": (
         lambda folder: (
@@ -223,11 +227,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "another file": (lambda folder: write_text(folder / "x.zip", "PK"), {}, "must be a .csv, a .tsv or a .tar"),
     "remote": (lambda folder: "https://host/x-{00..10}.tar", {}, "read from disk only"),
     "pipe": (lambda folder: "pipe:cat x.tar", {}, "read from disk only"),
-    "no shards": (lambda folder: folder / "x-{00..10}.tar", {}, "no shard is there: .*x-{00..10}.tar"),
+    "no shards": (lambda folder: folder / "x-{00..10}.tar", {}, "no shard found: .*x-{00..10}.tar"),
     "shards without words": (
         lambda folder: write_shard(folder / "x.tar", [("a", {"png": png(DIGITS[0][0]), "json": {"size": 1}})]),
         {},
-        "no sample has a caption .* beside images there are .json, and in .json the keys size",
+        "no sample has a caption .* apart from images there are .json, and in .json the keys size",
     ),
     "shards without the key": (
         lambda folder: write_shard(folder / "x.tar", [("a", {"png": png(DIGITS[0][0]), "json": {"size": 1}})]),
@@ -252,9 +256,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         r"no column of images; it has a \(Value\)",
     ),
-    "wrong column in the dataset": (saved, {"image_column": "number"}, "'number' is no column of images"),
-    "no captions in the dataset": (saved, {"caption_column": "number"}, "'number' holds no captions"),
-    "shots of pairs": (table, {"shots": 1}, "--shots counts images of a class"),
+    "wrong column in the dataset": (saved, {"image_column": "number"}, "'number' is not a column of images"),
+    "no captions in the dataset": (saved, {"caption_column": "number"}, "'number' does not hold captions"),
+    "shots of pairs": (table, {"shots": 1}, "--shots counts images per class"),
     "class names of pairs": (table, {"class_names": "x.txt"}, "has captions, not classes"),
 }
 
@@ -285,7 +289,7 @@ def test_lines_and_images_that_cannot_be_used(tmp_path: Path) -> None:
     assert set(why) == {"x.csv:4", "x.csv:7", "003.png", "006.png", "x.csv:14", "nowhere.png"} and skipped.count() == 6
     assert "quote" in why["x.csv:4"] and why["006.png"] == "it is empty" and "No such file" in why["nowhere.png"]
     for bad, message in (
-        (4, r"cannot use .*x.csv:4: it has not as many"),
+        (4, r"cannot use .*x.csv:4: it does not have as many"),
         (8, "cannot use the caption of .*006.png: it is"),
     ):
         write_text(

@@ -48,7 +48,7 @@ def test_validation_data_of_a_folder_and_of_a_split(tmp_path: Path) -> None:
 
 
 WRONG_VALIDATION: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another kind": (lambda folder: table(folder / "x", "label"), "has images with captions and .* with classes"),
+    "another kind": (lambda folder: table(folder / "x", "label"), "has images with captions, but .* with classes"),
     "nothing in it": (lambda folder: write_text(folder / "x.csv", "image,text\n"), "no readable images in .*x.csv"),
     "not there": (lambda folder: folder / "nowhere.csv", "nowhere.csv"),
 }
@@ -84,7 +84,7 @@ def test_a_dataset_with_all_splits(tmp_path: Path) -> None:
 
 
 def test_rows_and_a_split_without_classes(tmp_path: Path) -> None:
-    """As on the Hub, where the classes of a test split may be kept secret: -1."""
+    """On the Hub, the classes of a test split may be hidden: -1."""
     whole = hf(tmp_path, "label")
     secret = whole.map(lambda row: {"label": -1})
     some = whole.map(lambda row: {"label": -1 if row["number"] in (2, 5) else row["label"]})
@@ -135,7 +135,7 @@ def test_pairs_held_out_are_at_most_a_thousand() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shots": 2, "train_fraction": 0.5}, "give one"),
+        ({"shots": 2, "train_fraction": 0.5}, "give only one"),
         ({"train_fraction": 0.0}, "--train-fraction must be above 0"),
         ({"train_fraction": 1.1}, "--train-fraction must be above 0"),
         ({"val_fraction": 1.0}, "--val-fraction"),

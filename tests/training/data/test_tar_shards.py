@@ -1,4 +1,4 @@
-"""WebDataset shards: broken ones, their spelling, and one order whoever reads them."""
+"""WebDataset shards: broken shards, patterns, and the same order for any number of processes."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_an_image_inside_a_shard_that_is_broken(tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[bytes, int], bytes], int, str]] = {
-    # What is done to a shard of four samples whose third begins at that place; how many are left; what is said.
+    # Damage to a shard of four samples, the third of which starts at `place`; samples left; message.
     "cut in an image": (lambda whole, place: whole[: place + 700], 2, "after byte .*: it ends inside part/0007.png"),
-    "cut in a header": (lambda whole, place: whole[: place + 100], 2, "after byte .*: no header is there"),
+    "cut in a header": (lambda whole, place: whole[: place + 100], 2, "after byte .*: no valid header there"),
     "a broken header": (
         lambda whole, place: whole[:place] + b"?" * 512 + whole[place + 512 :],
         2,
-        "after byte .*: no header is there",
+        "after byte .*: no valid header there",
     ),
     "no archive": (lambda whole, place: b"?" * 2000, 0, "the shard cannot be read: "),
     "empty": (lambda whole, place: b"", 0, "the shard cannot be read: empty file"),
@@ -93,11 +93,11 @@ def test_spelling_of_shards(tmp_path: Path) -> None:
     assert [path.name for path in shard_paths(str(tmp_path / "*-x.tar"))] == ["a-008-x.tar"]
 
 
-# The order of shards, whoever reads them
+# The order of shards, for any number of readers
 
 
 def order(data: Any, workers: int, process: int = 0, processes: int = 1, start: int = 0) -> list[list[int]]:
-    """Return the samples that a process reads from batch `start` on, as the training loop has them prepared."""
+    """Return the samples that a process reads from batch `start` on, prepared as in the training loop."""
     loader = prepare_data_loader(
         seeded_items(pair_batches(data, 3, 8, seed=5, workers=workers), 0),
         num_processes=processes,

@@ -1,4 +1,4 @@
-"""The pieces that train a pipeline: losses of every family, prompts, sizes, latents, samples."""
+"""Tests of the parts that train a pipeline: losses of every family, prompts, sizes, latents, samples."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def some_batch() -> DiffusionBatch:
 
 
 def draw_latents(pipe: Any, pixels: Tensor) -> Tensor:
-    """x = (mean + std * noise - shift) * scale, by the VAE's own distribution."""
+    """Return x = (mean + std * noise - shift) * scale, drawn from the distribution of the VAE."""
     config = pipe.vae.config
     sampled = pipe.vae.encode(pixels).latent_dist.sample().contiguous()
     return (sampled - (config.shift_factor or 0.0)) * config.scaling_factor
@@ -76,7 +76,7 @@ def t5_states(encoder: Any, tokenizer: Any, text: str) -> Tensor:
 
 
 def expected_noise_prediction(pipe: Any, batch: DiffusionBatch, gamma: float | None) -> Tensor:
-    """The errors (B,) of SD1.5 and SDXL from the papers' formulas, one item's prompt at a time."""
+    """Return the errors (B,) of SD1.5 and SDXL from the formulas of the papers, item by item."""
     latents = draw_latents(pipe, batch["inputs"])
     noise = torch.randn_like(latents)
     t = torch.randint(1000, (4,))
@@ -103,12 +103,12 @@ def expected_noise_prediction(pipe: Any, batch: DiffusionBatch, gamma: float | N
 
 
 def flux_packed(x: Tensor) -> Tensor:
-    """2 x 2 patches as tokens, channels slowest (B, H/2 * W/2, 4 C)."""
+    """Return 2 x 2 patches as tokens (B, H/2 * W/2, 4 C), channels varying slowest."""
     return nn.functional.unfold(x, kernel_size=2, stride=2).transpose(1, 2)
 
 
 def expected_flow_matching(pipe: Any, batch: DiffusionBatch, density: Any, weigh: Any, guidance: float) -> Tensor:
-    """The errors (B,) of SD3 and Flux: v = noise - x at x + sigma (noise - x)."""
+    """Return the errors (B,) of SD3 and Flux: v = noise - x at x + sigma (noise - x)."""
     latents = draw_latents(pipe, batch["inputs"])
     noise = torch.randn_like(latents)
     index = (density() * 1000).long()
@@ -223,7 +223,7 @@ def test_a_scheduler_of_another_kind_is_refused(pipes: dict[str, Any]) -> None:
         family_of(pipes["sd15"])
 
 
-# Prompts and latents that are kept
+# Cached prompts and latents
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -294,7 +294,7 @@ def test_an_image_covers_its_bucket() -> None:
     pixels, sizes = fit(gradient, (16, 16), center_crop=True)
     assert pixels.shape == (3, 16, 16) and sizes.tolist() == [32, 64, 0, 8, 16, 16]
     assert pixels[:, 0].max() < -0.9 and pixels[:, -1].min() > 0.9
-    pixels, sizes = fit(gradient, (8, 32), center_crop=True)  # of 16 x 32 the middle
+    pixels, sizes = fit(gradient, (8, 32), center_crop=True)  # the center of 16 x 32
     assert sizes.tolist() == [32, 64, 4, 0, 8, 32] and -0.6 < pixels[:, 0].mean() < -0.3
     small, sizes = fit(gradient, (64, 64), center_crop=True)
     assert small.shape == (3, 64, 64) and sizes.tolist() == [32, 64, 0, 32, 64, 64]
@@ -311,7 +311,7 @@ def test_batches_stay_in_one_bucket_and_see_everything() -> None:
         assert len(batch) == 4 and len({buckets[index] for index in batch}) == 1
         assert [prior[index] for index in batch] == [False, False, True, True]
     counts = Counter(index for batch in batches for index in batch)
-    assert all(95 <= counts[index] <= 105 for index in range(8))  # each as often
+    assert all(95 <= counts[index] <= 105 for index in range(8))  # all equally often
     assert set(counts) == set(range(14))
     again = BucketBatches(buckets, prior, batch_size=2, batches=400, seed=3)
     assert list(again) == batches == list(again)
@@ -322,7 +322,7 @@ def test_batches_stay_in_one_bucket_and_see_everything() -> None:
     ]
     assert dealt == [batches[0::2], batches[1::2]]
     shorter = list(BucketBatches(buckets, prior, batch_size=2, batches=7, seed=3))
-    assert shorter == batches[:7]  # a longer run begins as a shorter one
+    assert shorter == batches[:7]  # a longer run starts like a shorter one
     alone = list(BucketBatches([(8, 8)], [False], batch_size=3, batches=2, seed=0))
     assert alone == [[0, 0, 0]] * 2
 

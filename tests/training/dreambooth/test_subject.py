@@ -1,4 +1,4 @@
-"""A subject's images and captions, images of its class, and what is lent to a pipeline for a picture."""
+"""Tests of subject images and captions, class images, and temporarily loaded files."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_file_is_lent_and_training_goes_on(method: Any, tmp_path: Path, monkey
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError("this version of PEFT is not compatible")
 
-    # As transformers does for the PEFT of the day: nothing here may depend on the hosts' wrappers around it.
+    # transformers may refuse the installed version of PEFT, so nothing may depend on the wrappers of the hosts.
     for host in (ModelMixin, PreTrainedModel):
         for name in ("add_adapter", "load_adapter", "set_adapter", "delete_adapter"):
             monkeypatch.setattr(host, name, refuse, raising=False)
@@ -152,7 +152,7 @@ def test_a_file_is_lent_and_training_goes_on(method: Any, tmp_path: Path, monkey
     before = {name: parameter.detach().clone() for name, parameter in adaptation.parameters()}
     now = sample(trained)
     assert min((moved - start).abs().max(), (now - moved).abs().max()) > 1e-3
-    with adaptation.lent(tmp_path / "a.safetensors"):
+    with adaptation.with_saved(tmp_path / "a.safetensors"):
         torch.testing.assert_close(sample(trained), moved, rtol=0, atol=1e-5)
     torch.testing.assert_close(sample(trained), now, rtol=0, atol=1e-5)
     after = dict(adaptation.parameters())

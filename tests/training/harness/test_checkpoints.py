@@ -30,7 +30,7 @@ SETTINGS = {"training": {"lr": 0.1, "workers": 0}, "run": {"output_dir": "a"}, "
 
 
 class Noisy(Dataset):
-    """Vectors that every reading changes, by all three sources of random numbers."""
+    """Vectors with noise from all three sources of random numbers on every access."""
 
     def __init__(self) -> None:
         self.values = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
@@ -69,7 +69,7 @@ class FitTask:
         )
 
     def evaluate(self) -> dict[str, float]:
-        torch.rand(7)  # draws what no step may notice
+        torch.rand(7)  # must not affect any step
         return {"score": float(self.loss.model[0].weight.detach().sum())}
 
     def check_gradients(self) -> list[str]:
@@ -82,7 +82,7 @@ class FitTask:
 def train(
     task: FitTask, run: Path | None = None, resume: Checkpoint | None = None, every: int = 3, **options: Any
 ) -> tuple[list[Any], list[Tensor]]:
-    """Return what was logged, but for the speed, and the trained parameters."""
+    """Return the log without the speed, and the trained parameters."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     settings = TrainingOptions(
@@ -123,7 +123,7 @@ def test_augmentation_depends_on_seed_and_position_alone() -> None:
     first = batches(1)
     assert torch.equal(first, batches(1)) and not torch.equal(first, batches(2))
     plain = torch.stack([Noisy().values[i] for batch in ShuffledBatches(10, 4, 6, seed=3) for i in batch])
-    assert len((first - plain)[:, 0].unique()) == 24  # not one draw twice
+    assert len((first - plain)[:, 0].unique()) == 24  # no draw is repeated
 
 
 def test_a_loader_without_positions_is_left_alone() -> None:
@@ -167,7 +167,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path: Path, mon
         checkpoints(tmp_path, limit=1).write(state(2))
     monkeypatch.undo()
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [1]
-    checkpoints(tmp_path, limit=1).write(state(2))  # over what was left
+    checkpoints(tmp_path, limit=1).write(state(2))  # over the leftovers
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
@@ -196,7 +196,7 @@ def test_latest_and_a_path_find_their_checkpoint_and_folder(tmp_path: Path) -> N
         ("latest", {}, "--resume latest needs --output-dir"),
         ("latest", {"output_dir": "{tmp}/none"}, "none holds no checkpoint"),
         ("{tmp}/checkpoints/step-000009", {}, "there is no checkpoint"),
-        ("{tmp}/checkpoints/step-000001", {"output_dir": "{tmp}/other"}, "--output-dir is .*other: leave it out"),
+        ("{tmp}/checkpoints/step-000001", {"output_dir": "{tmp}/other"}, "--output-dir is .*other: omit --output-dir"),
         ("{tmp}/checkpoints/step-000001", {"overwrite": True}, "--overwrite would remove"),
     ],
 )
@@ -252,7 +252,7 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
     _, path = list_checkpoints(tmp_path / "checkpoints")[-1]
     task = FitTask(12)
     task.loss.model.append(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="holds other parameters"):
+    with pytest.raises(ValueError, match="does not hold the parameters trained here"):
         train(task, resume=read_checkpoint(path))
 
 

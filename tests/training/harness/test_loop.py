@@ -77,7 +77,7 @@ def trainer(task: FitTask, log: Log | None = None, **options: Any) -> Trainer:
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started but accelerate sees 1: .*ACCELERATE_USE_CPU"):
+    with pytest.raises(ValueError, match="2 processes were started, but accelerate sees 1: .*ACCELERATE_USE_CPU"):
         trainer(FitTask(batch_size=4, batches=4))
 
 
@@ -91,7 +91,7 @@ def test_training_lowers_the_loss_and_logs_it(capsys: pytest.CaptureFixture[str]
     assert [step for step, _ in log.of("val")] == [0, 15, 30, 40]
     assert len(task.saved) == 4
     assert speed.images_per_second == pytest.approx(40 * 4 / speed.seconds)
-    assert 0.05 < speed.peak_memory < 100  # GB: of a process that has imported torch
+    assert 0.05 < speed.peak_memory < 100  # GB, for a process that has imported torch
     assert "note: a note" in capsys.readouterr().out
     assert task.checks == 1
 
@@ -148,7 +148,7 @@ def test_a_gradient_that_is_not_finite_stops() -> None:
 def test_a_result_that_is_not_finite_stops_before_it_is_saved() -> None:
     task = FitTask(batch_size=4, batches=4)
     task.score = math.nan
-    with pytest.raises(ValueError, match="in evaluation score is nan.*nothing was saved"):
+    with pytest.raises(ValueError, match="in evaluation, score is nan.*nothing was saved"):
         trainer(task).run()
     assert task.saved == []
 

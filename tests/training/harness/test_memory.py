@@ -20,7 +20,7 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def gradients(model: Any, towers: Towers | None, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the gradients of one step, and how many numbers were kept for the backward pass."""
+    """Return the gradients of one step, and the number of values saved for the backward pass."""
     if towers is not None:
         checkpoint_towers(model, resolve(ClipOptions(clip=ModelOptions(model="tiny", towers=towers))))
     inject(model, RandLoRAConfig(rank=4, target_modules="open_clip:both"))

@@ -63,7 +63,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         if not name.startswith(CUDA_ONLY)
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # of timm's and PyTorch's, about the optimiser chosen
+@pytest.mark.filterwarnings("ignore")  # from timm and PyTorch, about the chosen optimiser
 def test_an_optimiser_goes_on_exactly_from_what_a_checkpoint_holds(name: str) -> None:
     first, second = network(), network()
     optimizers = [make_optimizer(name, model.parameters(), 1e-3, 0.01) for model in (first, second)]
@@ -170,7 +170,7 @@ class Fit(nn.Module):
 
 
 class FitTask:
-    """Scores are given, one per evaluation."""
+    """A task with a given score per evaluation."""
 
     def __init__(self, scores: Mapping[int, float] | None = None) -> None:
         self.loss = Fit()
@@ -205,7 +205,7 @@ def test_training_stops_after_so_many_evaluations_without_a_better_one() -> None
     kept: list[int] = []
     loop = trainer(FitTask(SCORES), kept=kept, early_stopping_patience=2)
     speed = loop.run()
-    assert kept == [0, 1, 3]  # an equal value is no better one
+    assert kept == [0, 1, 3]  # ties do not count as an improvement
     assert speed.steps == loop.step == 5
     assert loop.best == Best(step=3, value=0.6, evaluations_since=2)
     assert speed.images_per_second == pytest.approx(5 * 4 / speed.seconds)
@@ -225,7 +225,7 @@ def test_of_a_loss_the_smaller_is_the_better() -> None:
 
 
 def test_a_metric_that_is_not_measured_is_an_error() -> None:
-    with pytest.raises(ValueError, match="--best-metric f1: nothing of that name is measured, only top1, loss"):
+    with pytest.raises(ValueError, match="--best-metric f1 is not measured; choose one of top1, loss"):
         trainer(FitTask(), kept=[], best_metric="f1").run()
 
 
@@ -234,7 +234,7 @@ def test_the_averages_are_what_is_measured_and_left_in_the_model() -> None:
     trainer(plain).run()
     loop = trainer(averaged, ema_decay=0.5)
     loop.run()
-    expected = [plain.measured[0]]  # the weights, step by step, are those of a run without averages
+    expected = [plain.measured[0]]  # the weights after every step are those of a run without averages
     for step, value in enumerate(plain.measured[1:], start=1):
         decay = min(0.5, (1 + step) / (10 + step))
         expected.append(decay * expected[-1] + (1 - decay) * value)

@@ -58,15 +58,15 @@ def test_help_names_flags_defaults_and_the_odd_meaning_of_rank(capsys: pytest.Ca
         (["--warmup-fraction", "1"], "--warmup-fraction must be at least 0 and below 1"),
         (["--val-fraction", "1"], "--val-fraction must be between 0 and 1"),
         (["--templates", "a photo"], "'a photo' has no {} for the class name"),
-        (["--dropout", "0.1", "--method", "full"], "--dropout is RandLoRA's"),
+        (["--dropout", "0.1", "--method", "full"], "--dropout needs --method randlora"),
         (["--budget", "100"], "--budget chooses the rank of --method lora"),
-        (["--method", "lora", "--budget", "100", "--rank", "2"], "give one"),
+        (["--method", "lora", "--budget", "100", "--rank", "2"], "give only one"),
         (["--towers", "text", "--target-modules", "c_fc"], "give one"),
     ],
 )
 @pytest.mark.parametrize("terminal", [True, False])
 def test_mistakes_are_one_line(argv: list[str], expected: str, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # tyro looks there: it draws a frame, in colour, or neither.
+    # tyro reads these: it draws a frame, in colour or not, or no frame.
     stdout = SimpleNamespace(encoding="utf-8" if terminal else "ascii", isatty=lambda: terminal)
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setenv("TERM", "xterm")

@@ -104,5 +104,5 @@ def test_other_vision_towers(kind: str) -> None:
 
 
 def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="--layer-decay: a Linear does not tell its layers, leave it out"):
+    with pytest.raises(ValueError, match="--layer-decay: Linear does not define its layers, leave it out"):
         timm_layers(nn.Linear(2, 2))

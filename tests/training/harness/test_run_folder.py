@@ -47,8 +47,8 @@ def test_a_new_folder_knows_its_environment(tmp_path: Path) -> None:
 
 def test_a_run_is_refused_or_replaced_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    opened(tmp_path)  # a folder with other files in it is no run
-    run = opened(tmp_path)  # nor is one that came to nothing
+    opened(tmp_path)  # a folder with other files in it is not a run
+    run = opened(tmp_path)  # nor is one without metrics
     run.log(3, "val", {"top1": 0.5})
     with pytest.raises(ValueError, match=r"already holds a run \(.*--overwrite"):
         opened(tmp_path)
@@ -148,7 +148,7 @@ def test_parameters_without_a_gradient_are_noted_or_all_an_error() -> None:
     with pytest.raises(ValueError, match="no trained parameter has a gradient"):
         adaptation.check_gradients()
     model.weight.grad = torch.zeros(2, 2)
-    assert adaptation.check_gradients() == ["no gradient reaches bias: left as they are"]
+    assert adaptation.check_gradients() == ["no gradient reaches bias: they stay unchanged"]
     broken = SimpleNamespace(grad=torch.tensor([torch.inf]))
     with pytest.raises(ValueError, match="the gradient of x is not finite"):
         finite_gradients([("x", broken)])  # type: ignore[list-item]

@@ -73,9 +73,9 @@ def test_the_default_is_tensorboard_where_it_is_installed(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("tensorbord",), "--report-to tensorbord is not known; known are none, tensorboard"),
+        (("tensorbord",), "--report-to tensorbord is not known; choose from none, tensorboard"),
         (("comet_ml",), "--report-to comet_ml: the package is not installed .pip install comet-ml."),
-        (("none", "wandb"), "none goes with no other"),
+        (("none", "wandb"), "none cannot be combined with other trackers"),
     ],
 )
 def test_mistakes_are_found_when_the_options_are_built(

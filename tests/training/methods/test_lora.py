@@ -1,4 +1,4 @@
-"""LoRA as this package does it: PEFT's numbers where PEFT is right, and a gradient where PEFT has none."""
+"""This package's LoRA: PEFT's numbers where PEFT is right, and a gradient where PEFT has none."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is no LoRA file"):
+    with pytest.raises(ValueError, match="is not a LoRA file"):
         load_lora(clip(), tmp_path / "other.safetensors")
 
 

@@ -4,34 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from randlora_vision.names import listing
-from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import SkipList, image_suffixes, whole_images
-from randlora_vision.training.data.splits import Part, make_splits
+from randlora_vision.training.data.splits import Part
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 
 
-def read_class_folders(root: Path, val_fraction: float, split_seed: int, skipped: SkipList) -> ImageSplits:
-    """Read `root` as class folders, with the splits that it has or else one made by chance.
-
-    Where `root` has neither val/ nor test/, and where it holds the class folders itself, `val_fraction` of
-    every class is held out, drawn with `split_seed`.
-
-    Raises ValueError as `class_folder_parts` and `make_splits` do.
-    """
-    splits = make_splits(root.name, class_folder_parts(root, skipped), val_fraction, split_seed)
-    assert isinstance(splits, ImageSplits)
-    return splits
-
-
 def class_folder_parts(root: Path, skipped: SkipList) -> dict[str, Part]:
-    """Read `root/train`, and val/ and test/ beside it, or `root` alone where there is no train/.
+    """Read `root/train` with val/ and test/ next to it, or only `root` if there is no train/.
 
-    Where only one of val/ and test/ is there, both splits are its images. Raises FileNotFoundError when
-    `root` is no folder and ValueError when a split has no images.
+    If only one of val/ and test/ exists, both splits use its images. Raises FileNotFoundError when `root` is
+    not a folder, and ValueError when a split has no images.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"the image folder {root} does not exist or is no folder")
+        raise FileNotFoundError(f"the image folder {root} does not exist or is not a folder")
     train = root / "train" if (root / "train").is_dir() else root
     folders = {"train": train, **(_held_out(root) if train != root else {})}
     parts = {split: _read_part(folder, skipped) for split, folder in folders.items()}
@@ -59,7 +45,7 @@ def _read_part(root: Path, skipped: SkipList) -> Part:
 
 
 def _scan(root: Path, names: Sequence[str], skipped: SkipList) -> tuple[list[Path], list[str]]:
-    """List the images of the class folders `names` under `root` and their classes, broken ones left out."""
+    """List the readable images of the class folders `names` under `root`, and their classes."""
     found = [
         (path, name)
         for name in names

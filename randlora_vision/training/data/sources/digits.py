@@ -1,7 +1,7 @@
 """The embedded data: scikit-learn's real handwritten digits, which need no download.
 
-Two tasks are made of them: upright 0-4, which the demo's model is pretrained on, and all ten digits
-with background and foreground swapped, which it is adapted to.
+They give two tasks: the upright digits 0-4, on which the demo model is pretrained, and all ten digits with
+background and foreground swapped, to which it is adapted.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from randlora_vision.training.data.labelled import ImageSplits
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KNOWN_DIGITS = (0, 1, 2, 3, 4)
-"""What the models of the demos are pretrained on."""
+"""The digits on which the demo models are pretrained."""
 TEMPLATES = (
     "a photo of the digit {}.",
     "a handwritten {}.",
@@ -24,15 +24,15 @@ TEMPLATES = (
     "a small picture of the number {}.",
 )
 IMAGE_SIZE = 32
-_ROTATION = 15.0  # degrees, either way
+_ROTATION = 15.0  # degrees, in either direction
 
 
 @cache
 def _split_indices() -> dict[str, np.ndarray]:
     """Return the stratified split: 1000 images for training, 198 for validation, 599 for testing.
 
-    It never changes, so that every run and every seed is measured on the same images. Learning
-    rates were chosen on the 198.
+    The split is fixed, so every run and every seed is evaluated on the same images. The default learning
+    rates were chosen on the 198 validation images.
     """
     from sklearn.model_selection import train_test_split
 
@@ -52,9 +52,9 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_digits(classes: Sequence[int] = range(10), inverted: bool = False) -> ImageSplits:
-    """Return the digits of `classes` as RGB pictures of IMAGE_SIZE pixels; labels are positions in `classes`.
+    """Return the digits in `classes` as RGB pictures, IMAGE_SIZE pixels square; labels index `classes`.
 
-    `inverted` swaps background and foreground. Training images are rotated a little, either way.
+    `inverted` swaps background and foreground. Training images are rotated slightly at random.
     """
     pixels, labels = _load()
     chosen = {

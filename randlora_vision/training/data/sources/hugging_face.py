@@ -1,4 +1,4 @@
-"""Hugging Face's datasets of images, by name or as `save_to_disk` wrote them."""
+"""Hugging Face image datasets, by name or as written by `save_to_disk`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,16 +17,16 @@ _SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", 
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Tell whether save_to_disk wrote this folder."""
+    """Return whether the folder was written by `save_to_disk`."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def hf_parts(name: str, split: str | None, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
-    """Open the splits of `NAME`, `NAME:CONFIG` or a folder of save_to_disk, or only the one called `split`.
+    """Open the splits of `NAME`, `NAME:CONFIG` or a folder written by `save_to_disk`, or only `split`.
 
-    Rows whose class is missing (or -1) are skipped, and a split of nothing else is left out.
+    Rows whose class is missing (or -1) are skipped, and a split of only such rows is left out.
 
-    Raises ValueError when the dataset, the split or a column is not there or cannot be fetched.
+    Raises ValueError when the dataset, the split or a column does not exist or cannot be downloaded.
     """
     found = _open(name, options)
     if split is not None:
@@ -38,10 +38,10 @@ def hf_parts(name: str, split: str | None, options: SourceOptions, skipped: Skip
     ours = {_SPLITS[theirs]: dataset for theirs, dataset in found.items() if theirs in _SPLITS}
     if "train" not in ours:
         raise ValueError(
-            f"the dataset {name} has no split called train but {listing(found, most=20)}: choose one by @SPLIT after it"
+            f"the dataset {name} has no split called train, only {listing(found, most=20)}: append @SPLIT to choose one"
         )
     parts = {split: _part(f"the {split} split of {name}", found, options, skipped) for split, found in ours.items()}
-    # A test split whose classes are kept secret is none to test on.
+    # A test split whose classes are not public cannot be used.
     return {split: part for split, part in parts.items() if part.images or split == "train"}
 
 
@@ -59,8 +59,8 @@ def _open(name: str, options: SourceOptions) -> Mapping[str, Any]:
         else:
             repository, _, config = name.partition(":")
             found = datasets.load_dataset(repository, config or None, cache_dir=options.data_root)
-    except Exception as error:  # of whatever reads the files or asks the network
-        hint = "" if options.download else "; --download allows to fetch it"
+    except Exception as error:  # from any file reader or from the network
+        hint = "" if options.download else "; --download allows downloading it"
         reason = one_line(str(error))[:300] or type(error).__name__
         raise ValueError(f"cannot open the dataset {name}: {reason}{hint}") from error
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
@@ -74,7 +74,7 @@ def _part(source: str, dataset: Any, options: SourceOptions, skipped: SkipList) 
         values = [() if value is None else value for value in dataset[columns.caption]]
         texts = [list(value) if isinstance(value, list | tuple) else [value] for value in values]
         if any(not isinstance(text, str) for captions in texts for text in captions):
-            raise ValueError(f"{source}: the column {columns.caption!r} holds no captions (--caption-column)")
+            raise ValueError(f"{source}: the column {columns.caption!r} does not hold captions (--caption-column)")
         return Part(source, images, captions=texts)
     labels = list(dataset[columns.label])
     kept = [index for index, label in enumerate(labels) if label is not None and label != -1]
@@ -91,7 +91,7 @@ def _part(source: str, dataset: Any, options: SourceOptions, skipped: SkipList) 
 
 
 def _columns(dataset: Any, options: SourceOptions, source: str) -> Columns:
-    """Return the columns: of images and of classes the first of that type, unless the options name another."""
+    """Return the columns of images and of captions or classes; by default the first column of type Image."""
     import datasets
 
     features = dataset.features
@@ -99,5 +99,7 @@ def _columns(dataset: Any, options: SourceOptions, source: str) -> Columns:
     chosen = options.image_column or image
     if image is None or not isinstance(features.get(chosen), datasets.Image):
         kinds = listing((f"{name} ({type(kind).__name__})" for name, kind in features.items()), most=20)
-        raise ValueError(f"{source}: {f'{chosen!r} is no column' if chosen else 'no column'} of images; it has {kinds}")
+        raise ValueError(
+            f"{source}: {f'{chosen!r} is not a column' if chosen else 'no column'} of images; it has {kinds}"
+        )
     return find_columns(list(features), replace(options, image_column=chosen), source)

@@ -1,4 +1,4 @@
-"""Tables of images, .csv and .tsv: their columns and their rows."""
+"""Tables of images (.csv and .tsv): their columns and rows."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.pictures import SkipList, whole_images
 from randlora_vision.training.data.splits import Part
 
-# In order of preference: the names in use by open_clip, diffusers and Hugging Face's datasets.
+# In order of preference: the names used by open_clip, diffusers and Hugging Face's datasets.
 IMAGES = ("image", "img", "filepath", "file_name", "filename", "image_path", "path", "file")
 CAPTIONS = ("caption", "captions", "text", "title")
 LABELS = ("label", "labels", "class", "class_name", "target", "fine_label")
@@ -18,7 +18,7 @@ LABELS = ("label", "labels", "class", "class_name", "target", "fine_label")
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns; of the last two one is given."""
+    """The names of the columns; exactly one of `caption` and `label` is given."""
 
     image: str
     caption: str | None
@@ -28,7 +28,7 @@ class Columns:
 def find_columns(columns: Sequence[str], options: SourceOptions, source: str) -> Columns:
     """Return the columns that the options name, or else those with well-known names, captions before labels.
 
-    Raises ValueError, with the columns that there are, when one is missing.
+    Raises ValueError, listing the existing columns, when one is missing.
     """
     image = _find(columns, options.image_column, "--image-column", IMAGES, source)
     label = None if options.caption_column else _given(columns, options.label_column, "--label-column", source)
@@ -37,7 +37,7 @@ def find_columns(columns: Sequence[str], options: SourceOptions, source: str) ->
         known = [name for name in (*CAPTIONS, *LABELS) if name in columns and name != image]
         if not known:
             raise ValueError(
-                f"{source} has no column that is known to hold captions or classes: name it with --caption-column "
+                f"{source} has no column with a known name for captions or classes: name it with --caption-column "
                 f"or --label-column; it has {listing(columns, most=20)}"
             )
         caption, label = (known[0], None) if known[0] in CAPTIONS else (None, known[0])
@@ -48,7 +48,7 @@ def _find(columns: Sequence[str], given: str | None, flag: str, known: Sequence[
     found = _given(columns, given, flag, source) or next((name for name in known if name in columns), None)
     if found is None:
         raise ValueError(
-            f"{source} has no column that is known to hold images: name it with {flag}; "
+            f"{source} has no column with a known name for images: name it with {flag}; "
             f"it has {listing(columns, most=20)}"
         )
     return found
@@ -64,14 +64,14 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 def table_part(path: Path, options: SourceOptions, skipped: SkipList) -> Part:
-    """Read a table with a line of column names; relative paths start from its folder.
+    """Read a table whose first line names the columns; relative paths start from the table's folder.
 
-    Columns are separated by tabs where there is one in the first line, else by commas. Several captions of one
-    image are several lines. Lines that do not fit the first one and files that cannot be read are skipped.
+    The separator is a tab if the first line contains one, else a comma. An image with several captions takes
+    several lines. Lines with the wrong number of columns and files that cannot be read are skipped.
 
-    Raises ValueError when a column is missing or the file is no UTF-8 text.
+    Raises ValueError when a column is missing or the file is not UTF-8 text.
     """
-    texts: dict[str, list[str]] = {}  # by path as written; the order is that of the file
+    texts: dict[str, list[str]] = {}  # by path as written, in the order of the file
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = file.readline()
@@ -81,7 +81,7 @@ def table_part(path: Path, options: SourceOptions, skipped: SkipList) -> Part:
             for image, text in _rows(reader, columns, path, skipped):
                 texts.setdefault(image, []).append(text)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no readable table of UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not a readable table of UTF-8 text: {error}") from error
     names = list(texts)
     files = [path.parent / name for name in names]
     kept = [i for i, whole in enumerate(whole_images(files, skipped)) if whole]
@@ -101,15 +101,17 @@ def _rows(reader: "csv.DictReader[str]", columns: Columns, path: Path, skipped: 
         place = f"{path}:{reader.line_num}"
         image, text = row[columns.image], row[columns.caption or columns.label or ""]
         if None in row or None in row.values():
-            skipped.add(place, "it has not as many columns as the first line (quote what holds the separator)")
+            skipped.add(
+                place, "it does not have as many columns as the first line (quote values with a separator in them)"
+            )
         elif not image:
-            skipped.add(place, "it names no image")
+            skipped.add(place, "it does not name an image")
         else:
             yield image, text
 
 
 def plain_labels(labels: list[str]) -> list[int] | list[str]:
-    """Return labels as numbers where all of them are."""
+    """Return the labels as integers if all of them are decimal numbers, else unchanged."""
     if all(label.isdecimal() for label in labels):
         return [int(label) for label in labels]
     return labels

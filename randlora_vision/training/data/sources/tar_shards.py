@@ -1,7 +1,7 @@
-"""WebDataset shards: .tar files whose members with the same name up to the first dot are one sample.
+"""WebDataset shards: .tar files whose members with the same name up to the first dot form one sample.
 
-The headers are read once, and of every image only the place in its file is kept: images are then read straight
-from the shards, nothing is unpacked, and yet any order, any share of it and any place to go on from is exact.
+The headers are read once, and only the offset of every image in its shard is kept. Images are then read directly
+from the shards without unpacking them, in any order, so sharding and resuming are exact.
 """
 
 import glob
@@ -23,14 +23,14 @@ from randlora_vision.training.data.pictures import SkipList, image_suffixes, rea
 from randlora_vision.training.data.sources.tables import CAPTIONS, LABELS, plain_labels
 from randlora_vision.training.data.splits import Part
 
-_BLOCK = 512  # bytes: all that a .tar holds is padded to multiples of it
+_BLOCK = 512  # bytes: everything in a .tar is padded to a multiple of this
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TEXTS = ("txt", "json", "cls")
 
 
 @dataclass(frozen=True)
 class TarImage:
-    """An image file inside a .tar: `size` bytes from `offset` on."""
+    """An image file inside a .tar: `size` bytes starting at `offset`."""
 
     shard: Path
     name: str
@@ -38,7 +38,7 @@ class TarImage:
     size: int
 
     def read(self) -> Image.Image:
-        """Decode it as RGB; raise OSError when it cannot be."""
+        """Decode the image as RGB; raise OSError when that fails."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return read_image(io.BytesIO(file.read(self.size)))
@@ -56,12 +56,12 @@ class _Sample:
 
 
 def is_shard_folder(folder: Path) -> bool:
-    """Tell whether a folder holds shards; one with folders in it is of class folders, with an archive beside."""
+    """Return whether a folder holds shards; a folder with subfolders is one of class folders instead."""
     return any(folder.glob("*.tar")) and not any(path.is_dir() for path in folder.iterdir())
 
 
 def shard_paths(pattern: str) -> list[Path]:
-    """Return the shards that a path, a folder, {000..012} or a glob stands for, those that are not there too.
+    """Return the shards that a path, a folder, {000..012} or a glob stands for, including missing ones.
 
     Raises ValueError when none of them exists.
     """
@@ -71,7 +71,7 @@ def shard_paths(pattern: str) -> list[Path]:
         spelled = list(_expand(pattern))
         paths = [Path(p) for name in spelled for p in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not any(path.is_file() for path in paths):
-        raise ValueError(f"no shard is there: {pattern}")
+        raise ValueError(f"no shard found: {pattern}")
     return paths
 
 
@@ -87,10 +87,10 @@ def _expand(pattern: str) -> Iterator[str]:
 def shards_part(pattern: str, options: SourceOptions, skipped: SkipList) -> Part:
     """Read what the shards hold: images with captions (.txt, or a key of .json) or classes (.cls, or a key).
 
-    A shard that is missing, or broken from some place on, is noted in `skipped`; its samples before that place
-    are used. Noted likewise are samples without an image, or without the caption (class) that others have.
+    A shard that is missing or broken is recorded in `skipped`; the samples before the broken position are still
+    used. Samples without an image, or without the caption (or class) that the others have, are recorded too.
 
-    Raises ValueError when no sample has an image, or none a caption or class.
+    Raises ValueError when no sample has an image, or when no sample has a caption or class.
     """
     paths = shard_paths(pattern)
     samples = [sample for path in paths for sample in _read_shard(path, skipped)]
@@ -114,7 +114,7 @@ def shards_part(pattern: str, options: SourceOptions, skipped: SkipList) -> Part
 
 
 def _captions(sample: _Sample, key: str | None) -> list[str]:
-    """Return the captions of a sample: of that key of its .json, else its .txt, else of a well-known key."""
+    """Return the captions of a sample: from that key of its .json, else its .txt, else a well-known key."""
     if key is None and "txt" in sample.texts:
         return [sample.texts["txt"].decode("utf-8", errors="replace")]
     value = _json_value(sample, CAPTIONS if key is None else (key,))
@@ -122,7 +122,7 @@ def _captions(sample: _Sample, key: str | None) -> list[str]:
 
 
 def _label(sample: _Sample, key: str | None) -> list[str]:
-    """Return the class of a sample in a list, an empty one where there is none."""
+    """Return the class of a sample as a list, which is empty if it has none."""
     if key is None and "cls" in sample.texts:
         return [sample.texts["cls"].decode("utf-8", errors="replace").strip()]
     value = _json_value(sample, LABELS if key is None else (key,))
@@ -137,13 +137,13 @@ def _json_value(sample: _Sample, keys: Sequence[str]) -> Any:
 def _json(sample: _Sample) -> Mapping[str, Any]:
     try:
         values = json.loads(sample.texts.get("json", b"{}"))
-    except ValueError:  # then what it should have given is missing, which is noted
+    except ValueError:  # then the caption or class is missing, which is recorded
         return {}
     return values if isinstance(values, dict) else {}
 
 
 def _what_lacks(samples: Sequence[_Sample], options: SourceOptions) -> str:
-    """Say what was looked for and what is there."""
+    """Return a message that says what was expected and what was found."""
     if not any(sample.image for sample in samples):
         return f"no images in {len(samples)} samples; expected members such as 000.jpg beside 000.txt"
     key = options.label_column or options.caption_column
@@ -151,14 +151,14 @@ def _what_lacks(samples: Sequence[_Sample], options: SourceOptions) -> str:
     extensions = sorted({extension for sample in samples for extension in sample.texts})
     keys = sorted({key for sample in samples for key in _json(sample)})
     return (
-        f"no sample has {wanted}; beside images there are "
-        + (listing(f".{extension}" for extension in extensions) or "no files of text")
+        f"no sample has {wanted}; apart from images there are "
+        + (listing(f".{extension}" for extension in extensions) or "no text files")
         + (f", and in .json the keys {listing(keys, most=20)}" if keys else "")
     )
 
 
 def _read_shard(path: Path, skipped: SkipList) -> Iterator[_Sample]:
-    """Yield the samples of a shard: neighbours of the same folder and name up to the first dot."""
+    """Yield the samples of a shard: consecutive members with the same folder and name up to the first dot."""
     sample: _Sample | None = None
     for name, extension, offset, size, text in _members(path, skipped):
         if sample is None or sample.key != name:
@@ -174,11 +174,11 @@ def _read_shard(path: Path, skipped: SkipList) -> Iterator[_Sample]:
 
 
 def _members(path: Path, skipped: SkipList) -> Iterator[tuple[str, str, int, int, bytes | None]]:
-    """Yield name, extension, offset and size of the images, and the bytes too of the texts."""
+    """Yield name, extension, offset and size of images and texts, and the bytes of texts."""
     end = 0
     try:
         length = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:  # not compressed: one could not start reading in the middle
+        with tarfile.open(path, "r:") as tar:  # not compressed, since a compressed one cannot be read from the middle
             for member in tar:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 if member.offset_data + member.size > length:
@@ -192,15 +192,15 @@ def _members(path: Path, skipped: SkipList) -> Iterator[tuple[str, str, int, int
                     yield name, extension, member.offset_data, member.size, content.read()
                 elif member.isfile() and f".{extension}" in image_suffixes():
                     yield name, extension, member.offset_data, member.size, None
-                tar.members = []  # type: ignore[attr-defined]  # which it would keep, all of them
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member
         _check_end(path, end)
     except (OSError, tarfile.TarError) as error:
         skipped.add(str(path), f"the shard cannot be read{f' after byte {end}' if end else ''}: {error}")
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Raise ReadError unless the archive ends at `end`: tarfile takes a broken header for the end of it."""
+    """Raise ReadError unless the archive ends at `end`, since tarfile treats a broken header as its end."""
     with path.open("rb") as file:
         file.seek(end)
         if any(file.read(_BLOCK)):
-            raise tarfile.ReadError("no header is there")
+            raise tarfile.ReadError("no valid header there")

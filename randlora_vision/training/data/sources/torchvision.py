@@ -1,4 +1,4 @@
-"""Datasets of torchvision, and of others whose items are asked for one by one."""
+"""Datasets of torchvision, and other map-style datasets."""
 
 import inspect
 import os
@@ -12,11 +12,11 @@ from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.pictures import StoredImage
 from randlora_vision.training.data.splits import Part
 
-_LABELS = ("targets", "labels", "_labels", "y")  # where torchvision's datasets keep them
+_LABELS = ("targets", "labels", "_labels", "y")  # attributes in which torchvision's datasets keep them
 
 
 def labels_of(dataset: Any) -> list[int]:
-    """Return every label, without decoding an image where the dataset has a list of them."""
+    """Return every label, without decoding images if the dataset has a list of labels."""
     reader: Any = getattr(dataset, "reader", None)  # timm's
     if (files := files_of(dataset)) is not None:
         return [int(label) for _, label in files]
@@ -30,7 +30,7 @@ def labels_of(dataset: Any) -> list[int]:
 
 
 def class_names_of(dataset: Any, labels: Sequence[int]) -> list[str]:
-    """Return the names of the classes, numbers where the dataset has none; the first of several names of one."""
+    """Return the class names: the first of several names of a class, or numbers if there are no names."""
     reader: Any = getattr(dataset, "reader", None)
     classes = getattr(dataset, "classes", None)
     if classes is None and hasattr(reader, "label_key"):
@@ -43,12 +43,12 @@ def class_names_of(dataset: Any, labels: Sequence[int]) -> list[str]:
 
 
 def files_of(dataset: Any) -> Any:
-    """Return the (file, label) pairs of a dataset that is a list of files, else None."""
+    """Return the (file, label) pairs of a dataset of files, else None."""
     return getattr(dataset, "samples", getattr(getattr(dataset, "reader", None), "samples", None))
 
 
 def forbid_fetching() -> None:
-    """Keep Hugging Face's `datasets` from the network; without effect once it is imported."""
+    """Keep Hugging Face's `datasets` offline; this has no effect once it is imported."""
     os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
@@ -56,14 +56,14 @@ _SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("te
 
 
 class _NoSplit(ValueError):
-    """A dataset does not know a split by that name."""
+    """The dataset has no split of that name."""
 
 
 def torchvision_parts(name: str, split: str | None, options: SourceOptions) -> dict[str, Part]:
     """Open a dataset's own splits, or only the one that torchvision calls `split`.
 
-    Raises ValueError when there is no such dataset or split, its files are not there (or cannot be fetched),
-    or its images have no class each.
+    Raises ValueError when there is no such dataset or split, when its files are missing (or cannot be
+    downloaded), or when its images do not have one class each.
     """
     from torchvision import datasets
 
@@ -84,12 +84,12 @@ def torchvision_parts(name: str, split: str | None, options: SourceOptions) -> d
             except _NoSplit:
                 continue
     if "train" not in parts:
-        raise ValueError(f"torchvision's {name} has no split for training: choose one, as in torchvision:{name}@SPLIT")
+        raise ValueError(f"torchvision's {name} has no training split: choose a split, as in torchvision:{name}@SPLIT")
     return parts
 
 
 def _chosen(name: str, split: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that open a split of torchvision's name."""
+    """Return the arguments that open the split that torchvision calls `split`."""
     if "train" in parameters and split in ("train", "test"):
         return {"train": split == "train"}
     if "split" in parameters:
@@ -119,11 +119,11 @@ def _open(name: str, arguments: dict[str, Any], options: SourceOptions) -> Any:
         arguments = {**arguments, "download": options.download}
     try:
         return getattr(datasets, name)(**arguments)
-    except Exception as error:  # of whatever reads the files or asks the network
+    except Exception as error:  # from any file reader or from the network
         reason = one_line(str(error))[:300] or type(error).__name__
         if isinstance(error, ValueError) and "Valid values are" in reason:
             raise _NoSplit(f"torchvision's {name}: {reason}") from error
-        hint = "" if options.download else "; --download allows to fetch it"
+        hint = "" if options.download else "; --download allows downloading it"
         raise ValueError(f"cannot open torchvision's {name} in {options.data_root}: {reason}{hint}") from error
 
 
@@ -131,6 +131,6 @@ def _part(source: str, dataset: Any) -> Part:
     try:
         labels = labels_of(dataset)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} is no dataset of images with one class each: {one_line(str(error))}") from error
+        raise ValueError(f"{source} is not a dataset of images with one class each: {one_line(str(error))}") from error
     images = [StoredImage(dataset, index) for index in range(len(labels))]
     return Part(source, images, labels, class_names=class_names_of(dataset, labels))
