@@ -79,7 +79,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     )
     if options.speed.torch_compile:
         task.loss.compile()
-    speed = fit(task, options, splits, run, accelerator, resume, task.own_lr())
+    speed = fit(task, options, splits, run, accelerator, resume)
     model.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(model)
     summary: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     task = make_task(clip, data, classifier, adaptation, options, skipped, accelerator.num_processes, path)
     if options.speed.torch_compile:
         task.loss.compile()
-    speed = fit(task, options, data, run, accelerator, resume, task.own_lr())
+    speed = fit(task, options, data, run, accelerator, resume)
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(clip, classifier)
     accelerator.wait_for_everyone()  # until the file that every process now reads is written

@@ -129,7 +129,7 @@ def refuse(found: Sequence[Update], format: str, problem: Callable[[Update], str
 def _not_a_layer(update: Update) -> str | None:
     if update.param != "weight":
         return "a parameter that is not the weight of a layer"
-    if update.module._randlora[update.param].transposed:
+    if update.state.transposed:
         return "a transposed linear layer (Conv1D of transformers)"
     return None
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from randlora_vision.injection.record import ModelRecord, records, unwrap
 from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.integrations.pipelines import components as _components
-from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, updated_weight
+from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
+from randlora_vision.layers.state import ParameterState
 
 
 class Update(NamedTuple):
@@ -40,17 +41,24 @@ class Update(NamedTuple):
         """Path of the parameter, prefixed with the name of the component."""
         return ".".join(part for part in (self.component, self.path, self.param) if part)
 
+    @property
+    def state(self) -> ParameterState:
+        """The adapters of the parameter."""
+        state = self.module.adapter_state(self.param)
+        assert state is not None
+        return state
+
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return the sum of the updates at their current scale, in the shape of the weight, at least in float32."""
-        state = self.module._randlora[self.param]
+        state = self.state
         base = self.module.base_weight(self.param)
         shape: tuple[int, ...] = tuple(base.shape)
         if math.prod(shape) != state.out_features * state.in_features:  # packed
             shape = (state.out_features, state.in_features)
         dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
         zeros = torch.zeros(shape, dtype=dtype, device=base.device)
-        return updated_weight(state, zeros, self.module._terms(self.param, list(self.adapters), dtype))
+        return self.module.add_updates(self.param, zeros, list(self.adapters))
 
 
 def components(host: Any) -> dict[str, nn.Module]:

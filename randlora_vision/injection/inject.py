@@ -135,7 +135,7 @@ def _add_slot(
     candidate: Candidate, target: Target, slot: AdapterSlot, init: str, adapter_name: str, switches: Switches
 ) -> None:
     first, param = candidate.owners[0]
-    state = first._randlora.get(param) if isinstance(first, AdaptedModule) else None
+    state = first.adapter_state(param) if isinstance(first, AdaptedModule) else None
     if state is None:
         state = ParameterState(*target.shape, switches, transposed=target.kind == TRANSPOSED)
     state.slots[adapter_name] = slot

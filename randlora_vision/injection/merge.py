@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
-from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, updated_weight
+from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
 
 
@@ -113,7 +113,7 @@ def _merged_weight(
     path: str, module: AdaptedModule, param: str, state: ParameterState, names: tuple[str, ...], safe: bool
 ) -> nn.Parameter:
     """The base's Parameter with the named adapters added, at least in float32; unchanged if there are none."""
-    if module._randlora_quantized:
+    if module.has_packed_weight:
         raise ValueError(f"{path} is quantised: its packed weight cannot take an update; dequantise the base to merge")
     if parametrize.is_parametrized(module, param):
         raise ValueError(f"{path} is computed by a parametrization: remove_parametrizations before inject to merge")
@@ -123,7 +123,7 @@ def _merged_weight(
     if not own:
         return base
     exact = base.to(torch.promote_types(base.dtype, torch.float32))
-    merged = updated_weight(state, exact, module._terms(param, own, exact.dtype)).to(base.dtype).contiguous()
+    merged = module.add_updates(param, exact, own).to(base.dtype).contiguous()
     if safe and not merged.is_meta and not torch.isfinite(merged).all():
         raise ValueError(f"merging {', '.join(own)} into {path} gives non-finite numbers: the adapter is broken")
     return nn.Parameter(merged, requires_grad=base.requires_grad)

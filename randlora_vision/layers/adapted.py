@@ -47,6 +47,20 @@ class AdaptedModule(_Mixin):
     """Adapted parameter names and their adapters."""
     _randlora_quantized: bool
 
+    @property
+    def has_packed_weight(self) -> bool:
+        """True for a quantised linear layer: adapters act as a branch beside its packed weight."""
+        return self._randlora_quantized
+
+    def adapter_state(self, param: str) -> ParameterState | None:
+        """The adapters of a parameter, or None if it has none."""
+        return self._randlora.get(param)
+
+    def add_updates(self, param: str, weight: Tensor, names: list[str]) -> Tensor:
+        """`weight` plus the updates of the named adapters, in the shape in which the module stores `param`."""
+        terms = self._terms(param, names, weight.dtype)
+        return _updated(self._randlora[param], weight, terms)
+
     def base_weight(self, param: str = "weight") -> Tensor:
         """The frozen parameter itself; attribute access gives the effective weight instead."""
         own = self._parameters.get(param)
@@ -84,7 +98,7 @@ class AdaptedModule(_Mixin):
         terms = self._terms(param, live, low or base.dtype)
         opened = current_scope()
         if opened is None or state.transposed:
-            return updated_weight(state, base, terms)
+            return _updated(state, base, terms)
         # Inside a scope the reader is a matrix product, for which autocast would round the weight anyway.
         recipe, cache = Recipe(base, terms, low or base.dtype), current_cache()
         kept = None if cache is None else cache.weight(recipe)
@@ -175,7 +189,7 @@ class AdaptedModule(_Mixin):
         return ", ".join(part for part in parts if part)
 
 
-def updated_weight(state: ParameterState, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
+def _updated(state: ParameterState, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
     """The `effective_weight` of a parameter, in the orientation in which its module stores it."""
     return effective_weight(weight.t(), terms).t() if state.transposed else effective_weight(weight, terms)
 

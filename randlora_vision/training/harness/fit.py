@@ -1,6 +1,6 @@
 """Connects a task to the training loop: run folder, checkpoints and trackers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,13 @@ from randlora_vision.training.harness.options import CheckpointOptions, RunOptio
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.task import Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
+
+
+class FittedTask(Task, Protocol):
+    """A task with learning rates of its own."""
+
+    def own_lr(self) -> dict[nn.Parameter, float]:
+        """Return the learning rates that differ from the default, by parameter."""
 
 
 class FittingOptions(Protocol):
@@ -61,13 +68,12 @@ def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[
 
 
 def fit(
-    task: Task,
+    task: FittedTask,
     options: FittingOptions,
     data: Data,
     run: RunFolder,
     accelerator: Accelerator,
     resume: Checkpoint | None,
-    own_lr: Mapping[nn.Parameter, float],
     after_save: Callable[[int], None] | None = None,
 ) -> Speed:
     """Write the settings to the run folder and train, starting from a checkpoint if one is given.
@@ -93,7 +99,7 @@ def fit(
         run.log,
         checkpoints,
         resume,
-        own_lr=own_lr,
+        own_lr=task.own_lr(),
         keep_best=run.keep_best,
         after_save=after_save,
     )
