@@ -57,8 +57,6 @@ def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "defaul
             model is then left unchanged.
     """
     plan = make_plan(model, config, adapter_name)
-    for warning in plan.report.warnings:
-        warnings.warn(warning, stacklevel=2)
     add_adapter(plan, trainable=True)
     return plan.report
 
@@ -70,6 +68,8 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
         ValueError: If a module's class cannot be extended. The model is then left unchanged.
     """
     _check_classes(plan.candidates)
+    for warning in plan.report.warnings if trainable else ():
+        warnings.warn(warning, stacklevel=3)
     model, report = plan.model, plan.report
     config, adapter_name = report.config, report.adapter_name
     record = make_record(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,9 @@ from randlora_vision import (
     set_scale,
     unmerge,
 )
-from tests.helpers import dense_weights, mlp, parameter_path, randomize, snapshot, tensor_bytes
+from randlora_vision.injection.record import own_record
+from randlora_vision.layers.adapted import adapted_modules
+from tests.helpers import dense_weights, mlp, parameter_path, randomize, snapshot, tensor_bytes, vit
 
 CONFIGS = {
     "a": RandLoRAConfig(rank=2, target_modules=["0", "2"]),
@@ -402,3 +405,18 @@ def test_tied_modules_to_save_stay_tied_and_come_back() -> None:
     remove(model)
     assert model[1].weight is model[2].weight is original
     assert snapshot(model) == before
+
+
+def test_every_weight_holds_the_records_own_switches() -> None:
+    model = vit(depth=1)
+    inject(model, RandLoRAConfig(rank=4), "a")
+    inject(model, RandLoRAConfig(rank=4, seed=1, target_modules=["attn.qkv"]), "b")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    for copied in (model, copy.deepcopy(model), torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)):
+        record = own_record(copied)
+        assert record is not None
+        states = [state for _, _, _, state in adapted_modules(copied)]
+        assert len(states) == 4 and all(state.switches is record.switches for state in states)
+        set_active(copied, "b")
+        assert [state.live() for state in states] == [["b"] if "b" in state.slots else [] for state in states]
