@@ -229,7 +229,7 @@ def test_fusing_adapted_projections_is_refused(family: str) -> None:
     pipe = PIPELINES[family]()
     adapt(pipe, text=False)
     image = sample(pipe)
-    with pytest.raises(RuntimeError, match="fuse before the adapters are added"):
+    with pytest.raises(RuntimeError, match="fuse before adding the adapters"):
         fused(pipe)
     assert torch.equal(sample(pipe), image)
 

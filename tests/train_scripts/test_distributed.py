@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 from tests.distributed_cases import CASES, RESUMED, Case, forget_accelerator, run_case
 from tests.training_helpers import TINY_CONFIG, write_class_folders, write_tiny_clip, write_tiny_vit
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,29 +53,40 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_processes_are_one_at_the_same_global_batch(case: Case, work: Path, two: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -> None:
+    """One test, because test workers do not share the runs on two processes, which take a minute."""
+    for case in CASES:
+        check_case(case, work, two)
+    check_resumed(two)
+    check_writers(work)
+
+
+def check_case(case: Case, work: Path, two: Path) -> None:
     one = work / "one"
     run_case(case, work, one, 1)
     forget_accelerator()
     ours, theirs = (load_file(folder / case.name / "adapter.safetensors") for folder in (one, two))
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys(), case.name
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
+        where = f"{case.name}, {name}"
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text: f"{where}: {text}")  # noqa: B023
     before, after = metrics(one / case.name), metrics(two / case.name)
-    assert [line.pop("split") for line in after] == [line.pop("split") for line in before]
+    assert [line.pop("split") for line in after] == [line.pop("split") for line in before], case.name
     for expected, actual in zip(before, after, strict=True):
-        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert all(line["grad_norm"] > 1e-3 for line in before if "grad_norm" in line)
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6), case.name
+    assert all(line["grad_norm"] > 1e-3 for line in before if "grad_norm" in line), case.name
 
 
-def test_a_resumed_pair_ends_with_the_same_bytes(two: Path) -> None:
+def check_resumed(two: Path) -> None:
+    """A resumed pair ends with the same bytes."""
     whole, resumed = two / "whole" / RESUMED.name, two / "resumed" / RESUMED.name
     assert (resumed / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
     assert metrics(resumed) == metrics(whole)
 
 
-def test_only_the_first_process_writes(work: Path, two: Path) -> None:
+def check_writers(work: Path) -> None:
+    """Only the first process writes."""
     first, second = (json.loads((work / f"changes-{rank}.json").read_text()) for rank in (0, 1))
     assert len(first) > 100  # the check detects writes at all
     assert second == []

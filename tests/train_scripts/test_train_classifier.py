@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.training.data.sources import digits
 from tests.train_scripts.test_train_clip import QUICK, RUN_FILES, SCRIPTS, script
-from tests.training_helpers import write_class_folders, write_tiny_vit
+from tests.training_helpers import draw_nothing, write_class_folders, write_tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
+def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return train_classifier.main with defaults for the tiny model and folder; `argv` overrides them."""
+    draw_nothing(monkeypatch)
 
     def main(*argv: str) -> Path:
         for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process

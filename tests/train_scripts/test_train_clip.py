@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from randlora_vision import load_adapter
 from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.evaluation.accuracy import Scores
-from tests.training_helpers import tiny_clip, write_class_folders, write_tiny_clip
+from tests.training_helpers import draw_nothing, tiny_clip, write_class_folders, write_tiny_clip
 
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
-QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1"]
+QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1", "--workers", "0"]
 RUN_FILES = {
     "adapter.safetensors",
     "adapter_best.safetensors",
@@ -60,8 +60,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(tiny: Path, images: Path, tmp_path: Path) -> Any:
+def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return train_clip.main with defaults for the tiny model and folder; `argv` overrides them."""
+    draw_nothing(monkeypatch)
 
     def main(*argv: str) -> Path:
         for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
