@@ -141,9 +141,14 @@ class Bases:
     def sha256(self) -> str:
         """SHA-256 of A, then B, as little-endian float32, row by row."""
         if self._sha256 is None:
-            self._drawn = {matrix: self._source(matrix) for matrix in (A, B)}
-            self._sha256 = sha256_of(self._drawn[A], self._drawn[B])
+            drawn = {matrix: self._source(matrix) for matrix in (A, B)}
+            self._sha256 = sha256_of(drawn[A], drawn[B])
+            self._drawn = {matrix: tensor for matrix, tensor in drawn.items() if self._is_awaited(matrix)}
         return self._sha256
+
+    def _is_awaited(self, matrix: int) -> bool:
+        """True until products use the matrix; after that, a drawn copy would only take memory."""
+        return all(which != matrix for which, _, _ in self._tensors)
 
     def bytes_in(self, dtype: torch.dtype) -> int:
         """Bytes per device if matrix products run in `dtype` and lambda and gamma are float32."""

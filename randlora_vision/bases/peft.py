@@ -27,7 +27,8 @@ class PeftBases(DenseBases, kinds=PEFT_KINDS):
     def _numbers(self, matrix: int) -> Tensor:
         spec = self.spec
         pair = draw(spec.kind, spec.seed, spec.rank, spec.narrow, spec.wide)  # both from one stream, A first
-        self._drawn[1 - matrix] = pair[1 - matrix]
+        if self._is_awaited(1 - matrix):
+            self._drawn[1 - matrix] = pair[1 - matrix]
         return pair[matrix]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from randlora_vision.bases import BasesSpec, generate, get_bases
+from randlora_vision.bases import Bases, BasesSpec, generate, get_bases
 from randlora_vision.bases.dense import DenseBases, DenseTerm
 from randlora_vision.bases.hadamard import grid
 
@@ -204,3 +204,16 @@ def test_ternary_bases_are_held_as_int8_with_the_same_bits(kind: str, dtype: tor
     assert term.b.untyped_storage().data_ptr() == bases.term(lam, gamma, 70, 1.0, dtype).b.untyped_storage().data_ptr()
     assert bases.nbytes == 4 * 5 * 33 + 70 * 35
     assert not any(tensor.dtype != torch.int8 for (matrix, *_), tensor in bases._tensors.items() if matrix == 1)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "sparse", "peft", "structured"])
+def test_the_checksum_keeps_nothing_that_is_not_needed(kind: str) -> None:
+    """Bases that are used in half precision hold no float32 copy after their checksum; unused ones do until then."""
+    bases = Bases.kinds[kind](spec(kind, 5))
+    lam, gamma = torch.zeros(2, 2), torch.zeros(2, 4)
+    bases.term(lam, gamma, 6, 1.0, torch.bfloat16)
+    assert bases.sha256 and not bases._drawn
+    fresh = Bases.kinds[kind](spec(kind, 5))
+    assert fresh.sha256 == bases.sha256 and len(fresh._drawn) == (0 if kind == "structured" else 2)
+    fresh.term(lam, gamma, 6, 1.0, torch.bfloat16)
+    assert not fresh._drawn
