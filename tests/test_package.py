@@ -51,7 +51,14 @@ def run_installed(site: Path, *arguments: str | Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_wheel_in_a_clean_target(site: Path) -> None:
+def test_the_wheel_in_a_clean_target(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """One test, because test workers do not share a wheel, which takes ten seconds to build and install."""
+    check_contents(site)
+    check_scripts(site, tmp_path)
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True)
+
+
+def check_contents(site: Path) -> None:
     assert not (site / "integrations").exists() and not (site / "train_scripts").exists()
     assert (site / "randlora_vision" / "py.typed").is_file()
     configs = {path.name for path in (ROOT / "train_scripts" / "accelerate_configs").iterdir()}
@@ -75,8 +82,7 @@ def test_the_wheel_in_a_clean_target(site: Path) -> None:
     assert printed["torch"] == metadata.version("torch") and printed["timm"] == metadata.version("timm")
 
 
-@pytest.mark.slow
-def test_the_scripts_of_the_wheel(site: Path, tmp_path: Path) -> None:
+def check_scripts(site: Path, tmp_path: Path) -> None:
     model, images = write_tiny_clip(tmp_path / "tiny"), write_class_folders(tmp_path / "images")
     arguments = ["--model", f"local-dir:{model}", "--data", images, "--output-dir", tmp_path / "run", "--rank", "4"]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
@@ -93,11 +99,6 @@ def test_the_scripts_of_the_wheel(site: Path, tmp_path: Path) -> None:
         "        importlib.import_module(f'randlora_vision.train_scripts.{name}').main(['--help'])\n"
     )
     assert run_installed(site, "-c", helps).count("--output-dir") >= 3
-
-
-@pytest.mark.slow
-def test_the_index_would_take_the_wheel(wheel: Path) -> None:
-    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True)
 
 
 def test_the_public_surface_is_listed() -> None:

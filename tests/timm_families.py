@@ -69,10 +69,15 @@ def build(family: Family, **changes: Any) -> nn.Module:
 class _WithoutValues(TorchFunctionMode):
     """Skips what fills weights on the meta device: it changes nothing, and takes most of the time."""
 
+    FILLS = {name for name in dir(nn.init) if name.endswith("_")} | {"erfinv_", "clamp_", "fill_", "zero_", "mul_"}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "erfinv_", "clamp_") and args and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.FILLS:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 def make_full_size(variant: str, **options: Any) -> nn.Module:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -38,8 +40,6 @@ def write_class_folders(root: Path, per_class: int = 6, classes: Sequence[int] =
 
 def write_tiny_clip(folder: Path, config: dict[str, Any] = TINY_CONFIG) -> Path:
     """Write a random tiny CLIP as a folder for open_clip's `local-dir:`, and its parts for --model/--pretrained."""
-    import open_clip
-
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
@@ -87,3 +87,10 @@ def write_tiny_vit(folder: Path, classes: int) -> Path:
 def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save every figure as one pixel: drawing takes half of a short run's time. Runs in a separate process draw."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Image.new("RGB", (1, 1)).save(path, "PNG"))
+    monkeypatch.setattr(open_clip.factory, "SimpleTokenizer", _tokenizer)
+
+
+@functools.cache
+def _tokenizer(**options: Any) -> Any:
+    """Read the vocabulary once: it takes as long as a short run's training."""
+    return open_clip.SimpleTokenizer(**options)

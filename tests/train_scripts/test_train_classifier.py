@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
+from randlora_vision.demos import classifier as demo_classifier
+from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.training.data.sources import digits
-from tests.train_scripts.test_train_clip import QUICK, RUN_FILES, SCRIPTS, script
+from tests.train_scripts.test_train_clip import QUICK, RUN_FILES, script
 from tests.training_helpers import draw_nothing, write_class_folders, write_tiny_vit
 
 
@@ -254,28 +253,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in error and error.count("error: ") == 1
 
 
-# In separate processes
-
-
 @pytest.mark.slow
-def test_the_embedded_default_from_start_to_end(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "train_classifier.py"), "--steps", "60", "--eval-every", "30"]
-    environment = {**os.environ, "RANDLORA_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the default, with a base that is pretrained for a third of its steps."""
+    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=60))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    argv = ["--steps", "30", "--eval-every", "15", "--cache-dir", str(tmp_path / "cache")]
+    script("train_classifier").main([*argv, "--output-dir", str(tmp_path / "run")])
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")
-    assert values["before"]["original"]["top1"] > 0.9  # the task the base was trained on
+    assert values["before"]["original"]["top1"] > 0.5  # the task the base was trained on
     assert values["before"]["test"]["top1"] < 0.2
-    assert values["after"]["test"]["top1"] > values["before"]["test"]["top1"] + 0.2
+    assert values["after"]["test"]["top1"] > values["before"]["test"]["top1"] + 0.15
     assert values["reload_difference"] == 0
-
-
-@pytest.mark.slow
-def test_bad_input_in_a_process_of_its_own() -> None:
-    command = [sys.executable, str(SCRIPTS / "train_classifier.py"), "--model", "vit_smal_patch16_224"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: timm has no model")

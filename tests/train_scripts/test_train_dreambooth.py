@@ -304,7 +304,7 @@ def test_two_processes(models: Path, images: Path, tmp_path: Path) -> None:
     argv += ["--resolution", "16", "--max-sequence-length", "16", "--num-inference-steps", "2", "--rank", "4"]
     argv += ["--batch-size", "1", "--steps", "3", "--lr", "1e-2", "--train-text-encoder", "--schedule", "constant"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command = [*start, str(SCRIPTS / "train_dreambooth.py"), *argv]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

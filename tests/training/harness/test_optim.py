@@ -64,6 +64,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # from timm and PyTorch, about the chosen optimiser
+@torch.compiler.set_stance("force_eager")  # kron compiles parts of a step, which takes half a minute
 def test_an_optimiser_goes_on_exactly_from_what_a_checkpoint_holds(name: str) -> None:
     first, second = network(), network()
     optimizers = [make_optimizer(name, model.parameters(), 1e-3, 0.01) for model in (first, second)]
