@@ -24,6 +24,7 @@ from randlora_vision.injection.inject import delete_adapter as delete_adapter
 from randlora_vision.injection.inject import inject as inject
 from randlora_vision.injection.inject import plan as plan
 from randlora_vision.injection.inject import remove as remove
+from randlora_vision.injection.learning_rate import suggest_lr as suggest_lr
 from randlora_vision.injection.merge import disabled as disabled
 from randlora_vision.injection.merge import merge as merge
 from randlora_vision.injection.merge import unmerge as unmerge
@@ -51,6 +52,7 @@ __all__ = [
     "set_active",
     "set_scale",
     "set_weights",
+    "suggest_lr",
     "unmerge",
     "weighted_sum",
     "weighted_sum_files",
