@@ -90,7 +90,10 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
             state.original = module._parameters[param]
         module._parameters[param] = weights[id(state)]
     record.switches.merged = names
+    for _, module, _, _ in holders:
+        module.park_merged()
     for _, _, _, state in holders:
+        state.parked = {name: tensors for name, tensors in state.parked.items() if name in names}
         if not state.merged:
             state.original = None
     install_saved(root, record)

@@ -1,0 +1,101 @@
+"""Adapted weights that a host has removed, replaced or put out of use since the injection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from randlora_vision.injection.record import ModelRecord
+from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
+from randlora_vision.layers.peft_around import plain_modules
+from randlora_vision.names import listing
+from randlora_vision.report import Target
+
+# Parts of an attention that its processor may replace by parts of its own: those of Custom Diffusion.
+_OWN_PARTS = {
+    "to_q_custom_diffusion": "to_q",
+    "to_k_custom_diffusion": "to_k",
+    "to_v_custom_diffusion": "to_v",
+    "to_out_custom_diffusion": "to_out.0",
+}
+
+
+def holders(root: nn.Module, record: ModelRecord, adapter_name: str) -> dict[str, tuple[AdaptedModule, str] | None]:
+    """Target name -> the module and parameter that hold the adapter's lambda and gamma, or None if they are gone."""
+    modules = dict(plain_modules(root))
+    return {target.name: _holder(modules, target, adapter_name) for target in record.adapters[adapter_name].targets}
+
+
+def lost_targets(root: nn.Module, record: ModelRecord) -> list[str]:
+    """Names of the targets that are no longer in the model, or are no longer adapted."""
+    found = (holders(root, record, name).items() for name in record.adapters)
+    return list(dict.fromkeys(name for items in found for name, holder in items if holder is None))
+
+
+def lost_message(names: list[str]) -> str:
+    """What happened to the targets with these names, and what to do."""
+    return (
+        f"{listing(names)}: this weight had an adapter when it was injected, but the module has since been removed or "
+        "replaced by another one (diffusers does that when it expands layers for a Control LoRA, unfuses projections "
+        "or unloads an IP-Adapter), and its adapter is gone with it"
+    )
+
+
+def refuse_lost(root: nn.Module, record: ModelRecord) -> None:
+    """Raise ValueError if an adapted module was replaced since the injection.
+
+    A part of an attention processor may be removed: a host removes its function with it (``unload_ip_adapter``).
+    """
+    lost = [name for name in lost_targets(root, record) if ".processor." not in f".{name}."]
+    if lost:
+        raise ValueError(
+            f"{lost_message(lost)}. What replaced it may contain a copy of the adapted weight. Make such changes "
+            "before adding adapters, or merge the adapters first; now, call remove or delete_adapter, or reload the "
+            "model"
+        )
+    unused = list(_unused(root))
+    if unused:
+        raise ValueError(
+            f"the adapters of {listing(unused)} have no effect: the attention processor that was set does not use "
+            "these weights, but others (fused projections, Custom Diffusion's own). Set it before adding adapters or "
+            "merge the adapters first; now, call remove or delete_adapter, or set the former processor again"
+        )
+
+
+def replaced_projections(attention: nn.Module) -> list[str]:
+    """Names of the parts of a diffusers attention that are not used: those that fusing replaced, or the fused ones."""
+    processor = getattr(attention, "processor", None)
+    fused = getattr(attention, "fused_projections", False)
+    if type(attention).__name__ == "Attention":  # it may hold both; its processor decides which ones are used
+        fused = fused and type(processor).__name__.startswith("Fused")
+    replaced = {
+        "to_qkv": ("to_q", "to_k", "to_v"),
+        "to_kv": ("to_k", "to_v"),
+        "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "to_added_kv": ("add_k_proj", "add_v_proj"),
+    }
+    present = {n: parts for n, parts in replaced.items() if hasattr(attention, n) and hasattr(attention, "to_q")}
+    found = [part for parts in present.values() for part in parts] if fused else list(present)
+    return found + [part for own, part in _OWN_PARTS.items() if hasattr(processor, own)]
+
+
+def _holder(modules: Mapping[str, nn.Module], target: Target, adapter_name: str) -> tuple[AdaptedModule, str] | None:
+    for name in (target.name, *target.aliases):
+        parent, _, last = name.rpartition(".")
+        for path, param in ((name, "weight"), (parent, last)):
+            module = modules.get(path)
+            state = module.adapter_state(param) if isinstance(module, AdaptedModule) else None
+            if state is not None and adapter_name in state.slots:
+                assert isinstance(module, AdaptedModule)
+                return module, param
+    return None
+
+
+def _unused(root: nn.Module) -> Iterator[str]:
+    """Paths of adapted modules in an attention whose processor does not use them."""
+    adapted = {path for path, _, _, state in adapted_modules(root) if state.live()}
+    for path, module in plain_modules(root):
+        if hasattr(module, "processor"):
+            names = [f"{path}.{part}" for part in replaced_projections(module)]
+            yield from (p for p in adapted if any(f"{p}.".startswith(f"{name}.") for name in names))
