@@ -27,39 +27,36 @@ def holders(root: nn.Module, record: ModelRecord, adapter_name: str) -> dict[str
     return {target.name: _holder(modules, target, adapter_name) for target in record.adapters[adapter_name].targets}
 
 
-def lost_targets(root: nn.Module, record: ModelRecord) -> list[str]:
-    """Names of the targets that are no longer in the model, or are no longer adapted."""
-    found = (holders(root, record, name).items() for name in record.adapters)
-    return list(dict.fromkeys(name for items in found for name, holder in items if holder is None))
-
-
 def lost_message(names: list[str]) -> str:
-    """What happened to the targets with these names, and what to do."""
+    """What happened to the targets with these names."""
     return (
-        f"{listing(names)}: this weight had an adapter when it was injected, but the module has since been removed or "
-        "replaced by another one (diffusers does that when it expands layers for a Control LoRA, unfuses projections "
-        "or unloads an IP-Adapter), and its adapter is gone with it"
+        f"{listing(names)}: adapted, but removed from the model or replaced since then, and with the weights their "
+        "adapters (diffusers does so when it expands layers for a Control LoRA, unfuses projections or exchanges an "
+        "IP-Adapter)"
     )
 
 
-def refuse_lost(root: nn.Module, record: ModelRecord) -> None:
-    """Raise ValueError if an adapted module was replaced since the injection.
+def refuse_changes(root: nn.Module, record: ModelRecord) -> None:
+    """Raise ValueError if adapted weights were replaced, or are no longer used, since the injection.
 
-    A part of an attention processor may be removed: a host removes its function with it (``unload_ip_adapter``).
+    A weight may be removed together with the module around it, because its function then leaves the model, as with
+    ``unload_ip_adapter`` and the pruning of blocks.
     """
-    lost = [name for name in lost_targets(root, record) if ".processor." not in f".{name}."]
+    modules = dict(plain_modules(root))
+    found = [item for name in record.adapters for item in holders(root, record, name).items()]
+    lost = [name for name, holder in found if holder is None and name.rpartition(".")[0] in modules]
     if lost:
         raise ValueError(
-            f"{lost_message(lost)}. What replaced it may contain a copy of the adapted weight. Make such changes "
-            "before adding adapters, or merge the adapters first; now, call remove or delete_adapter, or reload the "
-            "model"
+            f"{lost_message(list(dict.fromkeys(lost)))}; what replaced them may hold copies of the adapted weights. "
+            "Make such changes before the adapters are added, or merge the adapters first; now, call delete_adapter "
+            "or remove, or load the model again"
         )
     unused = list(_unused(root))
     if unused:
         raise ValueError(
-            f"the adapters of {listing(unused)} have no effect: the attention processor that was set does not use "
-            "these weights, but others (fused projections, Custom Diffusion's own). Set it before adding adapters or "
-            "merge the adapters first; now, call remove or delete_adapter, or set the former processor again"
+            f"the adapters of {listing(unused)} have no effect: the attention processor that was set since does not "
+            "use these weights, but others (fused projections, or Custom Diffusion's own). Set it before the adapters "
+            "are added, or merge the adapters first; now, call delete_adapter or remove, or set the former processor"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from randlora_vision.injection.changes import refuse_lost
+from randlora_vision.injection.changes import refuse_changes
 from randlora_vision.injection.record import ModelRecord, own_record
 from randlora_vision.layers.adapted import AdaptedModule
 from randlora_vision.torch_internals import remove_hooks
@@ -62,7 +62,7 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     assert record is not None
     compiling = torch.compiler.is_compiling()
     if not compiling and not (isinstance(record.layout, Layout) and record.layout.holds(record)):
-        refuse_lost(model, record)
+        refuse_changes(model, record)
         record.layout = _layout(model, record)
     scale = _attention_scale(kwargs)
     if scale is None and not compiling:

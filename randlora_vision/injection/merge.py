@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from randlora_vision.injection.changes import refuse_changes
 from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
@@ -46,12 +47,14 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
         safe: If True, refuse to merge if any result is not finite.
 
     Raises:
-        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization,
-            or a merged weight is not finite. The model is then left unchanged.
+        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization, an
+            adapted weight was replaced since the injection, or a merged weight is not finite. The model is then left
+            unchanged.
     """
     model = unwrap(model)
     wanted = None if adapter_names is None else check_names(model, adapter_names)
     for _, root, record in records(model):
+        refuse_changes(root, record)
         names = record.switches.active if wanted is None else [name for name in wanted if name in record.adapters]
         _set_merged(root, record, tuple(dict.fromkeys((*record.switches.merged, *names))), safe)
 

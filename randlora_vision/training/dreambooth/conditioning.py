@@ -25,14 +25,14 @@ def _problems(denoiser: Any, pipe: Any, additions: tuple[str, ...], packing: int
     config, channels = denoiser.config, packing * pipe.vae.config.latent_channels
     if config.get("time_cond_proj_dim") is not None:
         yield (
-            f"its guidance scale is an input (time_cond_proj_dim={config.time_cond_proj_dim}), as in latent consistency "
-            "models, which are distilled and not trained to predict noise; train the adapter on the model that it was "
-            "distilled from, and load the adapter into this one"
+            f"the guidance scale is an input (time_cond_proj_dim={config.time_cond_proj_dim}), as in latent "
+            "consistency models, which are distilled and not trained to predict noise; train the adapter on the model "
+            "that this one was distilled from, and load it into this one"
         )
     if config.in_channels != channels:
         yield (
-            f"it takes {config.in_channels} channels, but the latents have {channels}; the others hold a mask, an image "
-            "or a control (inpainting, editing, upscaling, control models), and text-to-image training has none of them"
+            f"it takes {config.in_channels} channels, but the latents have {channels}; the others hold a mask, an "
+            "image or a control (inpainting, editing, upscaling, control models), which training does not provide"
         )
     if config.get("out_channels") not in (None, channels):
         yield f"it predicts {config.out_channels} channels, but the latents have {channels} (a learned variance?)"
