@@ -242,6 +242,7 @@ def test_an_embedding_trained_in_full_that_a_textual_inversion_resizes(tmp_path:
     integration.save_adapter(pipe, tmp_path / "adapter.safetensors")
 
 
+@pytest.mark.slow
 def test_compiled_blocks() -> None:
     pipe = PIPELINES["flux"]()
     adapt(pipe, text=False)
