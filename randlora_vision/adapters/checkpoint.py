@@ -82,7 +82,7 @@ def own_adapter(
         lost = lost_message([name for name, held in found.items() if held is None])
         if not tensors:
             raise ValueError(f"nothing is left of adapter {adapter_name!r}: {lost}")
-        warnings.warn(f"{lost}; the other {len(tensors)} targets are saved", stacklevel=2)
+        warnings.warn(f"{lost}; the other {len(tensors)} targets are saved", stacklevel=4)
         adapter = dataclasses.replace(adapter, targets=tuple(t for t in adapter.targets if t.name in tensors))
     if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
         raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
