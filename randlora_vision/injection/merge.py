@@ -36,10 +36,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None, safe: bool = True) -> None:
-    """Merge adapters into the weights: inference costs nothing extra, and `state_dict` holds the merged weights.
+    """Merge adapters into the weights: inference costs nothing extra, and `state_dict` is that of a plain model.
 
     The merged weight is a new Parameter, and the base's own is kept beside it so that `unmerge` is bit-exact. Until
-    then, adapted weights take twice the memory (`remove` frees it and keeps the merged weights).
+    then, adapted weights take twice the memory (`remove` frees it and keeps the merged weights), and lambda and gamma
+    are not among the model's parameters.
 
     Args:
         model: The adapted model.

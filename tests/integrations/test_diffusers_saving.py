@@ -158,6 +158,12 @@ def control(model: Any) -> Any:
     return ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(16,))
 
 
+def control_flux(model: Any) -> Any:
+    from diffusers import FluxControlNetModel
+
+    return FluxControlNetModel.from_transformer(model, 1, 1, attention_head_dim=16, num_attention_heads=2)
+
+
 def control_sd3(model: Any) -> Any:
     from diffusers import SD3ControlNetModel
 
@@ -173,6 +179,7 @@ def control_hunyuan(model: Any) -> Any:
 MADE_FROM: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "ControlNetModel.from_unet": (lambda: PIPELINES["sd15"]().unet, control),
     "UNetMotionModel.from_unet2d": (lambda: PIPELINES["sd15"]().unet, motion),
+    "FluxControlNetModel.from_transformer": (lambda: PIPELINES["flux"]().transformer, control_flux),
     "SD3ControlNetModel.from_transformer": (lambda: PIPELINES["sd3"]().transformer, control_sd3),
     "HunyuanDiT2DControlNetModel.from_transformer": (hunyuan, control_hunyuan),
 }
