@@ -46,11 +46,10 @@ def persistent_names(module: nn.Module) -> list[str]:
 
 
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Remove hooks of calls, of ``state_dict`` and of ``load_state_dict`` from a module."""
+    """Remove hooks of calls and of ``load_state_dict`` from a module."""
     tables: tuple[dict[int, Any], ...] = (
         module._forward_pre_hooks,
         module._forward_hooks,
-        module._state_dict_pre_hooks,
         module._load_state_dict_pre_hooks,
         module._load_state_dict_post_hooks,
     )

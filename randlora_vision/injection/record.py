@@ -7,14 +7,12 @@ the model.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from randlora_vision.bases import BasesSpec
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.layers import readers
 from randlora_vision.layers.adapted import AdaptedModule
 from randlora_vision.layers.peft_around import plain_name
 from randlora_vision.layers.state import Switches
@@ -82,7 +80,6 @@ def make_record(model: nn.Module) -> ModelRecord:
     if record is None:
         flags = {plain_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
         record = model.__dict__[_KEY] = ModelRecord(flags)
-        model.register_state_dict_pre_hook(_before_save)
         model.register_load_state_dict_pre_hook(_before_load)
         model.register_load_state_dict_post_hook(_after_load)
     return record
@@ -91,22 +88,7 @@ def make_record(model: nn.Module) -> ModelRecord:
 def drop_record(model: nn.Module) -> None:
     """Delete the module's record."""
     del model.__dict__[_KEY]
-    remove_hooks(model, _before_save, _before_load, _after_load)
-
-
-def _before_save(module: nn.Module, *_: Any) -> None:
-    """Warn if a library saves the model in its own format, whose reader leaves out the adapters."""
-    record, found = own_record(module), readers.saver()
-    assert record is not None
-    names = [name for name in record.switches.active if name not in record.switches.merged]
-    if found is not None and names and record.switches.enabled:
-        host, level = found
-        warnings.warn(
-            f"{host} writes this {type(module).__name__} with the adapters {', '.join(names)} beside the base's "
-            "weights, and what loads it leaves the adapters out: save them with save_adapter, or save a merged model "
-            "(merge, or save_merged of the integration)",
-            stacklevel=level,
-        )
+    remove_hooks(model, _before_load, _after_load)
 
 
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -183,9 +183,12 @@ class AdaptedModule(_Mixin):
                 state.parked[name] = lam, gamma
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As in nn.Module, but a copy of the base alone is refused or, where no adapter acts, complete."""
-        if any(state.live() for state in self._randlora.values()):
+        """As in nn.Module, but readers that would end up with the base model are told so (see `readers`)."""
+        live = list(dict.fromkeys(name for state in self._randlora.values() for name in state.live()))
+        if live:
             readers.refuse_copy()
+            if not any(path.endswith(tuple(f"_gamma_{name}" for name in live)) for path in destination):
+                readers.warn_saver(live)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if readers.is_copied():
             for name in [name for name in self._parameters if is_adapter_name(name)]:

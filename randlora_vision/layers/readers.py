@@ -8,6 +8,7 @@ code tells them apart, so the call stack is inspected.
 from __future__ import annotations
 
 import sys
+import warnings
 from types import FrameType
 
 _SAVERS = {
@@ -38,20 +39,23 @@ def is_copied() -> bool:
     return _copier() is not None
 
 
-def saver() -> tuple[str, int] | None:
-    """Return the outermost function that saves the model whose state dict is read, and the stack level of its caller.
-
-    The level is that for ``warnings.warn`` called by the caller of this function. None for other readers.
-    """
-    found, level = None, 0
-    frame: FrameType | None = sys._getframe(1)
+def warn_saver(adapter_names: list[str]) -> None:
+    """Warn, at the place in the user's code, if a library saves a model with these adapters in its own format."""
+    host, level, stack_level = "", 0, 0
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         level += 1
         package = _package(frame)
         if frame.f_code.co_name in _SAVERS.get(package, ()):
-            found = f"{frame.f_code.co_name} of {package}", level + 1
+            host, stack_level = f"{frame.f_code.co_name} of {package}", level + 1
         frame = frame.f_back
-    return found
+    if host:
+        warnings.warn(
+            f"{host} writes the adapters {', '.join(adapter_names)} beside the weights of the base, and what loads the "
+            "file leaves them out: save the adapters with save_adapter, or save a merged model (merge, or save_merged "
+            "of the integration)",
+            stacklevel=stack_level,
+        )
 
 
 def _copier() -> str | None:

@@ -135,5 +135,5 @@ def test_the_hooks_leave_with_the_last_adapter(unet: Any) -> None:
     randomize(unet)
     assert not torch.equal(call(unet, cross_attention_kwargs={"scale": 0.5}), call(unet))
     remove(unet)
-    assert not unet._forward_pre_hooks and not unet._forward_hooks and not unet._state_dict_pre_hooks
+    assert not unet._forward_pre_hooks and not unet._forward_hooks
     assert not unet._forward_hooks_always_called and not unet._forward_pre_hooks_with_kwargs

@@ -102,7 +102,7 @@ def test_a_library_that_saves_a_model_says_that_adapters_are_left_out(kind: str,
     base = names_in(tmp_path / "base")
     inject(model, RandLoRAConfig(rank=4))
     randomize(model)
-    message = f"{kind.partition(',')[0]} writes this {type(model).__name__} with the adapters default.*save_adapter"
+    message = f"of {kind.partition(',')[0]} writes the adapters default beside .*save_adapter"
     with pytest.warns(UserWarning, match=message) as caught:
         save(model, tmp_path / "attached")
     assert [warning.filename for warning in caught] == [__file__]
@@ -111,6 +111,20 @@ def test_a_library_that_saves_a_model_says_that_adapters_are_left_out(kind: str,
         ready()
         save(model, tmp_path / "again")  # warnings are errors
     assert names_in(tmp_path / "again") == base
+
+
+def test_saving_a_part_of_an_adapted_model_says_the_same(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(part, image_size=8, patch_size=4)
+    model: Any = CLIPModel(CLIPConfig(text_config=part, vision_config=vision, projection_dim=8))
+    inject(model, RandLoRAConfig(rank=4))
+    inject(model, RandLoRAConfig(rank=4), "idle")
+    set_active(model, "default")
+    with pytest.warns(UserWarning, match="writes the adapters default beside") as caught:
+        model.vision_model.save_pretrained(tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_saved_pipeline_is_the_base_and_says_so_and_a_fused_one_is_adapted(tmp_path: Path) -> None:
@@ -185,6 +199,7 @@ MADE_FROM: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 @pytest.mark.parametrize("call", MADE_FROM)
 def test_a_model_made_from_an_adapted_one_is_made_from_what_was_chosen(call: str) -> None:
     make, from_model = MADE_FROM[call]
