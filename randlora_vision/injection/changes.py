@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -36,14 +36,15 @@ def lost_message(names: list[str]) -> str:
     )
 
 
-def refuse_changes(root: nn.Module, record: ModelRecord) -> None:
-    """Raise ValueError if adapted weights were replaced, or are no longer used, since the injection.
+def refuse_changes(root: nn.Module, record: ModelRecord, adapter_names: Collection[str]) -> None:
+    """Raise ValueError if weights of these adapters were replaced, or are no longer used, since the injection.
 
     A weight may be removed together with the module around it, because its function then leaves the model, as with
     ``unload_ip_adapter`` and the pruning of blocks.
     """
     modules = dict(plain_modules(root))
-    found = [item for name in record.adapters for item in holders(root, record, name).items()]
+    known = [name for name in adapter_names if name in record.adapters]
+    found = [item for name in known for item in holders(root, record, name).items()]
     lost = [name for name, holder in found if holder is None and name.rpartition(".")[0] in modules]
     if lost:
         raise ValueError(
@@ -51,7 +52,7 @@ def refuse_changes(root: nn.Module, record: ModelRecord) -> None:
             "Make such changes before the adapters are added, or merge the adapters first; now, call delete_adapter "
             "or remove, or load the model again"
         )
-    unused = list(_unused(root))
+    unused = list(_unused(root, adapter_names))
     if unused:
         raise ValueError(
             f"the adapters of {listing(unused)} have no effect: the attention processor that was set since does not "
@@ -89,9 +90,9 @@ def _holder(modules: Mapping[str, nn.Module], target: Target, adapter_name: str)
     return None
 
 
-def _unused(root: nn.Module) -> Iterator[str]:
-    """Paths of adapted modules in an attention whose processor does not use them."""
-    adapted = {path for path, _, _, state in adapted_modules(root) if state.live()}
+def _unused(root: nn.Module, adapter_names: Collection[str]) -> Iterator[str]:
+    """Paths of modules with these adapters in an attention whose processor does not use them."""
+    adapted = [path for path, _, _, state in adapted_modules(root) if set(adapter_names) & set(state.live())]
     for path, module in plain_modules(root):
         if hasattr(module, "processor"):
             names = [f"{path}.{part}" for part in replaced_projections(module)]

@@ -42,8 +42,8 @@ def unwatch_calls(model: nn.Module) -> None:
 class Layout:
     """The places of the adapted modules of a model and the processors of its attentions, which hosts exchange."""
 
-    adapters: tuple[int, ...]
-    """Identities of the records of the adapters."""
+    acting: tuple[tuple[str, int], ...]
+    """The adapters that act beside the weights, with the identities of their records."""
     places: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     """(children of a module, name, child), for every module that is adapted or contains such a module."""
     processors: tuple[tuple[nn.Module, type], ...]
@@ -51,7 +51,7 @@ class Layout:
     def holds(self, record: ModelRecord) -> bool:
         """True if nothing has changed. Takes a fraction of a millisecond for a large model."""
         return (
-            self.adapters == _identities(record)
+            self.acting == _acting(record)
             and all(children.get(name) is child for children, name, child in self.places)
             and all(type(getattr(module, "processor", None)) is kind for module, kind in self.processors)
         )
@@ -62,7 +62,7 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     assert record is not None
     compiling = torch.compiler.is_compiling()
     if not compiling and not (isinstance(record.layout, Layout) and record.layout.holds(record)):
-        refuse_changes(model, record)
+        refuse_changes(model, record, [name for name, _ in _acting(record)])
         record.layout = _layout(model, record)
     scale = _attention_scale(kwargs)
     if scale is None and not compiling:
@@ -128,8 +128,10 @@ def _layout(model: nn.Module, record: ModelRecord) -> Layout:
 
     visit(model)
     processors = tuple((m, type(m.processor)) for m in model.modules() if hasattr(m, "processor"))
-    return Layout(_identities(record), tuple(places), processors)
+    return Layout(_acting(record), tuple(places), processors)
 
 
-def _identities(record: ModelRecord) -> tuple[int, ...]:
-    return tuple(map(id, record.adapters.values()))
+def _acting(record: ModelRecord) -> tuple[tuple[str, int], ...]:
+    # Merged weights are right wherever a host copies them.
+    switches = record.switches
+    return tuple((name, id(record.adapters[name])) for name in switches.active if name not in switches.merged)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from randlora_vision.injection.changes import refuse_changes
-from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
+from randlora_vision.injection.record import ModelRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
@@ -24,15 +24,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     model = unwrap(model)
     before = [(root, record, record.switches.enabled, record.switches.merged) for _, root, record in records(model)]
-    for root, record, _, _ in before:
-        _set_merged(root, record, (), safe=False)
-        _set_enabled(root, record, False)
     try:
+        for root, record, _, _ in before:
+            _set_merged(root, record, (), safe=False)
+            _set_enabled(root, record, False)
         yield
     finally:
         for root, record, enabled, merged in before:
-            _set_enabled(root, record, enabled)
-            _set_merged(root, record, merged, safe=False)
+            if own_record(root) is record:  # not removed within the context
+                _set_enabled(root, record, enabled)
+                _set_merged(root, record, merged, safe=False)
 
 
 def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None, safe: bool = True) -> None:
@@ -55,7 +56,6 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
     model = unwrap(model)
     wanted = None if adapter_names is None else check_names(model, adapter_names)
     for _, root, record in records(model):
-        refuse_changes(root, record)
         names = record.switches.active if wanted is None else [name for name in wanted if name in record.adapters]
         _set_merged(root, record, tuple(dict.fromkeys((*record.switches.merged, *names))), safe)
 
@@ -64,7 +64,7 @@ def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] |
     """Unmerge adapters (all unless some are named), restoring the weights bit for bit.
 
     Raises:
-        ValueError: If there is no such adapter.
+        ValueError: If there is no such adapter, or an adapted weight was replaced since the injection.
     """
     model = unwrap(model)
     wanted = check_names(model, adapter_names)
@@ -81,6 +81,7 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     """Make exactly the named adapters merged: compute all weights first, then assign them."""
     if names == record.switches.merged:
         return
+    refuse_changes(root, record, set(names) ^ set(record.switches.merged))
     weights: dict[int, nn.Parameter] = {}
     holders = list(adapted_modules(root))
     for path, module, param, state in holders:

@@ -147,6 +147,17 @@ def test_removal_within_disabled_is_final() -> None:
     assert torch.equal(model(X), base(X)) and type(model[0]) is nn.Linear
 
 
+def test_deletion_within_disabled_is_final() -> None:
+    base, model, _ = adapted("a", "b")
+    merge(model, "a")
+    with disabled(model):
+        delete_adapter(model, "a")
+        assert torch.equal(model(X), base(X))
+    alone = adapted("a", "b")[1]
+    set_active(alone, "b")
+    assert torch.equal(model(X), alone(X))
+
+
 # Merging.
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from randlora_vision import RandLoRAConfig, adapter_parameters, inject, merge, plan
+from randlora_vision import RandLoRAConfig, adapter_parameters, inject, merge, plan, remove
 from randlora_vision.integrations import diffusers as integration
 from tests.helpers import randomize
 from tests.pipeline_helpers import adapt, deltas, denoiser, difference, plain
@@ -205,6 +205,23 @@ def test_a_control_lora_expands_the_embedder_of_pixels(tmp_path: Path) -> None:
         integration.save_adapter(control, tmp_path / "adapter.safetensors")
     integration.delete_adapter(control, "default")
     controlled(control)
+
+
+def test_a_control_lora_expands_a_merged_embedder() -> None:
+    pipe = PIPELINES["flux"]()
+    inject(pipe.transformer, RandLoRAConfig(rank=4, target_modules=["x_embedder", "to_q"]))
+    randomize(pipe.transformer)
+    merge(pipe.transformer)
+    truth = PIPELINES["flux"]()
+    truth.transformer.load_state_dict(pipe.transformer.state_dict())
+    control = as_control(pipe)
+    expected = controlled(as_control(truth))
+    assert difference(controlled(control), expected) < CLOSE
+    for undo in (lambda: integration.unfuse(control), integration.disabled(control).__enter__):
+        with pytest.raises(ValueError, match="x_embedder: .*replaced"):
+            undo()
+    remove(pipe.transformer)
+    assert difference(controlled(control), expected) < CLOSE
 
 
 def freeu(pipe: Any) -> None:
