@@ -33,7 +33,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for root, record, enabled, merged in before:
             if own_record(root) is record:  # not removed within the context
                 _set_enabled(root, record, enabled)
-                _set_merged(root, record, merged, safe=False)
+                _set_merged(root, record, tuple(name for name in merged if name in record.adapters), safe=False)
 
 
 def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None, safe: bool = True) -> None:
