@@ -24,9 +24,19 @@ RandLoRA works together with diffusers' own LoRA: both effects are kept if ``loa
 after, and also with ``fuse_lora``, ``unfuse_lora`` and ``unload_lora_weights``, in any order. ``load_lora_weights``
 freezes all parameters except its own: to continue training, call ``randlora_vision.set_active(pipe.unet, "default")``.
 
+A scale for one call, ``{"scale": 0.5}`` in ``cross_attention_kwargs``, ``joint_attention_kwargs`` or
+``attention_kwargs``, or ``lora_scale`` of ``encode_prompt``, holds for the adapters of a whole denoiser or text encoder
+as it does for a LoRA. It multiplies their own scales and has no effect on fused adapters.
+
+``pipe.save_pretrained`` writes attached adapters in a form that no pipeline loads, and warns: call `save_adapter`, or
+`fuse` before saving. ``ControlNetModel.from_unet`` and other functions that make a model from the weights of another
+are refused while adapters are attached; after `fuse` they copy the adapted weights, and within `disabled` the base's.
+
 Offloading whole models (``enable_model_cpu_offload``) works before and after. Enable layer-wise offloading
 (``enable_sequential_cpu_offload``, ``enable_group_offload``) after the adapters are added. Call
-``fuse_qkv_projections`` before: it copies weights and is refused if they are adapted.
+``fuse_qkv_projections`` before: it copies weights and is refused if they are adapted. If a pipeline replaces adapted
+weights later (a Control LoRA, unfused projections, processors of Custom Diffusion), the next call raises a ValueError
+that names them.
 """
 
 from collections.abc import Callable, Mapping

@@ -45,9 +45,21 @@ def persistent_names(module: nn.Module) -> list[str]:
     return [*module._parameters, *buffers]
 
 
-def remove_load_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Remove hooks registered with ``register_load_state_dict_pre_hook`` and ``..._post_hook``."""
-    for registered in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
+    """Remove hooks of calls and of ``load_state_dict`` from a module."""
+    tables: tuple[dict[int, Any], ...] = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    )
+    options = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    for registered in tables:
         for key, hook in list(registered.items()):
             if getattr(hook, "hook", hook) in hooks:
-                del registered[key]
+                for table in (registered, *options):
+                    table.pop(key, None)

@@ -90,7 +90,7 @@ def test_load_hooks_come_off_again() -> None:
     module.register_load_state_dict_post_hook(after)
     module.load_state_dict(module.state_dict())
     assert calls == ["before", "after"]
-    internals.remove_load_hooks(module, before, after)
+    internals.remove_hooks(module, before, after)
     module.load_state_dict(module.state_dict())
     assert calls == ["before", "after"]
 

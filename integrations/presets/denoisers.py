@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from randlora_vision.injection.changes import replaced_projections
 from randlora_vision.integrations.presets.towers import Matrix, in_attention, matrices, parents
 from randlora_vision.layers.peft_around import plain_modules
 
@@ -73,7 +74,7 @@ def _body(model: nn.Module, paths: Mapping[str, nn.Module]) -> list[Matrix]:
             f"the diffusers presets are for the denoisers of its pipelines (UNets, transformers), but this "
             f"{type(model).__name__} has no blocks with an attention; for other models, list the target_modules"
         )
-    dead = {f"{path}.{name}" for path, module in paths.items() for name in _fused_away(module)}
+    dead = {f"{path}.{name}" for path, module in paths.items() for name in replaced_projections(module)}
     return [
         matrix
         for matrix in matrices(model)
@@ -88,21 +89,6 @@ def _is_body(name: str, child: nn.Module) -> bool:
     if _EMBEDDING.search(name):
         return False
     return bool(_BLOCKS.search(name)) or any(_ATTENTION.search(type(m).__name__) for m in child.modules())
-
-
-def _fused_away(module: nn.Module) -> list[str]:
-    """The unused projections of an attention: those that `fuse_qkv_projections` replaced, or else the fused ones."""
-    fused = getattr(module, "fused_projections", False)
-    if type(module).__name__ == "Attention":  # it may hold both; its processor decides which ones are used
-        fused = fused and type(getattr(module, "processor", None)).__name__.startswith("Fused")
-    replaced = {
-        "to_qkv": ("to_q", "to_k", "to_v"),
-        "to_kv": ("to_k", "to_v"),
-        "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-        "to_added_kv": ("add_k_proj", "add_v_proj"),
-    }
-    present = {name: parts for name, parts in replaced.items() if hasattr(module, name) and hasattr(module, "to_q")}
-    return [part for parts in present.values() for part in parts] if fused else list(present)
 
 
 def _is_pointwise(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from randlora_vision.bases import get_bases
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.untrusted import check_finite
-from randlora_vision.injection.candidates import candidates
+from randlora_vision.injection.changes import holders, lost_message
 from randlora_vision.injection.inject import add_adapter
 from randlora_vision.injection.plan import AdapterPlan, make_plan
 from randlora_vision.injection.record import AdapterRecord, check_names, own_record, records, unwrap
@@ -62,8 +63,11 @@ def own_adapter(
 ) -> tuple[AdapterRecord, dict[str, tuple[nn.Parameter, nn.Parameter]], dict[str, Tensor]]:
     """Return an adapter's record, target name -> (lambda, gamma), and its tensors trained in full by path.
 
+    Targets that a host has removed from the model are left out, with a warning.
+
     Raises:
-        ValueError: If the model has no such adapter, it was injected into another module, or it is on the meta device.
+        ValueError: If the model has no such adapter, it was injected into another module, it is on the meta device, or
+            all its targets are gone.
     """
     model = unwrap(model)
     record = own_record(model)
@@ -71,10 +75,18 @@ def own_adapter(
         where = records(model)[0][0]
         raise ValueError(f"the adapters were injected into {where!r}: pass that module to save_adapter")
     check_names(model, adapter_name)
-    tensors = _adapter_tensors(model, adapter_name)
+    found = holders(model, record, adapter_name)
+    tensors = {name: held[0].adapter_tensors(held[1], adapter_name) for name, held in found.items() if held is not None}
+    adapter = record.adapters[adapter_name]
+    if len(tensors) < len(found):
+        lost = lost_message([name for name, held in found.items() if held is None])
+        if not tensors:
+            raise ValueError(f"nothing is left of adapter {adapter_name!r}: {lost}")
+        warnings.warn(f"{lost}; the other {len(tensors)} targets are saved", stacklevel=4)
+        adapter = dataclasses.replace(adapter, targets=tuple(t for t in adapter.targets if t.name in tensors))
     if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
         raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
-    return record.adapters[adapter_name], tensors, current_saved(model, record, adapter_name)
+    return adapter, tensors, current_saved(model, record, adapter_name)
 
 
 def load_adapter(
@@ -125,19 +137,6 @@ def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> Injecti
         for path, whole in current_saved(model, record, name).items():
             whole.copy_(content.saved[path])
     return dataclasses.replace(plan.report, warnings=(*plan.report.warnings, *content.notes))
-
-
-def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Target name -> (lambda, gamma)."""
-    record = own_record(model)
-    assert record is not None
-    owners = {candidate.name: candidate.owners[0] for candidate in candidates(model)}
-    found = {}
-    for target in record.adapters[adapter_name].targets:
-        module, param = owners[target.name]
-        assert isinstance(module, AdaptedModule)
-        found[target.name] = module.adapter_tensors(param, adapter_name)
-    return found
 
 
 def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> AdapterPlan:

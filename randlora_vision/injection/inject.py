@@ -10,12 +10,14 @@ from torch import nn
 
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.injection.candidates import TRANSPOSED, Candidate
+from randlora_vision.injection.host_calls import unwatch_calls, watch_calls
 from randlora_vision.injection.plan import AdapterPlan, make_plan, master_dtype, weight_of
 from randlora_vision.injection.record import (
     AdapterRecord,
     ModelRecord,
     drop_record,
     make_record,
+    own_record,
     records,
     unwrap,
 )
@@ -72,6 +74,8 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
         warnings.warn(warning, stacklevel=3)
     model, report = plan.model, plan.report
     config, adapter_name = report.config, report.adapter_name
+    if own_record(model) is None:
+        watch_calls(model)
     record = make_record(model)
     for parameter_path, parameter in model.named_parameters():
         if not is_adapter_name(parameter_path) and not _in_training(record, parameter_path):
@@ -105,6 +109,7 @@ def remove(model: nn.Module) -> None:
             _drop_slots(root, name)
         for path, parameter in root.named_parameters():
             parameter.requires_grad = record.requires_grad.get(plain_name(path), parameter.requires_grad)
+        unwatch_calls(root)
         drop_record(root)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
+from randlora_vision.injection.changes import refuse_changes
+from randlora_vision.injection.record import ModelRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
@@ -23,22 +24,24 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     model = unwrap(model)
     before = [(root, record, record.switches.enabled, record.switches.merged) for _, root, record in records(model)]
-    for root, record, _, _ in before:
-        _set_merged(root, record, (), safe=False)
-        _set_enabled(root, record, False)
     try:
+        for root, record, _, _ in before:
+            _set_merged(root, record, (), safe=False)
+            _set_enabled(root, record, False)
         yield
     finally:
         for root, record, enabled, merged in before:
-            _set_enabled(root, record, enabled)
-            _set_merged(root, record, merged, safe=False)
+            if own_record(root) is record:  # not removed within the context
+                _set_enabled(root, record, enabled)
+                _set_merged(root, record, tuple(name for name in merged if name in record.adapters), safe=False)
 
 
 def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | None = None, safe: bool = True) -> None:
-    """Merge adapters into the weights: inference costs nothing extra, and `state_dict` holds the merged weights.
+    """Merge adapters into the weights: inference costs nothing extra, and `state_dict` is that of a plain model.
 
     The merged weight is a new Parameter, and the base's own is kept beside it so that `unmerge` is bit-exact. Until
-    then, adapted weights take twice the memory (`remove` frees it and keeps the merged weights).
+    then, adapted weights take twice the memory (`remove` frees it and keeps the merged weights), and lambda and gamma
+    are not among the model's parameters.
 
     Args:
         model: The adapted model.
@@ -46,8 +49,9 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
         safe: If True, refuse to merge if any result is not finite.
 
     Raises:
-        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization,
-            or a merged weight is not finite. The model is then left unchanged.
+        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization, an
+            adapted weight was replaced since the injection, or a merged weight is not finite. The model is then left
+            unchanged.
     """
     model = unwrap(model)
     wanted = None if adapter_names is None else check_names(model, adapter_names)
@@ -60,7 +64,7 @@ def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] |
     """Unmerge adapters (all unless some are named), restoring the weights bit for bit.
 
     Raises:
-        ValueError: If there is no such adapter.
+        ValueError: If there is no such adapter, or an adapted weight was replaced since the injection.
     """
     model = unwrap(model)
     wanted = check_names(model, adapter_names)
@@ -77,6 +81,7 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     """Make exactly the named adapters merged: compute all weights first, then assign them."""
     if names == record.switches.merged:
         return
+    refuse_changes(root, record, set(names) ^ set(record.switches.merged))
     weights: dict[int, nn.Parameter] = {}
     holders = list(adapted_modules(root))
     for path, module, param, state in holders:
@@ -90,7 +95,10 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
             state.original = module._parameters[param]
         module._parameters[param] = weights[id(state)]
     record.switches.merged = names
+    for _, module, _, _ in holders:
+        module.park_merged()
     for _, _, _, state in holders:
+        state.parked = {name: tensors for name, tensors in state.parked.items() if name in names}
         if not state.merged:
             state.original = None
     install_saved(root, record)

@@ -18,7 +18,7 @@ from randlora_vision.layers.peft_around import plain_name
 from randlora_vision.layers.state import Switches
 from randlora_vision.names import is_adapter_name
 from randlora_vision.report import Target
-from randlora_vision.torch_internals import remove_load_hooks
+from randlora_vision.torch_internals import remove_hooks
 
 _KEY = "_randlora_record"
 
@@ -50,6 +50,12 @@ class ModelRecord:
     """Path -> the adapter whose tensor the module holds now, or None for the base's."""
     half_loaded: list[str] = dataclasses.field(default_factory=list)
     """Adapter keys that are missing from the state dict being loaded although it has others."""
+    layout: object = None
+    """Where the adapted modules were at the last call, for `host_calls`; copies of a model find it anew."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields without `layout`."""
+        return {**self.__dict__, "layout": None}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -82,7 +88,7 @@ def make_record(model: nn.Module) -> ModelRecord:
 def drop_record(model: nn.Module) -> None:
     """Delete the module's record."""
     del model.__dict__[_KEY]
-    remove_load_hooks(model, _before_load, _after_load)
+    remove_hooks(model, _before_load, _after_load)
 
 
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

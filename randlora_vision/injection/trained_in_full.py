@@ -86,7 +86,7 @@ def _installed(model: nn.Module, record: ModelRecord, path: str) -> Tensor:
         found = "gone" if tensor is None else f"{tuple(tensor.shape)}"
         raise ValueError(
             f"{path}, trained with an adapter (modules_to_save), was {tuple(expected)} and is now {found}: the model "
-            "was changed after inject (reset_classifier?); remove the adapters first"
+            "was changed after inject (reset_classifier, load_textual_inversion?); undo that, or load the model again"
         )
     return tensor
 

@@ -7,6 +7,7 @@ Shapes: see `randlora_vision.compute.functional`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import effective_weight, randlora_linear
 from randlora_vision.compute.recompute import Recipe, current_scope
+from randlora_vision.layers import readers
 from randlora_vision.layers.state import ParameterState
-from randlora_vision.names import PARTS, parameter_name
+from randlora_vision.names import PARTS, is_adapter_name, parameter_name
 
 ATTENTION_PARAMETERS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 CONVOLUTIONS = (
@@ -73,6 +75,9 @@ class AdaptedModule(_Mixin):
 
     def adapter_tensors(self, param: str, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Lambda (R, N) and gamma (N, m) of an adapter."""
+        parked = self._randlora[param].parked.get(adapter_name)
+        if parked is not None:
+            return parked
         lam, gamma = (self._parameters[parameter_name(param, part, adapter_name)] for part in PARTS)
         assert lam is not None and gamma is not None
         return lam, gamma
@@ -85,7 +90,7 @@ class AdaptedModule(_Mixin):
         for name in names:
             slot = state.slots[name]
             lam, gamma = self.adapter_tensors(param, name)
-            terms.append(slot.bases.term(lam, gamma, wide, slot.factor, dtype))
+            terms.append(slot.bases.term(lam, gamma, wide, slot.factor(state.switches.call_scale), dtype))
         return tuple(terms)
 
     def _effective(self, param: str) -> Tensor:
@@ -143,7 +148,51 @@ class AdaptedModule(_Mixin):
                 moved = fn(state.original.detach())
                 if moved.data_ptr() != state.original.data_ptr() or moved.dtype != state.original.dtype:
                     state.original = nn.Parameter(moved, requires_grad=False)
-        return super()._apply(keep_precision, recurse)
+        with self._all_registered():
+            return super()._apply(keep_precision, recurse)
+
+    def park_merged(self) -> None:
+        """Register lambda and gamma of exactly the adapters that are not merged.
+
+        Those of merged adapters are kept in the state: to its readers, a merged module has its own parameters alone.
+        """
+        for param, state in self._randlora.items():
+            for name in state.slots:
+                tensors = self.adapter_tensors(param, name)
+                names = [parameter_name(param, part, name) for part in PARTS]
+                for registered in names:
+                    self._parameters.pop(registered, None)
+                if name in state.merged:
+                    state.parked[name] = tensors
+                else:
+                    self._parameters.update(zip(names, tensors, strict=True))
+
+    @contextlib.contextmanager
+    def _all_registered(self) -> Iterator[None]:
+        """Register the parked tensors within the context, so that nn.Module moves and converts them."""
+        parked = [(param, state, name) for param, state in self._randlora.items() for name in state.parked]
+        for param, state, name in parked:
+            for part, tensor in zip(PARTS, state.parked[name], strict=True):
+                self._parameters[parameter_name(param, part, name)] = tensor
+        try:
+            yield
+        finally:
+            for param, state, name in parked:
+                lam, gamma = (self._parameters.pop(parameter_name(param, part, name)) for part in PARTS)
+                assert lam is not None and gamma is not None
+                state.parked[name] = lam, gamma
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As in nn.Module, but readers that would end up with the base model are told so (see `readers`)."""
+        live = list(dict.fromkeys(name for state in self._randlora.values() for name in state.live()))
+        if live:
+            readers.refuse_copy()
+            if not any(path.endswith(tuple(f"_gamma_{name}" for name in live)) for path in destination):
+                readers.warn_saver(live)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if readers.is_copied():
+            for name in [name for name in self._parameters if is_adapter_name(name)]:
+                del destination[prefix + name]
 
     def _load_from_state_dict(
         self,

@@ -17,6 +17,8 @@ class Switches:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     enabled: bool = True
+    call_scale: float = 1.0
+    """Factor of all updates during one call, from the arguments that a host passes."""
 
 
 @dataclasses.dataclass
@@ -33,10 +35,9 @@ class AdapterSlot:
     scale: float = 1.0
     """Run-time factor, 1 unless changed by `set_scale`."""
 
-    @property
-    def factor(self) -> float:
-        """The scale s: alpha / rank times the run-time scale."""
-        return self.alpha / self.rank * self.scale
+    def factor(self, call_scale: float) -> float:
+        """The scale s: alpha / rank times the run-time scale and that of this call."""
+        return self.alpha / self.rank * (self.scale * call_scale)
 
 
 @dataclasses.dataclass
@@ -51,6 +52,8 @@ class ParameterState:
     """True if the module stores (I, O), as transformers' Conv1D does: the update applies to the transpose."""
     original: nn.Parameter | None = None
     """The base's own Parameter while `merged` is not empty, which makes unmerging bit-exact."""
+    parked: dict[str, tuple[nn.Parameter, nn.Parameter]] = dataclasses.field(default_factory=dict)
+    """Merged adapter -> its lambda and gamma, which are then not among the module's parameters."""
     written: bool = False
     """True if PEFT has merged its own adapters into the merged weight, or unmerged them."""
 
@@ -67,7 +70,7 @@ class ParameterState:
     def live(self) -> list[str]:
         """Names of the adapters that contribute to the effective weight."""
         switches, slots = self.switches, self.slots
-        if not switches.enabled:
+        if not switches.enabled or switches.call_scale == 0:
             return []
         active = (name for name in switches.active if name in slots and name not in switches.merged)
         return [name for name in active if slots[name].scale != 0]

@@ -147,6 +147,17 @@ def test_removal_within_disabled_is_final() -> None:
     assert torch.equal(model(X), base(X)) and type(model[0]) is nn.Linear
 
 
+def test_deletion_within_disabled_is_final() -> None:
+    base, model, _ = adapted("a", "b")
+    merge(model, "a")
+    with disabled(model):
+        delete_adapter(model, "a")
+        assert torch.equal(model(X), base(X))
+    alone = adapted("a", "b")[1]
+    set_active(alone, "b")
+    assert torch.equal(model(X), alone(X))
+
+
 # Merging.
 
 
@@ -168,11 +179,12 @@ def test_merging_and_unmerging_in_any_order(order: tuple[str, str]) -> None:
 def test_merged_weights_equal_the_formula_and_cost_nothing_at_run_time() -> None:
     base, model, reports = adapted("a", "b")
     set_scale(model, 0.5, "b")
+    trained = model.state_dict()
     merge(model)
     for name, path in ((target.name, parameter_path(base, target.name)) for target in reports["a"].targets):
         exact = base.get_parameter(path).double()
         for adapter, scale in (("a", 1.0), ("b", 0.5)):
-            weight = dense_weights(base, model.state_dict(), reports[adapter], scale)[path]
+            weight = dense_weights(base, trained, reports[adapter], scale)[path]
             exact = exact + weight - base.get_parameter(path).double()
         torch.testing.assert_close(model.get_submodule(name).weight.double(), exact, rtol=1e-5, atol=1e-5)
         assert model.get_submodule(name).weight is model.get_submodule(name).base_weight()

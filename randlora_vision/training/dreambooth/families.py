@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randlora_vision.training.dreambooth.conditioning import check_conditioning
 from randlora_vision.training.dreambooth.objectives import FlowMatching, NoisePrediction, Objective, ObjectiveOptions
 
 Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
@@ -26,11 +27,16 @@ class Family:
     trainable_text_encoders: tuple[str, ...] = ("text_encoder",)  # the CLIP ones
     loading: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     """Loading arguments that override what the pipeline was saved with."""
+    additions: tuple[str, ...] = ()
+    """Values of the denoiser's `addition_embed_type` for which `predict` passes the inputs."""
+    packing = 1
+    """How many latents the denoiser takes as one."""
 
     def __init__(self, pipe: Any, options: ObjectiveOptions, max_sequence_length: int | None) -> None:
         self.pipe = pipe
         self.options = options
         self.max_sequence_length = max_sequence_length
+        check_conditioning(self.denoiser, pipe, self.additions, self.packing)
         self.objective = self.make_objective()
 
     def make_objective(self) -> Objective:
@@ -110,6 +116,7 @@ class SDXL(Family):
     pipeline = "StableDiffusionXLPipeline"
     text_encoder_names = trainable_text_encoders = ("text_encoder", "text_encoder_2")
     loading: Mapping[str, Any] = {}
+    additions = ("text_time",)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Also return the pooled encodings."""
@@ -171,6 +178,7 @@ class Flux(Family):
     text_encoder_names = ("text_encoder", "text_encoder_2")
     trainable_text_encoders = ("text_encoder",)
     loading: Mapping[str, Any] = {}
+    packing = 4
 
     def make_objective(self) -> Objective:
         """Return the flow matching objective."""
@@ -225,7 +233,7 @@ def load_family(
 ) -> Family:
     """Load a pipeline and return its family; the VAE stays in float32.
 
-    Raises ValueError for an unsupported pipeline class, and OSError if diffusers finds no pipeline.
+    Raises ValueError for an unsupported pipeline class or denoiser, and OSError if diffusers finds no pipeline.
     """
     try:
         from diffusers import DiffusionPipeline

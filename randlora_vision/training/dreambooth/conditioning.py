@@ -1,0 +1,68 @@
+"""Refuses denoisers that sampling conditions on something that training would not give."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_ATTACHED = ("encoder_hid_proj", "image_proj")  # where IP-Adapters project their images
+
+
+def check_conditioning(denoiser: nn.Module, pipe: Any, additions: tuple[str, ...], packing: int) -> None:
+    """Raise ValueError if the denoiser has an input that the training of its family does not provide.
+
+    Args:
+        denoiser: A UNet or transformer of diffusers.
+        pipe: Its pipeline.
+        additions: The values of `addition_embed_type` whose embeddings the family provides.
+        packing: How many latents of the VAE the denoiser takes as one.
+    """
+    for problem in _problems(denoiser, pipe, additions, packing):
+        raise ValueError(f"the {type(denoiser).__name__} of this pipeline cannot be trained: {problem}")
+
+
+def _problems(denoiser: Any, pipe: Any, additions: tuple[str, ...], packing: int) -> Iterator[str]:
+    config, channels = denoiser.config, packing * pipe.vae.config.latent_channels
+    if config.get("time_cond_proj_dim") is not None:
+        yield (
+            f"the guidance scale is an input (time_cond_proj_dim={config.time_cond_proj_dim}), as in latent "
+            "consistency models, which are distilled and not trained to predict noise; train the adapter on the model "
+            "that this one was distilled from, and load it into this one"
+        )
+    if config.in_channels != channels:
+        yield (
+            f"it takes {config.in_channels} channels, but the latents have {channels}; the others hold a mask, an "
+            "image or a control (inpainting, editing, upscaling, control models), which training does not provide"
+        )
+    if config.get("out_channels") not in (None, channels):
+        yield f"it predicts {config.out_channels} channels, but the latents have {channels} (a learned variance?)"
+    for name in ("num_class_embeds", "class_embed_type"):
+        if config.get(name) is not None:
+            yield f"it needs class labels or noise levels ({name}={config[name]!r}), which training does not provide"
+    if config.get("addition_embed_type") not in (None, "text", *additions):
+        yield (
+            f"it needs inputs for addition_embed_type={config.addition_embed_type!r}, which training does not provide; "
+            f"{type(pipe).__name__} can be trained with: {', '.join(additions) or 'none'}"
+        )
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        yield _images(f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}")
+    elif config.get("encoder_hid_dim_type") is None:
+        yield from (_images(name) for name in _ATTACHED if getattr(denoiser, name, None) is not None)
+    yield from _time_ids(config, pipe)
+    if getattr(pipe.vae.config, "latents_mean", None) is not None:
+        yield "its VAE normalises latents by latents_mean and latents_std, which training does not apply"
+
+
+def _images(where: str) -> str:
+    return f"it needs image embeddings ({where}), which training does not provide; call unload_ip_adapter first"
+
+
+def _time_ids(config: Any, pipe: Any) -> Iterator[str]:
+    if config.get("addition_embed_type") == "text_time" and pipe.text_encoder_2 is not None:
+        pooled = pipe.text_encoder_2.config.projection_dim
+        ids, rest = divmod(config.projection_class_embeddings_input_dim - pooled, config.addition_time_embed_dim)
+        if (ids, rest) != (6, 0):
+            yield (
+                f"it takes {ids} numbers beside the text, but training provides 6: original size, crop and target size "
+                "(a refiner takes 5, with an aesthetic score)"
+            )
