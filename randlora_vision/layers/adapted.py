@@ -46,6 +46,12 @@ class AdaptedModule(_Mixin):
     _randlora: dict[str, ParameterState]
     """Adapted parameter names and their adapters."""
     _randlora_quantized: bool
+    _randlora_on_base = False
+    """True while the attributes are the base's Parameters, for PEFT to write to."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain module: hosts make layers like this one with ``type(layer)(...)``, as PEFT's LoRA does."""
+        return cls._randlora_base(*args, **kwargs)
 
     @property
     def has_packed_weight(self) -> bool:
