@@ -139,7 +139,7 @@ class Diffusers(Format):
 
 
 class Kohya(Format):
-    """The names of kohya's sd-scripts and musubi-tuner, with the rank of every layer as its alpha."""
+    """The names of kohya's sd-scripts and musubi-tuner."""
 
     name = "kohya"
 
@@ -163,11 +163,16 @@ class Kohya(Format):
         return list(pieces.values())
 
     def tensors(self, contents: Contents) -> dict[str, Tensor]:
-        """Return factors and alphas."""
+        """Write one alpha for all layers, so that diffusers cannot confuse the alphas of different layers.
+
+        The update is (alpha / rank) up down: `up` is rescaled to compensate for the factor.
+        """
+        alpha = max(len(down) for _, down in contents.values())
         tensors = {}
         for key, (up, down) in contents.items():
-            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
-            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)), dtype=down.dtype)
+            tensors[f"{key}.lora_down.weight"] = down
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=down.dtype)
+            tensors[f"{key}.lora_up.weight"] = up * (len(down) / alpha)
         return tensors
 
 
