@@ -156,7 +156,7 @@ class Kohya(Format):
             assert stack is not None
             model = components(host)[update.component]
             parts = tuple(
-                by_path.get((update.component, path)) or int(model.get_submodule(path).out_features)  # type: ignore[arg-type]
+                by_path.get((update.component, path)) or int(model.get_submodule(path).out_features)
                 for path in stack.paths
             )
             pieces[stack.name] = Piece(stack.name, parts, stack.swapped)

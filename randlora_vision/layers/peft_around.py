@@ -58,7 +58,7 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
         )
 
 
-def _wrap(owner: type, methods: tuple[str, ...]) -> None:
+def _wrap(owner: Any, methods: tuple[str, ...]) -> None:
     for name in methods:
         method = vars(owner).get(name)
         if callable(method) and not hasattr(method, "_randlora_wrapped"):
