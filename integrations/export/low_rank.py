@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,23 +99,38 @@ class ExportReport:
         return "\n".join([*lines, "", f"{self.path} ({self.format}): relative error of all layers {self.error:.2%}"])
 
 
-def factorize(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Return ``up`` (O, r) and ``down`` (r, I), whose product is the best rank-r approximation of `delta` (O, I).
+class Factors(NamedTuple):
+    """Two layers in a row: ``up`` (O, r, 1...) and ``down`` (r, I...), with the kernel of a convolution in `down`."""
+
+    up: Tensor
+    down: Tensor
+
+    def padded(self, rank: int) -> Factors:
+        """Return the same product with zeros up to the given rank."""
+        more = rank - len(self.down)
+        up = torch.cat([self.up, self.up.new_zeros(len(self.up), more, *self.up.shape[2:])], dim=1)
+        return Factors(up, torch.cat([self.down, self.down.new_zeros(more, *self.down.shape[1:])]))
+
+
+def approximate(name: str, delta: Tensor, choice: Choice | None) -> tuple[Tensor | Factors, LayerError]:
+    """Return the best approximation of an update (O, I...) of the chosen rank, and its error.
 
     This is the truncated singular value decomposition (Eckart and Young), with the square roots of the singular values
-    in both factors.
+    in both factors. Without a choice, the result is the update itself.
     """
-    u, values, v = torch.linalg.svd(delta, full_matrices=False)
+    flat = delta.flatten(1)
+    norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+    shape = (flat.shape[0], flat.shape[1])
+    if choice is None:
+        return delta, LayerError(name, shape, None, norm, 0.0)
+    u, values, v = torch.linalg.svd(flat, full_matrices=False)
     rank = min(_rank(values, choice), len(values))
     root = values[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank]
-
-
-def layer_error(name: str, delta: Tensor, kept: Tensor, rank: int | None) -> LayerError:
-    """Measure the error of `kept` (O, I) as an approximation of `delta` (O, I)."""
-    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    lost = float(torch.linalg.vector_norm(delta - kept, dtype=torch.float64))
-    return LayerError(name, (delta.shape[0], delta.shape[1]), rank, norm, lost / norm if norm else 0.0)
+    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
+    lost = float(torch.linalg.vector_norm(flat - up @ down, dtype=torch.float64))
+    kernel = delta.shape[2:]
+    factors = Factors(up.reshape(*up.shape, *(1,) * len(kernel)), down.reshape(-1, *delta.shape[1:]))
+    return factors, LayerError(name, shape, rank, norm, lost / norm if norm else 0.0)
 
 
 def _rank(values: Tensor, choice: Choice) -> int:

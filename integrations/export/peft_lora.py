@@ -14,83 +14,65 @@ import collections
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors.torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from randlora_vision.files.atomic import replacing
-from randlora_vision.integrations.export.lora_keys import low_rank_problem, refuse
-from randlora_vision.integrations.export.low_rank import Choice, ExportReport, LayerError, factorize, layer_error
+from randlora_vision.integrations.export.formats import Contents, Format, Whole, not_low_rank
+from randlora_vision.integrations.export.low_rank import ExportReport, Factors
 from randlora_vision.integrations.export.updates import Update, components
 
 _ROOT = "base_model.model"
 
 
-class _Factors(NamedTuple):
-    """The two layers of a LoRA: up (O, r, 1...) and down (r, I...)."""
+class Peft(Format):
+    """A folder that ``PeftModel.from_pretrained`` loads, for one model of any kind."""
 
-    up: Tensor
-    down: Tensor
+    name = "peft"
+    whole_modules = True
 
+    def check_path(self, path: Path) -> None:
+        """Raise ValueError if the path is a file."""
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"the format 'peft' needs a folder, but {str(path)!r} is a file")
 
-def write_peft(
-    host: Any,
-    folder: Path,
-    found: Sequence[Update],
-    whole: Mapping[tuple[str, str], Tensor],
-    choice: Choice,
-    progress: Callable[[int, int], None] | None,
-) -> ExportReport:
-    """Write the updates as a PEFT folder; see `export_lora`.
+    def check(self, host: Any, found: Sequence[Update], whole: Whole) -> None:
+        """Raise ValueError if PEFT cannot express an adapted layer or a module trained in full."""
+        adapted = sorted({update.component for update in found} | {component for component, _ in whole})
+        if len(adapted) > 1:
+            raise ValueError(f"a PEFT folder is for one model: export {', '.join(adapted)} separately")
+        super().check(host, found, whole)
+        _saved_modules(components(host)[adapted[0]], whole)
 
-    Args:
-        host: The model, or a pipeline with one adapted component.
-        folder: Folder for the two files.
-        found: The updates.
-        whole: (component, path) -> tensor of the modules trained in full.
-        choice: Rank or energy.
-        progress: Called after each layer.
+    def problem(self, host: Any, update: Update) -> str | None:
+        """Return why PEFT cannot express a layer, or None."""
+        packed = update.module
+        if not isinstance(packed, nn.MultiheadAttention):
+            packed = _attention(components(host)[update.component], update.path)
+            if packed is None:
+                return not_low_rank(update)
+        return None if packed._qkv_same_embed_dim else "PEFT needs attention with one packed projection"
 
-    Raises:
-        ValueError: If PEFT cannot express an adapted layer or a module trained in full.
-    """
-    adapted = sorted({update.component for update in found} | {component for component, _ in whole})
-    if len(adapted) > 1:
-        raise ValueError(f"a PEFT folder is for one model: export {', '.join(adapted)} separately")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the format 'peft' needs a folder, but {str(folder)!r} is a file")
-    model = components(host)[adapted[0]]
-    refuse(found, "peft", lambda update: _problem(model, update))
-    saved_modules = _saved_modules(model, [path for _, path in whole])
+    def key(self, host: Any, update: Update) -> str:
+        """Return the path of a layer's LoRA in PEFT."""
+        if _attention(components(host)[update.component], update.path):
+            return f"{update.path.removesuffix('.out_proj')}.base_layer.out_proj"
+        return update.path
 
-    factors: dict[str, _Factors] = {}
-    layers: list[LayerError] = []
-    for done, update in enumerate(found, start=1):
-        delta = update.delta()
-        flat = delta.flatten(1)
-        up, down = factorize(flat, choice)
-        layers.append(layer_error(update.name, flat, up @ down, up.shape[1]))
-        kernel = (1,) * (delta.ndim - 2)
-        factors[_target(model, update)] = _Factors(up.reshape(*up.shape, *kernel), down.reshape(-1, *delta.shape[1:]))
-        if progress is not None:
-            progress(done, len(found))
-    targets = _complete_attentions(model, factors)
-    tensors: dict[str, Tensor] = {f"{_ROOT}.{path}": tensor.detach() for (_, path), tensor in whole.items()}
-    for name, (up, down) in factors.items():
-        tensors[f"{_ROOT}.{name}.lora_A.weight"] = down
-        tensors[f"{_ROOT}.{name}.lora_B.weight"] = up
-    report = ExportReport("peft", str(folder), choice, tuple(layers))
-    with replacing(folder / "adapter_model.safetensors") as temporary:
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(on_cpu, temporary, report.metadata())
-    with replacing(folder / "adapter_config.json") as temporary:
-        ranks = {name: factors[name].up.shape[1] for name in targets}
-        temporary.write_text(json.dumps(_config(ranks, saved_modules), indent=2) + "\n", encoding="utf-8")
-    return report
+    def write(self, path: Path, model: nn.Module, contents: Contents, whole: Whole, report: ExportReport) -> None:
+        """Write the two files of the folder."""
+        factors = {key: part for key, part in contents.items() if isinstance(part, Factors)}
+        targets = _complete_attentions(model, factors)
+        tensors = {f"{_ROOT}.{name}": tensor.detach() for (_, name), tensor in whole.items()}
+        for name, (up, down) in factors.items():
+            tensors |= {f"{_ROOT}.{name}.lora_A.weight": down, f"{_ROOT}.{name}.lora_B.weight": up}
+        self.save(path / "adapter_model.safetensors", tensors, report)
+        with replacing(path / "adapter_config.json") as temporary:
+            config = _config({name: factors[name].up.shape[1] for name in targets}, _saved_modules(model, whole))
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(ranks: Mapping[str, int], saved_modules: list[str]) -> dict[str, Any]:
@@ -115,15 +97,6 @@ def _config(ranks: Mapping[str, int], saved_modules: list[str]) -> dict[str, Any
     }
 
 
-def _problem(model: nn.Module, update: Update) -> str | None:
-    if isinstance(update.module, nn.MultiheadAttention):
-        return None if update.param == "in_proj_weight" else "PEFT needs attention with one packed projection"
-    attention = _attention(model, update.path)
-    if attention is not None and not attention._qkv_same_embed_dim:
-        return "PEFT needs attention with one packed projection"
-    return low_rank_problem(update)
-
-
 def _attention(model: nn.Module, path: str) -> nn.MultiheadAttention | None:
     """The attention that has this output projection; PEFT can only adapt the projection through the attention."""
     parent, _, last = path.rpartition(".")
@@ -131,14 +104,7 @@ def _attention(model: nn.Module, path: str) -> nn.MultiheadAttention | None:
     return module if last == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
 
-def _target(model: nn.Module, update: Update) -> str:
-    """The path of a layer's LoRA in PEFT."""
-    if _attention(model, update.path):
-        return f"{update.path.removesuffix('.out_proj')}.base_layer.out_proj"
-    return update.path
-
-
-def _complete_attentions(model: nn.Module, factors: dict[str, _Factors]) -> list[str]:
+def _complete_attentions(model: nn.Module, factors: dict[str, Factors]) -> list[str]:
     """Give both projections of every attention a LoRA of the same rank, and return the target modules for PEFT."""
     targets = []
     for name in list(factors):
@@ -155,12 +121,11 @@ def _complete_attentions(model: nn.Module, factors: dict[str, _Factors]) -> list
         if both[1] in factors:
             factors[both[1]] = factors[both[1]]._replace(up=factors[both[1]].up / _times_added())
         given = [factors[key] for key in both if key in factors]
-        rank = max(factor.up.shape[1] for factor in given)
+        rank = max(len(factor.down) for factor in given)
         like = given[0].up
         for key, rows in zip(both, (3 * width, width), strict=True):
-            up, down = factors.get(key) or _Factors(like.new_zeros(rows, 0), like.new_zeros(0, width))
-            missing = rank - up.shape[1]
-            factors[key] = _Factors(F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing)))
+            own = factors.get(key) or Factors(like.new_zeros(rows, 0), like.new_zeros(0, width))
+            factors[key] = own.padded(rank)
     return targets
 
 
@@ -182,8 +147,9 @@ def _times_added() -> int:
     return round(attention.base_layer.out_proj.base_layer.weight.item() - weight)
 
 
-def _saved_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
+def _saved_modules(model: nn.Module, whole: Whole) -> list[str]:
     """The modules that consist of the tensors trained in full; PEFT can only save whole modules."""
+    paths = [path for _, path in whole]
     owners = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
     for owner in owners:
         module = model.get_submodule(owner)

@@ -16,6 +16,7 @@ from randlora_vision.injection.record import ModelRecord, records, unwrap
 from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.integrations.pipelines import components as _components
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
+from randlora_vision.layers.peft_around import plain_name
 from randlora_vision.layers.state import ParameterState
 
 
@@ -82,7 +83,8 @@ def updates(host: Any, adapter_name: str | None) -> list[Update]:
         for path, module, param, state in adapted_modules(root):
             own = tuple(name for name in names if name in state.slots)
             if own:
-                found.append(Update(component, f"{prefix}.{path}".strip("."), param, module, own))
+                plain = plain_name(f"{prefix}.{path}.").strip(".")
+                found.append(Update(component, plain, param, module, own))
     if not found:
         known = sorted({name for *_, record in _roots(host) for name in record.adapters})
         which = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"

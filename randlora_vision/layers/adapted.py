@@ -48,6 +48,15 @@ class AdaptedModule(_Mixin):
     _randlora: dict[str, ParameterState]
     """Adapted parameter names and their adapters."""
     _randlora_quantized: bool
+    _randlora_on_base = False
+    """True while the attributes are the base's Parameters, for PEFT to write to."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain module: hosts make layers like this one with ``type(layer)(...)``, as PEFT's LoRA does.
+
+        Without arguments, an empty instance, which hosts that copy layers ask for.
+        """
+        return cls._randlora_base(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     @property
     def has_packed_weight(self) -> bool:

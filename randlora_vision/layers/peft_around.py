@@ -1,58 +1,112 @@
-"""Support for PEFT layers that wrap adapted layers: plain names, and weight reads by PEFT.
+"""Support for PEFT layers that wrap adapted layers, and for hosts that copy weights into layers of their own.
 
 PEFT's LoRA, which diffusers' ``load_lora_weights`` injects, renames ``to_q`` to ``to_q.base_layer``. Targets keep
 their plain names, whether they were wrapped before or after.
 
-A property can tell its readers apart only by the calling code, so the call stack is inspected:
-
-- PEFT's layers around an adapted one write their own merges to ``weight.data``. The effective weight is a temporary
-  tensor, in which the write would be lost, so PEFT gets the base's Parameter, and both adapters apply.
-- ``fuse_projections`` of diffusers copies query, key and value permanently, after which neither the layers nor their
-  adapters are used again.
+A PEFT layer writes its merges to ``base_layer.weight.data``. The effective weight is a temporary tensor, in which the
+write would be lost. A property cannot know what its reader does next, so the methods of PEFT that write weights are
+wrapped: while one of them runs on a layer around an adapted one, the attribute is the base's Parameter, and both
+adapters apply. DoRA's norms are taken of the base as well, since its magnitudes are made for the base. All other reads,
+such as OFT's, whose forward does not call the wrapped layer, give the effective weight.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-# These properties of a PEFT layer forward to the wrapped layer, so the actual reader is PEFT's caller.
-_FORWARDED = ("weight", "bias")
+from randlora_vision.layers.adapted import AdaptedModule
+
+_BASE_READERS = (
+    # Some initialisations write too: PiSSA, OLoRA.
+    ("peft.tuners.tuners_utils", "BaseTunerLayer", ("merge", "unmerge", "update_layer")),
+    ("peft.tuners.lora.dora", "DoraLinearLayer", ("forward",)),
+)
+"""Module, class and methods that must get the base's Parameter; for all subclasses too."""
+_FUSED = re.compile("to_(added_)?q?kv")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def peft_reader() -> str | None:
-    """The name of the PEFT function that reads a weight, two calls up, or None if the reader is not in PEFT.
+def watch_hosts() -> None:
+    """Wrap these methods in all classes of PEFT, the present ones and later ones."""
+    _listen()
+    for module, name, methods in _BASE_READERS:
+        found = getattr(sys.modules.get(module), name, None)
+        if found is not None:
+            _wrap(found, methods)
 
-    Such a function must get the Parameter itself.
 
-    Raises:
-        RuntimeError: If the reader copies the weight permanently.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and _in_peft(frame) and frame.f_code.co_name in _FORWARDED:
-        frame = frame.f_back
-    if frame is None:
-        return None
-    if frame.f_code.co_name == "fuse_projections":
+@functools.cache
+def _listen() -> None:
+    register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(child, AdaptedModule) or type(child).__module__.startswith("peft."):
+        watch_hosts()
+    elif _FUSED.fullmatch(name) and any(_adapted_in(parent._modules.get(part)) for part in _PROJECTIONS):
         raise RuntimeError(
             "fuse_qkv_projections copies adapted weights into new layers, where the adapters can be neither trained "
             "nor removed: fuse before adding the adapters, or merge and remove them first"
         )
-    return frame.f_code.co_name if _in_peft(frame) else None
 
 
-def _in_peft(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("peft.")
+def _wrap(owner: Any, methods: tuple[str, ...]) -> None:
+    for name in methods:
+        method = vars(owner).get(name)
+        if callable(method) and not hasattr(method, "_randlora_wrapped"):
+            setattr(owner, name, _on_the_base(method))
+    for subclass in owner.__subclasses__():
+        _wrap(subclass, methods)
+
+
+def _on_the_base(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        found = [part for module in given for part in _adapted_in(module) if not part._randlora_on_base]
+        merged = [
+            (state, module.base_weight(param), module.base_weight(param).detach().clone())
+            for module in found
+            for param, state in module._randlora.items()
+            if state.merged and not state.written and method.__name__ != "forward"
+        ]
+        for module in found:
+            module._randlora_on_base = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            for module in found:
+                del module._randlora_on_base
+            for state, weight, before in merged:
+                state.written = not torch.equal(weight, before)
+
+    run._randlora_wrapped = True  # type: ignore[attr-defined]
+    return run
+
+
+def _adapted_in(module: nn.Module | None) -> list[AdaptedModule]:
+    return [] if module is None else [part for part in module.modules() if isinstance(part, AdaptedModule)]
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The layer that PEFT's layers wrap; any other module itself."""
+    tuner_layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    while tuner_layer is not None and isinstance(module, tuner_layer) and hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) as `named_modules(remove_duplicate=False)`, without PEFT's layers and their parts."""
-    loaded = sys.modules.get("peft.tuners.tuners_utils")
-    while loaded is not None and isinstance(model, loaded.BaseTunerLayer) and hasattr(model, "base_layer"):
-        model = model.base_layer
+    model = _inside(model)
     yield path, model
     for name, child in model._modules.items():
         if child is not None:

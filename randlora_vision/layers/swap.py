@@ -33,7 +33,7 @@ from randlora_vision.layers.adapted import (
     is_sharded,
     replaced_message,
 )
-from randlora_vision.layers.peft_around import peft_reader
+from randlora_vision.layers.peft_around import watch_hosts
 from randlora_vision.layers.state import ParameterState
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
@@ -42,6 +42,7 @@ WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 
 def adapt_module(module: nn.Module, param: str, state: ParameterState) -> None:
     """Attach `state` to `param` and swap the module's class for the adapted one."""
+    watch_hosts()
     _set_states(module, {**module.__dict__.get("_randlora", {}), param: state})
 
 
@@ -174,13 +175,7 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _weight_property(param: str) -> property:
     def get(self: Any) -> Tensor:
-        # Compiled code does not contain the readers in question.
-        peft = None if torch.compiler.is_compiling() else peft_reader()
-        if peft is None:
-            return self._effective(param)
-        state = self._randlora[param]
-        state.written = state.written or bool(state.merged) and peft in ("merge", "unmerge")
-        return self.base_weight(param)
+        return self.base_weight(param) if self._randlora_on_base else self._effective(param)
 
     def set_(self: Any, value: object) -> None:
         # nn.Module registers Parameters itself; only a plain tensor assigned in place of one gets here.
@@ -204,5 +199,6 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 def _rebuild(base: type[nn.Module], params: tuple[str, ...], quantized: bool) -> nn.Module:
     """Unpickle: create an empty instance of the swapped class, to be filled with the pickled state."""
+    watch_hosts()
     cls = adapted_class(base, params, quantized)
-    return cls.__new__(cls)
+    return object.__new__(cls)

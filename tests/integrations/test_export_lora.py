@@ -12,11 +12,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, merge, set_active, set_scale
-from randlora_vision.integrations.export.lora import export_lora
+from randlora_vision.cli.actions import CONVERSIONS
+from randlora_vision.integrations.export.lora import FORMATS, export_lora
 from tests.helpers import IMAGES, clip, dense_weights, randomize, snapshot, vit
 from tests.tiny_pipelines import PIPELINES, sample
 
@@ -320,13 +321,93 @@ def test_layers_that_a_format_cannot_hold_are_named(tmp_path: Path) -> None:
     inject(pipe.text_encoder_2, RandLoRAConfig(rank=4))
     with pytest.raises(ValueError, match="FluxPipeline loads LoRA into transformer, text_encoder only"):
         export_lora(pipe, path, rank=2)
-    sd3 = PIPELINES["sd3"]()
-    inject(sd3.transformer, RandLoRAConfig(rank=4, target_modules=["to_q"]))
-    with pytest.raises(
-        ValueError, match="SD3Transformer2DModel are not supported; ComfyUI reads the format 'diffusers'"
-    ):
-        export_lora(sd3, path, rank=2, format="kohya")
     part = vit()
     inject(part, RandLoRAConfig(rank=4, target_modules=["qkv"], modules_to_save=["head.weight"]))
     with pytest.raises(ValueError, match="whole modules in full, not head.weight alone"):
         export_lora(part, tmp_path / "folder", rank=2, format="peft")
+
+
+def test_a_refusal_names_the_formats_that_can_be_written(tmp_path: Path) -> None:
+    from diffusers import SanaTransformer2DModel
+
+    sana = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+    )  # fmt: skip
+    inject(sana, RandLoRAConfig(rank=4, target_modules=["to_q"]))
+    with pytest.raises(
+        ValueError, match=r"'kohya' cannot hold 2 .*no such layer.*: use the format 'diffusers' or 'peft' or 'lycoris'"
+    ):
+        export_lora(sana, tmp_path / "lora.safetensors", rank=2, format="kohya")
+    model = vit()
+    inject(model, RandLoRAConfig(rank=4, target_modules=["qkv"], modules_to_save=["head"]))
+    with pytest.raises(ValueError, match="use the format 'peft', save the merged model"):
+        export_lora(model, tmp_path / "lora.safetensors", rank=2)
+    unet = PIPELINES["sd15"]().unet
+    inject(unet, RandLoRAConfig(rank=4, target_modules=["to_q"]))
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.register_module("to_q_ip", nn.Linear(4, 4))
+    inject(unet, RandLoRAConfig(rank=4, target_modules=["to_q_ip"]), "other")
+    with pytest.raises(ValueError, match="cannot hold 1 of the adapted layers .*to_q_ip.weight: kohya's tools have no"):
+        export_lora(unet, tmp_path / "lora.safetensors", rank=2, format="kohya")
+
+
+def test_a_model_that_no_key_of_a_file_can_name_is_refused(tmp_path: Path) -> None:
+    """diffusers reads both transformers of Wan 2.2 under one name, from two files."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    def transformer() -> nn.Module:
+        return WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
+            ffn_dim=16, num_layers=1, rope_max_seq_len=16,
+        )  # fmt: skip
+
+    def pipeline() -> Any:
+        return WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer(), transformer(), 0.5)
+
+    torch.manual_seed(0)
+    pipe = pipeline()
+    inject(pipe.transformer_2, RandLoRAConfig(rank=4, target_modules=["to_q"]))
+    randomize(pipe.transformer_2)
+    for format in ("diffusers", "kohya", "lycoris"):
+        size = {} if format == "lycoris" else {"rank": 2}
+        with pytest.raises(ValueError, match="no file names transformer_2.*load_into_transformer_2=True"):
+            export_lora(pipe, tmp_path / "lora.safetensors", format=format, **size)
+    export_lora(pipe.transformer_2, tmp_path / "second.safetensors", energy=1.0)
+    loaded = pipeline()
+    loaded.load_lora_weights(tmp_path / "second.safetensors", load_into_transformer_2=True)
+    path = "blocks.0.attn1.to_q"
+    got = loaded.transformer_2.get_submodule(path).get_delta_weight("default_0")
+    layer = pipe.transformer_2.get_submodule(path)
+    torch.testing.assert_close(got, layer.weight - layer.base_weight(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft", "lycoris"])
+def test_a_lora_around_the_layers_does_not_change_the_file(format: str, tmp_path: Path) -> None:
+    model = PIPELINES["sd15"]().unet
+    inject(model, RandLoRAConfig(rank=4, target_modules=["to_q", "conv1"]))
+    randomize(model)
+    name = "lora" if format == "peft" else "lora.safetensors"
+    size = {} if format == "lycoris" else {"rank": 2}
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+        if folder == "after":
+            inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "conv1"]), model)
+        export_lora(model, tmp_path / folder / name, format=format, **size)
+    names = [{file.name: names_in(file) for file in (tmp_path / folder).rglob("*.*") if file.is_file()}
+             for folder in ("before", "after")]  # fmt: skip
+    assert names[0] == names[1]
+
+
+def names_in(file: Path) -> object:
+    return set(safetensors.torch.load_file(file)) if file.suffix == ".safetensors" else json.loads(file.read_text())
+
+
+def test_two_layers_with_one_name_are_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(4, 4)}), "a": nn.ModuleDict({"b_c": nn.Linear(4, 4)})})
+    inject(model, RandLoRAConfig(rank=2, target_modules="all"))
+    with pytest.raises(ValueError, match="has one name, 'lycoris_a_b_c', for two of the adapted layers"):
+        export_lora(model, tmp_path / "lora.safetensors", format="lycoris")
+
+
+def test_the_command_line_offers_every_format() -> None:
+    assert {name.removeprefix("lora-") for name in CONVERSIONS} - {"randlora"} == set(FORMATS)
