@@ -36,7 +36,7 @@ ALLOWED = {
     "compute": ("bases", "torch_internals"),
     "layers": ("compute", "bases", "names", "torch_internals"),
     "files": ("bases", "config", "report"),
-    "injection": ("layers", "files", "bases", "config", "report", "names", "torch_internals"),
+    "injection": ("layers", "compute", "files", "bases", "config", "report", "names", "torch_internals"),
     "adapters": ("injection", "layers", "files", "bases", "config", "report", "names"),
     "": CORE,
     "integrations": ("", *CORE),

@@ -67,7 +67,7 @@ def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_nam
     lam, gamma = (lam, _signs(gamma)) if not gamma.any() else (_signs(lam), gamma)
     slot = state.slots[adapter_name]
     wide = max(state.out_features, state.in_features)
-    term = slot.bases.term(lam.float(), gamma.float(), wide, slot.factor, torch.float32)
+    term = slot.bases.term(lam.float(), gamma.float(), wide, slot.factor(1.0), torch.float32)
     update = effective_weight(torch.zeros(state.out_features, state.in_features, device=lam.device), (term,))
     return float(torch.linalg.vector_norm(update)) / norm
 
