@@ -12,10 +12,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
+from randlora_vision.training.clip.defaults import resolve
+from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.harness.options import without
 
 TINY_CONFIG: dict[str, Any] = {
     "embed_dim": 16,
@@ -55,6 +59,12 @@ def tiny_clip(folder: Path) -> LoadedClip:
     if not folder.exists():
         write_tiny_clip(folder)
     return load_clip(f"local-dir:{folder}", None, seed=0)
+
+
+def clip_settings(options: ClipOptions, model: nn.Module | None = None, captions: bool = False) -> ClipSettings:
+    """Fill in the defaults, for a budget those of `model`, under the name of a tiny CLIP if none is chosen."""
+    chosen = ClipModel(**without(options.clip, "model"), model=options.clip.model or "tiny")
+    return resolve(options, chosen, model or nn.Identity(), captions)
 
 
 def write_tiny_vit(folder: Path, classes: int) -> Path:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from randlora_vision.files.atomic import fingerprint
-from randlora_vision.training.data.labelled import Batch, LabelledImages, training_batches
+from randlora_vision.training.data.batches import training_batches
+from randlora_vision.training.data.labelled import Batch, LabelledImages
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.optim import adamw, warmup_schedule
 

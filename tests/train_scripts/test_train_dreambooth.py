@@ -21,10 +21,11 @@ from randlora_vision.demos import pipelines as demo_pipelines
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.diffusers import load_adapter
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.dreambooth import task as dreambooth_task
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.dreambooth.options import DreamBoothOptions, HubOptions, PipelineOptions, SubjectOptions
-from randlora_vision.training.dreambooth.task import DreamBoothTask
 from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.methods.task import AdaptedTask
 from tests.tiny_pipelines import PIPELINES, sample
 
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
@@ -163,9 +164,9 @@ def test_a_run(train: Any, images: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Path, monkeypatch: Any) -> None:
     """Corrupt the file saved at step 1: the picture must show it, and training must be unaffected."""
     plain = train("--validation-prompt", PROMPT)
-    save = DreamBoothTask.save
+    save = AdaptedTask.save
 
-    def spoilt(self: DreamBoothTask) -> str:
+    def spoilt(self: AdaptedTask) -> str:
         calls.append(1)
         name, parameter = next((n, p) for n, p in self.adaptation.parameters() if n.endswith("gamma"))
         before = parameter.detach().clone()
@@ -176,7 +177,7 @@ def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Pat
         return where
 
     calls: list[int] = []
-    monkeypatch.setattr(DreamBoothTask, "save", spoilt)
+    monkeypatch.setattr(AdaptedTask, "save", spoilt)
     other = train("--validation-prompt", PROMPT, "--output-dir", str(plain.parent / "other"))
     pictures = [(folder / "samples/step-000001/0-0.png").read_bytes() for folder in (plain, other)]
     assert pictures[0] != pictures[1]
@@ -277,14 +278,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     flags = ["--steps", "6", "--eval-every", "3", "--dropout", "0.1", "--checkpointing-steps", "2", *PRIOR]
     flags += ["--validation-prompt", PROMPT, "--num-validation-images", "1", "--no-cache-latents"]
     straight, folder = (train(*flags, "--output-dir", str(tmp_path / name)) for name in ("straight", "x"))
-    evaluate = DreamBoothTask.evaluate
+    evaluate = dreambooth_task.fixed_losses
 
-    def killed(self: DreamBoothTask) -> dict[str, float]:
+    def killed(*arguments: Any) -> dict[str, float]:
         if (tmp_path / "killed/checkpoints/step-000004").exists():
             raise KeyboardInterrupt
-        return evaluate(self)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(DreamBoothTask, "evaluate", killed)
+    monkeypatch.setattr(dreambooth_task, "fixed_losses", killed)
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         train(*flags, "--output-dir", str(folder))

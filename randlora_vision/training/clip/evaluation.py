@@ -12,13 +12,14 @@ from torch import Tensor
 
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import ClipClassifier
-from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
+from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits
-from randlora_vision.training.data.labelled import ImageSplits, evaluation_batches, sample_pictures
+from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores
-from randlora_vision.training.evaluation.plots import Found, Prediction
+from randlora_vision.training.evaluation.plots import Found, Prediction, compared
 from randlora_vision.training.evaluation.results import Results, in_words
 
 _PICTURES = 32
@@ -51,12 +52,14 @@ class Exam:
     Data with classes is evaluated by zero-shot classification, data with captions by retrieval.
     """
 
-    def __init__(self, clip: LoadedClip, tests: Mapping[str, Splits], options: ClipOptions, skipped: SkipList) -> None:
+    def __init__(
+        self, clip: LoadedClip, tests: Mapping[str, Splits], settings: ClipSettings, skipped: SkipList
+    ) -> None:
         """Prepare the tests. `tests` maps a name to its data; the task is named "test"."""
         self.tests = tests
         self.skipped = skipped
-        self.templates = options.images.templates
-        self.batch_size, self.workers = options.training.batch_size, options.training.workers
+        self.templates = settings.images.templates
+        self.batch_size, self.workers = settings.training.batch_size, settings.training.workers
         self.tasks = {name: test.name for name, test in tests.items()}
         self.transform, self.tokenize = clip.eval_transform, clip.tokenize
         task = tests["test"]
@@ -100,14 +103,8 @@ class Exam:
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions, for data with classes."""
         assert self.class_names is not None
-        names = self.class_names
-        old = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
-        return [
-            Prediction(picture, names[truth], None if was is None else names[was], names[now])
-            for picture, truth, was, now in zip(
-                self.pictures, self.truths, old, after.logits.argmax(dim=1).tolist(), strict=True
-            )
-        ]
+        was = before.logits if before else None
+        return compared(self.pictures, self.truths, self.class_names, was, after.logits)
 
     def found(self, before: Answers | None, after: Answers) -> Sequence[Found]:
         """Return the sample of pictures with their nearest captions, for data with captions."""

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
-from randlora_vision.training.dreambooth.options import DreamBoothOptions, model_title
+from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
 from randlora_vision.training.dreambooth.pictures import plot_losses
 from randlora_vision.training.evaluation.results import summarise
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -36,19 +35,19 @@ _SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a d
 
 def write_results(
     run: RunFolder,
-    options: DreamBoothOptions,
+    settings: DreamBoothSettings,
     adaptation: PipelineAdaptation,
     shares: Mapping[str, Shares],
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder except the samples; return the content of summary.json."""
-    method, title = options.adapter.method, model_title(options)
+    method, title = settings.adapter.method, model_title(settings)
     metrics = run.read_metrics()
     plot_losses(metrics, f"{method} on {title}", run.curves)
     measured = [line for line in metrics if line["split"] == "val"]
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference, SkipList()),
+        **summarise(run, method, title, adaptation, speed, reload_difference),
         "before": _values(measured[0], shares.get("before")),
         "after": _values(measured[-1], shares.get("after")),
     }

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
+from torch import Tensor
 
 from randlora_vision.files.atomic import replacing
 
@@ -72,6 +73,22 @@ class Prediction:
     truth: str
     before: str | None  # None where there was no classifier yet
     after: str
+
+
+def compared(
+    pictures: Sequence[Image.Image],
+    truths: Sequence[int],
+    names: Sequence[str],
+    before: Tensor | None,
+    after: Tensor,
+) -> list[Prediction]:
+    """Return the P pictures with their classes and the answers, given the logits (P, K) before and after training."""
+    was = [None] * len(truths) if before is None else [names[label] for label in before.argmax(dim=1).tolist()]
+    now = [names[label] for label in after.argmax(dim=1).tolist()]
+    return [
+        Prediction(picture, names[truth], old, new)
+        for picture, truth, old, new in zip(pictures, truths, was, now, strict=True)
+    ]
 
 
 def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, columns: int = 8) -> None:

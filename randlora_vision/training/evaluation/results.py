@@ -3,13 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.evaluation.plots import HEADLINES
+from randlora_vision.training.evaluation.accuracy import Scores
+from randlora_vision.training.evaluation.plots import HEADLINES, Prediction, plot_confusion, plot_predictions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
 
 Results = Mapping[str, Mapping[str, float]]  # test name -> metric name -> value
+
+
+def log_results(run: RunFolder, before: Results | None, after: Results, steps: int) -> None:
+    """Log the results on the tests before training, at step 0, and after it."""
+    for step, results in ((0, before or {}), (steps, after)):
+        for name, values in results.items():
+            run.log(step, name, values)
+
+
+def plot_answers(
+    run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], when: str
+) -> None:
+    """Plot the sample of pictures with the predictions, and the confusion of all test images."""
+    plot_predictions(predictions, f"Test images and predictions {when}", run.predictions)
+    title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
+    plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
 
 
 def summarise(
@@ -19,7 +38,7 @@ def summarise(
     adaptation: Adaptation,
     speed: Speed,
     reload_difference: float,
-    skipped: SkipList,
+    skipped: SkipList | None = None,
 ) -> dict[str, Any]:
     """Return the part of summary.json on what was trained, the speed, and the check of the reloaded file."""
     return {
@@ -32,7 +51,7 @@ def summarise(
         "images_per_second": round(speed.images_per_second, 1),
         "peak_memory_gb": round(speed.peak_memory, 2),
         "reload_difference": reload_difference,
-        "skipped_images": skipped.count(),
+        "skipped_images": skipped.count() if skipped else 0,
     }
 
 
@@ -74,8 +93,12 @@ def closing_words(run: RunFolder, before: object, after: object, summary: dict[s
     )
 
 
-def check_equal(difference: float, largest: float, run: RunFolder) -> float:
-    """Return the largest logit difference of the reloaded model; raise RuntimeError if it exceeds rounding."""
-    if difference > 1e-4 * largest:
+def check_equal(reloaded: Tensor, trained: Tensor, run: RunFolder) -> float:
+    """Return the largest difference between logits of the reloaded and the trained model.
+
+    Raises RuntimeError if it exceeds rounding.
+    """
+    difference = (reloaded - trained).abs().max().item()
+    if difference > 1e-4 * trained.abs().max().item():
         raise RuntimeError(f"{run.adapter} does not reproduce the trained model: a logit differs by {difference}")
     return difference

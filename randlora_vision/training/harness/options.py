@@ -18,7 +18,7 @@ from randlora_vision.errors import one_line
 from randlora_vision.training.harness.config_file import ConfigFile, expand_config
 from randlora_vision.training.harness.optim import Schedule, check_optimizer_name
 
-Method = Literal["randlora", "lora", "full", "linear-probe"]
+Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]  # each script has a subset
 _Options = TypeVar("_Options")
 FREE = {"free": True}
 """Metadata of settings, or groups of settings, that may differ on resuming: they do not change what is learned."""
@@ -34,7 +34,7 @@ class AdapterOptions:
     """The training method and its adapter."""
 
     method: Method = "randlora"
-    """RandLoRA, LoRA on the same weights, full fine-tuning, or a linear classifier on frozen features."""
+    """How the model is trained."""
     rank: int | None = None
     """RandLoRA: the rank of one random base; a LARGER rank means FEWER trained numbers, the opposite of
     LoRA. Default: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
@@ -123,6 +123,18 @@ class TrainingOptions:
         check_optimizer_name(self.optimizer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainingOptions):
+    """`TrainingOptions` with the defaults filled in."""
+
+    steps: int
+    lr: float
+
+    def batches(self, processes: int) -> int:
+        """Return how many batches all processes together take from the loader."""
+        return self.steps * self.gradient_accumulation_steps * processes
+
+
 @dataclass(frozen=True)
 class RateOptions:
     """Layer-wise learning rates."""
@@ -183,6 +195,11 @@ class CheckpointOptions:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
         limit = self.checkpoints_total_limit
         _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
+
+
+def without(options: Any, *names: str) -> dict[str, Any]:
+    """Return the fields of `options` (a dataclass) except `names`, as the arguments of another dataclass."""
+    return {name: value for name, value in vars(options).items() if name not in names}
 
 
 def free_settings(options: Any) -> list[str]:

@@ -23,7 +23,7 @@ from randlora_vision.training.harness.checkpoints import (
     read_checkpoint,
 )
 from randlora_vision.training.harness.loop import Trainer
-from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, TrainingOptions
+from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training
 from randlora_vision.training.harness.seeding import seeded_items
 
 SETTINGS = {"training": {"lr": 0.1, "workers": 0}, "run": {"output_dir": "a"}, "processes": 1}
@@ -64,6 +64,7 @@ class FitTask:
         self.loss = Fit()
         self.loss.killed_at = killed_at
         self.data = Noisy()
+        self.own_lr: dict[nn.Parameter, float] = {}
         self.batches: DataLoader[Any] = DataLoader(
             self.data, batch_sampler=ShuffledBatches(len(self.data), 4, batches, seed=3), num_workers=workers
         )
@@ -85,7 +86,7 @@ def train(
     """Return the log without the speed, and the trained parameters."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
-    settings = TrainingOptions(
+    settings = Training(
         **{"lr": 0.01, "steps": 12, "batch_size": 4, "log_every": 2, "eval_every": 4, "seed": 5, **options}
     )
     lines: list[Any] = []

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.loop import Trainer, train_mode
 from randlora_vision.training.harness.optim import adamw, schedule_factor
-from randlora_vision.training.harness.options import TrainingOptions
+from randlora_vision.training.harness.options import Training
 
 DATA = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 
@@ -34,6 +34,8 @@ class Fit(nn.Module):
 
 
 class FitTask:
+    own_lr: Mapping[nn.Parameter, float] = {}
+
     def __init__(self, batch_size: int, batches: int, path: Path | None = None) -> None:
         self.loss = Fit()
         data = DATA.repeat(batches * batch_size // len(DATA) + 1, 1)[: batches * batch_size]
@@ -69,7 +71,7 @@ class Log(list):
 
 
 def trainer(task: FitTask, log: Log | None = None, **options: Any) -> Trainer:
-    settings = TrainingOptions(**{"lr": 0.1, "steps": 4, "batch_size": 4, "warmup_fraction": 0.0, **options})
+    settings = Training(**{"lr": 0.1, "steps": 4, "batch_size": 4, "warmup_fraction": 0.0, **options})
     for state in (AcceleratorState, GradientState, PartialState):  # process-wide, with other settings in it
         state._shared_state.clear()
     return Trainer(task, settings, make_accelerator(settings), Log() if log is None else log)
