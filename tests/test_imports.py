@@ -44,7 +44,7 @@ ALLOWED = {
     "training": (),
     "training.methods": (*HOSTS, "training.harness"),
     "training.data": ("names", "errors"),
-    "training.harness": ("errors", "files", "versions"),
+    "training.harness": ("names", "errors", "files", "versions"),
     "training.evaluation": ("files", "training.harness", "training.data", "training.methods"),
     "training.clip": COMMON,
     "training.classifier": COMMON,

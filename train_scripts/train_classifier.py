@@ -19,14 +19,14 @@ from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
 from randlora_vision.training.classifier.data import read_images
 from randlora_vision.training.classifier.defaults import resolve
-from randlora_vision.training.classifier.evaluation import Answers, Exam, evaluate, write_results
+from randlora_vision.training.classifier.evaluation import Exam, evaluate, write_results
 from randlora_vision.training.classifier.loss import ClassifierLoss
 from randlora_vision.training.classifier.methods import adapt, head_parameters, own_rates
 from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
 from randlora_vision.training.data.batches import evaluation_batches, training_batches
 from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.evaluation.results import check_equal, closing_words
+from randlora_vision.training.evaluation.results import Answers, check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import checkpoint_activations, placed
@@ -35,11 +35,13 @@ from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.adaptation import Adaptation
 from randlora_vision.training.methods.task import AdaptedTask
 
+REPLACED = {"--dataset": "--data timm:{}", "--dataset-download": "--download"}
+
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(ClassifierOptions, argv, __doc__ or ""))
+    train(parse(ClassifierOptions, argv, __doc__ or "", REPLACED))
 
 
 def train(options: ClassifierOptions) -> dict[str, Any]:

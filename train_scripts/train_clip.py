@@ -22,7 +22,7 @@ from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.defaults import resolve
-from randlora_vision.training.clip.evaluation import Answers, Exam, Splits
+from randlora_vision.training.clip.evaluation import ClipAnswers, Exam, Splits
 from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
@@ -173,7 +173,9 @@ def take_scales(settings: ClipSettings, device: torch.device, exam: Exam, path: 
     return results
 
 
-def check_reload(settings: ClipSettings, device: torch.device, exam: Exam, trained: Answers, run: RunFolder) -> float:
+def check_reload(
+    settings: ClipSettings, device: torch.device, exam: Exam, trained: ClipAnswers, run: RunFolder
+) -> float:
     """Load the saved file into a fresh base model and compare its logits with the trained model's.
 
     Returns the largest difference. Raises RuntimeError if it exceeds rounding error.

@@ -32,10 +32,11 @@ from randlora_vision.training.dreambooth.methods import (
 )
 from randlora_vision.training.dreambooth.options import DreamBoothOptions, DreamBoothSettings, model_title
 from randlora_vision.training.dreambooth.pictures import Album, write_base_pictures
-from randlora_vision.training.dreambooth.results import Shares, check_same, closing_words, write_results
+from randlora_vision.training.dreambooth.results import Shares, check_same, in_words, write_results
 from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, class_images, largest_difference
 from randlora_vision.training.dreambooth.subject import read_subject
 from randlora_vision.training.dreambooth.task import TrainingSet, make_task
+from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.options import parse
@@ -100,7 +101,10 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         if pictures:
             album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
         summary = write_results(run, settings, adaptation, shares, speed, difference)
-        say(closing_words(run, adaptation, shares, summary))
+        before, after = (in_words(summary[when], shares.get(when)) for when in ("before", "after"))
+        code = adaptation.loading_code(run.adapter)
+        same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
+        say(closing_words(run, before, after, summary, code, same))
         if settings.hub.hub_model_id is not None:
             say(f"uploaded: {upload(settings, run, summary)}")
     finish(run, accelerator, speed.steps)

@@ -14,14 +14,13 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.training.data.sources import digits
-from tests.train_scripts.test_train_clip import QUICK, RUN_FILES, SCRIPTS, script
-from tests.training_helpers import draw_nothing, write_class_folders, write_tiny_vit
+from tests.train_scripts.test_train_clip import RUN_FILES
+from tests.training_helpers import SCRIPTS, draw_nothing, run_script, write_class_folders, write_tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +39,11 @@ def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     draw_nothing(monkeypatch)
 
     def main(*argv: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
-            state._shared_state.clear()
-        folder = tmp_path / "run"
-        given = ["--output-dir", str(folder)]
+        defaults = {"--data": str(images), "--output-dir": str(tmp_path / "run")}
         if "--model" not in argv:
-            given += ["--model", f"local-dir:{tiny}", "--pretrained"]
-        if "--data" not in argv:
-            given += ["--data", str(images)]
-        if not {"--rank", "--budget"} & set(argv):
-            given += ["--rank", "4"]
-        script("train_classifier").main([*given, *QUICK, *argv])
-        return folder
+            argv = ("--model", f"local-dir:{tiny}", "--pretrained", *argv)
+        run_script("train_classifier", argv, defaults if "--budget" in argv else {**defaults, "--rank": "4"})
+        return tmp_path / "run"
 
     return main
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -27,8 +26,8 @@ from randlora_vision.training.dreambooth.options import DreamBoothOptions, HubOp
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.task import AdaptedTask
 from tests.tiny_pipelines import PIPELINES, sample
+from tests.training_helpers import SCRIPTS, script
 
-SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
 PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
 RUN_FILES = {
@@ -41,14 +40,6 @@ RUN_FILES = {
     "split.json",
     "summary.json",
 }
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_dreambooth", SCRIPTS / "train_dreambooth.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +83,7 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
             "--lr": "1e-2",
         }
         given = [word for name, value in defaults.items() if name not in argv for word in (name, value)]
-        (module or script()).main([*given, *argv])
+        (module or script("train_dreambooth")).main([*given, *argv])
         return Path(argv[argv.index("--output-dir") + 1]) if "--output-dir" in argv else tmp_path / "run"
 
     return main
@@ -100,7 +91,7 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[Any]]:
     """Return the script, and a list to which it appends the pipelines that it trains."""
-    module, trained = script(), []
+    module, trained = script("train_dreambooth"), []
     adapt = module.adapt
     monkeypatch.setattr(module, "adapt", lambda family, options: trained.append(family.pipe) or adapt(family, options))
     return module, trained
@@ -219,7 +210,7 @@ def test_options_reach_the_run(train: Any, model: str, argv: list[str]) -> None:
 def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
     flags = ["--max_train_steps", "3", "--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lora_dropout", "0.1"]
     flags += ["--validation_steps", "2", "--checkpointing_steps", "3", "--adam_weight_decay", "0.1"]
-    module, seen = script(), []
+    module, seen = script("train_dreambooth"), []
     module.train = seen.append  # type: ignore[attr-defined]
     module.main(flags)
     (options,) = seen
@@ -230,7 +221,7 @@ def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
 
 
 def test_the_adapter_goes_to_the_hub(tmp_path: Path) -> None:
-    module, calls = script(), []
+    module, calls = script("train_dreambooth"), []
     module.push_to_hub = lambda *given, **named: calls.append((given, named)) or "https://hub"  # type: ignore[attr-defined]
     options = DreamBoothOptions(
         pipeline=PipelineOptions(pretrained_model_name_or_path="base"),
@@ -395,7 +386,7 @@ def test_the_embedded_default(
         state._shared_state.clear()
     argv = ["--family", family, "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
     argv += ["--steps", "2", "--num-class-images", "2", "--num-inference-steps", "1", "--report-to", "none"]
-    script().main(argv)
+    script("train_dreambooth").main(argv)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (
         set(summary["after"]) == {"loss", "prior_loss", "subject", "class_kept", "digits_kept"}

@@ -1,7 +1,6 @@
 """Evaluation of a classifier: overall and per-class accuracy, on the task and on the original task."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from randlora_vision.training.data.labelled import Batch, ImageSplits, sample_pi
 from randlora_vision.training.data.pictures import SkipList, Transform
 from randlora_vision.training.evaluation.accuracy import Scores, measure
 from randlora_vision.training.evaluation.plots import Prediction, compared, plot_curves
-from randlora_vision.training.evaluation.results import in_words, log_results, plot_answers, summarise
+from randlora_vision.training.evaluation.results import Answers, log_results, plot_answers, summarise
 from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -26,23 +25,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores
     """Evaluate a model on data with `classes` classes. Leaves it in eval mode."""
     model.eval()
     return measure(model, batches, classes, next(model.parameters()).device)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The results of a model on the tests."""
-
-    tasks: Mapping[str, str]  # test -> name of its data
-    scores: Mapping[str, Scores]
-    logits: Tensor  # for the sample of pictures (P, K)
-
-    @property
-    def results(self) -> dict[str, dict[str, float]]:
-        """The metrics of each test."""
-        return {name: scores.values for name, scores in self.scores.items()}
-
-    def __str__(self) -> str:
-        return in_words(self.tasks, self.results)
 
 
 class Exam:

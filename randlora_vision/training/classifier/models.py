@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from randlora_vision.integrations.timm import head_modules
+from randlora_vision.names import close_matches
 from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
@@ -132,8 +132,8 @@ def _check_name(name: str) -> None:
         tags = timm.list_pretrained(f"{name.partition('.')[0]}.*") if tag else [name]
         known = [name] if name in tags else tags
     if name not in known:
-        close = get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"; close matches: {', '.join(close)}" if close else ""
+        close = close_matches(name, known, cutoff=0.5)
+        hint = f"; {close}" if close else ""
         raise ValueError(
             f"timm has no model {name!r}{hint} (python -c 'import timm; print(timm.list_models())' "
             "lists them all; hf-hub:ORG/REPO and local-dir:FOLDER work too)"

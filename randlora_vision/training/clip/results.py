@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from randlora_vision.training.clip.evaluation import Answers, Exam
+from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.evaluation.plots import plot_curves, plot_found, plot_scales
 from randlora_vision.training.evaluation.results import Results, headline, log_results, plot_answers, summarise
@@ -18,13 +18,13 @@ class Measured:
     """All evaluation results of a run."""
 
     exam: Exam
-    before: Answers
-    after: Answers | None  # None if only the base model was evaluated
+    before: ClipAnswers
+    after: ClipAnswers | None  # None if only the base model was evaluated
     scales: Sequence[tuple[float, Results]] = ()  # between the base model and the adapted one
     truncated_captions: int = 0
 
     @property
-    def last(self) -> Answers:
+    def last(self) -> ClipAnswers:
         """The results after training, or those of the base model if nothing was trained."""
         return self.after or self.before
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
-from randlora_vision.training.dreambooth.pictures import plot_losses
+from randlora_vision.training.evaluation.plots import plot_curves
 from randlora_vision.training.evaluation.results import summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -44,7 +44,8 @@ def write_results(
     """Write the remaining files of the run folder except the samples; return the content of summary.json."""
     method, title = settings.adapter.method, model_title(settings)
     metrics = run.read_metrics()
-    plot_losses(metrics, f"{method} on {title}", run.curves)
+    losses = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
+    plot_curves(metrics, f"{method} on {title}", run.curves, losses)
     measured = [line for line in metrics if line["split"] == "val"]
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference),
@@ -60,27 +61,12 @@ def _values(line: Mapping[str, Any], shares: Shares | None) -> dict[str, float]:
     return {**losses, **(asdict(shares) if shares else {})}
 
 
-def closing_words(
-    run: RunFolder, adaptation: PipelineAdaptation, shares: Mapping[str, Shares], summary: dict[str, Any]
-) -> str:
-    """Return the closing message: losses, file, result of the reload check, and code that loads the file."""
-    lines = [""]
-    for when in ("before", "after"):
-        losses = f"loss {summary[when]['loss']:.4f} on the subject"
-        if "prior_loss" in summary[when]:
-            losses += f", {summary[when]['prior_loss']:.4f} on its class"
-        lines.append(f"{when + ':':8}{losses}" + (f"; {shares[when]}" if when in shares else ""))
-    lines += [
-        f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
-        f"{summary['images_per_second']:.0f} images/s",
-        f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh pipeline, it gives the same "
-        f"pictures (largest pixel difference: {summary['reload_difference']:.1e})",
-        "\nTo use it:",
-        *(f"    {line}" for line in adaptation.loading_code(run.adapter)),
-        *([f"\npictures: {run.samples}"] if run.samples.exists() else []),
-        f"\nresults: {run.path}",
-    ]
-    return "\n".join(lines)
+def in_words(losses: Mapping[str, float], shares: Shares | None) -> str:
+    """Return the losses and the shares as text."""
+    words = f"loss {losses['loss']:.4f} on the subject"
+    if "prior_loss" in losses:
+        words += f", {losses['prior_loss']:.4f} on its class"
+    return f"{words}; {shares}" if shares else words
 
 
 def check_same(difference: float, run: RunFolder) -> float:

@@ -1,6 +1,7 @@
 """Results of a run: the parts of summary.json and of the printed summary that scripts share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,23 @@ def plot_answers(
     plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The results of a model on the tests."""
+
+    tasks: Mapping[str, str]  # test -> name of its data
+    scores: Mapping[str, Scores]  # for the tests with classes
+    logits: Tensor  # for the sample of P pictures (P, K)
+
+    @property
+    def results(self) -> Results:
+        """The metrics of each test."""
+        return {name: scores.values for name, scores in self.scores.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{self.tasks[name]} {_words(values)}" for name, values in self.results.items())
+
+
 def summarise(
     run: RunFolder,
     method: str,
@@ -55,11 +73,6 @@ def summarise(
     }
 
 
-def in_words(tasks: Mapping[str, str], results: Results) -> str:
-    """Return the accuracies or recalls of each test as text, labelled by its task."""
-    return "; ".join(f"{tasks[name]} {_words(values)}" for name, values in results.items())
-
-
 def headline(values: Mapping[str, float]) -> float:
     """Return the headline metric of a test: top-1, or the mean recall."""
     return next(values[name] for name in HEADLINES if name in values)
@@ -75,19 +88,27 @@ def _words(values: Mapping[str, float]) -> str:
     return f"recall@1/5/10 {', '.join(ways)}"
 
 
-def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
-    """Return the printed summary: accuracies, the file, the check of the reload, and the loading code."""
+def closing_words(
+    run: RunFolder,
+    before: object,
+    after: object,
+    summary: Mapping[str, Any],
+    code: Sequence[str],
+    same: str = "a fresh base model, it gives equal outputs (largest difference of a logit",
+) -> str:
+    """Return the printed summary: the results, the file, the check of the reload, and the loading code."""
     return "\n".join(
         [
             f"\nbefore: {before}",
             f"after:  {after}",
             f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
             f"{summary['images_per_second']:.0f} images/s",
-            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model, it gives equal "
-            f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
+            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into {same}: "
+            f"{summary['reload_difference']:.1e})",
             *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
             "\nTo use it:",
             *(f"    {line}" for line in code),
+            *([f"\npictures: {run.samples}"] if run.samples.exists() else []),
             f"\nresults: {run.path}",
         ]
     )
@@ -99,6 +120,6 @@ def check_equal(reloaded: Tensor, trained: Tensor, run: RunFolder) -> float:
     Raises RuntimeError if it exceeds rounding.
     """
     difference = (reloaded - trained).abs().max().item()
-    if difference > 1e-4 * trained.abs().max().item():
+    if not difference <= 1e-4 * trained.abs().max().item():  # NaN is a difference too
         raise RuntimeError(f"{run.adapter} does not reproduce the trained model: a logit differs by {difference}")
     return difference

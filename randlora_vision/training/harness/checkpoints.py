@@ -1,4 +1,7 @@
-"""Checkpoints of a run: safetensors and JSON, in one folder per step that is written atomically."""
+"""Checkpoints of a run: safetensors and JSON, in one folder per step that is written atomically.
+
+By hand, because accelerate and PyTorch pickle the state of an optimiser.
+"""
 
 import hashlib
 import json

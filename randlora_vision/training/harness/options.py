@@ -6,9 +6,10 @@ A script nests the groups that it needs in its own dataclass and calls `parse`.
 
 import contextlib
 import io
+import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -221,17 +222,25 @@ def _require(condition: bool, expected: str, got: object) -> None:
         raise ValueError(f"{expected}, got {got}")
 
 
-def parse(options: type[_Options], argv: Sequence[str] | None, description: str) -> _Options:
+def parse(
+    options: type[_Options], argv: Sequence[str] | None, description: str, replaced: Mapping[str, str] | None = None
+) -> _Options:
     """Build `options` (a dataclass of option groups) from a command line and the file that `--config` names.
 
     A mistake in either raises ValueError with a one-line message; `--help` prints and exits. The names of the
-    groups are not part of the flags: `training.lr` is `--lr`.
+    groups are not part of the flags: `training.lr` is `--lr`. `replaced` maps flags of earlier versions to what to
+    give instead, with {} for the value.
     """
+    replaced = replaced or {}
     command_line = make_dataclass(
         "CommandLine",
         [("options", options, field(default_factory=options)), ("file", ConfigFile, field(default_factory=ConfigFile))],
     )
-    words = expand_config(sys.argv[1:] if argv is None else argv, options)
+    words = expand_config(sys.argv[1:] if argv is None else argv, options, replaced)
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, _, value = word.partition("=")
+        if (flag := flag.replace("_", "-")) in replaced:
+            raise ValueError(f"{flag} is no longer an option: give {replaced[flag].format(value or after or 'NAME')}")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -177,6 +177,9 @@ def test_what_is_trained_and_what_is_saved(tiny: Path, method: str, tmp_path: Pa
     adaptation.load(fresh, tmp_path / "file.safetensors")
     model.eval().requires_grad_(False)
     assert torch.equal(fresh.eval().requires_grad_(False)(IMAGES), model(IMAGES))
+    scope: dict[str, Any] = {"model": load_classifier(model_of(tiny), 3, seed=0).model}
+    exec("\n".join(adaptation.loading_code(tmp_path / "file.safetensors")), scope)
+    assert torch.equal(scope["model"].eval().requires_grad_(False)(IMAGES), model(IMAGES))
 
 
 def test_a_budget_becomes_the_nearest_rank(tiny: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.loop import Trainer, train_mode
-from randlora_vision.training.harness.optim import adamw, schedule_factor
+from randlora_vision.training.harness.optim import decay_groups, schedule_factor
 from randlora_vision.training.harness.options import Training
 
 DATA = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -184,14 +184,14 @@ def test_the_schedule_reaches_the_optimiser_and_the_log() -> None:
 def test_vectors_are_not_decayed() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     model[0].bias.requires_grad_(False)
-    groups = adamw(model.parameters(), lr=0.1, weight_decay=0.3).param_groups
+    groups = decay_groups(model.parameters(), weight_decay=0.3)
     decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decayed == {id(model[0].weight): 0.3, id(model[1].weight): 0.0, id(model[1].bias): 0.0}
 
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
-        adamw(nn.Linear(2, 2).requires_grad_(False).parameters(), 0.1, 0.0)
+        decay_groups(nn.Linear(2, 2).requires_grad_(False).parameters(), 0.0)
 
 
 def test_batch_statistics_stay_the_bases() -> None:

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import yaml
 
 from randlora_vision.errors import DEBUG_VARIABLE, user_errors
+from randlora_vision.train_scripts import train_classifier
 from randlora_vision.train_scripts.train_clip import choose_model
+from randlora_vision.training.classifier.options import ClassifierOptions
 from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, LossOptions, ModelOptions
 from randlora_vision.training.data.options import ImageOptions
+from randlora_vision.training.dreambooth.options import DreamBoothOptions
 from randlora_vision.training.harness.options import RunOptions, TrainingOptions, parse
 from randlora_vision.training.harness.run_folder import plain_settings
 from tests.training_helpers import clip_settings
@@ -109,6 +115,42 @@ def test_resolving_keeps_what_was_given() -> None:
 def test_the_demo_model_takes_no_other_weights() -> None:
     with pytest.raises(ValueError, match="--pretrained needs --model"):
         ClipOptions(clip=ModelOptions(pretrained="openai"))
+
+
+@pytest.mark.parametrize("options", [ClipOptions, ClassifierOptions, DreamBoothOptions])
+def test_help_texts_name_a_default_in_one_way(options: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(options, ["--help"], "A test.")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Default: " in text and "Defaults to" not in text
+    methods = get_args(get_type_hints(get_type_hints(options)["adapter"])["method"])
+    assert f"--method {{{','.join(methods)}}}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--dataset", "torch/cifar10"], "--dataset is no longer an option: give --data timm:torch/cifar10"),
+        (["--steps", "3", "--dataset=hfds/a/b"], "give --data timm:hfds/a/b"),
+        (["--dataset"], "give --data timm:NAME"),
+        (["--dataset_download", "--dataset", "x"], "--dataset-download is no longer an option: give --download"),
+        ({"dataset": "torch/cifar10", "dataset_download": True}, "give --data timm:torch/cifar10"),
+        ({"dataset_download": True}, "give --download"),
+    ],
+)
+def test_an_option_of_an_earlier_version_names_its_successor(words: Any, expected: str, tmp_path: Path) -> None:
+    if isinstance(words, dict):
+        (tmp_path / "old.yaml").write_text(yaml.safe_dump({"data": words}))
+        words = ["--config", str(tmp_path / "old.yaml")]
+    with pytest.raises(ValueError) as mistake:
+        parse(ClassifierOptions, words, "A test.", train_classifier.REPLACED)
+    assert str(mistake.value).endswith(expected)
+
+
+def test_an_earlier_versions_option_that_was_not_set_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("data: {dataset: null, dataset_download: false}\ntraining: {steps: 3}\n")
+    words = ["--config", str(tmp_path / "old.yaml")]
+    assert parse(ClassifierOptions, words, "A test.", train_classifier.REPLACED).training.steps == 3
 
 
 @pytest.mark.parametrize("error", [ValueError("no\n  good"), FileNotFoundError("no good")])

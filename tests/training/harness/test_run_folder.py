@@ -21,6 +21,7 @@ from randlora_vision.training.evaluation.plots import (
     plot_curves,
     plot_predictions,
 )
+from randlora_vision.training.evaluation.results import check_equal
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder
 from randlora_vision.training.methods.adaptation import TrainedTensors, finite_gradients
@@ -140,6 +141,14 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
         ((255, 0, 0), "red"),
         ((0, 0, 255), "blue"),
     }
+
+
+def test_a_reloaded_model_must_give_the_trained_models_logits(tmp_path: Path) -> None:
+    run, trained = opened(tmp_path), torch.tensor([[1.0, -2.0]])
+    assert check_equal(trained + 1e-5, trained, run) == pytest.approx(1e-5, rel=0.02)
+    for reloaded in (trained + 1e-3, trained * torch.nan):
+        with pytest.raises(RuntimeError, match="adapter.safetensors does not reproduce the trained model"):
+            check_equal(reloaded, trained, run)
 
 
 def test_parameters_without_a_gradient_are_noted_or_all_an_error() -> None:
