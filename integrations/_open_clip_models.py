@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
+
+from randlora_vision.names import close_matches
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def _model_name(name: str) -> str:
     schema, _ = open_clip.factory.parse_model_name(name)
     names = open_clip.list_models()
     if schema is None and name.replace("/", "-") not in names:
-        close = get_close_matches(name, names, n=3, cutoff=0.5) or get_close_matches(name.upper(), names, n=3)
-        hint = f"; close matches: {', '.join(close)}" if close else ""
+        close = close_matches(name, names, cutoff=0.5) or close_matches(name.upper(), names)
+        hint = f"; {close}" if close else ""
         raise ValueError(
             f"open_clip has no model {name!r}{hint} (python -c 'import open_clip; print(open_clip.list_models())' "
             "lists them all; hf-hub:ORG/REPO, local-dir:FOLDER and a .json configuration work too)"
@@ -105,8 +106,7 @@ def _check_pretrained(name: str, pretrained: str | None) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or pretrained in tags or os.path.isfile(pretrained):
         return
-    close = get_close_matches(pretrained, tags, n=3)
-    which = f"close matches: {', '.join(close)}" if close else f"it has: {', '.join(tags) or 'none'}"
+    which = close_matches(pretrained, tags) or f"it has: {', '.join(tags) or 'none'}"
     raise ValueError(f"{pretrained!r} is neither a file nor a tag of {name}; {which}")
 
 

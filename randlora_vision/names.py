@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -45,6 +46,12 @@ def summarise(names: list[str]) -> list[str]:
         group = ".".join("*" if part.isdecimal() else part for part in name.split("."))
         counts[group] = counts.get(group, 0) + 1
     return [f"{group} (x{count})" if count > 1 else group for group, count in counts.items()]
+
+
+def close_matches(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a hint for a misspelt name, such as ``close matches: adam, adamw``; empty if nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    return f"close matches: {', '.join(close)}" if close else ""
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:

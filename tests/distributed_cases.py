@@ -5,7 +5,6 @@ With arguments, WORK FOLDER, it runs all cases in this process pair: one start f
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,9 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.training_helpers import draw_nothing
-
-SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+from tests.training_helpers import draw_nothing, script
 
 # Plain gradient descent: Adam's first steps turn rounding of a gradient near zero into steps of full size.
 COMMON = [
@@ -65,14 +62,6 @@ CASES = [
 RESUMED = clip(
     "resumed", "--loss", "clip", "--dropout", "0.2", "--lr", "0.02", "--checkpoint-every", "2", accumulation=2
 )
-
-
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def forget_accelerator() -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
+from randlora_vision.training.clip.defaults import resolve
+from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.harness.options import without
 
 TINY_CONFIG: dict[str, Any] = {
     "embed_dim": 16,
@@ -25,6 +32,8 @@ TINY_CONFIG: dict[str, Any] = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 NO_SKIPS = SkipList()
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+QUICK = ("--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1", "--workers", "0")
 
 
 def write_class_folders(root: Path, per_class: int = 6, classes: Sequence[int] = (0, 1, 2)) -> Path:
@@ -57,6 +66,12 @@ def tiny_clip(folder: Path) -> LoadedClip:
     return load_clip(f"local-dir:{folder}", None, seed=0)
 
 
+def clip_settings(options: ClipOptions, model: nn.Module | None = None, captions: bool = False) -> ClipSettings:
+    """Fill in the defaults, for a budget those of `model`, under the name of a tiny CLIP if none is chosen."""
+    chosen = ClipModel(**without(options.clip, "model"), model=options.clip.model or "tiny")
+    return resolve(options, chosen, model or nn.Identity(), captions)
+
+
 def write_tiny_vit(folder: Path, classes: int) -> Path:
     """Write a random tiny ViT as a folder for timm's `local-dir:`."""
     import timm
@@ -82,6 +97,23 @@ def write_tiny_vit(folder: Path, classes: int) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def script(name: str) -> ModuleType:
+    """Import a training script from its file, as if it were run."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, argv: Sequence[str], defaults: Mapping[str, str]) -> None:
+    """Run a script as in a separate process, with `defaults` for the options that are not in `argv`."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    given = [word for option, value in defaults.items() if option not in argv for word in (option, value)]
+    script(name).main([*given, *QUICK, *argv])
 
 
 def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

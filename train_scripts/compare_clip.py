@@ -14,15 +14,15 @@ from typing import Any
 from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_json, write_text
 from randlora_vision.train_scripts.train_clip import train
-from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.clip.options import ClipAdapterOptions, ClipMethod, ClipOptions
 from randlora_vision.training.evaluation.plots import Compared, plot_comparison
 from randlora_vision.training.evaluation.results import headline
-from randlora_vision.training.harness.options import AdapterOptions, Method, parse
+from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 
-Summaries = Mapping[Method, Mapping[str, Any]]  # method -> content of summary.json
+Summaries = Mapping[ClipMethod, Mapping[str, Any]]  # method -> content of summary.json
 
-_LABELS: Mapping[Method, str] = {"randlora": "RandLoRA", "lora": "LoRA", "full": "full fine-tuning"}
+_LABELS: Mapping[ClipMethod, str] = {"randlora": "RandLoRA", "lora": "LoRA", "full": "full fine-tuning"}
 _ACCURACIES = "Accuracies are measured on test images, before and after training."
 _REMARK = f"""\
 {_ACCURACIES} Learning rates were chosen on validation images.
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.checkpoints.resume is not None:
         raise ValueError("the comparison trains from the start: to resume the run of one method, use train_clip.py")
     folder = Path(options.run.output_dir or "runs/compare-clip")
-    summaries: dict[Method, Mapping[str, Any]] = {}
+    summaries: dict[ClipMethod, Mapping[str, Any]] = {}
     for method, label in _LABELS.items():
         print(f"\n=== {label}", flush=True)
         adapter = options.adapter
         if method != "randlora":
-            adapter = AdapterOptions(method=method, target_modules=adapter.target_modules)
+            adapter = ClipAdapterOptions(method=method, target_modules=adapter.target_modules)
         if method == "lora":
             adapter = replace(adapter, budget=summaries["randlora"]["trained_numbers"])
         run = replace(options.run, output_dir=str(folder / method), overwrite=True)

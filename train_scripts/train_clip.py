@@ -21,15 +21,15 @@ from accelerate.utils import set_seed
 from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
-from randlora_vision.training.clip.classifier import ClipClassifier
-from randlora_vision.training.clip.evaluation import Answers, Exam, Splits
-from randlora_vision.training.clip.load import put_on, reload
-from randlora_vision.training.clip.methods import adapt, adapter_targets, checkpoint_towers
-from randlora_vision.training.clip.options import ClipOptions, resolve, resolve_loss, resolve_metric
+from randlora_vision.training.clip.defaults import resolve
+from randlora_vision.training.clip.evaluation import ClipAnswers, Exam, Splits
+from randlora_vision.training.clip.load import load_classifier, load_trained
+from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
+from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
-from randlora_vision.training.clip.retrieval import retrieval_features
-from randlora_vision.training.clip.tasks import ClassPromptTask, ContrastiveTask
-from randlora_vision.training.data.captioned import PairSplits, class_captions, truncated_captions
+from randlora_vision.training.clip.tasks import loss_of, training_data, validation
+from randlora_vision.training.data.batches import training_batches
+from randlora_vision.training.data.captioned import PairSplits, truncated_captions
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.read import read_data
@@ -38,10 +38,9 @@ from randlora_vision.training.evaluation.results import Results, check_equal, cl
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import placed
-from randlora_vision.training.harness.options import parse
+from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
-from randlora_vision.training.methods.adaptation import Adaptation
-from randlora_vision.training.methods.lora import resolve_budget
+from randlora_vision.training.methods.task import AdaptedTask
 
 
 @user_errors
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: ClipOptions) -> dict[str, Any]:
     """Evaluate, adapt, train, save, reload and evaluate again; return the content of summary.json."""
-    options = resolve(options)
     accelerator = make_accelerator(options.training)
     say = accelerator.print
     options, run, resume = open_run(options, "clip", accelerator)
@@ -60,95 +58,70 @@ def train(options: ClipOptions) -> dict[str, Any]:
     data = read_data(options.images, skipped, options.images.class_names)
     class_names = data.class_names if isinstance(data, ImageSplits) else None
     with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
-        options = with_demo_model(options)
-        clip = load(options, accelerator.device)
-    options = resolve_loss(options, captions=class_names is None)
-    options = resolve_metric(options, captions=class_names is None)
-    say(f"model: {options.clip.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
+        chosen = choose_model(options)
+        clip = load(chosen, options, accelerator.device)
+    settings = resolve(options, chosen, clip.model, captions=class_names is None)
+    training = settings.training
+    say(f"model: {chosen.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {data}{skipped}")
     truncated = truncated_captions(data, clip.tokenize) if isinstance(data, PairSplits) else 0
     if truncated:
         say(f"note: {truncated} captions are longer than the model's context and are truncated")
 
-    set_seed(options.training.seed)
-    exam = Exam(clip, read_tests(options, data, skipped), options, skipped)
-    if options.evaluation.eval_only:
-        return evaluate(options, clip, exam, run, accelerator)
+    set_seed(training.seed)
+    exam = Exam(clip, read_tests(settings, data, skipped), settings, skipped)
+    if settings.evaluation.eval_only:
+        return evaluate(settings, clip, exam, run, accelerator)
     before = exam.take(clip)
-    options = resolve_budget(options, clip.model, adapter_targets)
-    if options.speed.gradient_checkpointing:
-        checkpoint_towers(clip.model, options)
-    classifier, adaptation = adapt(clip, class_names, options)
+    if settings.speed.gradient_checkpointing:
+        checkpoint_towers(clip.model, settings)
+    classifier, adaptation = adapt(clip, class_names, settings)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n")
-    path = run.adapter if run.writing else None
-    task = make_task(clip, data, classifier, adaptation, options, skipped, accelerator.num_processes, path)
-    if options.speed.torch_compile:
+    images = training_data(clip, data, settings, skipped)
+    batches = training.batches(accelerator.num_processes)
+    task = AdaptedTask(
+        adaptation,
+        loss=loss_of(clip, classifier, settings),
+        batches=training_batches(images, training.batch_size, batches, training.seed, training.workers),
+        evaluate=validation(clip, data, classifier, settings, skipped),
+        own_lr=own_rates(clip.model, settings),
+        path=run.adapter if run.writing else None,
+    )
+    if settings.speed.torch_compile:
         task.loss.compile()
-    speed = fit(task, options, data, run, accelerator, resume)
+    speed = fit(task, settings, data, run, accelerator, resume)
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(clip, classifier)
     accelerator.wait_for_everyone()  # until the file that every process now reads is written
-    difference = check_reload(options, accelerator.device, exam, after, run)
-    scales = take_scales(options, accelerator.device, exam, run.adapter)
+    difference = check_reload(settings, accelerator.device, exam, after, run)
+    scales = take_scales(settings, accelerator.device, exam, run.adapter)
     summary: dict[str, Any] = {}
     if run.writing:
         measured = Measured(exam, before, after, scales, truncated)
-        summary = write_results(run, options, adaptation, measured, speed, difference)
-        say(closing_words(run, before, after, summary, loading_code(run, options, adaptation)))
+        summary = write_results(run, settings, adaptation, measured, speed, difference)
+        say(closing_words(run, before, after, summary, loading_code(run, settings, adaptation)))
     finish(run, accelerator, speed.steps)
     return summary
 
 
 def evaluate(
-    options: ClipOptions, clip: LoadedClip, exam: Exam, run: RunFolder, accelerator: Accelerator
+    settings: ClipSettings, clip: LoadedClip, exam: Exam, run: RunFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Evaluate the model, also with the adapter if one is given; return the content of summary.json."""
     before, after = exam.take(clip), None
     scales: list[tuple[float, Results]] = []
-    if options.evaluation.adapter is not None:
-        path = Path(options.evaluation.adapter)
-        after = exam.take(clip, reload(clip, exam.class_names, options, path))
-        scales = take_scales(options, accelerator.device, exam, path)
-    run.write_config(options)
+    if settings.evaluation.adapter is not None:
+        path = Path(settings.evaluation.adapter)
+        after = exam.take(clip, load_classifier(clip, exam.class_names, settings, path))
+        scales = take_scales(settings, accelerator.device, exam, path)
+    run.write_config(settings)
     summary: dict[str, Any] = {}
     if run.writing:
-        summary = write_evaluation(run, options, Measured(exam, before, after, scales))
-        with_adapter = f"\nwith {options.evaluation.adapter}: {after}" if after else ""
+        summary = write_evaluation(run, settings, Measured(exam, before, after, scales))
+        with_adapter = f"\nwith {settings.evaluation.adapter}: {after}" if after else ""
         accelerator.print(f"base model: {before}{with_adapter}\n\nresults: {run.path}")
     finish(run, accelerator, step=0)
     return summary
-
-
-def make_task(
-    clip: LoadedClip,
-    data: Splits,
-    classifier: ClipClassifier | None,
-    adaptation: Adaptation,
-    options: ClipOptions,
-    skipped: SkipList,
-    processes: int,
-    path: Path | None,
-) -> ClassPromptTask | ContrastiveTask:
-    """Return the task for the training loop: the chosen loss, on data with classes or with captions."""
-    transform = clip.training_transform(data.augment)
-    if isinstance(data, PairSplits):
-        pairs = data.select("train", transform, clip.tokenize, skipped)
-        val = data.select("val", clip.eval_transform, clip.tokenize, skipped, draw=False)
-        training = options.training
-
-        def recalls() -> dict[str, float]:
-            return retrieval_features(clip.model, val, training.batch_size, training.workers).recalls()
-
-        return ContrastiveTask(clip, adaptation, pairs, recalls, options, processes, path)
-    assert classifier is not None
-    train = data.select("train", transform, skipped)
-    by_prompts = ClassPromptTask(
-        classifier, adaptation, train, data.select("val", clip.eval_transform, skipped), options, processes, path
-    )
-    if options.loss.loss == "class-prompts":
-        return by_prompts
-    captions = class_captions(data, options.images.templates).select("train", transform, clip.tokenize, skipped)
-    return ContrastiveTask(clip, adaptation, captions, by_prompts.evaluate, options, processes, path)
 
 
 def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[str, Splits]:
@@ -169,44 +142,47 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
     return tests
 
 
-def with_demo_model(options: ClipOptions) -> ClipOptions:
-    """Set the model to the digits CLIP if none was chosen, pretraining it first if it is not cached."""
-    if options.clip.model is not None:
-        return options
-    folder = demo_clip.demo_model_folder(options.clip.cache_dir)
-    return replace(options, clip=replace(options.clip, model=f"local-dir:{folder}"))
+def choose_model(options: ClipOptions) -> ClipModel:
+    """Return the chosen model, by default the digits CLIP, which is pretrained first if it is not cached."""
+    given = options.clip
+    name, pretrained = given.model, given.pretrained
+    if name is None and options.images.embedded:
+        name = f"local-dir:{demo_clip.demo_model_folder(given.cache_dir)}"
+    elif name is None:
+        name, pretrained = "ViT-B-32", pretrained or "laion2b_s34b_b79k"
+    return ClipModel(**without(given, "model", "pretrained"), model=name, pretrained=pretrained)
 
 
-def load(options: ClipOptions, device: torch.device) -> LoadedClip:
+def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> LoadedClip:
     """Load the base model; a linear probe on adapted features also loads the given adapter."""
-    assert options.clip.model is not None
-    clip = load_clip(options.clip.model, options.clip.pretrained, options.training.seed)
+    clip = load_clip(chosen.model, chosen.pretrained, options.training.seed)
     placed(clip.model, device, options.speed.channels_last)
     adapter = options.evaluation.adapter
-    if adapter is not None and not options.evaluation.eval_only:
-        if put_on(clip.model, Path(adapter)) is not None:
-            raise ValueError(f"--adapter {adapter} is itself a linear classifier: it has no features to train on")
+    if adapter is not None and not options.evaluation.eval_only and load_trained(clip.model, adapter) is not None:
+        raise ValueError(f"--adapter {adapter} is itself a linear classifier: it has no features to train on")
     return clip
 
 
-def take_scales(options: ClipOptions, device: torch.device, exam: Exam, path: Path) -> list[tuple[float, Results]]:
+def take_scales(settings: ClipSettings, device: torch.device, exam: Exam, path: Path) -> list[tuple[float, Results]]:
     """Evaluate the model at every requested scale of the adapter."""
     results = []
-    for scale in options.evaluation.scales:
-        clip = load(options, device)
-        results.append((scale, exam.take(clip, reload(clip, exam.class_names, options, path, scale)).results))
+    for scale in settings.evaluation.scales:
+        clip = load(settings.clip, settings, device)
+        classifier = load_classifier(clip, exam.class_names, settings, path, scale)
+        results.append((scale, exam.take(clip, classifier).results))
     return results
 
 
-def check_reload(options: ClipOptions, device: torch.device, exam: Exam, trained: Answers, run: RunFolder) -> float:
+def check_reload(
+    settings: ClipSettings, device: torch.device, exam: Exam, trained: ClipAnswers, run: RunFolder
+) -> float:
     """Load the saved file into a fresh base model and compare its logits with the trained model's.
 
     Returns the largest difference. Raises RuntimeError if it exceeds rounding error.
     """
-    fresh = load(options, device)
-    logits = exam.predict(fresh, reload(fresh, exam.class_names, options, run.adapter))
-    difference = (logits - trained.logits).abs().max().item()
-    return check_equal(difference, trained.logits.abs().max().item(), run)
+    fresh = load(settings.clip, settings, device)
+    logits = exam.predict(fresh, load_classifier(fresh, exam.class_names, settings, run.adapter))
+    return check_equal(logits, trained.logits, run)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,21 @@ from randlora_vision.demos.subject import demo_subject, measure
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations.hub import push_to_hub
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
+from randlora_vision.training.dreambooth.defaults import resolve
 from randlora_vision.training.dreambooth.families import Family, load_family
-from randlora_vision.training.dreambooth.methods import PipelineAdaptation, adapt, checkpoint_activations
-from randlora_vision.training.dreambooth.options import DreamBoothOptions, model_title, resolve
+from randlora_vision.training.dreambooth.methods import (
+    PipelineAdaptation,
+    adapt,
+    checkpoint_activations,
+    trained_components,
+)
+from randlora_vision.training.dreambooth.options import DreamBoothOptions, DreamBoothSettings, model_title
 from randlora_vision.training.dreambooth.pictures import Album, write_base_pictures
-from randlora_vision.training.dreambooth.results import Shares, check_same, closing_words, write_results
+from randlora_vision.training.dreambooth.results import Shares, check_same, in_words, write_results
 from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, class_images, largest_difference
 from randlora_vision.training.dreambooth.subject import read_subject
-from randlora_vision.training.dreambooth.task import DreamBoothTask, TrainingSet
+from randlora_vision.training.dreambooth.task import TrainingSet, make_task
+from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.options import parse
@@ -45,72 +52,75 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: DreamBoothOptions) -> dict[str, Any]:
     """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
-    options = resolve(options)
-    training = options.training
+    settings = resolve(options)
+    training = settings.training
     # Some adapters get no gradient: text queries in a last block, layers of text encoders after the one that is used.
     accelerator = make_accelerator(training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
-    options, run, resume = open_run(options, "dreambooth", accelerator)
-    subject = demo_subject(options.subject) if options.embedded else read_subject(options.subject)
+    settings, run, resume = open_run(settings, "dreambooth", accelerator)
+    subject = demo_subject(settings.subject) if settings.embedded else read_subject(settings.subject)
     with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
-        family = load(options, device)
+        family = load(settings, device)
     buckets = parse_buckets(
-        options.subject.aspect_ratio_buckets,
-        options.subject.resolution or family.default_resolution,
+        settings.subject.aspect_ratio_buckets,
+        settings.subject.resolution or family.default_resolution,
         family.size_multiple,
     )
     set_seed(training.seed)
-    sampler = make_sampler(family, options, buckets[0], accelerator.autocast)
-    folder = Path(options.subject.class_data_dir or run.class_images)
-    images = class_images(options.subject, folder, sampler, accelerator)
-    data = TrainingSet(subject, images, options.subject.class_prompt, buckets)
-    say(f"pipeline: {model_title(options)}, a {type(family.pipe).__name__}\nimages: {data}")
+    sampler = make_sampler(family, settings, buckets[0], accelerator.autocast)
+    folder = Path(settings.subject.class_data_dir or run.class_images)
+    images = class_images(settings.subject, folder, sampler, accelerator)
+    data = TrainingSet(subject, images, settings.subject.class_prompt, buckets)
+    say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}")
 
-    shares = {"before": shares_of(sampler, options)} if options.embedded else {}
-    gallery = make_gallery(sampler, options, subject.captions[0])
-    pictures = bool(options.validation.validation_prompt) and run.writing
+    shares = {"before": shares_of(sampler, settings)} if settings.embedded else {}
+    gallery = make_gallery(sampler, settings, subject.captions[0])
+    pictures = bool(settings.validation.validation_prompt) and run.writing
     if pictures and resume is None:
         write_base_pictures(run, gallery)
-    adaptation = adapt(family, options)
+    adaptation = adapt(family, settings)
     say(f"\n{adaptation.report}\n")
-    task = DreamBoothTask(
-        family, adaptation, data, options, accelerator.num_processes, run.adapter if run.writing else None
+    task = make_task(
+        family, adaptation, data, settings, accelerator.num_processes, run.adapter if run.writing else None
     )
-    if not options.pipeline.train_text_encoder:
+    if not settings.pipeline.train_text_encoder:
         family.drop_text_encoders()  # all prompts are already encoded
-    if options.pipeline.gradient_checkpointing:
-        checkpoint_activations(task.loss.parts.values())
+    if settings.pipeline.gradient_checkpointing:
+        checkpoint_activations(getattr(family.pipe, name) for name in trained_components(family, settings))
     album = Album(run, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths))
-    speed = fit(task, options, data, run, accelerator, resume, after_save=album.show if pictures else None)
+    speed = fit(task, settings, data, run, accelerator, resume, after_save=album.show if pictures else None)
 
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded pipeline
     summary: dict[str, Any] = {}
     if run.writing:
         trained = gallery.draw()
         family.pipe.to("cpu")  # frees memory
-        fresh, difference = check_reload(options, device, accelerator.autocast, adaptation, run, gallery, trained)
-        if options.embedded:
-            shares["after"] = shares_of(fresh, options)
+        fresh, difference = check_reload(settings, device, accelerator.autocast, adaptation, run, gallery, trained)
+        if settings.embedded:
+            shares["after"] = shares_of(fresh, settings)
         if pictures:
             album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
-        summary = write_results(run, options, adaptation, shares, speed, difference)
-        say(closing_words(run, adaptation, shares, summary))
-        if options.hub.hub_model_id is not None:
-            say(f"uploaded: {upload(options, run, summary)}")
+        summary = write_results(run, settings, adaptation, shares, speed, difference)
+        before, after = (in_words(summary[when], shares.get(when)) for when in ("before", "after"))
+        code = adaptation.loading_code(run.adapter)
+        same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
+        say(closing_words(run, before, after, summary, code, same))
+        if settings.hub.hub_model_id is not None:
+            say(f"uploaded: {upload(settings, run, summary)}")
     finish(run, accelerator, speed.steps)
     return summary
 
 
-def load(options: DreamBoothOptions, device: torch.device) -> Family:
+def load(settings: DreamBoothSettings, device: torch.device) -> Family:
     """Load the base pipeline, in half precision if training uses it and the method does not train the base."""
-    pipeline, training = options.pipeline, options.training
+    pipeline, training = settings.pipeline, settings.training
     path = pipeline.pretrained_model_name_or_path
     if path is None:
         path = str(demo_pipeline_folder(pipeline.family, pipeline.cache_dir))
-    halves = {"fp16": torch.float16, "bf16": torch.bfloat16} if options.adapter.method != "full" else {}
+    halves = {"fp16": torch.float16, "bf16": torch.bfloat16} if settings.adapter.method != "full" else {}
     family = load_family(
         path,
-        options.objective,
+        settings.objective,
         pipeline.max_sequence_length,
         pipeline.revision,
         pipeline.variant,
@@ -120,44 +130,43 @@ def load(options: DreamBoothOptions, device: torch.device) -> Family:
     return family
 
 
-def make_sampler(family: Family, options: DreamBoothOptions, size: Size, autocast: Autocast) -> Sampler:
-    """Return a sampler with the settings of the validation options."""
-    assert options.subject.sample_batch_size is not None
-    validation = options.validation
+def make_sampler(family: Family, settings: DreamBoothSettings, size: Size, autocast: Autocast) -> Sampler:
+    """Return a sampler with the validation settings."""
+    validation = settings.validation
     return Sampler(
         family,
         size,
-        options.subject.sample_batch_size,
+        settings.subject.sample_batch_size,
         autocast,
         validation.num_inference_steps,
         validation.validation_guidance_scale,
     )
 
 
-def make_gallery(sampler: Sampler, options: DreamBoothOptions, caption: str) -> Gallery:
+def make_gallery(sampler: Sampler, settings: DreamBoothSettings, caption: str) -> Gallery:
     """Return the validation gallery; without validation prompts, one picture of `caption` for the final check."""
-    prompts = options.validation.validation_prompt
-    each = options.validation.num_validation_images if prompts else 1
-    seed, trained = options.training.seed, options.pipeline.train_text_encoder
+    prompts = settings.validation.validation_prompt
+    each = settings.validation.num_validation_images if prompts else 1
+    seed, trained = settings.training.seed, settings.pipeline.train_text_encoder
     return Gallery(sampler, prompts or (caption,), each, seed, trained)
 
 
-def shares_of(sampler: Sampler, options: DreamBoothOptions) -> Shares:
+def shares_of(sampler: Sampler, settings: DreamBoothSettings) -> Shares:
     """Measure how well the embedded subject is learnt and how much of the rest is kept."""
-    subject = options.subject
+    subject = settings.subject
     assert subject.instance_prompt is not None and subject.class_prompt is not None
-    return measure(sampler, subject.instance_prompt, subject.class_prompt, options.training.seed)
+    return measure(sampler, subject.instance_prompt, subject.class_prompt, settings.training.seed)
 
 
-def upload(options: DreamBoothOptions, run: RunFolder, summary: Mapping[str, Any]) -> str:
+def upload(settings: DreamBoothSettings, run: RunFolder, summary: Mapping[str, Any]) -> str:
     """Upload the adapter to the Hugging Face Hub; return its address."""
-    name, base = options.hub.hub_model_id, options.pipeline.pretrained_model_name_or_path
+    name, base = settings.hub.hub_model_id, settings.pipeline.pretrained_model_name_or_path
     assert name is not None and base is not None
     return push_to_hub(run.adapter, name, base_model=base, library="diffusers", metrics=summary["after"])
 
 
 def check_reload(
-    options: DreamBoothOptions,
+    settings: DreamBoothSettings,
     device: torch.device,
     autocast: Autocast,
     adaptation: PipelineAdaptation,
@@ -166,10 +175,10 @@ def check_reload(
     trained: list[list[torch.Tensor]],
 ) -> tuple[Sampler, float]:
     """Load the saved file into a fresh pipeline; return its sampler and the largest pixel difference."""
-    fresh = load(options, device)
+    fresh = load(settings, device)
     adaptation.load(fresh.pipe, run.adapter)
-    sampler = make_sampler(fresh, options, gallery.sampler.size, autocast)
-    pictures = make_gallery(sampler, options, gallery.prompts[0]).draw()
+    sampler = make_sampler(fresh, settings, gallery.sampler.size, autocast)
+    pictures = make_gallery(sampler, settings, gallery.prompts[0]).draw()
     return sampler, check_same(largest_difference(pictures, trained), run)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from randlora_vision.files.atomic import fingerprint
-from randlora_vision.training.data.labelled import Batch, LabelledImages, training_batches
+from randlora_vision.training.data.batches import training_batches
+from randlora_vision.training.data.labelled import Batch, LabelledImages
 from randlora_vision.training.harness.ema import Ema
-from randlora_vision.training.harness.optim import adamw, warmup_schedule
+from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
 
 CACHE_VARIABLE = "RANDLORA_CACHE"
 
@@ -78,7 +79,7 @@ def teach(
     With an `ema_decay`, they are replaced by their moving averages at the end.
     """
     trained = list(parameters)
-    optimizer = adamw(trained, how.lr, how.weight_decay)
+    optimizer = make_optimizer("adamw", trained, how.lr, how.weight_decay)
     schedule = warmup_schedule(optimizer, how.steps, how.warmup)
     ema = Ema({str(number): parameter for number, parameter in enumerate(trained)}, ema_decay) if ema_decay else None
     batches = training_batches(data, how.batch_size, how.steps, how.seed, workers=0)

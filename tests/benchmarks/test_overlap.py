@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.overlap import TimedTrainer, shares
 from randlora_vision.training.harness.accelerators import make_accelerator
-from randlora_vision.training.harness.options import TrainingOptions
+from randlora_vision.training.harness.options import Training
 
 PAUSE = 0.04  # seconds
 
@@ -50,6 +50,7 @@ class Loss(nn.Module):
 class Task:
     def __init__(self) -> None:
         self.loss = Loss()
+        self.own_lr: dict[nn.Parameter, float] = {}
         self.batches: DataLoader[Any] = DataLoader(Data(), batch_size=1)
 
     def evaluate(self) -> dict[str, float]:
@@ -66,7 +67,7 @@ def test_each_part_of_a_step_is_found() -> None:
     """Loading data takes 1 pause, forward 3, backward 4 and the optimiser 2."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
-    options = TrainingOptions(lr=0.1, steps=6, batch_size=1)
+    options = Training(lr=0.1, steps=6, batch_size=1)
     trainer = TimedTrainer(Task(), options, make_accelerator(options), lambda *_: None)
     trainer.optimizer.optimizer.register_step_pre_hook(lambda *_: time.sleep(2 * PAUSE))
     trainer.run()

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,8 +18,8 @@ from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.training.data.sources import digits
-from tests.train_scripts.test_train_clip import QUICK, RUN_FILES, script
-from tests.training_helpers import draw_nothing, write_class_folders, write_tiny_vit
+from tests.train_scripts.test_train_clip import RUN_FILES
+from tests.training_helpers import draw_nothing, run_script, write_class_folders, write_tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +38,11 @@ def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     draw_nothing(monkeypatch)
 
     def main(*argv: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
-            state._shared_state.clear()
-        folder = tmp_path / "run"
-        given = ["--output-dir", str(folder)]
+        defaults = {"--data": str(images), "--output-dir": str(tmp_path / "run")}
         if "--model" not in argv:
-            given += ["--model", f"local-dir:{tiny}", "--pretrained"]
-        if "--data" not in argv:
-            given += ["--data", str(images)]
-        if not {"--rank", "--budget"} & set(argv):
-            given += ["--rank", "4"]
-        script("train_classifier").main([*given, *QUICK, *argv])
-        return folder
+            argv = ("--model", f"local-dir:{tiny}", "--pretrained", *argv)
+        run_script("train_classifier", argv, defaults if "--budget" in argv else {**defaults, "--rank": "4"})
+        return tmp_path / "run"
 
     return main
 
@@ -257,10 +249,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the default, with a base that is pretrained for a third of its steps."""
     monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=60))
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
-    argv = ["--steps", "30", "--eval-every", "15", "--cache-dir", str(tmp_path / "cache")]
-    script("train_classifier").main([*argv, "--output-dir", str(tmp_path / "run")])
+    argv = ["--steps", "30", "--eval-every", "15", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    run_script("train_classifier", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")
     assert values["before"]["original"]["top1"] > 0.5  # the task the base was trained on

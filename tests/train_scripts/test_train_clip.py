@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,10 +20,17 @@ from safetensors.torch import load_file
 from randlora_vision import load_adapter
 from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.evaluation.accuracy import Scores
-from tests.training_helpers import draw_nothing, tiny_clip, write_class_folders, write_tiny_clip
+from tests.training_helpers import (
+    QUICK,
+    SCRIPTS,
+    draw_nothing,
+    run_script,
+    script,
+    tiny_clip,
+    write_class_folders,
+    write_tiny_clip,
+)
 
-SCRIPTS = Path(__file__).parents[2] / "train_scripts"
-QUICK = ["--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1", "--workers", "0"]
 RUN_FILES = {
     "adapter.safetensors",
     "adapter_best.safetensors",
@@ -39,14 +44,6 @@ RUN_FILES = {
     "split.json",
     "summary.json",
 }
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +62,9 @@ def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     draw_nothing(monkeypatch)
 
     def main(*argv: str) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process
-            state._shared_state.clear()
-        folder = tmp_path / "run"
-        defaults = {
-            "--model": f"local-dir:{tiny}",
-            "--data": str(images),
-            "--output-dir": str(folder),
-            "--rank": "4",
-        }
-        given = [word for name, value in defaults.items() if name not in argv for word in (name, value)]
-        script("train_clip").main(
-            [*given, "--rank", "4", *QUICK, *argv] if "--rank" not in argv else [*given, *QUICK, *argv]
-        )
-        return folder
+        defaults = {"--model": f"local-dir:{tiny}", "--data": str(images), "--output-dir": str(tmp_path / "run")}
+        run_script("train_clip", argv, {**defaults, "--rank": "4"})
+        return tmp_path / "run"
 
     return main
 

@@ -11,8 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.data_helpers import mnist, parquet, saved, shards, table, write_images
-from tests.train_scripts.test_train_clip import script
-from tests.training_helpers import write_tiny_clip
+from tests.training_helpers import script, write_tiny_clip
 
 FLAGS = ["--steps", "2", "--batch-size", "4", "--eval-every", "2", "--rank", "4", "--report-to", "none"]
 SOURCES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,13 +20,14 @@ from randlora_vision.demos import pipelines as demo_pipelines
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.diffusers import load_adapter
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.dreambooth import task as dreambooth_task
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.dreambooth.options import DreamBoothOptions, HubOptions, PipelineOptions, SubjectOptions
-from randlora_vision.training.dreambooth.task import DreamBoothTask
 from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.methods.task import AdaptedTask
 from tests.tiny_pipelines import PIPELINES, sample
+from tests.training_helpers import SCRIPTS, script
 
-SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
 PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
 RUN_FILES = {
@@ -40,14 +40,6 @@ RUN_FILES = {
     "split.json",
     "summary.json",
 }
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_dreambooth", SCRIPTS / "train_dreambooth.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +83,7 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
             "--lr": "1e-2",
         }
         given = [word for name, value in defaults.items() if name not in argv for word in (name, value)]
-        (module or script()).main([*given, *argv])
+        (module or script("train_dreambooth")).main([*given, *argv])
         return Path(argv[argv.index("--output-dir") + 1]) if "--output-dir" in argv else tmp_path / "run"
 
     return main
@@ -99,7 +91,7 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[Any]]:
     """Return the script, and a list to which it appends the pipelines that it trains."""
-    module, trained = script(), []
+    module, trained = script("train_dreambooth"), []
     adapt = module.adapt
     monkeypatch.setattr(module, "adapt", lambda family, options: trained.append(family.pipe) or adapt(family, options))
     return module, trained
@@ -163,9 +155,9 @@ def test_a_run(train: Any, images: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Path, monkeypatch: Any) -> None:
     """Corrupt the file saved at step 1: the picture must show it, and training must be unaffected."""
     plain = train("--validation-prompt", PROMPT)
-    save = DreamBoothTask.save
+    save = AdaptedTask.save
 
-    def spoilt(self: DreamBoothTask) -> str:
+    def spoilt(self: AdaptedTask) -> str:
         calls.append(1)
         name, parameter = next((n, p) for n, p in self.adaptation.parameters() if n.endswith("gamma"))
         before = parameter.detach().clone()
@@ -176,7 +168,7 @@ def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Pat
         return where
 
     calls: list[int] = []
-    monkeypatch.setattr(DreamBoothTask, "save", spoilt)
+    monkeypatch.setattr(AdaptedTask, "save", spoilt)
     other = train("--validation-prompt", PROMPT, "--output-dir", str(plain.parent / "other"))
     pictures = [(folder / "samples/step-000001/0-0.png").read_bytes() for folder in (plain, other)]
     assert pictures[0] != pictures[1]
@@ -218,7 +210,7 @@ def test_options_reach_the_run(train: Any, model: str, argv: list[str]) -> None:
 def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
     flags = ["--max_train_steps", "3", "--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lora_dropout", "0.1"]
     flags += ["--validation_steps", "2", "--checkpointing_steps", "3", "--adam_weight_decay", "0.1"]
-    module, seen = script(), []
+    module, seen = script("train_dreambooth"), []
     module.train = seen.append  # type: ignore[attr-defined]
     module.main(flags)
     (options,) = seen
@@ -229,7 +221,7 @@ def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
 
 
 def test_the_adapter_goes_to_the_hub(tmp_path: Path) -> None:
-    module, calls = script(), []
+    module, calls = script("train_dreambooth"), []
     module.push_to_hub = lambda *given, **named: calls.append((given, named)) or "https://hub"  # type: ignore[attr-defined]
     options = DreamBoothOptions(
         pipeline=PipelineOptions(pretrained_model_name_or_path="base"),
@@ -277,14 +269,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     flags = ["--steps", "6", "--eval-every", "3", "--dropout", "0.1", "--checkpointing-steps", "2", *PRIOR]
     flags += ["--validation-prompt", PROMPT, "--num-validation-images", "1", "--no-cache-latents"]
     straight, folder = (train(*flags, "--output-dir", str(tmp_path / name)) for name in ("straight", "x"))
-    evaluate = DreamBoothTask.evaluate
+    evaluate = dreambooth_task.fixed_losses
 
-    def killed(self: DreamBoothTask) -> dict[str, float]:
+    def killed(*arguments: Any) -> dict[str, float]:
         if (tmp_path / "killed/checkpoints/step-000004").exists():
             raise KeyboardInterrupt
-        return evaluate(self)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(DreamBoothTask, "evaluate", killed)
+    monkeypatch.setattr(dreambooth_task, "fixed_losses", killed)
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         train(*flags, "--output-dir", str(folder))
@@ -394,7 +386,7 @@ def test_the_embedded_default(
         state._shared_state.clear()
     argv = ["--family", family, "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
     argv += ["--steps", "2", "--num-class-images", "2", "--num-inference-steps", "1", "--report-to", "none"]
-    script().main(argv)
+    script("train_dreambooth").main(argv)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (
         set(summary["after"]) == {"loss", "prior_loss", "subject", "class_kept", "digits_kept"}

@@ -1,18 +1,19 @@
 """Evaluation of a classifier: overall and per-class accuracy, on the task and on the original task."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.training.classifier.options import ClassifierOptions, model_title
-from randlora_vision.training.data.labelled import Batch, ImageSplits, evaluation_batches, sample_pictures
+from randlora_vision.training.classifier.options import ClassifierSettings
+from randlora_vision.training.data.batches import evaluation_batches
+from randlora_vision.training.data.labelled import Batch, ImageSplits, sample_pictures
 from randlora_vision.training.data.pictures import SkipList, Transform
 from randlora_vision.training.evaluation.accuracy import Scores, measure
-from randlora_vision.training.evaluation.plots import Prediction, plot_confusion, plot_curves, plot_predictions
-from randlora_vision.training.evaluation.results import in_words, summarise
+from randlora_vision.training.evaluation.plots import Prediction, compared, plot_curves
+from randlora_vision.training.evaluation.results import Answers, log_results, plot_answers, summarise
+from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -26,23 +27,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores
     return measure(model, batches, classes, next(model.parameters()).device)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The results of a model on the tests."""
-
-    tasks: Mapping[str, str]  # test -> name of its data
-    scores: Mapping[str, Scores]
-    logits: Tensor  # for the sample of pictures (P, K)
-
-    @property
-    def results(self) -> dict[str, dict[str, float]]:
-        """The metrics of each test."""
-        return {name: scores.values for name, scores in self.scores.items()}
-
-    def __str__(self) -> str:
-        return in_words(self.tasks, self.results)
-
-
 class Exam:
     """The test split with a sample of its pictures, and the test split of the original task, if any."""
 
@@ -51,9 +35,8 @@ class Exam:
         splits: ImageSplits,
         original: ImageSplits | None,
         transform: Transform,
+        training: TrainingOptions,
         skipped: SkipList,
-        batch_size: int,
-        workers: int | None,
     ) -> None:
         self.skipped = skipped
         self.class_names = splits.class_names
@@ -61,7 +44,7 @@ class Exam:
         self.tasks = {name: test.name for name, test in tests.items()}
         data = {name: test.select("test", transform, skipped) for name, test in tests.items()}
         self._tests = {
-            name: (evaluation_batches(data[name], batch_size, workers), len(test.class_names))
+            name: (evaluation_batches(data[name], training.batch_size, training.workers), len(test.class_names))
             for name, test in tests.items()
         }
         self.pictures, self.truths = sample_pictures(data["test"], _PICTURES)
@@ -81,23 +64,13 @@ class Exam:
 
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions."""
-        was = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
-        return [
-            Prediction(
-                picture,
-                self.class_names[truth],
-                None if old is None else self.class_names[old],
-                self.class_names[new],
-            )
-            for picture, truth, old, new in zip(
-                self.pictures, self.truths, was, after.logits.argmax(dim=1).tolist(), strict=True
-            )
-        ]
+        was = before.logits if before else None
+        return compared(self.pictures, self.truths, self.class_names, was, after.logits)
 
 
 def write_results(
     run: RunFolder,
-    options: ClassifierOptions,
+    settings: ClassifierSettings,
     adaptation: Adaptation,
     head_numbers: int,
     exam: Exam,
@@ -107,22 +80,18 @@ def write_results(
     reload_difference: float,
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder; return the content of summary.json."""
-    for step, answers in ((0, before), (speed.steps, after)):
-        for name, values in (answers.results if answers else {}).items():
-            run.log(step, name, values)
-    method, title = options.adapter.method, model_title(options)
+    was = before.results if before else None
+    log_results(run, was, after.results, speed.steps)
+    method, title = settings.adapter.method, settings.model.title
     plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
-    when = "after" if before is None else "before and after"
-    plot_predictions(exam.predictions(before, after), f"Test images and predictions {when} training", run.predictions)
     scores, names = after.scores["test"], exam.class_names
-    top1 = scores.values["top1"]
-    # The head has one output per class of the data, so the matrix is square.
-    plot_confusion(scores.confusion.tolist(), names, f"Predictions on the test images, top-1 {top1:.1%}", run.confusion)
+    when = "after training" if before is None else "before and after training"
+    plot_answers(run, exam.predictions(before, after), scores, names, when)
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
         "head_numbers": head_numbers,
         "tasks": exam.tasks,
-        "before": None if before is None else before.results,
+        "before": was,
         "after": after.results,
         "per_class": dict(zip(names, scores.per_class, strict=True)),
     }

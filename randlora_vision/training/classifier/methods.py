@@ -8,7 +8,8 @@ from torch import nn
 
 from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations.timm import head_modules, load_adapter
-from randlora_vision.training.classifier.options import ClassifierOptions
+from randlora_vision.training.classifier.options import ClassifierOptions, ClassifierSettings
+from randlora_vision.training.harness.optim import layer_rates, timm_layers
 from randlora_vision.training.methods.adaptation import (
     Adaptation,
     RandLoRA,
@@ -49,19 +50,18 @@ def head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{head}.{name}", parameter
 
 
-def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
+def adapt(model: nn.Module, settings: ClassifierSettings) -> Adaptation:
     """Prepare the model for the chosen method and freeze all other weights."""
-    adapter, seed = options.adapter, options.training.seed
+    adapter = settings.adapter
     if adapter.method == "full":
         return TrainedTensors(model, [name for name, _ in model.named_parameters()], "full fine-tuning", _PLAIN_CODE)
     if adapter.method == "linear-probe":
         return TrainedTensors(model, [name for name, _ in head_parameters(model)], "linear classifier", _PLAIN_CODE)
-    assert adapter.rank is not None, "resolve the options first"
     if adapter.method == "randlora":
-        return RandLoRAWithHead(model, _config(model, options))
+        return RandLoRAWithHead(model, _config(model, settings, adapter.rank))
     from peft import LoraConfig, VeraConfig
 
-    targets = adapter_targets(model, options)
+    targets = adapter_targets(model, settings)
     shared = {
         "r": adapter.rank,
         "target_modules": "|".join(re.escape(name) for name in targets),
@@ -71,7 +71,7 @@ def adapt(model: nn.Module, options: ClassifierOptions) -> Adaptation:
         return Peft(model, LoraConfig(lora_alpha=adapter.alpha, **shared), targets)
     # The projections come from the seed, like the bases of RandLoRA: saved, they would dominate the file size.
     with quiet():
-        config = VeraConfig(projection_prng_key=seed, save_projection=False, **shared)
+        config = VeraConfig(projection_prng_key=settings.training.seed, save_projection=False, **shared)
     return Peft(model, config, targets)
 
 
@@ -80,5 +80,14 @@ def adapter_targets(model: nn.Module, options: ClassifierOptions) -> list[str]:
     return target_names(model, _config(model, options))
 
 
-def _config(model: nn.Module, options: ClassifierOptions) -> RandLoRAConfig:
-    return randlora_config(options.adapter, options.training.seed, "timm:backbone", head_modules(model))
+def _config(model: nn.Module, options: ClassifierOptions, rank: int = 1) -> RandLoRAConfig:
+    return randlora_config(options.adapter, rank, options.training.seed, "timm:backbone", head_modules(model))
+
+
+def own_rates(model: nn.Module, settings: ClassifierSettings) -> dict[nn.Parameter, float]:
+    """Return the learning rates that differ from the default, by parameter."""
+    decay, head_lr = settings.rates.layer_decay, settings.adapter.head_lr
+    rates = layer_rates(model, [timm_layers(model)], settings.training.lr, decay) if decay != 1 else {}
+    if head_lr is not None:
+        rates |= {p: head_lr for _, p in head_parameters(model) if p.requires_grad}
+    return rates

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.training.classifier.options import AugmentOptions, ModelOptions
+from randlora_vision.names import close_matches
+from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
 
@@ -55,7 +55,7 @@ class LoadedClassifier:
         return transform
 
 
-def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedClassifier:
+def load_classifier(options: ClassifierModel, classes: int, seed: int) -> LoadedClassifier:
     """Load a frozen timm model with a head of `classes` outputs.
 
     The head is new if the weights contain none, or one for another number of classes. Parameters that are not in the
@@ -63,7 +63,6 @@ def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedCla
     (naming close matches), for weights that do not fit or cannot be downloaded, and for contradictory numbers of
     classes.
     """
-    assert options.model is not None
     if options.num_classes not in (None, classes):
         raise ValueError(f"the data has {classes} classes, but --num-classes says {options.num_classes}: leave it out")
     if not options.model.startswith(_SCHEMES):
@@ -105,9 +104,8 @@ def load_classifier(options: ModelOptions, classes: int, seed: int) -> LoadedCla
     )
 
 
-def with_own_head(options: ModelOptions, seed: int) -> nn.Module:
+def with_own_head(options: ClassifierModel, seed: int) -> nn.Module:
     """Return the pretrained model with the head of its weights."""
-    assert options.model is not None
     return _create(options.model, {"pretrained": True}, seed).requires_grad_(False)
 
 
@@ -134,8 +132,8 @@ def _check_name(name: str) -> None:
         tags = timm.list_pretrained(f"{name.partition('.')[0]}.*") if tag else [name]
         known = [name] if name in tags else tags
     if name not in known:
-        close = get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"; close matches: {', '.join(close)}" if close else ""
+        close = close_matches(name, known, cutoff=0.5)
+        hint = f"; {close}" if close else ""
         raise ValueError(
             f"timm has no model {name!r}{hint} (python -c 'import timm; print(timm.list_models())' "
             "lists them all; hf-hub:ORG/REPO and local-dir:FOLDER work too)"
@@ -150,27 +148,26 @@ def _is_fixed(name: str) -> bool:
     return config is None or config.fixed_input_size
 
 
-def _classes_of_weights(options: ModelOptions, arguments: Mapping[str, Any]) -> int | None:
+def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any]) -> int | None:
     """Return the number of classes of the classifier in the weights, or None if there are no weights."""
-    assert options.model is not None
-    if not (options.pretrained or options.initial_checkpoint):
+    path = options.initial_checkpoint
+    if path is None and not options.pretrained:
         return None
     with torch.device("meta"):
         model = _create(options.model, {**arguments, "pretrained": False}, seed=0)
-    if options.pretrained:
+    if path is None:
         return int(model.num_classes)
     from timm.models import load_state_dict
 
-    assert options.initial_checkpoint is not None
-    if not Path(options.initial_checkpoint).is_file():
-        raise FileNotFoundError(f"there is no file {options.initial_checkpoint!r} (--initial-checkpoint)")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path!r} (--initial-checkpoint)")
     try:
-        weights: Mapping[str, Tensor] = load_state_dict(options.initial_checkpoint)
+        weights: Mapping[str, Tensor] = load_state_dict(path)
     except Exception as error:  # from any library that reads the file
-        raise ValueError(f"cannot read --initial-checkpoint {options.initial_checkpoint}: {error}") from error
+        raise ValueError(f"cannot read --initial-checkpoint {path}: {error}") from error
     outputs = {len(weights[f"{head}.weight"]) for head in head_modules(model) if f"{head}.weight" in weights}
     if len(outputs) != 1:
-        raise ValueError(f"{options.initial_checkpoint} has no classifier that fits {options.model}")
+        raise ValueError(f"{path} has no classifier that fits {options.model}")
     return outputs.pop()
 
 

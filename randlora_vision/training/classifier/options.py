@@ -1,7 +1,6 @@
-"""The options of train_classifier.py and their defaults."""
+"""The options of train_classifier.py, as given and with the defaults filled in."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,20 +9,13 @@ from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
     CheckpointOptions,
+    Method,
     RateOptions,
     RunOptions,
     SpeedOptions,
+    Training,
     TrainingOptions,
 )
-
-Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]
-# The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones.
-_DEMO_LR: Mapping[Method, float] = {"randlora": 2e-3, "lora": 6e-3, "vera": 3e-2, "full": 1.2e-3, "linear-probe": 5e-2}
-_DEMO_HEAD_LR: Mapping[Method, float] = {"randlora": 6e-3}
-_LR: Mapping[Method, float] = {"randlora": 1e-3, "lora": 1e-3, "vera": 4e-3, "full": 1e-5, "linear-probe": 1e-3}
-_DEMO_RANK: Mapping[Method, int] = {"randlora": 16, "lora": 2, "vera": 64}
-_RANK: Mapping[Method, int] = {"randlora": 32, "lora": 8, "vera": 256}
-_ALPHA_PER_RANK: Mapping[Method, float] = {"randlora": 20.0, "lora": 2.0}
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,7 @@ class ModelOptions:
     """The timm model."""
 
     model: str | None = None
-    """A timm model: its name, hf-hub:ORG/REPO or local-dir:FOLDER. By default, the tiny digits ViT, or
+    """A timm model: its name, hf-hub:ORG/REPO or local-dir:FOLDER. Default: the tiny digits ViT, or
     vit_base_patch16_224 with pretrained weights if data is given."""
     pretrained: bool = False
     """Start from the pretrained weights of timm instead of random weights or --initial-checkpoint."""
@@ -41,15 +33,15 @@ class ModelOptions:
     """Start with a new classifier head even if the weights contain one with the right number of classes; needed for
     an --initial-checkpoint with another number of classes."""
     img_size: int | None = None
-    """Image size in pixels (one side). Defaults to that of the model."""
+    """Image size in pixels (one side). Default: that of the model."""
     num_classes: int | None = None
-    """Number of classes. Defaults to that of the data, so it can always be left out."""
+    """Number of classes. Default: that of the data, so it can always be left out."""
     cache_dir: str | None = None
-    """Folder that caches the digits ViT. Defaults to $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+    """Folder that caches the digits ViT. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.pretrained and self.initial_checkpoint:
-            raise ValueError("--pretrained and --initial-checkpoint both choose the weights: give one")
+            raise ValueError("--pretrained and --initial-checkpoint both choose the weights: give only one")
         for name in ("img_size", "num_classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,11 +75,11 @@ class AugmentOptions:
 class ClassifierAdapterOptions(AdapterOptions):
     """What is trained, in addition to the classifier head, which is always trained."""
 
-    method: Method = "randlora"  # type: ignore[assignment]  # one more method
+    method: Method = "randlora"
     """RandLoRA, the LoRA or VeRA of PEFT on the same weights, full fine-tuning, or the head alone."""
     head_lr: float | None = None
-    """Peak learning rate of the head. Defaults to --lr; if that is not given either, the embedded digits use a
-    separate default for RandLoRA."""
+    """Peak learning rate of the head. Default: --lr; if that is not given either, the embedded digits use a separate
+    default for RandLoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +106,9 @@ class ClassifierOptions:
             raise ValueError(f"--mixup and --cutmix need an even --batch-size, got {self.training.batch_size}")
         if self.adapter.alpha is not None and self.adapter.method == "vera":
             raise ValueError("--alpha: VeRA has no alpha, leave it out")
+        model = self.model
+        if model.model is None and (model.pretrained or model.initial_checkpoint or model.img_size):
+            raise ValueError("--pretrained, --initial-checkpoint and --img-size need --model")
 
     @property
     def embedded(self) -> bool:
@@ -121,26 +116,37 @@ class ClassifierOptions:
         return self.data.embedded
 
 
-def resolve(options: ClassifierOptions) -> ClassifierOptions:
-    """Return `options` with the defaults filled in, except the rank of LoRA if a budget sets it."""
-    embedded, method = options.embedded, options.adapter.method
-    model, adapter, training = options.model, options.adapter, options.training
-    if model.model is None:
-        given = model.pretrained or model.initial_checkpoint or model.img_size
-        if given:
-            raise ValueError("--pretrained, --initial-checkpoint and --img-size need --model")
-        model = model if embedded else replace(model, model="vit_base_patch16_224", pretrained=True)
-    if adapter.rank is None and adapter.budget is None and method in _RANK:
-        adapter = replace(adapter, rank=(_DEMO_RANK if embedded else _RANK)[method])
-    if adapter.alpha is None and adapter.rank is not None and method in _ALPHA_PER_RANK:
-        adapter = replace(adapter, alpha=_ALPHA_PER_RANK[method] * adapter.rank)
-    if embedded and training.lr is None and adapter.head_lr is None:
-        adapter = replace(adapter, head_lr=_DEMO_HEAD_LR.get(method))
-    lr = training.lr or (_DEMO_LR if embedded else _LR)[method]
-    steps = training.steps or (300 if embedded else 1000)
-    return replace(options, model=model, adapter=adapter, training=replace(training, lr=lr, steps=steps))
+@dataclass(frozen=True, kw_only=True)
+class ClassifierModel(ModelOptions):
+    """The chosen model."""
+
+    model: str
+
+    @property
+    def title(self) -> str:
+        """A short name, without the path of its folder."""
+        return Path(self.model).name
 
 
-def model_title(options: ClassifierOptions) -> str:
-    """Return a short name of the model, without the path of its folder."""
-    return Path(options.model.model or "").name
+@dataclass(frozen=True, kw_only=True)
+class RankedAdapter(ClassifierAdapterOptions):
+    """A method with a rank."""
+
+    method: Literal["randlora", "lora", "vera"]
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainAdapter(ClassifierAdapterOptions):
+    """A method without a rank."""
+
+    method: Literal["full", "linear-probe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings(ClassifierOptions):
+    """All options with the defaults filled in."""
+
+    model: ClassifierModel
+    adapter: RankedAdapter | PlainAdapter
+    training: Training

@@ -5,21 +5,22 @@ Shapes: P sampled pictures, C classes.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import ClipClassifier
-from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
+from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits
-from randlora_vision.training.data.labelled import ImageSplits, evaluation_batches, sample_pictures
+from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
 from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.evaluation.accuracy import Scores
-from randlora_vision.training.evaluation.plots import Found, Prediction
-from randlora_vision.training.evaluation.results import Results, in_words
+from randlora_vision.training.evaluation.plots import Found, Prediction, compared
+from randlora_vision.training.evaluation.results import Answers, Results
 
 _PICTURES = 32
 _FOUND = 12
@@ -27,22 +28,16 @@ Splits = ImageSplits | PairSplits
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The results of a model on the tests."""
+class ClipAnswers(Answers):
+    """The results of a CLIP model; the logits of data with captions (P, P) are for each picture's first caption."""
 
-    tasks: Mapping[str, str]  # test -> name of its data
-    scores: Mapping[str, Scores]  # for the tests with classes
     features: Mapping[str, Features]  # for the tests with captions
-    logits: Tensor  # for the sample of pictures: (P, C), or (P, P) against the first caption of each picture
-    results: Results = field(init=False)
 
-    def __post_init__(self) -> None:
-        values = {name: scores.values for name, scores in self.scores.items()}
-        values |= {name: features.recalls() for name, features in self.features.items()}
-        object.__setattr__(self, "results", {name: values[name] for name in self.tasks})
-
-    def __str__(self) -> str:
-        return in_words(self.tasks, self.results)
+    @cached_property
+    def results(self) -> Results:
+        """The metrics of each test."""
+        values = {**super().results, **{name: features.recalls() for name, features in self.features.items()}}
+        return {name: values[name] for name in self.tasks}
 
 
 class Exam:
@@ -51,12 +46,14 @@ class Exam:
     Data with classes is evaluated by zero-shot classification, data with captions by retrieval.
     """
 
-    def __init__(self, clip: LoadedClip, tests: Mapping[str, Splits], options: ClipOptions, skipped: SkipList) -> None:
+    def __init__(
+        self, clip: LoadedClip, tests: Mapping[str, Splits], settings: ClipSettings, skipped: SkipList
+    ) -> None:
         """Prepare the tests. `tests` maps a name to its data; the task is named "test"."""
         self.tests = tests
         self.skipped = skipped
-        self.templates = options.images.templates
-        self.batch_size, self.workers = options.training.batch_size, options.training.workers
+        self.templates = settings.images.templates
+        self.batch_size, self.workers = settings.training.batch_size, settings.training.workers
         self.tasks = {name: test.name for name, test in tests.items()}
         self.transform, self.tokenize = clip.eval_transform, clip.tokenize
         task = tests["test"]
@@ -76,7 +73,7 @@ class Exam:
                     self.captions.append(images.captions[index][0])
         self.images = torch.stack([self.transform(picture) for picture in self.pictures])
 
-    def take(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> Answers:
+    def take(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> ClipAnswers:
         """Evaluate a model. `classifier`, if given, replaces the zero-shot classifier on a task with classes."""
         scores, features = {}, {}
         for name, test in self.tests.items():
@@ -88,7 +85,7 @@ class Exam:
             else:
                 pairs = test.select("test", self.transform, self.tokenize, self.skipped, draw=False)
                 features[name] = retrieval_features(clip.model, pairs, self.batch_size, self.workers)
-        return Answers(self.tasks, scores, features, self.predict(clip, classifier))
+        return ClipAnswers(self.tasks, scores, self.predict(clip, classifier), features)
 
     @torch.no_grad()
     def predict(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> Tensor:
@@ -97,19 +94,13 @@ class Exam:
             return (classifier or ClipClassifier(clip, self.class_names, self.templates)).predict(self.images)
         return ClipClassifier(clip, self.captions, ["{}"]).predict(self.images)
 
-    def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
+    def predictions(self, before: ClipAnswers | None, after: ClipAnswers) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions, for data with classes."""
         assert self.class_names is not None
-        names = self.class_names
-        old = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
-        return [
-            Prediction(picture, names[truth], None if was is None else names[was], names[now])
-            for picture, truth, was, now in zip(
-                self.pictures, self.truths, old, after.logits.argmax(dim=1).tolist(), strict=True
-            )
-        ]
+        was = before.logits if before else None
+        return compared(self.pictures, self.truths, self.class_names, was, after.logits)
 
-    def found(self, before: Answers | None, after: Answers) -> Sequence[Found]:
+    def found(self, before: ClipAnswers | None, after: ClipAnswers) -> Sequence[Found]:
         """Return the sample of pictures with their nearest captions, for data with captions."""
         return [
             Found(

@@ -9,7 +9,7 @@ from torch import nn
 from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to
-from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.clip.options import ClipOptions, ClipSettings
 from randlora_vision.training.harness.memory import checkpoint_activations
 from randlora_vision.training.harness.optim import (
     AS_THE_ONE_BEFORE,
@@ -39,32 +39,31 @@ _PROBE_CODE = (
 
 
 def adapt(
-    clip: LoadedClip, class_names: Sequence[str] | None, options: ClipOptions
+    clip: LoadedClip, class_names: Sequence[str] | None, settings: ClipSettings
 ) -> tuple[ClipClassifier | None, Adaptation]:
     """Prepare the model for the chosen method and freeze all other weights; return the classifier and the adaptation.
 
     The linear probe trains the weights of the classifier; the other methods train weights of the model. The
     classifier is None for data without classes.
     """
-    probe = options.adapter.method == "linear-probe"
-    adaptation = None if probe else _adapt_model(clip.model, options)
+    probe = settings.adapter.method == "linear-probe"
+    adaptation = None if probe else _adapt_model(clip.model, settings)
     classifier = None
     if class_names is not None:
-        classifier = ClipClassifier(clip, class_names, options.images.templates, options.images.prompts, probe)
+        classifier = ClipClassifier(clip, class_names, settings.images.templates, settings.images.prompts, probe)
     if adaptation is None:
-        assert classifier is not None, "a probe needs classes: resolve_loss checks this"
+        assert classifier is not None, "a probe needs classes: resolve checks this"
         adaptation = TrainedTensors(classifier, [PROBE], "linear classifier", _PROBE_CODE)
     return classifier, adaptation
 
 
-def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
-    adapter = options.adapter
+def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
+    adapter = settings.adapter
     if adapter.method == "randlora":
-        return RandLoRA(model, _config(options, _scalars(model, options)))
+        return RandLoRA(model, _config(settings, adapter.rank, _scalars(model, settings)))
     if adapter.method == "lora":
-        assert adapter.rank is not None and adapter.alpha is not None, "resolve the budget first"
-        return LoRA(model, adapter_targets(model, options), adapter.rank, adapter.alpha)
-    towers = _towers(options)
+        return LoRA(model, adapter_targets(model, settings), adapter.rank, adapter.alpha)
+    towers = _towers(settings)
     # Token embeddings stay frozen: the prompts use few of their rows, and training them slows down every step.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
     names = [
@@ -72,7 +71,7 @@ def _adapt_model(model: nn.Module, options: ClipOptions) -> Adaptation:
         for name, _ in model.named_parameters()
         if name not in tables and any(belongs_to(name, tower) for tower in towers)
     ]
-    names += _scalars(model, options)
+    names += _scalars(model, settings)
     return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
 
 
@@ -81,8 +80,9 @@ def adapter_targets(model: nn.Module, options: ClipOptions) -> list[str]:
     return target_names(model, _config(options))
 
 
-def _config(options: ClipOptions, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
-    return randlora_config(options.adapter, options.training.seed, f"open_clip:{options.clip.towers}", modules_to_save)
+def _config(options: ClipOptions, rank: int = 1, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
+    preset = f"open_clip:{options.clip.towers}"
+    return randlora_config(options.adapter, rank, options.training.seed, preset, modules_to_save)
 
 
 def checkpoint_towers(model: nn.Module, options: ClipOptions) -> None:
@@ -95,19 +95,21 @@ def _towers(options: ClipOptions) -> tuple[str, ...]:
     return ("vision", "text") if options.clip.towers == "both" else (options.clip.towers,)
 
 
-def own_rates(model: Any, options: ClipOptions) -> dict[nn.Parameter, float]:
+def own_rates(model: Any, settings: ClipSettings) -> dict[nn.Parameter, float]:
     """Return the learning rates that differ from the default, by parameter of an open_clip model."""
-    assert options.training.lr is not None, "resolve the options first"
-    decay, scale_lr = options.rates.layer_decay, options.clip.logit_scale_lr
-    rates = layer_rates(model, clip_layers(model), options.training.lr, decay) if decay != 1 else {}
-    return {**rates, **({model.get_parameter(name): scale_lr for name in _scalars(model, options)} if scale_lr else {})}
+    decay, scale_lr = settings.rates.layer_decay, settings.clip.logit_scale_lr
+    rates = layer_rates(model, clip_layers(model), settings.training.lr, decay) if decay != 1 else {}
+    return {
+        **rates,
+        **({model.get_parameter(name): scale_lr for name in _scalars(model, settings)} if scale_lr else {}),
+    }
 
 
-def _scalars(model: nn.Module, options: ClipOptions) -> list[str]:
+def _scalars(model: nn.Module, settings: ClipSettings) -> list[str]:
     """Return the names of the trained logit scale and bias. Only the SigLIP loss depends on the bias."""
-    if not options.clip.train_logit_scale:
+    if not settings.clip.train_logit_scale:
         return []
-    with_bias = options.loss.loss == "siglip" and getattr(model, "logit_bias", None) is not None
+    with_bias = settings.loss.loss == "siglip" and getattr(model, "logit_bias", None) is not None
     return ["logit_scale", "logit_bias"] if with_bias else ["logit_scale"]
 
 
@@ -120,10 +122,8 @@ _CLIP_TOWER: Mapping[str, Any] = {
     ),
     "blocks": [
         (r"layer(\d)\.(\d+)\.", None),  # open_clip's ResNets
-        (
-            r"transformer\.(?:\w+\.)*?(?:resblocks|layers?|blocks?|h)\.(\d+)\.",
-            None,
-        ),  # open_clip's and Hugging Face's transformers
+        # open_clip's and Hugging Face's transformers
+        (r"transformer\.(?:\w+\.)*?(?:resblocks|layers?|blocks?|h)\.(\d+)\.", None),
         (r"(?:ln_post|ln_final|transformer\.(?:\w+\.)*\w*norm)\b", AS_THE_ONE_BEFORE),
     ],
 }

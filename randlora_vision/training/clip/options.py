@@ -1,31 +1,25 @@
-"""The options of train_clip.py and their defaults."""
+"""The options of train_clip.py, as given and with the defaults filled in."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.options import ImageOptions
-from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
     CheckpointOptions,
-    Method,
     RateOptions,
     RunOptions,
     SpeedOptions,
+    Training,
     TrainingOptions,
 )
 
 Towers = Literal["vision", "text", "both"]
+ClipMethod = Literal["randlora", "lora", "full", "linear-probe"]
 Loss = Literal["class-prompts", "clip", "siglip"]
-# The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
-# of two or less. The others are the usual ones for pretrained CLIP models.
-_DEMO_LR: Mapping[Method, float] = {"randlora": 2e-3, "lora": 9e-3, "full": 1.2e-3, "linear-probe": 1e-1}
-_LR: Mapping[Method, float] = {"randlora": 1e-3, "lora": 1e-3, "full": 1e-5, "linear-probe": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class ModelOptions:
 
     model: str | None = None
     """An open_clip model: its name, hf-hub:ORG/REPO, local-dir:FOLDER, or the path of a model configuration (.json).
-    By default, the tiny digits CLIP, or ViT-B-32 if --data is given."""
+    Default: the tiny digits CLIP, or ViT-B-32 if --data is given."""
     pretrained: str | None = None
     """The pretrained weights: an open_clip tag, or the path of a checkpoint."""
     towers: Towers = "both"
@@ -43,9 +37,9 @@ class ModelOptions:
     """Also train the logit scale, and with --loss siglip the logit bias of a SigLIP model, and save it in the same
     file. For RandLoRA and full fine-tuning only."""
     logit_scale_lr: float | None = None
-    """Peak learning rate of the logit scale. Defaults to --lr."""
+    """Peak learning rate of the logit scale. Default: --lr."""
     cache_dir: str | None = None
-    """Folder that caches the digits CLIP. Defaults to $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+    """Folder that caches the digits CLIP. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.logit_scale_lr is not None and not self.train_logit_scale:
@@ -62,8 +56,16 @@ class LossOptions:
     """class-prompts: cross entropy of the images against the text features of the class prompts. clip and siglip:
     contrastive losses between images and captions, with softmax or sigmoid, over all pairs of a step, including those
     of other processes and accumulated batches; for data with classes, the prompts are the captions. With siglip, a
-    model without a logit bias uses the optimal one at each step. Defaults to class-prompts for data with classes and
-    clip for data with captions."""
+    model without a logit bias uses the optimal one at each step. Default: class-prompts for data with classes, clip
+    for data with captions."""
+
+
+@dataclass(frozen=True)
+class ClipAdapterOptions(AdapterOptions):
+    """The training method and its adapter."""
+
+    method: ClipMethod = "randlora"
+    """RandLoRA, LoRA on the same weights, full fine-tuning, or a linear classifier on frozen features."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class ClipOptions:
     clip: ModelOptions = field(default_factory=ModelOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
     loss: LossOptions = field(default_factory=LossOptions)
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    adapter: ClipAdapterOptions = field(default_factory=ClipAdapterOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     rates: RateOptions = field(default_factory=RateOptions)
     speed: SpeedOptions = field(default_factory=SpeedOptions)
@@ -116,9 +118,11 @@ class ClipOptions:
 
     def __post_init__(self) -> None:
         if self.adapter.target_modules and self.clip.towers != "both":
-            raise ValueError("--towers and --target-modules both choose what is adapted: give one")
+            raise ValueError("--towers and --target-modules both choose what is adapted: give only one")
         if self.clip.train_logit_scale and self.adapter.method not in ("randlora", "full"):
             raise ValueError(f"--train-logit-scale: the file format of --method {self.adapter.method} cannot store it")
+        if self.images.embedded and self.clip.model is None and self.clip.pretrained:
+            raise ValueError("--pretrained needs --model: the digits CLIP has its own weights")
         evaluation = self.evaluation
         if evaluation.adapter and not evaluation.eval_only and self.adapter.method != "linear-probe":
             raise ValueError("--adapter needs --eval-only, or --method linear-probe to train on its features")
@@ -130,54 +134,46 @@ class ClipOptions:
             )
 
 
-def resolve(options: ClipOptions) -> ClipOptions:
-    """Return `options` with the defaults filled in, except the rank of LoRA if a budget sets it."""
-    embedded, method = options.images.embedded, options.adapter.method
-    clip, images, adapter, training = options.clip, options.images, options.adapter, options.training
-    if clip.model is None and not embedded:
-        clip = replace(clip, model="ViT-B-32", pretrained=clip.pretrained or "laion2b_s34b_b79k")
-    if clip.model is None and clip.pretrained:
-        raise ValueError("--pretrained needs --model: the digits CLIP has its own weights")
-    templates = images.templates or (digits.TEMPLATES if embedded else ("a photo of a {}.",))
-    images = replace(images, templates=read_templates(templates))
-    if adapter.rank is None and adapter.budget is None and method in ("randlora", "lora"):
-        adapter = replace(adapter, rank=8 if method == "lora" else 16 if embedded else 32)
-    if adapter.alpha is None and adapter.rank is not None:
-        adapter = replace(adapter, alpha=float((2 if method == "lora" else 20) * adapter.rank))
-    lr = training.lr or (_DEMO_LR if embedded else _LR)[method]
-    steps = training.steps or (250 if embedded else 1000)
-    if clip.train_logit_scale:
-        clip = replace(clip, logit_scale_lr=clip.logit_scale_lr or lr)
-    return replace(
-        options,
-        clip=clip,
-        images=images,
-        adapter=adapter,
-        training=replace(training, lr=lr, steps=steps),
-    )
+@dataclass(frozen=True, kw_only=True)
+class ClipModel(ModelOptions):
+    """The chosen model."""
+
+    model: str
+
+    @property
+    def title(self) -> str:
+        """A short name, without the path of its folder."""
+        return Path(self.model).name.removesuffix(".json")
 
 
-def resolve_loss(options: ClipOptions, captions: bool) -> ClipOptions:
-    """Return `options` with the loss filled in for data with captions or with classes.
+@dataclass(frozen=True, kw_only=True)
+class ChosenLoss(LossOptions):
+    """The loss, which depends on the data."""
 
-    Raises ValueError if the loss or the method cannot be used with such data.
-    """
-    loss = options.loss.loss or ("clip" if captions else "class-prompts")
-    if captions and loss == "class-prompts":
-        raise ValueError("--loss class-prompts needs data with classes, but this has captions: choose clip or siglip")
-    if captions and options.adapter.method == "linear-probe":
-        raise ValueError("--method linear-probe is a classifier and needs data with classes, but this has captions")
-    return replace(options, loss=LossOptions(loss))
+    loss: Loss
 
 
-def resolve_metric(options: ClipOptions, captions: bool) -> ClipOptions:
-    """Return `options` with mean recall as the default metric for data with captions."""
-    training = options.training
-    if captions and training.best_metric == TrainingOptions.best_metric:
-        training = replace(training, best_metric="mean_recall")
-    return replace(options, training=training)
+@dataclass(frozen=True, kw_only=True)
+class RankedAdapter(ClipAdapterOptions):
+    """A method with a rank."""
+
+    method: Literal["randlora", "lora"]
+    rank: int
+    alpha: float
 
 
-def model_title(options: ClipOptions) -> str:
-    """Return a short name of the model, without the path of its folder."""
-    return Path(options.clip.model or "").name.removesuffix(".json")
+@dataclass(frozen=True, kw_only=True)
+class PlainAdapter(ClipAdapterOptions):
+    """A method without a rank."""
+
+    method: Literal["full", "linear-probe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings(ClipOptions):
+    """All options with the defaults filled in."""
+
+    clip: ClipModel
+    loss: ChosenLoss
+    adapter: RankedAdapter | PlainAdapter
+    training: Training

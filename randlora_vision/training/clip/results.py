@@ -4,16 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from randlora_vision.training.clip.evaluation import Answers, Exam
-from randlora_vision.training.clip.options import ClipOptions, model_title
-from randlora_vision.training.evaluation.plots import (
-    plot_confusion,
-    plot_curves,
-    plot_found,
-    plot_predictions,
-    plot_scales,
-)
-from randlora_vision.training.evaluation.results import Results, headline, summarise
+from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
+from randlora_vision.training.clip.options import ClipSettings
+from randlora_vision.training.evaluation.plots import plot_curves, plot_found, plot_scales
+from randlora_vision.training.evaluation.results import Results, headline, log_results, plot_answers, summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -24,13 +18,13 @@ class Measured:
     """All evaluation results of a run."""
 
     exam: Exam
-    before: Answers
-    after: Answers | None  # None if only the base model was evaluated
+    before: ClipAnswers
+    after: ClipAnswers | None  # None if only the base model was evaluated
     scales: Sequence[tuple[float, Results]] = ()  # between the base model and the adapted one
     truncated_captions: int = 0
 
     @property
-    def last(self) -> Answers:
+    def last(self) -> ClipAnswers:
         """The results after training, or those of the base model if nothing was trained."""
         return self.after or self.before
 
@@ -53,7 +47,7 @@ class Measured:
 
 def write_results(
     run: RunFolder,
-    options: ClipOptions,
+    settings: ClipSettings,
     adaptation: Adaptation,
     measured: Measured,
     speed: Speed,
@@ -61,10 +55,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder after training; return the content of summary.json."""
     assert measured.after is not None
-    for step, answers in ((0, measured.before), (speed.steps, measured.after)):
-        for name, values in answers.results.items():
-            run.log(step, name, values)
-    method, title = options.adapter.method, model_title(options)
+    log_results(run, measured.before.results, measured.after.results, speed.steps)
+    method, title = settings.adapter.method, settings.clip.title
     plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
     _draw(run, measured, "before and after training")
     summary = {
@@ -75,15 +67,15 @@ def write_results(
     return summary
 
 
-def write_evaluation(run: RunFolder, options: ClipOptions, measured: Measured) -> dict[str, Any]:
+def write_evaluation(run: RunFolder, settings: ClipSettings, measured: Measured) -> dict[str, Any]:
     """Write the run folder of an evaluation-only run; return the content of summary.json."""
     for name, values in measured.last.results.items():
         run.log(0, name, values)
     _draw(run, measured, "without and with the adapter" if measured.after else "of the base model")
     summary = {
         "method": "evaluation",
-        "model": model_title(options),
-        "adapter": options.evaluation.adapter,
+        "model": settings.clip.title,
+        "adapter": settings.evaluation.adapter,
         **measured.record(),
         "skipped_images": measured.exam.skipped.count(),
     }
@@ -97,10 +89,7 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
     if exam.class_names is None:
         plot_found(exam.found(before, last), f"Test images and nearest captions {when}", run.predictions)
     else:
-        plot_predictions(exam.predictions(before, last), f"Test images and predictions {when}", run.predictions)
-        scores = last.scores["test"]
-        title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
-        plot_confusion(scores.confusion.tolist(), exam.class_names, title, run.confusion)
+        plot_answers(run, exam.predictions(before, last), last.scores["test"], exam.class_names, when)
     if measured.scales:
         lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
         kind = "Mean recall" if exam.class_names is None else "Top-1 accuracy"
@@ -109,17 +98,16 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
         )
 
 
-def loading_code(run: RunFolder, options: ClipOptions, adaptation: Adaptation) -> list[str]:
+def loading_code(run: RunFolder, settings: ClipSettings, adaptation: Adaptation) -> list[str]:
     """Return the Python code that rebuilds the adapted model."""
-    name, pretrained = options.clip.model or "", options.clip.pretrained
+    name, pretrained = settings.clip.model, settings.clip.pretrained
     lines = ["import open_clip"]
     if name.endswith(".json"):
         lines.append(f"open_clip.add_model_config({name!r})")
-        name = model_title(options)
+        name = settings.clip.title
     weights = f", pretrained={pretrained!r}" if pretrained else ""
     lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}{weights})")
-    if options.evaluation.adapter is not None:
-        lines.append("from pathlib import Path")
-        lines.append("from randlora_vision.training.clip.load import put_on")
-        lines.append(f"put_on(model, Path({options.evaluation.adapter!r}))")
+    if settings.evaluation.adapter is not None:
+        lines.append("from randlora_vision.training.clip.load import load_trained")
+        lines.append(f"load_trained(model, {settings.evaluation.adapter!r})")
     return lines + adaptation.loading_code(run.adapter)

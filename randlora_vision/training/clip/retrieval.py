@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from randlora_vision.training.data.captioned import CaptionedImages, evaluation_pair_batches
+from randlora_vision.training.data.batches import evaluation_batches
+from randlora_vision.training.data.captioned import CaptionedImages
 from randlora_vision.training.harness.distributed import measure_all
 
 RECALL_AT = (1, 5, 10)
@@ -105,7 +106,7 @@ def retrieval_features(model: Any, data: CaptionedImages, batch_size: int, worke
     def encode_texts(texts: Sequence[str]) -> Sequence[Tensor]:
         return (model.encode_text(data.tokenize(texts).to(device), normalize=True).float(),)
 
-    images, indices = measure_all(evaluation_pair_batches(data, batch_size, workers), encode_images)
+    images, indices = measure_all(evaluation_batches(data, batch_size, workers), encode_images)
     rows = {index: row for row, index in enumerate(indices.tolist())}
     captions = [caption for caption in zip(*data.texts(), strict=True) if caption[2] in rows]
     numbers = {text: number for text, number, _ in captions}

@@ -1,4 +1,4 @@
-"""The order of batches, and the worker processes that load them."""
+"""Datasets of pictures, the order of their batches, and the worker processes that load them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from randlora_vision.training.data.pictures import Picture
+from randlora_vision.training.data.pictures import Picture, SkipList, Transform, readable
 
 _MOST_WORKERS = 4
 
@@ -67,7 +67,43 @@ class ShuffledBatches(Sampler[list[int]]):
             del waiting[: self.batch_size]
 
 
-def loading(images: Sequence[Picture], workers: int | None) -> dict[str, Any]:
-    """Return the DataLoader arguments for loading images: worker processes and pinned memory."""
-    decoding = not all(isinstance(image, Image.Image) for image in images[:1])
+class Pictures(Dataset[Any]):
+    """Pictures (files, items of a dataset, or already decoded) that are transformed on access.
+
+    An unreadable file is recorded in `skipped` and gives None, which `collate` leaves out.
+    """
+
+    def __init__(self, images: Sequence[Picture], transform: Transform, skipped: SkipList) -> None:
+        self.images = images
+        self.transform = transform
+        self.skipped = skipped
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, index: int) -> Image.Image | None:
+        """Return the picture itself, before any transform, or None when it cannot be read."""
+        return readable(self.images[index], self.skipped)
+
+    @staticmethod
+    def collate(items: Sequence[Any]) -> Any:
+        """Stack the readable items of a batch."""
+        raise NotImplementedError
+
+
+def training_batches(
+    data: Pictures, batch_size: int, batches: int, seed: int, workers: int | None
+) -> "DataLoader[Any]":
+    """Return a loader of exactly `batches` shuffled batches."""
+    order = ShuffledBatches(len(data), batch_size, batches, seed)
+    return DataLoader(data, batch_sampler=order, collate_fn=data.collate, **_loading(data, workers))
+
+
+def evaluation_batches(data: Pictures, batch_size: int, workers: int | None) -> "DataLoader[Any]":
+    """Return a loader that reads `data` once, in order."""
+    return DataLoader(data, batch_size=batch_size, collate_fn=data.collate, **_loading(data, workers))
+
+
+def _loading(data: Pictures, workers: int | None) -> dict[str, Any]:
+    decoding = not all(isinstance(image, Image.Image) for image in data.images[:1])
     return {"num_workers": worker_count(workers, decoding), "pin_memory": torch.cuda.is_available()}

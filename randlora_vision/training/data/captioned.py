@@ -9,11 +9,10 @@ from typing import Any, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from randlora_vision.training.data.batches import ShuffledBatches, loading, readable_items
+from randlora_vision.training.data.batches import Pictures, readable_items
 from randlora_vision.training.data.labelled import ImageSplits
-from randlora_vision.training.data.pictures import Picture, SkipList, Transform, held_out_files, readable
+from randlora_vision.training.data.pictures import Picture, SkipList, Transform, held_out_files
 
 Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> (texts, L) int64
 
@@ -72,11 +71,8 @@ class PairSplits:
         }
 
 
-class CaptionedImages(Dataset):
-    """Images with captions: each access draws one of the image's captions, or returns the first.
-
-    An unreadable file is recorded in `skipped` and gives None, which `collate_pairs` leaves out.
-    """
+class CaptionedImages(Pictures):
+    """Pictures with captions: each access draws one of the picture's captions, or returns the first."""
 
     def __init__(
         self,
@@ -88,21 +84,12 @@ class CaptionedImages(Dataset):
         groups: Sequence[int] | None = None,
         draw: bool = True,
     ) -> None:
+        super().__init__(images, transform, skipped)
         assert len(images) == len(captions)
-        self.images = images
         self.captions = captions
-        self.transform = transform
         self.tokenize = tokenize
-        self.skipped = skipped
         self.groups = groups
         self.draw = draw
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def picture(self, index: int) -> Image.Image | None:
-        """Return the image itself, before any transform, or None when it cannot be read."""
-        return readable(self.images[index], self.skipped)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int] | None:
         """Return image (3, H, W), tokens (L,), the caption's number and `index`."""
@@ -124,34 +111,21 @@ class CaptionedImages(Dataset):
         numbers = [self.number(index, text) for text, index in texts]
         return [text for text, _ in texts], numbers, [index for _, index in texts]
 
+    @staticmethod
+    def collate(items: Sequence[tuple[Tensor, Tensor, int, int] | None]) -> PairBatch:
+        """Stack the readable items of a batch."""
+        images, tokens, captions, indices = zip(*readable_items(items), strict=True)
+        return PairBatch(
+            images=torch.stack(images),
+            tokens=torch.stack(tokens),
+            captions=torch.tensor(captions),
+            indices=torch.tensor(indices),
+        )
+
 
 def caption_number(text: str) -> int:
     """Return a number from 0 to 2^63 - 1 that depends on the text alone, on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def collate_pairs(items: Sequence[tuple[Tensor, Tensor, int, int] | None]) -> PairBatch:
-    """Stack the readable items of a batch."""
-    images, tokens, captions, indices = zip(*readable_items(items), strict=True)
-    return PairBatch(
-        images=torch.stack(images),
-        tokens=torch.stack(tokens),
-        captions=torch.tensor(captions),
-        indices=torch.tensor(indices),
-    )
-
-
-def pair_batches(
-    data: CaptionedImages, batch_size: int, batches: int, seed: int, workers: int | None
-) -> "DataLoader[PairBatch]":
-    """Return a loader of exactly `batches` shuffled batches."""
-    order = ShuffledBatches(len(data), batch_size, batches, seed)
-    return DataLoader(data, batch_sampler=order, collate_fn=collate_pairs, **loading(data.images, workers))
-
-
-def evaluation_pair_batches(data: CaptionedImages, batch_size: int, workers: int | None) -> "DataLoader[PairBatch]":
-    """Return a loader that reads `data` once, in order."""
-    return DataLoader(data, batch_size=batch_size, collate_fn=collate_pairs, **loading(data.images, workers))
 
 
 def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:

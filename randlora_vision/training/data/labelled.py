@@ -9,16 +9,9 @@ from typing import Any, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from randlora_vision.training.data.batches import ShuffledBatches, loading, readable_items
-from randlora_vision.training.data.pictures import (
-    Picture,
-    SkipList,
-    Transform,
-    held_out_files,
-    readable,
-)
+from randlora_vision.training.data.batches import Pictures, readable_items
+from randlora_vision.training.data.pictures import Picture, SkipList, Transform, held_out_files
 
 
 class Batch(TypedDict):
@@ -64,35 +57,25 @@ class ImageSplits:
         }
 
 
-class LabelledImages(Dataset):
-    """Images (files, items of a dataset, or already decoded) with one label each, transformed on access.
-
-    An unreadable file is recorded in `skipped` and gives None, which `collate` leaves out.
-    """
+class LabelledImages(Pictures):
+    """Pictures with one label each."""
 
     def __init__(
-        self,
-        images: Sequence[Picture],
-        labels: Sequence[int],
-        transform: Transform,
-        skipped: SkipList,
+        self, images: Sequence[Picture], labels: Sequence[int], transform: Transform, skipped: SkipList
     ) -> None:
+        super().__init__(images, transform, skipped)
         assert len(images) == len(labels)
-        self.images = list(images)
-        self.labels = list(labels)
-        self.transform = transform
-        self.skipped = skipped
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def picture(self, index: int) -> Image.Image | None:
-        """Return the image itself, before any transform, or None when it cannot be read."""
-        return readable(self.images[index], self.skipped)
+        self.labels = labels
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         picture = self.picture(index)
         return None if picture is None else (self.transform(picture), self.labels[index])
+
+    @staticmethod
+    def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
+        """Stack the readable items of a batch."""
+        images, labels = zip(*readable_items(items), strict=True)
+        return Batch(images=torch.stack(images), labels=torch.tensor(labels))
 
 
 def sample_pictures(data: LabelledImages, most: int) -> tuple[list[Image.Image], list[int]]:
@@ -101,22 +84,3 @@ def sample_pictures(data: LabelledImages, most: int) -> tuple[list[Image.Image],
     pictures = ((data.picture(index), data.labels[index]) for index in order)
     chosen = list(itertools.islice(((picture, label) for picture, label in pictures if picture is not None), most))
     return [picture for picture, _ in chosen], [label for _, label in chosen]
-
-
-def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
-    """Stack the readable items of a batch."""
-    images, labels = zip(*readable_items(items), strict=True)
-    return Batch(images=torch.stack(images), labels=torch.tensor(labels))
-
-
-def training_batches(
-    data: LabelledImages, batch_size: int, batches: int, seed: int, workers: int | None
-) -> "DataLoader[Batch]":
-    """Return a loader of exactly `batches` shuffled batches."""
-    order = ShuffledBatches(len(data), batch_size, batches, seed)
-    return DataLoader(data, batch_sampler=order, collate_fn=collate, **loading(data.images, workers))
-
-
-def evaluation_batches(data: LabelledImages, batch_size: int, workers: int | None) -> "DataLoader[Batch]":
-    """Return a loader that reads `data` once, in order."""
-    return DataLoader(data, batch_size=batch_size, collate_fn=collate, **loading(data.images, workers))

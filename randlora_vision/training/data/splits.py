@@ -1,4 +1,8 @@
-"""Training, validation and test splits from a source of data, and subsets of the training data."""
+"""Training, validation and test splits from a source of data, and subsets of the training data.
+
+By hand, because a stratified split of scikit-learn can leave a small class without a held-out image, and would draw the
+splits of existing runs again.
+"""
 
 import random
 from collections import defaultdict

@@ -12,7 +12,7 @@ from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients,
 from randlora_vision.integrations import diffusers as pipelines
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.lora import LoRAInPipeline
-from randlora_vision.training.dreambooth.options import DreamBoothOptions
+from randlora_vision.training.dreambooth.options import DreamBoothSettings, RankedAdapter
 from randlora_vision.training.methods.adaptation import (
     Adaptation,
     TrainedTensors,
@@ -122,32 +122,32 @@ def components_of(pipe: Any, names: Sequence[str]) -> nn.ModuleDict:
     return nn.ModuleDict({name: getattr(pipe, name) for name in names})
 
 
-def trained_components(family: Family, options: DreamBoothOptions) -> list[str]:
+def trained_components(family: Family, settings: DreamBoothSettings) -> list[str]:
     """Return the names of the trained components, the denoiser first."""
     texts = [name for name in family.trainable_text_encoders if getattr(family.pipe, name) is not None]
-    if options.pipeline.train_text_encoder and not texts:
+    if settings.pipeline.train_text_encoder and not texts:
         raise ValueError("--train-text-encoder: this pipeline has no CLIP text encoder")
-    return [family.denoiser_name, *(texts if options.pipeline.train_text_encoder else ())]
+    return [family.denoiser_name, *(texts if settings.pipeline.train_text_encoder else ())]
 
 
-def adapt(family: Family, options: DreamBoothOptions) -> PipelineAdaptation:
+def adapt(family: Family, settings: DreamBoothSettings) -> PipelineAdaptation:
     """Prepare a pipeline for the chosen method and freeze all other weights."""
-    adapter, pipe = options.adapter, family.pipe
-    names = trained_components(family, options)
+    adapter, pipe = settings.adapter, family.pipe
+    names = trained_components(family, settings)
     if adapter.method == "full":
         return FullInPipeline(pipe, names)
-    assert adapter.rank is not None and adapter.alpha is not None, "resolve the options first"
-    configs = {name: _config(options, name == family.denoiser_name) for name in names}
+    configs = {name: _config(settings, adapter, name == family.denoiser_name) for name in names}
     if adapter.method == "randlora":
         return RandLoRAInPipeline(pipe, configs)
     targets = {name: target_names(getattr(pipe, name), config) for name, config in configs.items()}
     return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
 
 
-def _config(options: DreamBoothOptions, denoiser: bool) -> RandLoRAConfig:
+def _config(settings: DreamBoothSettings, adapter: RankedAdapter, denoiser: bool) -> RandLoRAConfig:
     # --target-modules applies only to the denoiser.
-    adapter = options.adapter if denoiser else replace(options.adapter, target_modules=())
-    return randlora_config(adapter, options.training.seed, "diffusers:attention" if denoiser else "diffusers:text")
+    adapter = adapter if denoiser else replace(adapter, target_modules=())
+    preset = "diffusers:attention" if denoiser else "diffusers:text"
+    return randlora_config(adapter, adapter.rank, settings.training.seed, preset)
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:

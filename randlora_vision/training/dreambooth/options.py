@@ -1,7 +1,6 @@
-"""The options of train_dreambooth.py and their defaults."""
+"""The options of train_dreambooth.py, as given and with the defaults filled in."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,17 +10,12 @@ from randlora_vision.training.harness.options import (
     AdapterOptions,
     CheckpointOptions,
     RunOptions,
+    Training,
     TrainingOptions,
     also,
 )
 
-Method = Literal["randlora", "lora", "full"]
 DemoFamily = Literal["unet", "flow"]
-_DEMO_LR: Mapping[Method, float] = {"randlora": 1e-3, "lora": 3e-3, "full": 5e-4}
-_LR: Mapping[Method, float] = {"randlora": 1e-4, "lora": 1e-4, "full": 5e-6}
-_DEMO_RANK: Mapping[Method, int] = {"randlora": 8, "lora": 4}
-_RANK: Mapping[Method, int] = {"randlora": 32, "lora": 8}
-_ALPHA_PER_RANK: Mapping[Method, float] = {"randlora": 20.0, "lora": 2.0}
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class PipelineOptions:
 
     pretrained_model_name_or_path: str | None = None
     """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. Stable Diffusion
-    1.5, 2, XL and 3, and Flux are supported. By default, a tiny pipeline pretrained on handwritten digits."""
+    1.5, 2, XL and 3, and Flux are supported. Default: a tiny pipeline pretrained on handwritten digits."""
     revision: str | None = None
     """Revision of the pipeline on the Hub."""
     variant: str | None = None
@@ -40,13 +34,13 @@ class PipelineOptions:
     train_text_encoder: bool = False
     """Also adapt the CLIP text encoders."""
     text_encoder_lr: float | None = None
-    """Peak learning rate of the text encoders. Defaults to --lr."""
+    """Peak learning rate of the text encoders. Default: --lr."""
     max_sequence_length: int | None = None
-    """Maximum prompt length for T5, in tokens (Stable Diffusion 3, Flux). Defaults to that of the pipeline."""
+    """Maximum prompt length for T5, in tokens (Stable Diffusion 3, Flux). Default: that of the pipeline."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and more time."""
     cache_dir: str | None = None
-    """Folder that caches the tiny pipelines. Defaults to $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+    """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.text_encoder_lr is not None and not self.train_text_encoder:
@@ -67,13 +61,13 @@ class SubjectOptions:
     image_column: str = "image"
     """The image column of the dataset."""
     caption_column: str | None = None
-    """The caption column of the dataset. By default, all images use --instance-prompt."""
+    """The caption column of the dataset. Default: all images use --instance-prompt."""
     instance_prompt: str | None = None
     """The caption of images without a separate caption, such as 'a photo of sks dog'."""
     with_prior_preservation: bool = False
     """Also train on images of the class, so that the model does not forget the class."""
     class_data_dir: str | None = None
-    """A folder of class images. If it has too few, the base pipeline generates more and saves them there. Defaults to
+    """A folder of class images. If it has too few, the base pipeline generates more and saves them there. Default:
     class_images in the run folder."""
     class_prompt: str | None = None
     """The caption of the class images, such as 'a photo of a dog'."""
@@ -82,9 +76,9 @@ class SubjectOptions:
     prior_loss_weight: float = 1.0
     """Weight of the loss on the class images."""
     sample_batch_size: int | None = None
-    """Batch size for generating class images and validation pictures. Defaults to 4 (32 for the digits)."""
+    """Batch size for generating class images and validation pictures. Default: 4 (32 for the digits)."""
     resolution: int | None = None
-    """Side of the square to which images are cropped; automatic buckets have about the same area. Defaults to that of
+    """Side of the square to which images are cropped; automatic buckets have about the same area. Default: that of
     the pipeline."""
     aspect_ratio_buckets: str | None = None
     """Sizes from which to choose for each image: 'height,width;height,width', or auto."""
@@ -95,7 +89,7 @@ class SubjectOptions:
 
     def __post_init__(self) -> None:
         if self.instance_data_dir and self.dataset_name:
-            raise ValueError("--instance-data-dir and --dataset-name both choose the images: give one")
+            raise ValueError("--instance-data-dir and --dataset-name both choose the images: give only one")
         if self.caption_column and not self.dataset_name:
             raise ValueError("--caption-column needs --dataset-name")
         if self.with_prior_preservation and not self.class_prompt:
@@ -113,13 +107,13 @@ class ValidationOptions:
     """The pictures that are generated at every evaluation."""
 
     validation_prompt: tuple[str, ...] = ()
-    """One or more prompts. By default, no pictures are generated."""
+    """One or more prompts. Default: no pictures are generated."""
     num_validation_images: int = 4
     """Pictures per prompt."""
     num_inference_steps: int | None = None
-    """Sampling steps. Defaults to those of the pipeline."""
+    """Sampling steps. Default: those of the pipeline."""
     validation_guidance_scale: float | None = None
-    """Guidance scale for sampling. Defaults to that of the pipeline."""
+    """Guidance scale for sampling. Default: that of the pipeline."""
 
     def __post_init__(self) -> None:
         _above("--num-validation-images", self.num_validation_images)
@@ -144,11 +138,11 @@ class HubOptions:
 class DreamBoothAdapterOptions(AdapterOptions):
     """What is trained."""
 
-    method: Method = "randlora"
+    method: Literal["randlora", "lora", "full"] = "randlora"
     """RandLoRA, PEFT's LoRA in the diffusers file format, or full fine-tuning."""
     target_modules: tuple[str, ...] = ()
-    """Which weights of the denoiser to adapt: one preset or regular expression, or several name suffixes. Defaults to
-    the attention weights."""
+    """Which weights of the denoiser to adapt: one preset or regular expression, or several name suffixes. Default: the
+    attention weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +167,7 @@ class DreamBoothTrainingOptions(TrainingOptions):
     def __post_init__(self) -> None:
         if self.use_8bit_adam:
             if self.optimizer not in ("adamw", _ADAM_8BIT):
-                raise ValueError("--use-8bit-adam and --optimizer both choose the optimiser: give one")
+                raise ValueError("--use-8bit-adam and --optimizer both choose the optimiser: give only one")
             object.__setattr__(self, "optimizer", _ADAM_8BIT)
         super().__post_init__()
 
@@ -205,53 +199,44 @@ class DreamBoothOptions:
         return self.subject.instance_data_dir is None and self.subject.dataset_name is None
 
 
-def resolve(options: DreamBoothOptions) -> DreamBoothOptions:
-    """Return `options` with the defaults filled in, except those that depend on the pipeline."""
-    pipeline, subject, adapter, training = options.pipeline, options.subject, options.adapter, options.training
-    embedded, method = options.embedded, adapter.method
-    if embedded != (pipeline.pretrained_model_name_or_path is None):
-        missing = "--instance-data-dir or --dataset-name" if embedded else "--pretrained-model-name-or-path"
-        raise ValueError(f"{missing} is missing: your own images and your own pipeline go together")
-    if not embedded and subject.instance_prompt is None and subject.dataset_name and not subject.caption_column:
-        raise ValueError("captions are missing: give --instance-prompt or --caption-column")
-    if adapter.rank is None and method in _RANK:
-        adapter = replace(adapter, rank=(_DEMO_RANK if embedded else _RANK)[method])
-    if adapter.alpha is None and adapter.rank is not None and method in _ALPHA_PER_RANK:
-        adapter = replace(adapter, alpha=_ALPHA_PER_RANK[method] * adapter.rank)
-    lr = training.lr or (_DEMO_LR if embedded else _LR)[method]
-    steps = training.steps or (300 if embedded else 500)
-    if embedded:
-        subject, options = _demo_subject(subject), replace(options, validation=_demo_validation(options.validation))
-        pipeline = replace(pipeline, max_sequence_length=pipeline.max_sequence_length or 16)
-    subject = replace(subject, sample_batch_size=subject.sample_batch_size or (32 if embedded else 4))
-    if pipeline.train_text_encoder:
-        pipeline = replace(pipeline, text_encoder_lr=pipeline.text_encoder_lr or lr)
-    return replace(
-        options,
-        pipeline=pipeline,
-        subject=subject,
-        adapter=adapter,
-        training=replace(training, lr=lr, steps=steps),
-    )
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothSubject(SubjectOptions):
+    """The images to learn, with the defaults filled in."""
+
+    sample_batch_size: int
 
 
-def _demo_subject(subject: SubjectOptions) -> SubjectOptions:
-    return replace(
-        subject,
-        instance_prompt=subject.instance_prompt or "a photo of sks digit",
-        with_prior_preservation=True,
-        class_prompt=subject.class_prompt or "a photo of a digit",
-    )
+@dataclass(frozen=True, kw_only=True)
+class RankedAdapter(DreamBoothAdapterOptions):
+    """A method with a rank."""
+
+    method: Literal["randlora", "lora"]
+    rank: int
+    alpha: float
 
 
-def _demo_validation(validation: ValidationOptions) -> ValidationOptions:
-    return replace(
-        validation,
-        validation_prompt=validation.validation_prompt
-        or ("a photo of sks digit", "a photo of the digit seven", "a photo of the digit two"),
-        num_inference_steps=validation.num_inference_steps or 20,
-        validation_guidance_scale=validation.validation_guidance_scale or 3.0,
-    )
+@dataclass(frozen=True, kw_only=True)
+class PlainAdapter(DreamBoothAdapterOptions):
+    """A method without a rank."""
+
+    method: Literal["full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothTraining(DreamBoothTrainingOptions, Training):
+    """How it is trained, with the defaults filled in."""
+
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothSettings(DreamBoothOptions):
+    """All options with the defaults filled in, except those that depend on the pipeline."""
+
+    subject: DreamBoothSubject
+    adapter: RankedAdapter | PlainAdapter
+    training: DreamBoothTraining
 
 
 def model_title(options: DreamBoothOptions) -> str:

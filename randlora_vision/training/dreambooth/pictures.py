@@ -1,4 +1,4 @@
-"""The figures of a DreamBooth run: samples of the base and the adapted pipeline over training, and loss curves."""
+"""The figures of a DreamBooth run: samples of the base and the adapted pipeline over training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from randlora_vision.files.atomic import replacing
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.samples import Gallery, as_image
-from randlora_vision.training.evaluation.plots import Metrics, over_steps, save_figure, series
+from randlora_vision.training.evaluation.plots import save_figure
 from randlora_vision.training.harness.run_folder import RunFolder
 
 Row = tuple[str, Sequence[Any]]  # a label and images
@@ -37,26 +37,6 @@ def plot_samples(groups: Sequence[tuple[str, Sequence[Row]]], title: str, path: 
                 axes.imshow(image, interpolation="nearest")
                 axes.set_axis_off()
             top -= side
-    save_figure(figure, title, path)
-
-
-def plot_losses(metrics: Metrics, title: str, path: Path) -> None:
-    """Plot the losses and the learning rate over the steps."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    loss, rate = figure.subplots(1, 2, width_ratios=(3, 2))
-    loss.plot(*series(metrics, "train", "loss"), alpha=0.5, label="training batches (random noise levels)")
-    for name, label in (("loss", "instance images, fixed noise"), ("prior_loss", "class images, fixed noise")):
-        steps, values = series(metrics, "val", name)
-        if steps:
-            loss.plot(steps, values, marker="o", markersize=4, label=label)
-    loss.set(title="Loss", ylabel="squared error")
-    loss.set_ylim(bottom=0)
-    loss.legend(fontsize=8)
-    rate.plot(*series(metrics, "train", "lr"), color="#7f7f7f")
-    rate.set(title="Learning rate")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (loss, rate):
-        over_steps(axes)
     save_figure(figure, title, path)
 
 

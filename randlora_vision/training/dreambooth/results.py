@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
-from randlora_vision.training.dreambooth.options import DreamBoothOptions, model_title
-from randlora_vision.training.dreambooth.pictures import plot_losses
+from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
+from randlora_vision.training.evaluation.plots import plot_curves
 from randlora_vision.training.evaluation.results import summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -36,19 +35,20 @@ _SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a d
 
 def write_results(
     run: RunFolder,
-    options: DreamBoothOptions,
+    settings: DreamBoothSettings,
     adaptation: PipelineAdaptation,
     shares: Mapping[str, Shares],
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder except the samples; return the content of summary.json."""
-    method, title = options.adapter.method, model_title(options)
+    method, title = settings.adapter.method, model_title(settings)
     metrics = run.read_metrics()
-    plot_losses(metrics, f"{method} on {title}", run.curves)
+    losses = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
+    plot_curves(metrics, f"{method} on {title}", run.curves, losses)
     measured = [line for line in metrics if line["split"] == "val"]
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference, SkipList()),
+        **summarise(run, method, title, adaptation, speed, reload_difference),
         "before": _values(measured[0], shares.get("before")),
         "after": _values(measured[-1], shares.get("after")),
     }
@@ -61,27 +61,12 @@ def _values(line: Mapping[str, Any], shares: Shares | None) -> dict[str, float]:
     return {**losses, **(asdict(shares) if shares else {})}
 
 
-def closing_words(
-    run: RunFolder, adaptation: PipelineAdaptation, shares: Mapping[str, Shares], summary: dict[str, Any]
-) -> str:
-    """Return the closing message: losses, file, result of the reload check, and code that loads the file."""
-    lines = [""]
-    for when in ("before", "after"):
-        losses = f"loss {summary[when]['loss']:.4f} on the subject"
-        if "prior_loss" in summary[when]:
-            losses += f", {summary[when]['prior_loss']:.4f} on its class"
-        lines.append(f"{when + ':':8}{losses}" + (f"; {shares[when]}" if when in shares else ""))
-    lines += [
-        f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
-        f"{summary['images_per_second']:.0f} images/s",
-        f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh pipeline, it gives the same "
-        f"pictures (largest pixel difference: {summary['reload_difference']:.1e})",
-        "\nTo use it:",
-        *(f"    {line}" for line in adaptation.loading_code(run.adapter)),
-        *([f"\npictures: {run.samples}"] if run.samples.exists() else []),
-        f"\nresults: {run.path}",
-    ]
-    return "\n".join(lines)
+def in_words(losses: Mapping[str, float], shares: Shares | None) -> str:
+    """Return the losses and the shares as text."""
+    words = f"loss {losses['loss']:.4f} on the subject"
+    if "prior_loss" in losses:
+        words += f", {losses['prior_loss']:.4f} on its class"
+    return f"{words}; {shares}" if shares else words
 
 
 def check_same(difference: float, run: RunFolder) -> float:

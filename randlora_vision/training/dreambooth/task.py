@@ -4,17 +4,16 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from randlora_vision.training.dreambooth.batches import (
     CachedLatents,
     CaptionedPixels,
-    DiffusionBatch,
     Item,
     Prompts,
     collate,
@@ -24,10 +23,10 @@ from randlora_vision.training.dreambooth.buckets import Size
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation, trained_components
-from randlora_vision.training.dreambooth.options import DreamBoothOptions
+from randlora_vision.training.dreambooth.options import DreamBoothSettings
 from randlora_vision.training.dreambooth.subject import Subject, make_items
 from randlora_vision.training.harness.seeding import seed_everything
-from randlora_vision.training.harness.task import AdaptedTask, batches_consumed
+from randlora_vision.training.methods.task import AdaptedTask
 
 _MEASURED = 16  # images, possibly repeated, at fixed noise: enough to see a trend
 
@@ -52,61 +51,48 @@ class TrainingSet:
         return f"{self.subject}{kept}; {sizes}"
 
 
-class DreamBoothTask(AdaptedTask):
-    """Train with the denoising loss on the subject and its class, and save to one file."""
+def make_task(
+    family: Family,
+    adaptation: PipelineAdaptation,
+    train: TrainingSet,
+    settings: DreamBoothSettings,
+    processes: int,
+    path: Path | None,
+) -> AdaptedTask:
+    """Return the task of training with the denoising loss on the subject and its class; `path` is its file."""
+    training, text_encoder_lr = settings.training, settings.pipeline.text_encoder_lr
+    items, texts = make_items(train.subject, train.class_images, train.class_prompt, train.buckets)
+    pixels = CaptionedPixels(items, settings.subject.center_crop)
+    cached = settings.subject.cache_latents
+    data = CachedLatents(pixels, family, training.seed) if cached else pixels
+    parts: dict[str, nn.Module] = {name: getattr(family.pipe, name) for name in trained_components(family, settings)}
+    prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder)
+    loss = DiffusionLoss(family, parts, prompts, settings.subject.prior_loss_weight, cached)
+    batches = training.batches(processes)
+    texts_learn = [p for name, part in parts.items() if name != family.denoiser_name for p in part.parameters()]
+    return AdaptedTask(
+        adaptation,
+        loss,
+        batches=diffusion_batches(data, training.batch_size, batches, training.seed, training.workers),
+        evaluate=partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed),
+        own_lr={p: text_encoder_lr for p in texts_learn if p.requires_grad and text_encoder_lr is not None},
+        path=path,
+    )
 
-    def __init__(
-        self,
-        family: Family,
-        adaptation: PipelineAdaptation,
-        train: TrainingSet,
-        options: DreamBoothOptions,
-        processes: int,
-        path: Path | None,
-    ) -> None:
-        super().__init__(adaptation, path)
-        training = options.training
-        items, texts = make_items(train.subject, train.class_images, train.class_prompt, train.buckets)
-        pixels = CaptionedPixels(items, options.subject.center_crop)
-        cached = options.subject.cache_latents
-        self.data = CachedLatents(pixels, family, training.seed) if cached else pixels
-        self.family = family
-        self.seed = training.seed
-        self.text_encoder_lr = options.pipeline.text_encoder_lr
-        self.loss = DiffusionLoss(
-            family,
-            {name: getattr(family.pipe, name) for name in trained_components(family, options)},
-            Prompts(family, texts, trained=options.pipeline.train_text_encoder),
-            options.subject.prior_loss_weight,
-            cached,
-        )
-        self.batches: DataLoader[DiffusionBatch] = diffusion_batches(
-            self.data,
-            training.batch_size,
-            batches_consumed(training, processes),
-            training.seed,
-            training.workers,
-        )
-        self._measured = list(_fixed_batches(items, training.batch_size))
 
-    def own_lr(self) -> dict[nn.Parameter, float]:
-        """Return the learning rates that differ from the default, by parameter."""
-        if self.text_encoder_lr is None:
-            return {}
-        texts = [part for name, part in self.loss.parts.items() if name != self.family.denoiser_name]
-        return {p: self.text_encoder_lr for part in texts for p in part.parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Return the losses on the subject and on the class, with the same noise at every call."""
-        self.loss.eval()
-        errors: dict[str, list[float]] = defaultdict(list)
-        for number, indices in enumerate(self._measured):
-            seed_everything("evaluation", self.seed, number)
-            batch = collate([self.data[index] for index in indices])
-            name = "prior_loss" if batch["prior"][0] else "loss"
-            errors[name] += self.loss.errors(batch).tolist()
-        return {name: sum(values) / len(values) for name, values in errors.items()}
+@torch.no_grad()
+def fixed_losses(
+    loss: DiffusionLoss, data: CaptionedPixels | CachedLatents, batches: Sequence[Sequence[int]], seed: int
+) -> dict[str, float]:
+    """Return the losses on the subject and on the class, with the same noise at every call."""
+    loss.eval()
+    errors: dict[str, list[float]] = defaultdict(list)
+    for number, indices in enumerate(batches):
+        seed_everything("evaluation", seed, number)
+        batch = collate([data[index] for index in indices])
+        name = "prior_loss" if batch["prior"][0] else "loss"
+        errors[name] += loss.errors(batch).tolist()
+    return {name: sum(values) / len(values) for name, values in errors.items()}
 
 
 def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """Accuracy of a classifier: top-1, top-5 and per class.
 
+By hand, because given the rows that all processes share, each metric is one line of PyTorch.
+
 Shapes: B images, C classes of the data, K outputs of the model.
 """
 

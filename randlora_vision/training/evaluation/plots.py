@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
+from torch import Tensor
 
 from randlora_vision.files.atomic import replacing
 
@@ -35,31 +36,35 @@ def series(metrics: Metrics, split: str, name: str) -> tuple[list[int], list[flo
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
-def plot_curves(metrics: Metrics, title: str, path: Path) -> None:
-    """Plot loss, validation accuracy and learning rate against the steps."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+def plot_curves(metrics: Metrics, title: str, path: Path, losses: Mapping[str, str] = {"loss": "validation"}) -> None:
+    """Plot the losses, the accuracies or recalls if any were measured, and the learning rate against the steps.
+
+    `losses` maps the names of the validation losses to their labels.
+    """
+    accuracies = {name: shown for name, shown in _MEASURED.items() if series(metrics, "val", name)[0]}
+    figure = Figure(figsize=(12 if accuracies else 9, 3.8), layout="constrained")
+    loss, *between, rate = figure.subplots(1, 3 if accuracies else 2, width_ratios=(3, 3, 2) if accuracies else (3, 2))
     loss.plot(*series(metrics, "train", "loss"), color=_COLOURS[0], alpha=0.6, label="training batches")
-    steps, values = series(metrics, "val", "loss")
-    if values:
-        loss.plot(steps, values, color=_COLOURS[1], marker="o", markersize=4, label="validation")
+    for (name, label), colour in zip(losses.items(), _COLOURS[1:], strict=False):
+        steps, values = series(metrics, "val", name)
+        if steps:
+            loss.plot(steps, values, color=colour, marker="o", markersize=4, label=label)
     loss.set(title="Loss", ylabel="loss")
     loss.set_ylim(bottom=0)
-    for name, (label, colour) in _MEASURED.items():
-        steps, values = series(metrics, "val", name)
-        if not values:
-            continue
-        accuracy.plot(steps, values, color=colour, marker="o", markersize=4, label=label)
-        if name in HEADLINES:
-            accuracy.axhline(values[0], color=colour, linestyle=":", label=f"before training, {label} {values[0]:.1%}")
-    _percent(accuracy, "Validation images")
-    steps, values = series(metrics, "train", "lr")
-    rate.plot(steps, values, color=_COLOURS[4])
+    for accuracy in between:
+        for name, (label, colour) in accuracies.items():
+            steps, values = series(metrics, "val", name)
+            accuracy.plot(steps, values, color=colour, marker="o", markersize=4, label=label)
+            if name in HEADLINES:
+                before = f"before training, {label} {values[0]:.1%}"
+                accuracy.axhline(values[0], color=colour, linestyle=":", label=before)
+        _percent(accuracy, "Validation images")
+    rate.plot(*series(metrics, "train", "lr"), color=_COLOURS[4])
     rate.set(title="Learning rate", ylabel="learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (loss, accuracy, rate):
-        over_steps(axes)
-    for axes in (loss, accuracy):
+    for axes in (loss, *between, rate):
+        _over_steps(axes)
+    for axes in (loss, *between):
         axes.legend(fontsize=8)
     save_figure(figure, title, path)
 
@@ -72,6 +77,22 @@ class Prediction:
     truth: str
     before: str | None  # None where there was no classifier yet
     after: str
+
+
+def compared(
+    pictures: Sequence[Image.Image],
+    truths: Sequence[int],
+    names: Sequence[str],
+    before: Tensor | None,
+    after: Tensor,
+) -> list[Prediction]:
+    """Return the P pictures with their classes and the answers, given the logits (P, K) before and after training."""
+    was = [None] * len(truths) if before is None else [names[label] for label in before.argmax(dim=1).tolist()]
+    now = [names[label] for label in after.argmax(dim=1).tolist()]
+    return [
+        Prediction(picture, names[truth], old, new)
+        for picture, truth, old, new in zip(pictures, truths, was, now, strict=True)
+    ]
 
 
 def plot_predictions(predictions: Sequence[Prediction], title: str, path: Path, columns: int = 8) -> None:
@@ -196,7 +217,7 @@ def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
         steps, values = next(found for name in HEADLINES if (found := series(run.metrics, "val", name))[0])
         curves.plot(steps, values, color=colour, marker="o", markersize=4, label=run.label)
     _percent(curves, "While training (validation images)")
-    over_steps(curves)
+    _over_steps(curves)
     curves.legend(loc="lower right", fontsize=9)
     _before_and_after(bars, runs)
     save_figure(figure, title, path)
@@ -217,7 +238,7 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
     _percent(axes, "Test accuracy (grey: before training)")
 
 
-def over_steps(axes: Axes) -> None:
+def _over_steps(axes: Axes) -> None:
     """Label the horizontal axis with optimiser steps."""
     axes.set_xlabel("optimiser step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

@@ -1,15 +1,52 @@
 """Results of a run: the parts of summary.json and of the printed summary that scripts share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.evaluation.plots import HEADLINES
+from randlora_vision.training.evaluation.accuracy import Scores
+from randlora_vision.training.evaluation.plots import HEADLINES, Prediction, plot_confusion, plot_predictions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
 
 Results = Mapping[str, Mapping[str, float]]  # test name -> metric name -> value
+
+
+def log_results(run: RunFolder, before: Results | None, after: Results, steps: int) -> None:
+    """Log the results on the tests before training, at step 0, and after it."""
+    for step, results in ((0, before or {}), (steps, after)):
+        for name, values in results.items():
+            run.log(step, name, values)
+
+
+def plot_answers(
+    run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], when: str
+) -> None:
+    """Plot the sample of pictures with the predictions, and the confusion of all test images."""
+    plot_predictions(predictions, f"Test images and predictions {when}", run.predictions)
+    title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
+    plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The results of a model on the tests."""
+
+    tasks: Mapping[str, str]  # test -> name of its data
+    scores: Mapping[str, Scores]  # for the tests with classes
+    logits: Tensor  # for the sample of P pictures (P, K)
+
+    @property
+    def results(self) -> Results:
+        """The metrics of each test."""
+        return {name: scores.values for name, scores in self.scores.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{self.tasks[name]} {_words(values)}" for name, values in self.results.items())
 
 
 def summarise(
@@ -19,7 +56,7 @@ def summarise(
     adaptation: Adaptation,
     speed: Speed,
     reload_difference: float,
-    skipped: SkipList,
+    skipped: SkipList | None = None,
 ) -> dict[str, Any]:
     """Return the part of summary.json on what was trained, the speed, and the check of the reloaded file."""
     return {
@@ -32,13 +69,8 @@ def summarise(
         "images_per_second": round(speed.images_per_second, 1),
         "peak_memory_gb": round(speed.peak_memory, 2),
         "reload_difference": reload_difference,
-        "skipped_images": skipped.count(),
+        "skipped_images": skipped.count() if skipped else 0,
     }
-
-
-def in_words(tasks: Mapping[str, str], results: Results) -> str:
-    """Return the accuracies or recalls of each test as text, labelled by its task."""
-    return "; ".join(f"{tasks[name]} {_words(values)}" for name, values in results.items())
 
 
 def headline(values: Mapping[str, float]) -> float:
@@ -56,26 +88,38 @@ def _words(values: Mapping[str, float]) -> str:
     return f"recall@1/5/10 {', '.join(ways)}"
 
 
-def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
-    """Return the printed summary: accuracies, the file, the check of the reload, and the loading code."""
+def closing_words(
+    run: RunFolder,
+    before: object,
+    after: object,
+    summary: Mapping[str, Any],
+    code: Sequence[str],
+    same: str = "a fresh base model, it gives equal outputs (largest difference of a logit",
+) -> str:
+    """Return the printed summary: the results, the file, the check of the reload, and the loading code."""
     return "\n".join(
         [
             f"\nbefore: {before}",
             f"after:  {after}",
             f"trained {summary['trained_numbers']:,} numbers for {summary['seconds']:.0f} s at "
             f"{summary['images_per_second']:.0f} images/s",
-            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model, it gives equal "
-            f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
+            f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into {same}: "
+            f"{summary['reload_difference']:.1e})",
             *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
             "\nTo use it:",
             *(f"    {line}" for line in code),
+            *([f"\npictures: {run.samples}"] if run.samples.exists() else []),
             f"\nresults: {run.path}",
         ]
     )
 
 
-def check_equal(difference: float, largest: float, run: RunFolder) -> float:
-    """Return the largest logit difference of the reloaded model; raise RuntimeError if it exceeds rounding."""
-    if difference > 1e-4 * largest:
+def check_equal(reloaded: Tensor, trained: Tensor, run: RunFolder) -> float:
+    """Return the largest difference between logits of the reloaded and the trained model.
+
+    Raises RuntimeError if it exceeds rounding.
+    """
+    difference = (reloaded - trained).abs().max().item()
+    if not difference <= 1e-4 * trained.abs().max().item():  # NaN is a difference too
         raise RuntimeError(f"{run.adapter} does not reproduce the trained model: a logit differs by {difference}")
     return difference

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: safetensors and JSON, in one folder per step that is written atomically."""
+"""Checkpoints of a run: safetensors and JSON, in one folder per step that is written atomically.
+
+By hand, because accelerate and PyTorch pickle the state of an optimiser.
+"""
 
 import hashlib
 import json
@@ -17,8 +20,9 @@ from torch import Tensor, nn
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
 FOLDER = "checkpoints"
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
+_TENSOR = "__tensor__"  # marks the name of a tensor in JSON
 
 
 @dataclass(frozen=True)
@@ -157,36 +161,40 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:
-    """Return the state of an optimiser: its tensors by parameter name, and the numbers of its groups."""
+    """Return the state of an optimiser: JSON by parameter name with the numbers of its groups, and its tensors."""
     tensors: dict[str, Tensor] = {}
-    saved = optimizer.state_dict()["state"]
+
+    def name_of(value: object) -> dict[str, str]:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the optimiser keeps a {type(value).__name__}, which a checkpoint cannot hold")
+        name = f"optimizer/{len(tensors)}"
+        tensors[name] = to_cpu(value)
+        return {_TENSOR: name}
+
+    content = optimizer.state_dict()
     memory = {
-        name: _pack(saved[index], f"optimizer/{name}", tensors)
+        name: content["state"][index]
         for index, name in enumerate(_order(optimizer, names))
-        if index in saved
+        if index in content["state"]
     }
     groups = [
-        {
-            key: _pack(value, f"optimizer-groups/{number}/{key}", tensors)
-            for key, value in group.items()
-            if isinstance(value, Tensor) or _is_number(value)
-        }
-        for number, group in enumerate(optimizer.param_groups)
+        {key: value for key, value in group.items() if isinstance(value, (Tensor, bool, int, float))}
+        for group in content["param_groups"]
     ]
-    return State(0, {"memory": memory, "groups": groups}, tensors)
+    return State(0, json.loads(json.dumps({"memory": memory, "groups": groups}, default=name_of)), tensors)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: State) -> None:
     """Load the result of `optimizer_state` into an optimiser over the same parameters."""
+    values = json.loads(
+        json.dumps(state.values),
+        object_hook=lambda part: state.tensors[part[_TENSOR]] if part.keys() == {_TENSOR} else part,
+    )
     content = optimizer.state_dict()
-    memory = state.values["memory"]
-    content["state"] = {
-        index: _unpack(memory[name], state.tensors)
-        for index, name in enumerate(_order(optimizer, names))
-        if name in memory
-    }
-    for group, numbers in zip(content["param_groups"], state.values["groups"], strict=True):
-        group.update({key: _unpack(value, state.tensors) for key, value in numbers.items()})
+    memory = values["memory"]
+    content["state"] = {index: memory[name] for index, name in enumerate(_order(optimizer, names)) if name in memory}
+    for group, numbers in zip(content["param_groups"], values["groups"], strict=True):
+        group.update(numbers)
     optimizer.load_state_dict(content)
 
 
@@ -198,35 +206,6 @@ def _order(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) 
 def to_cpu(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` as JSON; store its tensors in `tensors` under names that start with `name`."""
-    if isinstance(value, Tensor):
-        tensors[name] = to_cpu(value)
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": {key: _pack(part, f"{name}/{key}", tensors) for key, part in value.items()}}
-    if isinstance(value, list):
-        return {"list": [_pack(part, f"{name}/{number}", tensors) for number, part in enumerate(value)]}
-    if value is None or _is_number(value):
-        return value
-    raise ValueError(f"the optimiser keeps a {type(value).__name__} ({name}), which a checkpoint cannot hold")
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _unpack(part, tensors) for key, part in content.items()}
-    return [_unpack(part, tensors) for part in content]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))
 
 
 def _sha256(path: Path) -> str:

@@ -1,10 +1,15 @@
-"""Options from a YAML file, grouped as in a run folder's config.yaml, converted to command-line flags."""
+"""Options from a YAML file, grouped as in a run folder's config.yaml, converted to command-line flags.
 
-import difflib
-from collections.abc import Mapping, Sequence
+By hand, because tyro's own YAML is another language (Python types as tags), and says neither which group an option
+belongs to nor in which file a mistake is.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from randlora_vision.names import close_matches
 
 
 @dataclass(frozen=True)
@@ -17,10 +22,11 @@ class ConfigFile:
     with another --output-dir; it also holds the resolved defaults, such as --alpha and --lr."""
 
 
-def expand_config(argv: Sequence[str], options: type) -> list[str]:
+def expand_config(argv: Sequence[str], options: type, replaced: Collection[str] = ()) -> list[str]:
     """Return `argv`, preceded by the options of its `--config` file as flags if it names one.
 
-    `options` is a dataclass of option groups. Raises ValueError for a file that cannot be read, and
+    `options` is a dataclass of option groups. `replaced` are flags that are no longer options, which the caller
+    refuses; one without a value is ignored. Raises ValueError for a file that cannot be read, and
     for an unknown group, an unknown option or a value of the wrong kind.
     """
     path: str | None = None
@@ -29,10 +35,10 @@ def expand_config(argv: Sequence[str], options: type) -> list[str]:
             path = argv[place + 1]
         elif word.startswith("--config="):
             path = word.partition("=")[2]
-    return [*(_read(Path(path), options) if path is not None else []), *argv]
+    return [*(_read(Path(path), options, replaced) if path is not None else []), *argv]
 
 
-def _read(path: Path, options: type) -> list[str]:
+def _read(path: Path, options: type, replaced: Collection[str]) -> list[str]:
     import yaml
 
     try:
@@ -40,12 +46,12 @@ def _read(path: Path, options: type) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     try:
-        return _flags(content or {}, options)
+        return _flags(content or {}, options, replaced)
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
 
 
-def _flags(content: Any, options: type) -> list[str]:
+def _flags(content: Any, options: type, replaced: Collection[str]) -> list[str]:
     groups = {name: get_type_hints(group) for name, group in get_type_hints(options).items()}
     homes = {name: group for group, names in groups.items() for name in names}
     if not isinstance(content, Mapping):
@@ -58,16 +64,18 @@ def _flags(content: Any, options: type) -> list[str]:
         if not isinstance(values, Mapping):
             raise ValueError(f"{group}: expected options ({', '.join(groups[group])}), found {values!r}")
         for name, value in values.items():
-            if name not in groups[group]:
+            if f"--{name}".replace("_", "-") in replaced:
+                flags += _flag(name, value or None, isinstance(value, bool))
+            elif name not in groups[group]:
                 hint = f"{name} belongs under {homes[name]}:" if name in homes else _close(name, groups[group])
                 raise ValueError(f"there is no option {group}: {name}; {hint}")
-            flags += _flag(name, value, groups[group][name] is bool)
+            else:
+                flags += _flag(name, value, groups[group][name] is bool)
     return flags
 
 
 def _close(word: object, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=3)
-    return f"close matches: {', '.join(close)}" if close else f"choose from {', '.join(known)}"
+    return close_matches(str(word), known) or f"choose from {', '.join(known)}"
 
 
 def _flag(name: str, value: Any, switch: bool) -> list[str]:

@@ -1,4 +1,8 @@
-"""Exponential moving averages of the trained parameters."""
+"""Exponential moving averages of the trained parameters.
+
+By hand, because the averages of PyTorch and timm copy the whole model, whose frozen weights are most of it, and those
+of diffusers copy every parameter to the CPU and back at each evaluation.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping

@@ -7,30 +7,18 @@ from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from randlora_vision.files.atomic import fingerprint
 from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from randlora_vision.training.harness.loop import Trainer
-from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, TrainingOptions, free_settings
+from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training, free_settings
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.task import Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
 
 
-class FittedTask(Task, Protocol):
-    """A task with learning rates of its own."""
-
-    def own_lr(self) -> dict[nn.Parameter, float]:
-        """Return the learning rates that differ from the default, by parameter."""
-
-
-class FittingOptions(Protocol):
-    """The option groups that every script has."""
-
-    @property
-    def training(self) -> TrainingOptions:
-        """How it is trained."""
+class RunSettings(Protocol):
+    """The options of a run."""
 
     @property
     def checkpoints(self) -> CheckpointOptions:
@@ -41,7 +29,15 @@ class FittingOptions(Protocol):
         """Where the results go."""
 
 
-_Options = TypeVar("_Options", bound=FittingOptions)
+class Settings(RunSettings, Protocol):
+    """The options of a script with the defaults filled in."""
+
+    @property
+    def training(self) -> Training:
+        """How it is trained."""
+
+
+_Options = TypeVar("_Options", bound=RunSettings)
 
 
 class Data(Protocol):
@@ -68,8 +64,8 @@ def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[
 
 
 def fit(
-    task: FittedTask,
-    options: FittingOptions,
+    task: Task,
+    options: Settings,
     data: Data,
     run: RunFolder,
     accelerator: Accelerator,
@@ -99,7 +95,6 @@ def fit(
         run.log,
         checkpoints,
         resume,
-        own_lr=task.own_lr(),
         keep_best=run.keep_best,
         after_save=after_save,
     )

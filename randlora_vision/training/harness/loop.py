@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +25,10 @@ from randlora_vision.training.harness.checkpoints import (
 )
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
-from randlora_vision.training.harness.options import TrainingOptions
+from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
-from randlora_vision.training.harness.task import JointTask, Speed, Task
+from randlora_vision.training.harness.task import JointLoss, Speed, Task
 
 
 class Trainer:
@@ -46,33 +46,30 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        options: TrainingOptions,
+        options: Training,
         accelerator: Accelerator,
         log: Log,
         checkpoints: Checkpoints | None = None,
         resume: Checkpoint | None = None,
-        own_lr: Mapping[nn.Parameter, float] | None = None,
         keep_best: Callable[[], None] | None = None,
         after_save: Callable[[int], None] | None = None,
     ) -> None:
-        assert options.steps is not None and options.lr is not None, "resolve the options first"
         self.task = task
         self.options = options
         self.accelerator = accelerator
         self.log = log
-        self.steps = options.steps
         self.checkpoints = checkpoints
         prepare_sharding(accelerator, task.loss, options, bool(resume or (checkpoints and checkpoints.every)))
         trained = [parameter for parameter in task.loss.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(options.optimizer, trained, options.lr, options.weight_decay, own_lr)
+        optimizer = make_optimizer(options.optimizer, trained, options.lr, options.weight_decay, task.own_lr)
         batches = seeded_items(task.batches, options.seed)
         self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
         # Only now, because FSDP replaces the parameters of the model.
         self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         # Not prepared: accelerate would step it once per process.
-        warmup = round(options.warmup_fraction * self.steps)
-        self.schedule = warmup_schedule(optimizer, self.steps, warmup, options.schedule)
+        warmup = round(options.warmup_fraction * options.steps)
+        self.schedule = warmup_schedule(optimizer, options.steps, warmup, options.schedule)
         self.ema = Ema({name: p for p, name in self.names.items()}, options.ema_decay) if options.ema_decay else None
         self.images_per_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
         self.step = 0
@@ -96,8 +93,8 @@ class Trainer:
         loader = self._remaining_batches()
         batches = iter(loader)
         silent = not self.accelerator.is_main_process
-        with tqdm(total=self.steps, initial=self.step, unit="step", disable=silent) as bar:
-            while self.step < self.steps and not self._exhausted():
+        with tqdm(total=self.options.steps, initial=self.step, unit="step", disable=silent) as bar:
+            while self.step < self.options.steps and not self._exhausted():
                 started = time.perf_counter()
                 lr = float(self.schedule.get_last_lr()[0])
                 loss, grad_norm = self._optimise(batches)
@@ -108,14 +105,14 @@ class Trainer:
                 if self.ema:
                     self.ema.update(self.step)
                 bar.update()
-                if self.step % self.options.log_every == 0 or self.step == self.steps:
+                if self.step % self.options.log_every == 0 or self.step == self.options.steps:
                     means = self.recent.take()
                     rate = self.images_per_step / means.pop("seconds")
                     self.log(self.step, "train", {**means, "lr": lr, "images_per_second": rate})
                     bar.set_postfix_str(
                         f"loss {means['loss']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {peak_memory():.1f} GB"
                     )
-                if self.step % self.options.eval_every == 0 or self.step == self.steps:
+                if self.step % self.options.eval_every == 0 or self.step == self.options.steps:
                     self._evaluate()
                 if self.checkpoints is not None and self.checkpoints.due(self.step):
                     self.checkpoints.write(self._state())
@@ -130,7 +127,7 @@ class Trainer:
 
     def _close(self, loader: Any, batches: Any) -> None:
         """Close the loader, which accelerate otherwise keeps open until it is read to its end."""
-        if self.step == self.steps:
+        if self.step == self.options.steps:
             next(batches, None)
         elif loader in self.accelerator.gradient_state.dataloader_references:
             batches.close()
@@ -161,10 +158,10 @@ class Trainer:
     def _parts(self, batches: Any) -> Iterable[Any]:
         """Return the arguments of the loss in one optimiser step, in order."""
         parts = itertools.islice(batches, self.options.gradient_accumulation_steps)
-        if self.options.gradient_accumulation_steps == 1 or not isinstance(self.task, JointTask):
+        if self.options.gradient_accumulation_steps == 1 or not isinstance(self.task.loss, JointLoss):
             return parts
         with self._whole(), self.accelerator.autocast():
-            return self.task.join(list(parts), self._seed)
+            return self.task.loss.join(list(parts), self._seed)
 
     def _seed(self, part: int) -> None:
         seed_everything("step", self.options.seed, self.accelerator.process_index, self.step, part)

@@ -2,9 +2,12 @@
 
 Learning rates that decay from the last layer to the first follow BEiT (arXiv 2106.08254). The layers of a timm model
 are those of timm.optim. An adapter's parameters carry the name of their module, so they belong to the module's layer.
+
+The schedules are by hand, because the warmups of timm and diffusers start at a rate of zero, so that the first step
+learns nothing, and PyTorch's chained schedulers multiply rounded rates. The groups are by hand, because those of timm
+are for a whole model, not for the parameters that an adapter trains.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -12,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from randlora_vision.names import close_matches
 
 Schedule = Literal["cosine", "linear", "constant"]
 # It needs second derivatives, but the loop's backward pass does not keep the graph.
@@ -30,9 +35,8 @@ def check_optimizer_name(name: str) -> None:
 
     known = [known for known in list_optimizers() if known not in _UNFIT]
     if name.removeprefix("lookahead_") not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        listing = f"close matches: {', '.join(close)}" if close else "timm.optim.list_optimizers() names them all"
-        raise ValueError(f"--optimizer {name} is not known; {listing}")
+        hint = close_matches(name, known) or "timm.optim.list_optimizers() names them all"
+        raise ValueError(f"--optimizer {name} is not known; {hint}")
 
 
 def make_optimizer(
@@ -70,11 +74,6 @@ def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
     """
     usable = all(p.is_cuda and p.is_floating_point() for p in parameters)
     return {"fused": True} if usable and name in _WITH_FUSED_KERNEL else {}
-
-
-def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return PyTorch's AdamW over the trainable parameters in `parameters`."""
-    return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=lr)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

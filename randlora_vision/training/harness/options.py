@@ -6,9 +6,10 @@ A script nests the groups that it needs in its own dataclass and calls `parse`.
 
 import contextlib
 import io
+import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from randlora_vision.errors import one_line
 from randlora_vision.training.harness.config_file import ConfigFile, expand_config
 from randlora_vision.training.harness.optim import Schedule, check_optimizer_name
 
-Method = Literal["randlora", "lora", "full", "linear-probe"]
+Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]  # each script has a subset
 _Options = TypeVar("_Options")
 FREE = {"free": True}
 """Metadata of settings, or groups of settings, that may differ on resuming: they do not change what is learned."""
@@ -34,7 +35,7 @@ class AdapterOptions:
     """The training method and its adapter."""
 
     method: Method = "randlora"
-    """RandLoRA, LoRA on the same weights, full fine-tuning, or a linear classifier on frozen features."""
+    """How the model is trained."""
     rank: int | None = None
     """RandLoRA: the rank of one random base; a LARGER rank means FEWER trained numbers, the opposite of
     LoRA. Default: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
@@ -123,6 +124,18 @@ class TrainingOptions:
         check_optimizer_name(self.optimizer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainingOptions):
+    """`TrainingOptions` with the defaults filled in."""
+
+    steps: int
+    lr: float
+
+    def batches(self, processes: int) -> int:
+        """Return how many batches all processes together take from the loader."""
+        return self.steps * self.gradient_accumulation_steps * processes
+
+
 @dataclass(frozen=True)
 class RateOptions:
     """Layer-wise learning rates."""
@@ -185,6 +198,11 @@ class CheckpointOptions:
         _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
 
 
+def without(options: Any, *names: str) -> dict[str, Any]:
+    """Return the fields of `options` (a dataclass) except `names`, as the arguments of another dataclass."""
+    return {name: value for name, value in vars(options).items() if name not in names}
+
+
 def free_settings(options: Any) -> list[str]:
     """Return the settings, and whole groups of settings, marked as `FREE`: ``"run"``, ``"training.workers"``."""
     free = []
@@ -204,17 +222,25 @@ def _require(condition: bool, expected: str, got: object) -> None:
         raise ValueError(f"{expected}, got {got}")
 
 
-def parse(options: type[_Options], argv: Sequence[str] | None, description: str) -> _Options:
+def parse(
+    options: type[_Options], argv: Sequence[str] | None, description: str, replaced: Mapping[str, str] | None = None
+) -> _Options:
     """Build `options` (a dataclass of option groups) from a command line and the file that `--config` names.
 
     A mistake in either raises ValueError with a one-line message; `--help` prints and exits. The names of the
-    groups are not part of the flags: `training.lr` is `--lr`.
+    groups are not part of the flags: `training.lr` is `--lr`. `replaced` maps flags of earlier versions to what to
+    give instead, with {} for the value.
     """
+    replaced = replaced or {}
     command_line = make_dataclass(
         "CommandLine",
         [("options", options, field(default_factory=options)), ("file", ConfigFile, field(default_factory=ConfigFile))],
     )
-    words = expand_config(sys.argv[1:] if argv is None else argv, options)
+    words = expand_config(sys.argv[1:] if argv is None else argv, options, replaced)
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, _, value = word.partition("=")
+        if (flag := flag.replace("_", "-")) in replaced:
+            raise ValueError(f"{flag} is no longer an option: give {replaced[flag].format(value or after or 'NAME')}")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -1,4 +1,7 @@
-"""What the loop keeps from step to step besides the parameters: running means for the log, and the best result."""
+"""What the loop keeps from step to step besides the parameters: running means for the log, and the best result.
+
+By hand, because every checkpoint holds them as JSON.
+"""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""Random numbers that depend only on the seed and the position in the run, so that a run can resume anywhere."""
+"""Random numbers that depend only on the seed and the position in the run, so that a run can resume anywhere.
+
+By hand, because accelerate restores the generators of a process, but not those of its loader's worker processes.
+"""
 
 import hashlib
 import random

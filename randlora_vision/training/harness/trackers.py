@@ -1,4 +1,7 @@
-"""Trackers such as TensorBoard and Weights & Biases, through accelerate."""
+"""Trackers such as TensorBoard and Weights & Biases, through accelerate.
+
+Names are checked here, because accelerate drops a tracker that is not installed without saying so.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence

@@ -2,14 +2,14 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision import (
     RandLoRAConfig,
@@ -22,6 +22,7 @@ from randlora_vision import (
 )
 from randlora_vision.files.atomic import replacing
 from randlora_vision.names import listing
+from randlora_vision.training.harness.options import AdapterOptions
 
 
 class Adaptation(Protocol):
@@ -45,48 +46,21 @@ class Adaptation(Protocol):
         """Return the lines of Python that do the same for a model in the variable `model`."""
 
 
-class AdapterSettings(Protocol):
-    """The adapter options that every script has."""
-
-    @property
-    def rank(self) -> int | None:
-        """The rank R; None where a budget decides."""
-
-    @property
-    def alpha(self) -> float | None:
-        """Numerator of the scale alpha / rank; None for RandLoRA's default."""
-
-    @property
-    def dropout(self) -> float:
-        """Dropout probability on the adapter's input."""
-
-    @property
-    def bases(self) -> str:
-        """The distribution of the random bases."""
-
-    @property
-    def init(self) -> str:
-        """Which factor starts at zero."""
-
-    @property
-    def target_modules(self) -> tuple[str, ...]:
-        """One preset or regular expression, or several name suffixes; empty for the script's preset."""
-
-
 def randlora_config(
-    adapter: AdapterSettings, seed: int, preset: str, modules_to_save: Iterable[str] = ()
+    adapter: AdapterOptions, rank: int, seed: int, preset: str, modules_to_save: Iterable[str] = ()
 ) -> RandLoRAConfig:
     """Return the RandLoRA configuration for a script's options.
 
     Args:
-        adapter: The adapter options. Where a budget decides the rank, it is set to 1, which fits every weight.
+        adapter: The adapter options, apart from the rank.
+        rank: The rank.
         seed: Seed of the random bases.
         preset: What is adapted when the options name no target.
         modules_to_save: Modules that are trained in full alongside the adapters.
     """
     named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
     return RandLoRAConfig(
-        rank=adapter.rank or 1,
+        rank=rank,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         target_modules=named or preset,
@@ -171,13 +145,26 @@ class TrainedTensors:
 
     def load(self, model: nn.Module, path: Path) -> None:
         """Copy the parameters in the file into the model."""
-        with torch.no_grad():
-            for name, tensor in load_file(path).items():
-                model.get_parameter(name).copy_(tensor)
+        move(model, load_file(path), path)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return plain safetensors and PyTorch calls."""
         return [line.format(path=str(path)) for line in self.code]
+
+
+@torch.no_grad()
+def move(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, scale: float = 1.0) -> None:
+    """Set the parameters named in `tensors` to base + scale * (tensor - base); raise ValueError if they do not fit."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise ValueError(f"{path} is not an adapter of this model: {type(model).__name__} has no parameter {name}")
+        if parameters[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file and {tuple(parameters[name].shape)} in the model"
+            raise ValueError(f"{path} is not an adapter of this model: {name} is {shapes}")
+    for name, tensor in tensors.items():
+        own = parameters[name]
+        own.copy_(torch.lerp(own, tensor.to(own), scale))
 
 
 @contextlib.contextmanager

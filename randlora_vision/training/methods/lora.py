@@ -10,10 +10,8 @@ Shapes: O out, I in (channels times kernel size for a convolution), R rank.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -24,8 +22,6 @@ from torch.nn.utils import parametrize
 from randlora_vision.files.atomic import replacing
 from randlora_vision.names import listing
 from randlora_vision.training.methods.adaptation import finite_gradients
-
-_Options = TypeVar("_Options", bound=Any)
 
 FORMAT = "randlora_vision.lora"
 
@@ -85,23 +81,6 @@ def lora_parameters_per_rank(model: nn.Module, targets: Iterable[str]) -> int:
 def rank_for_budget(model: nn.Module, targets: Iterable[str], budget: int) -> int:
     """Return the LoRA rank, 1 or more, whose number of trained parameters is closest to `budget`."""
     return max(1, round(budget / lora_parameters_per_rank(model, targets)))
-
-
-def resolve_budget(
-    options: _Options, model: nn.Module, targets: Callable[[nn.Module, _Options], list[str]]
-) -> _Options:
-    """Replace LoRA's budget, if there is one, by the rank that comes closest to it.
-
-    Args:
-        options: A script's options, with an `adapter` group.
-        model: The base model.
-        targets: Function of (model, options) that returns the names of the adapted weights.
-    """
-    adapter = options.adapter
-    if adapter.budget is None:
-        return options
-    rank = rank_for_budget(model, targets(model, options), adapter.budget)
-    return replace(options, adapter=replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank, budget=None))
 
 
 def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:

@@ -78,7 +78,7 @@ class Peft:
     def loading_code(self, path: Path) -> list[str]:
         """Return the call of `load_peft`."""
         return [
-            "from randlora_vision.training.classifier.methods import load_peft",
+            "from randlora_vision.training.methods.peft import load_peft",
             f"model = load_peft(model, {str(path)!r})",
         ]
 

@@ -12,28 +12,29 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import head_modules
+from randlora_vision.training.classifier.defaults import resolve
 from randlora_vision.training.classifier.evaluation import evaluate
-from randlora_vision.training.classifier.methods import adapt, adapter_targets
+from randlora_vision.training.classifier.loss import ClassifierLoss
+from randlora_vision.training.classifier.methods import adapt
 from randlora_vision.training.classifier.models import load_classifier
 from randlora_vision.training.classifier.options import (
     AugmentOptions,
     ClassifierAdapterOptions,
+    ClassifierModel,
     ClassifierOptions,
+    ClassifierSettings,
     DataOptions,
-    ModelOptions,
-    resolve,
 )
-from randlora_vision.training.classifier.task import ClassifierLoss
 from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.splits import few_shot_indices
 from randlora_vision.training.evaluation.plots import plot_confusion
-from randlora_vision.training.methods.lora import resolve_budget
 from randlora_vision.training.methods.peft import load_peft
 from tests.data_helpers import png
 from tests.training_helpers import NO_SKIPS, write_class_folders, write_tiny_vit
@@ -47,9 +48,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_vit(tmp_path_factory.mktemp("models") / "tiny", classes=5)
 
 
-def options(tiny: Path, method: Any = "randlora", **adapter: Any) -> ClassifierOptions:
-    model = ModelOptions(model=f"local-dir:{tiny}", pretrained=True)
-    return resolve(ClassifierOptions(model=model, adapter=ClassifierAdapterOptions(method=method, **adapter)))
+def model_of(tiny: Path) -> ClassifierModel:
+    return ClassifierModel(model=f"local-dir:{tiny}", pretrained=True)
+
+
+def settings_of(chosen: ClassifierModel, model: nn.Module, method: Any, **adapter: Any) -> ClassifierSettings:
+    return resolve(ClassifierOptions(adapter=ClassifierAdapterOptions(method=method, **adapter)), chosen, model)
 
 
 def batches(size: int = 4) -> list[Any]:
@@ -112,7 +116,7 @@ def test_confusion_of_few_and_of_many_classes(classes: int, tmp_path: Path) -> N
 
 
 def test_the_plain_loss_is_cross_entropy(tiny: Path) -> None:
-    model = load_classifier(options(tiny).model, 7, seed=0).model.eval()
+    model = load_classifier(model_of(tiny), 7, seed=0).model.eval()
     loss = ClassifierLoss(model, 7, AugmentOptions())
     batch: Any = {"images": IMAGES, "labels": LABELS}
     assert torch.equal(loss(batch), F.cross_entropy(model(IMAGES), LABELS))
@@ -124,7 +128,7 @@ def test_the_plain_loss_is_cross_entropy(tiny: Path) -> None:
 @pytest.mark.parametrize("augment", [AugmentOptions(mixup=0.8), AugmentOptions(cutmix=1.0, label_smoothing=0.1)])
 def test_mixing_leaves_the_batch_as_it_is(tiny: Path, augment: AugmentOptions) -> None:
     """An odd batch, as after skipping an unreadable image, drops one more image."""
-    model = load_classifier(options(tiny).model, 7, seed=0).model
+    model = load_classifier(model_of(tiny), 7, seed=0).model
     images = IMAGES.clone()
     batch: Any = {"images": images, "labels": LABELS}
     assert ClassifierLoss(model, 7, augment)(batch).isfinite()
@@ -135,17 +139,17 @@ def test_mixing_leaves_the_batch_as_it_is(tiny: Path, augment: AugmentOptions) -
 
 
 def test_a_fresh_head_is_all_but_zero_and_the_same_again(tiny: Path) -> None:
-    first, again = (load_classifier(options(tiny).model, 7, seed=3) for _ in range(2))
+    first, again = (load_classifier(model_of(tiny), 7, seed=3) for _ in range(2))
     assert first.fresh_head
     head = first.model.get_submodule("head")
     assert isinstance(head, torch.nn.Linear)
     assert 0 < head.weight.abs().max() < 0.01 and not head.bias.any()
     assert torch.equal(head.weight, again.model.get_submodule("head").weight)
-    assert not load_classifier(options(tiny).model, 5, seed=3).fresh_head
+    assert not load_classifier(model_of(tiny), 5, seed=3).fresh_head
 
 
 def test_the_printed_code_makes_the_model(tiny: Path) -> None:
-    for model in (ModelOptions(model="test_vit", img_size=64), options(tiny).model):
+    for model in (ClassifierModel(model="test_vit", img_size=64), model_of(tiny)):
         loaded = load_classifier(model, 3, seed=4)
         scope: dict[str, Any] = {}
         exec("\n".join(loaded.code), scope)
@@ -157,9 +161,9 @@ def test_the_printed_code_makes_the_model(tiny: Path) -> None:
 
 @pytest.mark.parametrize("method", ["randlora", "lora", "vera", "full", "linear-probe"])
 def test_what_is_trained_and_what_is_saved(tiny: Path, method: str, tmp_path: Path) -> None:
-    chosen = options(tiny, method, **({"rank": 4} if method in ("randlora", "lora", "vera") else {}))
-    model = load_classifier(chosen.model, 3, seed=0).model
-    adaptation = adapt(model, chosen)
+    model = load_classifier(model_of(tiny), 3, seed=0).model
+    rank = {"rank": 4} if method in ("randlora", "lora", "vera") else {}
+    adaptation = adapt(model, settings_of(model_of(tiny), model, method, **rank))
     assert "head" in adaptation.report or method in ("full", "linear-probe")
     trained = dict(adaptation.parameters())
     assert {id(p) for p in trained.values()} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -169,16 +173,18 @@ def test_what_is_trained_and_what_is_saved(tiny: Path, method: str, tmp_path: Pa
     assert adaptation.check_gradients() == []
     torch.optim.SGD(trained.values(), lr=0.1).step()
     adaptation.save(tmp_path / "file.safetensors")
-    fresh = load_classifier(chosen.model, 3, seed=0).model
+    fresh = load_classifier(model_of(tiny), 3, seed=0).model
     adaptation.load(fresh, tmp_path / "file.safetensors")
     model.eval().requires_grad_(False)
     assert torch.equal(fresh.eval().requires_grad_(False)(IMAGES), model(IMAGES))
+    scope: dict[str, Any] = {"model": load_classifier(model_of(tiny), 3, seed=0).model}
+    exec("\n".join(adaptation.loading_code(tmp_path / "file.safetensors")), scope)
+    assert torch.equal(scope["model"].eval().requires_grad_(False)(IMAGES), model(IMAGES))
 
 
 def test_a_budget_becomes_the_nearest_rank(tiny: Path) -> None:
-    chosen = options(tiny, "lora", budget=2000)
-    model = load_classifier(chosen.model, 3, seed=0).model
-    chosen = resolve_budget(chosen, model, adapter_targets)
+    model = load_classifier(model_of(tiny), 3, seed=0).model
+    chosen = settings_of(model_of(tiny), model, "lora", budget=2000)
     assert (chosen.adapter.rank, chosen.adapter.alpha, chosen.adapter.budget) == (2, 4.0, None)
     adapted = sum(p.numel() for name, p in adapt(model, chosen).parameters() if "lora" in name)
     assert abs(adapted - 2000) <= 1024 / 2
@@ -189,8 +195,7 @@ def test_peft_is_refused_where_its_adapters_are_passed_by() -> None:
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
     for method in ("lora", "vera"):
         model = timm.create_model("beit_base_patch16_224", **small)
-        chosen = resolve(ClassifierOptions(adapter=ClassifierAdapterOptions(method=method, rank=2)))  # type: ignore[arg-type]
-        adaptation = adapt(model, chosen)
+        adaptation = adapt(model, settings_of(ClassifierModel(model="beit"), model, method, rank=2))
         F.cross_entropy(model(IMAGES), LABELS).backward()
         with pytest.raises(ValueError, match=r"no gradient reaches PEFT's adapters of blocks\.0\.attn\.qkv"):
             adaptation.check_gradients()
@@ -264,5 +269,5 @@ def test_the_demo_model_is_cached_and_loads_as_any_other(
     assert demo_classifier.demo_model_folder(str(tmp_path)) == folder
     assert capsys.readouterr().out == ""
     assert json.loads((folder / "settings.json").read_text())["pretraining"]["steps"] == 2
-    loaded = load_classifier(ModelOptions(model=f"local-dir:{folder}", pretrained=True), 10, seed=0)
+    loaded = load_classifier(model_of(folder), 10, seed=0)
     assert loaded.fresh_head and tuple(loaded.data_config["input_size"]) == (3, 32, 32)

@@ -16,15 +16,13 @@ from randlora_vision.demos.clip import contrastive_loss, demo_model_folder
 from randlora_vision.demos.pretraining import Pretraining, cache_root
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.classifier import ClassPromptLoss, ClipClassifier, text_tower_learns
-from randlora_vision.training.clip.load import reload
-from randlora_vision.training.clip.methods import adapt, adapter_targets
-from randlora_vision.training.clip.options import ClipOptions, ModelOptions, Towers, resolve
-from randlora_vision.training.data.labelled import evaluation_batches
+from randlora_vision.training.clip.load import load_classifier
+from randlora_vision.training.clip.methods import adapt
+from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, ModelOptions, Towers
+from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.data.sources import digits
-from randlora_vision.training.harness.options import AdapterOptions
-from randlora_vision.training.methods.lora import resolve_budget
-from tests.training_helpers import NO_SKIPS, TINY_CONFIG, tiny_clip, write_tiny_clip
+from tests.training_helpers import NO_SKIPS, TINY_CONFIG, clip_settings, tiny_clip, write_tiny_clip
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six"]
 TEMPLATES = ["a photo of a {}.", "the {}.", "{}"]
@@ -129,11 +127,11 @@ def test_class_names_may_hold_braces(clip: LoadedClip) -> None:
 @pytest.mark.parametrize("method", ["randlora", "lora", "full", "linear-probe"])
 def test_what_is_trained_learns_is_saved_and_loads(folder: Path, tmp_path: Path, method: Any, towers: Towers) -> None:
     clip = tiny_clip(folder)
-    options = resolve(
+    options = clip_settings(
         ClipOptions(
             clip=ModelOptions(model="tiny", towers=towers),
             images=ImageOptions(prompts="average"),
-            adapter=AdapterOptions(method=method, rank=4),
+            adapter=ClipAdapterOptions(method=method, rank=4),
         )
     )
     plain = ClipClassifier(tiny_clip(folder), NAMES, options.images.templates).predict(IMAGES)
@@ -163,7 +161,7 @@ def test_what_is_trained_learns_is_saved_and_loads(folder: Path, tmp_path: Path,
     path = tmp_path / "adapter.safetensors"
     adaptation.save(path)
     classifier.requires_grad_(False)
-    fresh = reload(tiny_clip(folder), NAMES, options, path)
+    fresh = load_classifier(tiny_clip(folder), NAMES, options, path)
     assert fresh is not None
     assert torch.equal(fresh.predict(IMAGES), classifier.predict(IMAGES))
     assert not torch.allclose(classifier.predict(IMAGES), plain)
@@ -171,7 +169,7 @@ def test_what_is_trained_learns_is_saved_and_loads(folder: Path, tmp_path: Path,
 
 def test_the_printed_code_loads_the_file(folder: Path, tmp_path: Path) -> None:
     for method in ("randlora", "lora", "full", "linear-probe"):
-        options = resolve(ClipOptions(adapter=AdapterOptions(method=method, rank=None)))
+        options = clip_settings(ClipOptions(adapter=ClipAdapterOptions(method=method, rank=None)))
         clip = tiny_clip(folder)
         classifier, adaptation = adapt(clip, NAMES, options)
         assert classifier is not None
@@ -189,7 +187,7 @@ def test_the_printed_code_loads_the_file(folder: Path, tmp_path: Path) -> None:
 
 
 def test_token_tables_are_not_fine_tuned(clip: LoadedClip) -> None:
-    _, adaptation = adapt(clip, NAMES, resolve(ClipOptions(adapter=AdapterOptions(method="full"))))
+    _, adaptation = adapt(clip, NAMES, clip_settings(ClipOptions(adapter=ClipAdapterOptions(method="full"))))
     names = [name for name, _ in adaptation.parameters()]
     assert "token_embedding.weight" not in names and "logit_scale" not in names
     assert "text_projection" in names and "visual.conv1.weight" in names
@@ -198,7 +196,7 @@ def test_token_tables_are_not_fine_tuned(clip: LoadedClip) -> None:
 def test_loras_budget_is_met_as_nearly_as_its_rank_allows(folder: Path) -> None:
     def numbers(**adapter: Any) -> int:
         clip = tiny_clip(folder)
-        options = resolve_budget(resolve(ClipOptions(adapter=AdapterOptions(**adapter))), clip.model, adapter_targets)
+        options = clip_settings(ClipOptions(adapter=ClipAdapterOptions(**adapter)), clip.model)
         assert options.adapter.rank is not None and options.adapter.budget is None
         _, adaptation = adapt(clip, NAMES, options)
         return sum(p.numel() for _, p in adaptation.parameters())
@@ -213,7 +211,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(clip: LoadedClip) -> 
         _, adaptation = adapt(
             SimpleNamespace(**{**vars(clip), "model": clip.model}),  # type: ignore[arg-type]
             NAMES,
-            resolve(ClipOptions(adapter=AdapterOptions(method=method))),
+            clip_settings(ClipOptions(adapter=ClipAdapterOptions(method=method))),
         )
         (name, first), *others = adaptation.parameters()
         for _, parameter in others:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +14,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from randlora_vision.training.clip.contrastive import Contrast, ContrastiveLoss, fitted_bias
-from randlora_vision.training.clip.methods import adapt
-from randlora_vision.training.clip.options import ClipOptions, LossOptions, ModelOptions, resolve, resolve_loss
-from randlora_vision.training.clip.tasks import ContrastiveTask
+from randlora_vision.training.clip.methods import adapt, own_rates
+from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, LossOptions, ModelOptions
+from randlora_vision.training.clip.tasks import loss_of
+from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.captioned import PairBatch, class_captions
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.accelerators import make_accelerator, prepare_sharding, require_all_gradients
 from randlora_vision.training.harness.loop import Trainer
-from randlora_vision.training.harness.options import AdapterOptions, TrainingOptions
+from randlora_vision.training.harness.options import Training, TrainingOptions
 from randlora_vision.training.harness.seeding import seed_everything
-from tests.training_helpers import NO_SKIPS, TINY_CONFIG, tiny_clip, write_tiny_clip
+from tests.training_helpers import NO_SKIPS, TINY_CONFIG, clip_settings, tiny_clip, write_tiny_clip
 
 CONTRASTS: list[Contrast] = ["clip", "siglip"]
 
@@ -208,9 +208,7 @@ class PairTask:
         items = [{name: value[k] for name, value in everything.items()} for k in range(24)]  # type: ignore[attr-defined]
         items = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in item.items()} for item in items]
         self.batches: DataLoader[Any] = DataLoader(items, batch_size=batch_size)  # type: ignore[arg-type]
-
-    def join(self, batches: Any, seed: Callable[[int], None]) -> Any:
-        return self.loss.join(batches, seed)
+        self.own_lr: dict[nn.Parameter, float] = {}
 
     def evaluate(self) -> dict[str, float]:
         return {"score": 0.0}
@@ -224,9 +222,7 @@ class PairTask:
 
 def train(task: PairTask, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
     """Return losses and parameters after two steps of plain gradient descent."""
-    settings = TrainingOptions(
-        steps=2, lr=0.5, optimizer="sgd", warmup_fraction=0.0, max_grad_norm=0, log_every=1, **options
-    )
+    settings = Training(steps=2, lr=0.5, optimizer="sgd", warmup_fraction=0.0, max_grad_norm=0, log_every=1, **options)
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     losses: list[float] = []
@@ -264,29 +260,32 @@ def test_every_method_learns_pairs(tmp_path: Path, method: Any, towers: Any) -> 
     options = ClipOptions(
         clip=ModelOptions(model="tiny", towers=towers, train_logit_scale=method != "lora"),
         loss=LossOptions("clip"),
-        adapter=AdapterOptions(method=method, rank=4),
+        adapter=ClipAdapterOptions(method=method, rank=4),
         training=TrainingOptions(steps=1, batch_size=6),
     )
-    _, adaptation = adapt(clip, None, resolve(options))
+    settings = clip_settings(options)
+    _, adaptation = adapt(clip, None, settings)
     data = class_captions(digits.read_digits(range(3)), digits.TEMPLATES)
     train = data.select("train", clip.eval_transform, clip.tokenize, NO_SKIPS)
-    task = ContrastiveTask(clip, adaptation, train, lambda: {}, resolve(options), 1, None)
-    (batch,) = task.batches
+    objective = loss_of(clip, None, settings)
+    (batch,) = training_batches(train, 6, batches=1, seed=0, workers=0)
     optimizer = torch.optim.AdamW([p for _, p in adaptation.parameters()], lr=3e-3)
     losses = []
     for step in range(5):
-        loss = task.loss(batch)
+        loss = objective(batch)
         loss.backward()
         if step == 0:
-            assert task.check_gradients() == []
-            sides = {name.split(".")[1] == "visual" for name, p in task.loss.named_parameters() if p.grad is not None}
+            assert adaptation.check_gradients() == []
+            sides = {name.split(".")[1] == "visual" for name, p in objective.named_parameters() if p.grad is not None}
             assert sides >= {"vision": {True}, "text": {False}, "both": {True, False}}[towers]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     scale = clip.model.logit_scale
-    assert scale.requires_grad == (method != "lora") == (task.own_lr() == {scale: resolve(options).training.lr})
+    assert (
+        scale.requires_grad == (method != "lora") == (own_rates(clip.model, settings) == {scale: settings.training.lr})
+    )
 
 
 def test_siglips_bias_is_trained_with_the_scale_where_the_loss_depends_on_it(tmp_path: Path) -> None:
@@ -297,9 +296,9 @@ def test_siglips_bias_is_trained_with_the_scale_where_the_loss_depends_on_it(tmp
             options = ClipOptions(
                 clip=ModelOptions(train_logit_scale=True),
                 loss=LossOptions(loss),  # type: ignore[arg-type]
-                adapter=AdapterOptions(method=method),  # type: ignore[arg-type]
+                adapter=ClipAdapterOptions(method=method),  # type: ignore[arg-type]
             )
-            _, adaptation = adapt(clip, None, resolve(options))
+            _, adaptation = adapt(clip, None, clip_settings(options))
             assert {name for name, _ in adaptation.parameters() if name.startswith("logit_")} == expected
 
 
@@ -316,11 +315,14 @@ def test_siglips_bias_is_trained_with_the_scale_where_the_loss_depends_on_it(tmp
 )
 def test_the_loss_follows_the_data(loss: Any, method: Any, captions: bool, expected: str) -> None:
     if expected in ("clip", "siglip", "class-prompts"):
-        options = ClipOptions(loss=LossOptions(loss), adapter=AdapterOptions(method=method))
-        assert resolve_loss(options, captions).loss.loss == expected
+        options = ClipOptions(loss=LossOptions(loss), adapter=ClipAdapterOptions(method=method))
+        settings = clip_settings(options, captions=captions)
+        assert settings.loss.loss == expected
+        assert settings.training.best_metric == ("mean_recall" if captions else "top1")
     else:
         with pytest.raises(ValueError, match=expected):
-            resolve_loss(ClipOptions(loss=LossOptions(loss), adapter=AdapterOptions(method=method)), captions)
+            options = ClipOptions(loss=LossOptions(loss), adapter=ClipAdapterOptions(method=method))
+            clip_settings(options, captions=captions)
 
 
 # Distributed training

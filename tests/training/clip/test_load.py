@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from randlora_vision.training.clip.load import put_on, reload
+from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt
-from randlora_vision.training.clip.options import ClipOptions, ModelOptions, resolve
-from randlora_vision.training.harness.options import AdapterOptions
-from tests.training_helpers import tiny_clip, write_tiny_clip
+from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, ClipSettings, ModelOptions
+from tests.training_helpers import clip_settings, tiny_clip, write_tiny_clip
 
 NAMES = ["zero", "one", "two"]
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -28,8 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def options_of(method: Any) -> ClipOptions:
-    return resolve(ClipOptions(clip=ModelOptions(model="tiny"), adapter=AdapterOptions(method=method, rank=4)))
+def options_of(method: Any) -> ClipSettings:
+    return clip_settings(
+        ClipOptions(clip=ModelOptions(model="tiny"), adapter=ClipAdapterOptions(method=method, rank=4))
+    )
 
 
 def trained(folder: Path, method: Any, path: Path) -> Tensor | None:
@@ -48,7 +49,7 @@ def weights(folder: Path, path: Path | None, scale: float = 1.0) -> dict[str, Te
     """Return the weights that a model uses, in float64."""
     model: Any = tiny_clip(folder).model
     if path is not None:
-        assert put_on(model, path, scale) is None
+        assert load_trained(model, path, scale) is None
     assert not any(p.requires_grad for p in model.parameters())
     modules = ((name.rpartition("."), name) for name in WEIGHTS)
     return {name: getattr(model.get_submodule(at), what).detach().double() for (at, _, what), name in modules}
@@ -76,14 +77,14 @@ def test_a_probe_is_a_part_of_the_way_from_the_prompts(folder: Path, tmp_path: P
     prompts = adapt(tiny_clip(folder), NAMES, options_of("linear-probe"))[0].class_features  # type: ignore[union-attr]
     assert prompts is not None
     for scale in (0.0, 0.25, 1.0):
-        classifier = reload(tiny_clip(folder), NAMES, options, path, scale)
+        classifier = load_classifier(tiny_clip(folder), NAMES, options, path, scale)
         assert classifier is not None and classifier.class_features is not None
         torch.testing.assert_close(classifier.class_features, prompts + scale * (features - prompts))
 
 
 def test_data_with_captions_has_no_classifier(folder: Path, tmp_path: Path) -> None:
     trained(folder, "randlora", tmp_path / "adapter.safetensors")
-    assert reload(tiny_clip(folder), None, options_of("randlora"), tmp_path / "adapter.safetensors") is None
+    assert load_classifier(tiny_clip(folder), None, options_of("randlora"), tmp_path / "adapter.safetensors") is None
 
 
 def write(path: Path, kind: str) -> Path:
@@ -114,4 +115,4 @@ def write(path: Path, kind: str) -> Path:
 def test_files_that_do_not_fit(folder: Path, tmp_path: Path, kind: str, names: Any, expected: str) -> None:
     path = write(tmp_path / "adapter.safetensors", kind)
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
-        reload(tiny_clip(folder), names, options_of("randlora"), path)
+        load_classifier(tiny_clip(folder), names, options_of("randlora"), path)

@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+from randlora_vision.training.data.batches import evaluation_batches, training_batches
 from randlora_vision.training.data.captioned import (
     CaptionedImages,
     PairSplits,
     caption_number,
     class_captions,
-    collate_pairs,
-    evaluation_pair_batches,
-    pair_batches,
     truncated_captions,
 )
 from randlora_vision.training.data.pictures import SkipList
@@ -43,7 +41,7 @@ def captioned(draw: bool = True, **more: Any) -> CaptionedImages:
 
 
 def test_a_batch_holds_images_captions_numbers_and_places() -> None:
-    batch = collate_pairs([captioned(draw=False)[i] for i in (2, 0, 3)])
+    batch = CaptionedImages.collate([captioned(draw=False)[i] for i in (2, 0, 3)])
     assert [text_of(tokens) for tokens in batch["tokens"]] == ["a cat", "a cat", "two dogs"]
     assert batch["indices"].tolist() == [2, 0, 3]
     assert (batch["images"][:, 0, 0, 0] * 255).round().tolist() == [2, 0, 3]
@@ -60,7 +58,7 @@ def test_numbers_are_the_texts_own() -> None:
 
 def test_captions_are_drawn_by_the_seed_alone_and_all_of_them() -> None:
     def drawn(seed: int, workers: int = 0) -> list[str]:
-        loader = seeded_items(pair_batches(captioned(), 4, 6, seed=0, workers=workers), seed)
+        loader = seeded_items(training_batches(captioned(), 4, 6, seed=0, workers=workers), seed)
         return [text_of(tokens) for batch in loader for tokens in batch["tokens"]]
 
     first = drawn(0)
@@ -69,7 +67,7 @@ def test_captions_are_drawn_by_the_seed_alone_and_all_of_them() -> None:
 
 
 def test_every_pass_has_every_image_once() -> None:
-    batches = list(pair_batches(captioned(), batch_size=6, batches=4, seed=3, workers=0))
+    batches = list(training_batches(captioned(), batch_size=6, batches=4, seed=3, workers=0))
     assert [len(batch["indices"]) for batch in batches] == [6] * 4
     order = [index for batch in batches for index in batch["indices"].tolist()]
     assert Counter(order) == {index: 6 for index in range(4)}
@@ -78,7 +76,7 @@ def test_every_pass_has_every_image_once() -> None:
 
 
 def test_evaluation_reads_in_order_with_the_first_caption() -> None:
-    batches = list(evaluation_pair_batches(captioned(draw=False), batch_size=3, workers=0))
+    batches = list(evaluation_batches(captioned(draw=False), batch_size=3, workers=0))
     assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [3]]
     assert [text_of(tokens) for batch in batches for tokens in batch["tokens"]] == [texts[0] for texts in CAPTIONS]
 
@@ -96,11 +94,11 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
     data = CaptionedImages(
         [tmp_path / "text.png", Image.new("RGB", (2, 2))], [["a"], ["b"]], to_tensor, tokenize, skipped
     )
-    (batch,) = evaluation_pair_batches(data, 2, workers=0)
+    (batch,) = evaluation_batches(data, 2, workers=0)
     assert batch["indices"].tolist() == [1] and text_of(batch["tokens"][0]) == "b"
     assert skipped.count() == 1
     with pytest.raises(ValueError, match="no image of a batch"):
-        collate_pairs([None])
+        CaptionedImages.collate([None])
 
 
 def test_classes_as_captions() -> None:
@@ -136,8 +134,8 @@ def test_processes_that_load(cores: int, processes: str, expected: int, monkeypa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     decoded, files = captioned(), captioned()
     files.images = [Path("x.png")] * 4
-    for loader in (pair_batches, evaluation_pair_batches):
-        more = {"batches": 1, "seed": 0} if loader is pair_batches else {}
+    for loader in (training_batches, evaluation_batches):
+        more = {"batches": 1, "seed": 0} if loader is training_batches else {}
         assert loader(decoded, batch_size=2, workers=None, **more).num_workers == 0
         assert loader(files, batch_size=2, workers=None, **more).num_workers == expected
         assert loader(files, batch_size=2, workers=0, **more).num_workers == 0

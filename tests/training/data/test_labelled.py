@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from randlora_vision.training.data.batches import ShuffledBatches
-from randlora_vision.training.data.labelled import LabelledImages, collate, evaluation_batches, training_batches
+from randlora_vision.training.data.batches import ShuffledBatches, evaluation_batches, training_batches
+from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.options import DataOptions
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.read import read_data
@@ -167,7 +167,7 @@ def test_an_image_that_breaks_later_is_left_out_of_its_batch(tmp_path: Path) -> 
 
 def test_a_batch_without_readable_images() -> None:
     with pytest.raises(ValueError, match="no image of a batch"):
-        collate([None, None])
+        LabelledImages.collate([None, None])
 
 
 # Batches

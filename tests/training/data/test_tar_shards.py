@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torchvision.transforms.functional import to_tensor
 
-from randlora_vision.training.data.captioned import pair_batches
+from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.sources.tar_shards import shard_paths
 from randlora_vision.training.harness.seeding import seeded_items
@@ -35,7 +35,7 @@ def test_an_image_inside_a_shard_that_is_broken(tmp_path: Path) -> None:
     splits = read(write_shard(tmp_path / "x.tar", samples), skipped, val_fraction=0.1)
     assert set(listed(tmp_path / "skipped.txt")) == {"x.tar:no-text", "x.tar:no-image"}
     data = splits.select("train", to_tensor, lambda texts: torch.zeros(1, 2), skipped)
-    indices = [i for batch in pair_batches(data, 4, 6, seed=0, workers=1) for i in batch["indices"].tolist()]
+    indices = [i for batch in training_batches(data, 4, 6, seed=0, workers=1) for i in batch["indices"].tolist()]
     assert len(indices) == 22 and set(listed(tmp_path / "skipped.txt")) == {
         "x.tar:no-text",
         "x.tar:no-image",
@@ -99,7 +99,7 @@ def test_spelling_of_shards(tmp_path: Path) -> None:
 def order(data: Any, workers: int, process: int = 0, processes: int = 1, start: int = 0) -> list[list[int]]:
     """Return the samples that a process reads from batch `start` on, prepared as in the training loop."""
     loader = prepare_data_loader(
-        seeded_items(pair_batches(data, 3, 8, seed=5, workers=workers), 0),
+        seeded_items(training_batches(data, 3, 8, seed=5, workers=workers), 0),
         num_processes=processes,
         process_index=process,
         put_on_device=False,

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from randlora_vision.integrations.diffusers import load_adapter
+from randlora_vision.training.dreambooth.defaults import resolve
 from randlora_vision.training.dreambooth.families import FAMILIES, load_family
 from randlora_vision.training.dreambooth.methods import adapt
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
@@ -134,7 +135,7 @@ def test_a_file_is_lent_and_training_goes_on(method: Any, tmp_path: Path, monkey
     trained, other = sd15(), sd15()
     adapter = DreamBoothAdapterOptions(method=method, rank=4, alpha=80.0)
     options = DreamBoothOptions(adapter=adapter, pipeline=PipelineOptions(train_text_encoder=True))
-    adaptation = adapt(FAMILIES[type(trained).__name__](trained, ObjectiveOptions(), CONTEXT), options)
+    adaptation = adapt(FAMILIES[type(trained).__name__](trained, ObjectiveOptions(), CONTEXT), resolve(options))
 
     def move(by: float) -> None:
         torch.manual_seed(2)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from randlora_vision.training.clip.options import ClipOptions, ModelOptions, resolve
+from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, ModelOptions
 from randlora_vision.training.data.options import ImageOptions
-from randlora_vision.training.harness.options import AdapterOptions, RunOptions, TrainingOptions, parse
+from randlora_vision.training.harness.options import RunOptions, TrainingOptions, parse
 from randlora_vision.training.harness.run_folder import plain_settings
+from tests.training_helpers import clip_settings
 
 
 def parsed(tmp_path: Path, text: str, *flags: str) -> ClipOptions:
@@ -27,14 +28,14 @@ def test_a_file_sets_options_and_flags_override_it(tmp_path: Path) -> None:
     """
     assert parsed(tmp_path, text) == ClipOptions(
         training=TrainingOptions(lr=1e-3, steps=7),
-        adapter=AdapterOptions(target_modules=("c_fc", "c_proj")),
+        adapter=ClipAdapterOptions(target_modules=("c_fc", "c_proj")),
         run=RunOptions(overwrite=True),
         images=ImageOptions(templates=("a {}", "the {}")),
     )
     flags = ["--steps", "9", "--no-overwrite", "--target-modules", "attn", "--templates", "b {}"]
     assert parsed(tmp_path, text, *flags) == ClipOptions(
         training=TrainingOptions(lr=1e-3, steps=9),
-        adapter=AdapterOptions(target_modules=("attn",)),
+        adapter=ClipAdapterOptions(target_modules=("attn",)),
         images=ImageOptions(templates=("b {}",)),
     )
 
@@ -53,17 +54,17 @@ def test_the_file_may_follow_the_flags(text: str, tmp_path: Path) -> None:
         ClipOptions(
             clip=ModelOptions(model="RN50", train_logit_scale=True, towers="vision"),
             images=ImageOptions(data="a folder", templates=("a 'b' {}", "{}: c")),
-            adapter=AdapterOptions(method="full"),
+            adapter=ClipAdapterOptions(method="full"),
             training=TrainingOptions(lr=1e-7, optimizer="lion", schedule="constant", ema_decay=0.99),
             run=RunOptions(output_dir="x y", overwrite=True),
         ),
-        ClipOptions(adapter=AdapterOptions(method="lora", rank=3), training=TrainingOptions(seed=4)),
+        ClipOptions(adapter=ClipAdapterOptions(method="lora", rank=3), training=TrainingOptions(seed=4)),
     ],
 )
 def test_what_a_run_writes_gives_its_options_back(options: ClipOptions, tmp_path: Path) -> None:
-    resolved = resolve(options)
-    again = parsed(tmp_path, yaml.safe_dump(plain_settings(resolved), sort_keys=False))
-    assert again == resolved == resolve(again)
+    resolved = plain_settings(clip_settings(options))
+    again = parsed(tmp_path, yaml.safe_dump(resolved, sort_keys=False))
+    assert plain_settings(again) == resolved == plain_settings(clip_settings(again))
 
 
 @pytest.mark.parametrize(

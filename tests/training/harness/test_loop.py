@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.loop import Trainer, train_mode
-from randlora_vision.training.harness.optim import adamw, schedule_factor
-from randlora_vision.training.harness.options import TrainingOptions
+from randlora_vision.training.harness.optim import decay_groups, schedule_factor
+from randlora_vision.training.harness.options import Training
 
 DATA = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 
@@ -34,6 +34,8 @@ class Fit(nn.Module):
 
 
 class FitTask:
+    own_lr: Mapping[nn.Parameter, float] = {}
+
     def __init__(self, batch_size: int, batches: int, path: Path | None = None) -> None:
         self.loss = Fit()
         data = DATA.repeat(batches * batch_size // len(DATA) + 1, 1)[: batches * batch_size]
@@ -69,7 +71,7 @@ class Log(list):
 
 
 def trainer(task: FitTask, log: Log | None = None, **options: Any) -> Trainer:
-    settings = TrainingOptions(**{"lr": 0.1, "steps": 4, "batch_size": 4, "warmup_fraction": 0.0, **options})
+    settings = Training(**{"lr": 0.1, "steps": 4, "batch_size": 4, "warmup_fraction": 0.0, **options})
     for state in (AcceleratorState, GradientState, PartialState):  # process-wide, with other settings in it
         state._shared_state.clear()
     return Trainer(task, settings, make_accelerator(settings), Log() if log is None else log)
@@ -182,14 +184,14 @@ def test_the_schedule_reaches_the_optimiser_and_the_log() -> None:
 def test_vectors_are_not_decayed() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     model[0].bias.requires_grad_(False)
-    groups = adamw(model.parameters(), lr=0.1, weight_decay=0.3).param_groups
+    groups = decay_groups(model.parameters(), weight_decay=0.3)
     decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decayed == {id(model[0].weight): 0.3, id(model[1].weight): 0.0, id(model[1].bias): 0.0}
 
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
-        adamw(nn.Linear(2, 2).requires_grad_(False).parameters(), 0.1, 0.0)
+        decay_groups(nn.Linear(2, 2).requires_grad_(False).parameters(), 0.0)
 
 
 def test_batch_statistics_stay_the_bases() -> None:

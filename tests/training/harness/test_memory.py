@@ -12,7 +12,7 @@ from torch import nn
 from randlora_vision import RandLoRAConfig, inject
 from randlora_vision.training.clip.classifier import belongs_to
 from randlora_vision.training.clip.methods import checkpoint_towers
-from randlora_vision.training.clip.options import ClipOptions, ModelOptions, Towers, resolve
+from randlora_vision.training.clip.options import ClipOptions, ModelOptions, Towers
 from randlora_vision.training.harness.memory import checkpoint_activations, placed
 from tests.training_helpers import tiny_clip
 
@@ -22,7 +22,7 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def gradients(model: Any, towers: Towers | None, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], int]:
     """Return the gradients of one step, and the number of values saved for the backward pass."""
     if towers is not None:
-        checkpoint_towers(model, resolve(ClipOptions(clip=ModelOptions(model="tiny", towers=towers))))
+        checkpoint_towers(model, ClipOptions(clip=ModelOptions(model="tiny", towers=towers)))
     inject(model, RandLoRAConfig(rank=4, target_modules="open_clip:both"))
     model.train()
     kept = 0

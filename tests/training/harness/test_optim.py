@@ -29,7 +29,7 @@ from randlora_vision.training.harness.checkpoints import (
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.optim import _fused, decay_groups, make_optimizer, schedule_factor
-from randlora_vision.training.harness.options import CheckpointOptions, TrainingOptions
+from randlora_vision.training.harness.options import CheckpointOptions, Training, TrainingOptions
 from randlora_vision.training.harness.progress import Best
 from randlora_vision.training.harness.seeding import seed_everything
 
@@ -171,6 +171,8 @@ class Fit(nn.Module):
 
 
 class FitTask:
+    own_lr: Mapping[nn.Parameter, float] = {}
+
     """A task with a given score per evaluation."""
 
     def __init__(self, scores: Mapping[int, float] | None = None) -> None:
@@ -194,7 +196,7 @@ class FitTask:
 def trainer(task: FitTask, resume: Checkpoint | None = None, kept: list[int] | None = None, **options: Any) -> Trainer:
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
-    settings = TrainingOptions(**{"lr": 0.1, "steps": 10, "batch_size": 4, "eval_every": 1, **options})
+    settings = Training(**{"lr": 0.1, "steps": 10, "batch_size": 4, "eval_every": 1, **options})
     keep_best = None if kept is None else lambda: kept.append(len(task.measured) - 1)
     return Trainer(task, settings, make_accelerator(settings), lambda *_: None, resume=resume, keep_best=keep_best)
 

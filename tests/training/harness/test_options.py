@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import yaml
 
 from randlora_vision.errors import DEBUG_VARIABLE, user_errors
-from randlora_vision.training.clip.options import ClipOptions, ModelOptions, resolve
+from randlora_vision.train_scripts import train_classifier
+from randlora_vision.train_scripts.train_clip import choose_model
+from randlora_vision.training.classifier.options import ClassifierOptions
+from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, LossOptions, ModelOptions
 from randlora_vision.training.data.options import ImageOptions
-from randlora_vision.training.harness.options import AdapterOptions, RunOptions, TrainingOptions, parse
+from randlora_vision.training.dreambooth.options import DreamBoothOptions
+from randlora_vision.training.harness.options import RunOptions, TrainingOptions, parse
+from randlora_vision.training.harness.run_folder import plain_settings
+from tests.training_helpers import clip_settings
 
 
 def clip_options(*argv: str) -> ClipOptions:
@@ -21,7 +30,7 @@ def test_without_arguments_everything_has_its_default() -> None:
 
 def test_flags_reach_their_groups() -> None:
     options = clip_options("--method", "lora", "--rank", "4", "--lr", "1e-3", "--overwrite", "--towers", "text")
-    assert options.adapter == AdapterOptions(method="lora", rank=4)
+    assert options.adapter == ClipAdapterOptions(method="lora", rank=4)
     assert options.training == TrainingOptions(lr=1e-3)
     assert options.run == RunOptions(overwrite=True)
     assert options.clip == ModelOptions(towers="text")
@@ -61,7 +70,7 @@ def test_help_names_flags_defaults_and_the_odd_meaning_of_rank(capsys: pytest.Ca
         (["--dropout", "0.1", "--method", "full"], "--dropout needs --method randlora"),
         (["--budget", "100"], "--budget chooses the rank of --method lora"),
         (["--method", "lora", "--budget", "100", "--rank", "2"], "give only one"),
-        (["--towers", "text", "--target-modules", "c_fc"], "give one"),
+        (["--towers", "text", "--target-modules", "c_fc"], "give only one"),
     ],
 )
 @pytest.mark.parametrize("terminal", [True, False])
@@ -79,36 +88,69 @@ def test_mistakes_are_one_line(argv: list[str], expected: str, terminal: bool, m
 
 
 def test_resolving_fills_in_what_depends_on_method_and_data() -> None:
-    demo = resolve(ClipOptions())
+    demo = clip_settings(ClipOptions())
     assert demo.adapter.rank == 16 and demo.adapter.alpha == 320
     assert demo.training.steps == 250 and demo.training.lr == 2e-3
     assert len(demo.images.templates) == 5
-    assert demo.clip.model is None
 
-    own = resolve(ClipOptions(images=ImageOptions(data="folder")))
+    options = ClipOptions(images=ImageOptions(data="folder"))
+    own = clip_settings(options)
     assert own.adapter.rank == 32 and own.training.steps == 1000
     assert own.images.templates == ("a photo of a {}.",)
-    assert own.clip.model == "ViT-B-32" and own.clip.pretrained
+    chosen = choose_model(options)
+    assert chosen.model == "ViT-B-32" and chosen.pretrained
 
 
 def test_resolving_keeps_what_was_given() -> None:
     given = ClipOptions(
         clip=ModelOptions(model="RN50", pretrained="openai"),
         images=ImageOptions(data="folder", templates=("{}",)),
-        adapter=AdapterOptions(method="lora", rank=3, alpha=7.0),
+        loss=LossOptions("class-prompts"),
+        adapter=ClipAdapterOptions(method="lora", rank=3, alpha=7.0),
         training=TrainingOptions(steps=5, lr=0.5),
     )
-    assert resolve(given) == given
-
-
-def test_a_budget_leaves_the_rank_of_lora_open() -> None:
-    adapter = resolve(ClipOptions(adapter=AdapterOptions(method="lora", budget=1000))).adapter
-    assert adapter.rank is None and adapter.alpha is None
+    assert plain_settings(clip_settings(given)) == plain_settings(given)
 
 
 def test_the_demo_model_takes_no_other_weights() -> None:
     with pytest.raises(ValueError, match="--pretrained needs --model"):
-        resolve(ClipOptions(clip=ModelOptions(pretrained="openai")))
+        ClipOptions(clip=ModelOptions(pretrained="openai"))
+
+
+@pytest.mark.parametrize("options", [ClipOptions, ClassifierOptions, DreamBoothOptions])
+def test_help_texts_name_a_default_in_one_way(options: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(options, ["--help"], "A test.")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Default: " in text and "Defaults to" not in text
+    methods = get_args(get_type_hints(get_type_hints(options)["adapter"])["method"])
+    assert f"--method {{{','.join(methods)}}}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--dataset", "torch/cifar10"], "--dataset is no longer an option: give --data timm:torch/cifar10"),
+        (["--steps", "3", "--dataset=hfds/a/b"], "give --data timm:hfds/a/b"),
+        (["--dataset"], "give --data timm:NAME"),
+        (["--dataset_download", "--dataset", "x"], "--dataset-download is no longer an option: give --download"),
+        ({"dataset": "torch/cifar10", "dataset_download": True}, "give --data timm:torch/cifar10"),
+        ({"dataset_download": True}, "give --download"),
+    ],
+)
+def test_an_option_of_an_earlier_version_names_its_successor(words: Any, expected: str, tmp_path: Path) -> None:
+    if isinstance(words, dict):
+        (tmp_path / "old.yaml").write_text(yaml.safe_dump({"data": words}))
+        words = ["--config", str(tmp_path / "old.yaml")]
+    with pytest.raises(ValueError) as mistake:
+        parse(ClassifierOptions, words, "A test.", train_classifier.REPLACED)
+    assert str(mistake.value).endswith(expected)
+
+
+def test_an_earlier_versions_option_that_was_not_set_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("data: {dataset: null, dataset_download: false}\ntraining: {steps: 3}\n")
+    words = ["--config", str(tmp_path / "old.yaml")]
+    assert parse(ClassifierOptions, words, "A test.", train_classifier.REPLACED).training.steps == 3
 
 
 @pytest.mark.parametrize("error", [ValueError("no\n  good"), FileNotFoundError("no good")])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from randlora_vision.files.atomic import fingerprint, replacing, write_json
 from randlora_vision.training.clip.evaluation import Exam
-from randlora_vision.training.clip.options import ClipOptions, resolve
+from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.evaluation.plots import (
     Compared,
@@ -21,10 +21,11 @@ from randlora_vision.training.evaluation.plots import (
     plot_curves,
     plot_predictions,
 )
+from randlora_vision.training.evaluation.results import check_equal
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder
 from randlora_vision.training.methods.adaptation import TrainedTensors, finite_gradients
-from tests.training_helpers import NO_SKIPS, tiny_clip
+from tests.training_helpers import NO_SKIPS, clip_settings, tiny_clip
 
 METRICS = [
     {"step": 0, "split": "val", "top1": 0.1, "top5": 0.5, "loss": 2.3},
@@ -74,7 +75,7 @@ def test_metrics_are_one_object_a_line_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_the_configuration_is_written_resolved(tmp_path: Path) -> None:
     run = opened(tmp_path)
-    run.write_config(resolve(ClipOptions()))
+    run.write_config(clip_settings(ClipOptions()))
     written = yaml.safe_load(run.config.read_text())
     assert written["adapter"]["rank"] == 16
     assert written["training"]["lr"] == 2e-3
@@ -128,7 +129,7 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
     clip = tiny_clip(tmp_path / "tiny")
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     splits = ImageSplits("colours", ["red", "blue"], {"test": [red, blue] * 3}, {"test": [0, 1] * 3}, "made up")
-    exam = Exam(clip, {"test": splits, "original": splits}, resolve(ClipOptions()), NO_SKIPS)
+    exam = Exam(clip, {"test": splits, "original": splits}, clip_settings(ClipOptions()), NO_SKIPS)
     before = exam.take(clip)
     assert set(before.results) == {"test", "original"}
     assert str(before).count("colours top-1") == 2
@@ -140,6 +141,14 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
         ((255, 0, 0), "red"),
         ((0, 0, 255), "blue"),
     }
+
+
+def test_a_reloaded_model_must_give_the_trained_models_logits(tmp_path: Path) -> None:
+    run, trained = opened(tmp_path), torch.tensor([[1.0, -2.0]])
+    assert check_equal(trained + 1e-5, trained, run) == pytest.approx(1e-5, rel=0.02)
+    for reloaded in (trained + 1e-3, trained * torch.nan):
+        with pytest.raises(RuntimeError, match="adapter.safetensors does not reproduce the trained model"):
+            check_equal(reloaded, trained, run)
 
 
 def test_parameters_without_a_gradient_are_noted_or_all_an_error() -> None:

@@ -1,0 +1,67 @@
+"""The defaults of train_classifier.py, which depend on the method, the data and the model."""
+
+from torch import nn
+
+from randlora_vision.training.classifier.methods import adapter_targets
+from randlora_vision.training.classifier.options import (
+    ClassifierModel,
+    ClassifierOptions,
+    ClassifierSettings,
+    PlainAdapter,
+    RankedAdapter,
+)
+from randlora_vision.training.harness.options import Training, without
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, rank_of
+
+# The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones.
+_DEMO: Table = {
+    "randlora": Defaults(2e-3, 16),
+    "lora": Defaults(6e-3, 2),
+    "vera": Defaults(3e-2, 64),
+    "full": Defaults(1.2e-3),
+    "linear-probe": Defaults(5e-2),
+}
+_OWN: Table = {
+    "randlora": Defaults(1e-3, 32),
+    "lora": Defaults(1e-3, 8),
+    "vera": Defaults(4e-3, 256),
+    "full": Defaults(1e-5),
+    "linear-probe": Defaults(1e-3),
+}
+_DEMO_HEAD_LR = 6e-3  # of RandLoRA
+
+
+def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Module) -> ClassifierSettings:
+    """Return the options with every default filled in, given the model's name and the loaded model."""
+    embedded, training = options.embedded, options.training
+    defaults = (_DEMO if embedded else _OWN)[options.adapter.method]
+    return ClassifierSettings(
+        **without(options, "model", "adapter", "training"),
+        model=chosen,
+        adapter=_with_rank(options, defaults.rank, model),
+        training=Training(
+            **without(training, "lr", "steps"),
+            lr=training.lr or defaults.lr,
+            steps=training.steps or (300 if embedded else 1000),
+        ),
+    )
+
+
+def _with_rank(options: ClassifierOptions, default: int, model: nn.Module) -> RankedAdapter | PlainAdapter:
+    adapter = options.adapter
+    if adapter.method == "full" or adapter.method == "linear-probe":
+        return PlainAdapter(**without(adapter, "method"), method=adapter.method)
+    head_lr = adapter.head_lr
+    if adapter.method == "randlora" and options.embedded and options.training.lr is None:
+        head_lr = head_lr or _DEMO_HEAD_LR
+    rank = rank_of(adapter, default, model, lambda: adapter_targets(model, options))
+    alpha = adapter.alpha
+    if adapter.method != "vera":
+        alpha = alpha or ALPHA_PER_RANK[adapter.method] * rank
+    return RankedAdapter(
+        **without(adapter, "method", "rank", "alpha", "budget", "head_lr"),
+        method=adapter.method,
+        rank=rank,
+        alpha=alpha,
+        head_lr=head_lr,
+    )

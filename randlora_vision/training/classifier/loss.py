@@ -1,0 +1,35 @@
+"""The training loss of a classifier."""
+
+from torch import Tensor, nn
+
+from randlora_vision.training.classifier.options import AugmentOptions
+from randlora_vision.training.data.labelled import Batch
+
+
+class ClassifierLoss(nn.Module):
+    """Cross entropy of the logits of a model, with Mixup, CutMix and label smoothing from timm."""
+
+    def __init__(self, model: nn.Module, classes: int, augment: AugmentOptions) -> None:
+        super().__init__()
+        from timm.data import Mixup
+        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+        self.model = model
+        self.mixup: Mixup | None = None
+        self.criterion: nn.Module = LabelSmoothingCrossEntropy(augment.label_smoothing)
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(
+                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=classes
+            )
+            self.criterion = SoftTargetCrossEntropy()
+        elif not augment.label_smoothing:
+            self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+        images, targets = batch["images"], batch["labels"]
+        if self.mixup is not None:
+            even = len(images) - len(images) % 2  # odd if an image could not be read
+            images, targets = self.mixup(images[:even].clone(), targets[:even])
+        loss: Tensor = self.criterion(self.model(images), targets)
+        return loss

@@ -1,0 +1,84 @@
+"""The defaults of train_clip.py, which depend on the method, the data and the model."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from randlora_vision.training.clip.methods import adapter_targets
+from randlora_vision.training.clip.options import (
+    ChosenLoss,
+    ClipModel,
+    ClipOptions,
+    ClipSettings,
+    PlainAdapter,
+    RankedAdapter,
+)
+from randlora_vision.training.data.class_names import read_templates
+from randlora_vision.training.data.sources import digits
+from randlora_vision.training.harness.options import Training, TrainingOptions, without
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, rank_of
+
+# The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
+# of two or less. The others are the usual ones for pretrained CLIP models.
+_DEMO: Table = {
+    "randlora": Defaults(2e-3, 16),
+    "lora": Defaults(9e-3, 8),
+    "full": Defaults(1.2e-3),
+    "linear-probe": Defaults(1e-1),
+}
+_OWN: Table = {
+    "randlora": Defaults(1e-3, 32),
+    "lora": Defaults(1e-3, 8),
+    "full": Defaults(1e-5),
+    "linear-probe": Defaults(1e-3),
+}
+
+
+def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions: bool) -> ClipSettings:
+    """Return the options with every default filled in.
+
+    Args:
+        options: The options as given.
+        chosen: The model, by name.
+        model: The loaded model.
+        captions: True for data with captions, False for data with classes.
+
+    Raises:
+        ValueError: If the loss or the method cannot be used with such data.
+    """
+    embedded, images, adapter, training = options.images.embedded, options.images, options.adapter, options.training
+    loss = options.loss.loss or ("clip" if captions else "class-prompts")
+    if captions and loss == "class-prompts":
+        raise ValueError("--loss class-prompts needs data with classes, but this has captions: choose clip or siglip")
+    if captions and adapter.method == "linear-probe":
+        raise ValueError("--method linear-probe is a classifier and needs data with classes, but this has captions")
+    if captions and training.best_metric == TrainingOptions.best_metric:
+        training = replace(training, best_metric="mean_recall")
+    defaults = (_DEMO if embedded else _OWN)[adapter.method]
+    lr = training.lr or defaults.lr
+    if chosen.train_logit_scale:
+        chosen = replace(chosen, logit_scale_lr=chosen.logit_scale_lr or lr)
+    templates = images.templates or (digits.TEMPLATES if embedded else ("a photo of a {}.",))
+    return ClipSettings(
+        **without(options, "clip", "images", "loss", "adapter", "training"),
+        clip=chosen,
+        images=replace(images, templates=read_templates(templates)),
+        loss=ChosenLoss(loss=loss),
+        adapter=_with_rank(options, defaults, model),
+        training=Training(
+            **without(training, "lr", "steps"), lr=lr, steps=training.steps or (250 if embedded else 1000)
+        ),
+    )
+
+
+def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> RankedAdapter | PlainAdapter:
+    adapter = options.adapter
+    if adapter.method == "full" or adapter.method == "linear-probe":
+        return PlainAdapter(**without(adapter, "method"), method=adapter.method)
+    rank = rank_of(adapter, defaults.rank, model, lambda: adapter_targets(model, options))
+    return RankedAdapter(
+        **without(adapter, "method", "rank", "alpha", "budget"),
+        method=adapter.method,
+        rank=rank,
+        alpha=adapter.alpha or ALPHA_PER_RANK[adapter.method] * rank,
+    )

@@ -1,0 +1,82 @@
+"""The defaults of train_dreambooth.py, which depend on the method and the subject."""
+
+from dataclasses import replace
+
+from randlora_vision.training.dreambooth.options import (
+    DreamBoothAdapterOptions,
+    DreamBoothOptions,
+    DreamBoothSettings,
+    DreamBoothSubject,
+    DreamBoothTraining,
+    PlainAdapter,
+    RankedAdapter,
+    SubjectOptions,
+    ValidationOptions,
+)
+from randlora_vision.training.harness.options import without
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table
+
+_DEMO: Table = {"randlora": Defaults(1e-3, 8), "lora": Defaults(3e-3, 4), "full": Defaults(5e-4)}
+_OWN: Table = {"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)}
+
+
+def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
+    """Return the options with the defaults filled in, except those that depend on the pipeline."""
+    pipeline, subject, adapter, training = options.pipeline, options.subject, options.adapter, options.training
+    embedded, validation = options.embedded, options.validation
+    if embedded != (pipeline.pretrained_model_name_or_path is None):
+        missing = "--instance-data-dir or --dataset-name" if embedded else "--pretrained-model-name-or-path"
+        raise ValueError(f"{missing} is missing: your own images and your own pipeline go together")
+    if not embedded and subject.instance_prompt is None and subject.dataset_name and not subject.caption_column:
+        raise ValueError("captions are missing: give --instance-prompt or --caption-column")
+    defaults = (_DEMO if embedded else _OWN)[adapter.method]
+    lr = training.lr or defaults.lr
+    if embedded:
+        subject, validation = _demo_subject(subject), _demo_validation(validation)
+        pipeline = replace(pipeline, max_sequence_length=pipeline.max_sequence_length or 16)
+    if pipeline.train_text_encoder:
+        pipeline = replace(pipeline, text_encoder_lr=pipeline.text_encoder_lr or lr)
+    return DreamBoothSettings(
+        **without(options, "pipeline", "subject", "adapter", "training", "validation"),
+        pipeline=pipeline,
+        subject=DreamBoothSubject(
+            **without(subject, "sample_batch_size"),
+            sample_batch_size=subject.sample_batch_size or (32 if embedded else 4),
+        ),
+        adapter=_with_rank(adapter, defaults.rank),
+        training=DreamBoothTraining(
+            **without(training, "lr", "steps"), lr=lr, steps=training.steps or (300 if embedded else 500)
+        ),
+        validation=validation,
+    )
+
+
+def _with_rank(adapter: DreamBoothAdapterOptions, default: int) -> RankedAdapter | PlainAdapter:
+    if adapter.method == "full":
+        return PlainAdapter(**without(adapter, "method"), method=adapter.method)
+    rank = adapter.rank or default
+    return RankedAdapter(
+        **without(adapter, "method", "rank", "alpha"),
+        method=adapter.method,
+        rank=rank,
+        alpha=adapter.alpha or ALPHA_PER_RANK[adapter.method] * rank,
+    )
+
+
+def _demo_subject(subject: SubjectOptions) -> SubjectOptions:
+    return replace(
+        subject,
+        instance_prompt=subject.instance_prompt or "a photo of sks digit",
+        with_prior_preservation=True,
+        class_prompt=subject.class_prompt or "a photo of a digit",
+    )
+
+
+def _demo_validation(validation: ValidationOptions) -> ValidationOptions:
+    return replace(
+        validation,
+        validation_prompt=validation.validation_prompt
+        or ("a photo of sks digit", "a photo of the digit seven", "a photo of the digit two"),
+        num_inference_steps=validation.num_inference_steps or 20,
+        validation_guidance_scale=validation.validation_guidance_scale or 3.0,
+    )
