@@ -80,7 +80,9 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         family.drop_text_encoders()  # all prompts are already encoded
     if options.pipeline.gradient_checkpointing:
         checkpoint_activations(task.loss.parts.values())
-    album = Album(run, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths))
+    album = Album(
+        run, subject.images, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths)
+    )
     speed = fit(task, options, data, run, accelerator, resume, after_save=album.show if pictures else None)
 
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded pipeline

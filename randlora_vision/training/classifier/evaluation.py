@@ -11,13 +11,14 @@ from randlora_vision.training.classifier.options import ClassifierOptions, model
 from randlora_vision.training.data.labelled import Batch, ImageSplits, evaluation_batches, sample_pictures
 from randlora_vision.training.data.pictures import SkipList, Transform
 from randlora_vision.training.evaluation.accuracy import Scores, measure
-from randlora_vision.training.evaluation.plots import Prediction, plot_confusion, plot_curves, plot_predictions
+from randlora_vision.training.evaluation.curves import plot_confusion, plot_curves
+from randlora_vision.training.evaluation.grids import Prediction, list_predictions, plot_predictions
 from randlora_vision.training.evaluation.results import in_words, summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
 
-_PICTURES = 32
+_PICTURES = 96  # sampled; those drawn are chosen among them
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores:
@@ -81,18 +82,9 @@ class Exam:
 
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions."""
-        was = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
-        return [
-            Prediction(
-                picture,
-                self.class_names[truth],
-                None if old is None else self.class_names[old],
-                self.class_names[new],
-            )
-            for picture, truth, old, new in zip(
-                self.pictures, self.truths, was, after.logits.argmax(dim=1).tolist(), strict=True
-            )
-        ]
+        return list_predictions(
+            self.pictures, self.truths, self.class_names, None if before is None else before.logits, after.logits
+        )
 
 
 def write_results(
@@ -113,7 +105,7 @@ def write_results(
     method, title = options.adapter.method, model_title(options)
     plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
     when = "after" if before is None else "before and after"
-    plot_predictions(exam.predictions(before, after), f"Test images and predictions {when} training", run.predictions)
+    plot_predictions(exam.predictions(before, after), f"Test images {when} training", run.predictions)
     scores, names = after.scores["test"], exam.class_names
     top1 = scores.values["top1"]
     # The head has one output per class of the data, so the matrix is square.

@@ -18,10 +18,10 @@ from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.labelled import ImageSplits, evaluation_batches, sample_pictures
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores
-from randlora_vision.training.evaluation.plots import Found, Prediction
+from randlora_vision.training.evaluation.grids import Found, Prediction, list_predictions
 from randlora_vision.training.evaluation.results import Results, in_words
 
-_PICTURES = 32
+_PICTURES = 96  # sampled; those drawn are chosen among them
 _FOUND = 12
 Splits = ImageSplits | PairSplits
 
@@ -100,14 +100,9 @@ class Exam:
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions, for data with classes."""
         assert self.class_names is not None
-        names = self.class_names
-        old = [None] * len(self.truths) if before is None else before.logits.argmax(dim=1).tolist()
-        return [
-            Prediction(picture, names[truth], None if was is None else names[was], names[now])
-            for picture, truth, was, now in zip(
-                self.pictures, self.truths, old, after.logits.argmax(dim=1).tolist(), strict=True
-            )
-        ]
+        return list_predictions(
+            self.pictures, self.truths, self.class_names, None if before is None else before.logits, after.logits
+        )
 
     def found(self, before: Answers | None, after: Answers) -> Sequence[Found]:
         """Return the sample of pictures with their nearest captions, for data with captions."""

@@ -6,13 +6,8 @@ from typing import Any
 
 from randlora_vision.training.clip.evaluation import Answers, Exam
 from randlora_vision.training.clip.options import ClipOptions, model_title
-from randlora_vision.training.evaluation.plots import (
-    plot_confusion,
-    plot_curves,
-    plot_found,
-    plot_predictions,
-    plot_scales,
-)
+from randlora_vision.training.evaluation.curves import HEADLINES, plot_confusion, plot_curves, plot_scales
+from randlora_vision.training.evaluation.grids import plot_found, plot_predictions
 from randlora_vision.training.evaluation.results import Results, headline, summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -97,16 +92,15 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
     if exam.class_names is None:
         plot_found(exam.found(before, last), f"Test images and nearest captions {when}", run.predictions)
     else:
-        plot_predictions(exam.predictions(before, last), f"Test images and predictions {when}", run.predictions)
+        plot_predictions(exam.predictions(before, last), f"Test images {when}", run.predictions)
         scores = last.scores["test"]
         title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
         plot_confusion(scores.confusion.tolist(), exam.class_names, title, run.confusion)
     if measured.scales:
         lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
-        kind = "Mean recall" if exam.class_names is None else "Top-1 accuracy"
-        plot_scales(
-            [scale for scale, _ in measured.scales], lines, f"{kind} between base and adapted model", run.scales
-        )
+        kind = HEADLINES["mean_recall" if exam.class_names is None else "top1"]
+        scales, title = [scale for scale, _ in measured.scales], f"{kind.capitalize()} between base and adapted model"
+        plot_scales(scales, lines, kind, title, run.scales)
 
 
 def loading_code(run: RunFolder, options: ClipOptions, adaptation: Adaptation) -> list[str]:

@@ -4,60 +4,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from randlora_vision.figures import figure_file
 from randlora_vision.files.atomic import replacing
+from randlora_vision.training.data.pictures import Picture
+from randlora_vision.training.dreambooth.batches import read_picture
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.samples import Gallery, as_image
-from randlora_vision.training.evaluation.plots import Metrics, over_steps, save_figure, series
+from randlora_vision.training.evaluation.curves import Metrics, draw_losses, draw_rates
+from randlora_vision.training.evaluation.grids import evenly, plot_samples
 from randlora_vision.training.harness.run_folder import RunFolder
 
-Row = tuple[str, Sequence[Any]]  # a label and images
-
-
-def plot_samples(groups: Sequence[tuple[str, Sequence[Row]]], title: str, path: Path) -> None:
-    """Plot labelled rows of images in groups, each group below its heading."""
-    columns = max(len(images) for _, rows in groups for _, images in rows)
-    count = sum(len(rows) for _, rows in groups)
-    side, label, heading = 1.1, 1.5, 0.45  # inches
-    width, height = label + side * columns + 0.1, side * count + heading * len(groups) + 0.4
-    figure = Figure(figsize=(max(width, 5.0), height))
-    top = height - 0.35
-    for name, rows in groups:
-        figure.text(0.02, (top - heading * 0.6) / height, name, fontsize=10, fontweight="bold", va="center")
-        top -= heading
-        for text, images in rows:
-            figure.text((label - 0.1) / figure.get_figwidth(), (top - side / 2) / height, text, ha="right", va="center")
-            for column, image in enumerate(images):
-                left = (label + column * side) / figure.get_figwidth()
-                box = (left, (top - side) / height, 0.96 * side / figure.get_figwidth(), 0.96 * side / height)
-                axes = figure.add_axes(box)
-                axes.imshow(image, interpolation="nearest")
-                axes.set_axis_off()
-            top -= side
-    save_figure(figure, title, path)
+_INSTANCES = 4  # instance images in a figure, or as many as samples of a prompt
+_ROWS = 5  # most steps in the figure of samples over training; all are kept as files
 
 
 def plot_losses(metrics: Metrics, title: str, path: Path) -> None:
-    """Plot the losses and the learning rate over the steps."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    loss, rate = figure.subplots(1, 2, width_ratios=(3, 2))
-    loss.plot(*series(metrics, "train", "loss"), alpha=0.5, label="training batches (random noise levels)")
-    for name, label in (("loss", "instance images, fixed noise"), ("prior_loss", "class images, fixed noise")):
-        steps, values = series(metrics, "val", name)
-        if steps:
-            loss.plot(steps, values, marker="o", markersize=4, label=label)
-    loss.set(title="Loss", ylabel="squared error")
-    loss.set_ylim(bottom=0)
-    loss.legend(fontsize=8)
-    rate.plot(*series(metrics, "train", "lr"), color="#7f7f7f")
-    rate.set(title="Learning rate")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (loss, rate):
-        over_steps(axes)
-    save_figure(figure, title, path)
+    """Plot the losses and the learning rates over the steps."""
+    with figure_file(path, (10, 3.9), title, layout="constrained") as figure:
+        loss, rate = figure.subplots(1, 2, width_ratios=(3, 2))
+        fixed = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
+        draw_losses(loss, metrics, fixed, ylabel="mean squared error")
+        draw_rates(rate, metrics)
 
 
 _BASE = "base"
@@ -71,8 +41,16 @@ class Album:
     final figure.
     """
 
-    def __init__(self, run: RunFolder, gallery: Gallery, adaptation: PipelineAdaptation, report: Report) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        instances: Sequence[Picture],
+        gallery: Gallery,
+        adaptation: PipelineAdaptation,
+        report: Report,
+    ) -> None:
         self.run = run
+        self.instances = instances
         self.gallery = gallery
         self.adaptation = adaptation
         self.report = report
@@ -88,15 +66,17 @@ class Album:
         self.report(step, [path])
 
     def finish(self, steps: Sequence[int]) -> None:
-        """Plot the samples over training in one figure."""
-        rows = {"base": _BASE, **{f"step {step}": _name(step) for step in steps if step}}
+        """Plot the samples over training in one figure, below the instance images."""
+        shown = evenly([step for step in steps if step], _ROWS)
+        rows = {"base": _BASE, **{f"step {step}": _name(step) for step in shown}}
         self._plot(rows, "Samples over training, same seeds", self.run.samples)
 
     def _plot(self, rows: dict[str, str], title: str, path: Path) -> None:
-        groups = [
-            (prompt, [(label, self._read(folder, number)) for label, folder in rows.items()])
-            for number, prompt in enumerate(self.gallery.prompts)
-        ]
+        most = max(self.gallery.each, _INSTANCES)
+        instances = [ImageOps.fit(read_picture(image), (256, 256)) for image in self.instances[:most]]
+        groups = [("instance images", [("", instances)])]
+        for number, prompt in enumerate(self.gallery.prompts):
+            groups.append((prompt, [(label, self._read(folder, number)) for label, folder in rows.items()]))
         plot_samples(groups, title, path)
 
     def _read(self, folder: str, prompt: int) -> list[Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.evaluation.plots import HEADLINES
+from randlora_vision.training.evaluation.curves import HEADLINES
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation

@@ -32,7 +32,7 @@ from randlora_vision.training.classifier.task import ClassifierLoss
 from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.splits import few_shot_indices
-from randlora_vision.training.evaluation.plots import plot_confusion
+from randlora_vision.training.evaluation.curves import plot_confusion
 from randlora_vision.training.methods.lora import resolve_budget
 from randlora_vision.training.methods.peft import load_peft
 from tests.data_helpers import png
