@@ -15,7 +15,7 @@ from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_json, write_text
 from randlora_vision.train_scripts.train_clip import train
 from randlora_vision.training.clip.options import ClipAdapterOptions, ClipMethod, ClipOptions
-from randlora_vision.training.evaluation.plots import Compared, plot_comparison
+from randlora_vision.training.evaluation.curves import Compared, plot_comparison
 from randlora_vision.training.evaluation.results import headline
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder

@@ -87,7 +87,9 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         family.drop_text_encoders()  # all prompts are already encoded
     if settings.pipeline.gradient_checkpointing:
         checkpoint_activations(getattr(family.pipe, name) for name in trained_components(family, settings))
-    album = Album(run, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths))
+    album = Album(
+        run, subject.images, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths)
+    )
     speed = fit(task, settings, data, run, accelerator, resume, after_save=album.show if pictures else None)
 
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded pipeline

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from randlora_vision.bases import get_bases
 from randlora_vision.compute.functional import effective_weight
+from randlora_vision.figures import figure_file
 from randlora_vision.files.adapter_file import AdapterFile
-from randlora_vision.files.atomic import replacing
 from randlora_vision.report import Target
+
+_NAMED = 12  # most layers named in a plot
+_ROUNDING = 1e-8  # smaller singular values, relative to the largest, are rounding errors
 
 
 @dataclass(frozen=True)
@@ -66,34 +69,39 @@ def spectrum(content: AdapterFile, target: Target) -> Tensor:
 
 
 def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
-    """Plot the singular values of every update, relative to its largest one: one line per layer."""
+    """Plot the singular values of every update, relative to its largest one: one line per layer.
+
+    Up to 12 layers are named in a legend; more are coloured by their position in the file, with a colour bar.
+    """
     try:
         from matplotlib import colormaps
-        from matplotlib.figure import Figure
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
     except ModuleNotFoundError:
         raise ValueError("--plot needs matplotlib: pip install 'randlora_vision[cli]'") from None
     if path.suffix.lower() != ".png":
         raise ValueError(f"--plot writes a .png, got {str(path)!r}")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
     shown = [layer for layer in layers if layer.norm > 0]
-    for i, layer in enumerate(shown):
-        share = torch.arange(1, len(layer.values) + 1) / len(layer.values)
-        label = layer.target.name if len(shown) <= 12 else None
-        axes.plot(
-            share, layer.values / layer.values[0], color=colormaps["viridis"](i / max(1, len(shown))), label=label
+    with figure_file(path, (8, 5), title, layout="constrained") as figure:
+        if not shown:
+            figure.text(0.5, 0.5, "every update is zero", ha="center")
+            return
+        axes = figure.subplots()
+        colours = ScalarMappable(Normalize(1, max(2, len(shown))), colormaps["viridis"])
+        lowest = 1.0
+        for number, layer in enumerate(shown, 1):
+            share = torch.arange(1, len(layer.values) + 1) / len(layer.values)
+            values = layer.values / layer.values[0]
+            lowest = min(lowest, float(values.clamp(min=_ROUNDING).min()))
+            label = layer.target.name if len(shown) <= _NAMED else None
+            axes.plot(share, values, color=colours.to_rgba(number), label=label, marker="" if len(values) > 1 else "o")
+        axes.set(
+            xlabel="index of the singular value / narrow side of the weight",
+            ylabel="singular value / largest one",
+            yscale="log",
+            ylim=(lowest / 2, 2),
         )
-    axes.set(
-        title=title,
-        xlabel="index of the singular value / narrow side of the weight",
-        ylabel="singular value / largest one",
-        yscale="log",
-        ylim=(1e-8, 2),  # values below are rounding errors
-    )
-    axes.grid(alpha=0.3)
-    if not shown:
-        axes.text(0.5, 0.5, "every update is zero", transform=axes.transAxes, ha="center")
-    elif len(shown) <= 12:
-        axes.legend(fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        if len(shown) <= _NAMED:
+            axes.legend(fontsize=7)
+        else:
+            figure.colorbar(colours, ax=axes, label="layer, in the order of the file")

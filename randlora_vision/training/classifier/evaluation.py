@@ -11,14 +11,15 @@ from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.labelled import Batch, ImageSplits, sample_pictures
 from randlora_vision.training.data.pictures import SkipList, Transform
 from randlora_vision.training.evaluation.accuracy import Scores, measure
-from randlora_vision.training.evaluation.plots import Prediction, compared, plot_curves
+from randlora_vision.training.evaluation.curves import plot_curves
+from randlora_vision.training.evaluation.grids import Prediction, list_predictions
 from randlora_vision.training.evaluation.results import Answers, log_results, plot_answers, summarise
 from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
 
-_PICTURES = 32
+_PICTURES = 96  # sampled; those drawn are chosen among them
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores:
@@ -65,7 +66,7 @@ class Exam:
     def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions."""
         was = before.logits if before else None
-        return compared(self.pictures, self.truths, self.class_names, was, after.logits)
+        return list_predictions(self.pictures, self.truths, self.class_names, was, after.logits)
 
 
 def write_results(

@@ -19,10 +19,10 @@ from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
 from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.evaluation.plots import Found, Prediction, compared
+from randlora_vision.training.evaluation.grids import Found, Prediction, list_predictions
 from randlora_vision.training.evaluation.results import Answers, Results
 
-_PICTURES = 32
+_PICTURES = 96  # sampled; those drawn are chosen among them
 _FOUND = 12
 Splits = ImageSplits | PairSplits
 
@@ -98,7 +98,7 @@ class Exam:
         """Return the sample of pictures with both predictions, for data with classes."""
         assert self.class_names is not None
         was = before.logits if before else None
-        return compared(self.pictures, self.truths, self.class_names, was, after.logits)
+        return list_predictions(self.pictures, self.truths, self.class_names, was, after.logits)
 
     def found(self, before: ClipAnswers | None, after: ClipAnswers) -> Sequence[Found]:
         """Return the sample of pictures with their nearest captions, for data with captions."""

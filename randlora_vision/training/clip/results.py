@@ -6,7 +6,8 @@ from typing import Any
 
 from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
 from randlora_vision.training.clip.options import ClipSettings
-from randlora_vision.training.evaluation.plots import plot_curves, plot_found, plot_scales
+from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
+from randlora_vision.training.evaluation.grids import plot_found
 from randlora_vision.training.evaluation.results import Results, headline, log_results, plot_answers, summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -92,10 +93,9 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
         plot_answers(run, exam.predictions(before, last), last.scores["test"], exam.class_names, when)
     if measured.scales:
         lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
-        kind = "Mean recall" if exam.class_names is None else "Top-1 accuracy"
-        plot_scales(
-            [scale for scale, _ in measured.scales], lines, f"{kind} between base and adapted model", run.scales
-        )
+        kind = HEADLINES["mean_recall" if exam.class_names is None else "top1"]
+        scales, title = [scale for scale, _ in measured.scales], f"{kind.capitalize()} between base and adapted model"
+        plot_scales(scales, lines, kind, title, run.scales)
 
 
 def loading_code(run: RunFolder, settings: ClipSettings, adaptation: Adaptation) -> list[str]:

@@ -4,40 +4,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from randlora_vision.files.atomic import replacing
+from randlora_vision.training.data.pictures import Picture
+from randlora_vision.training.dreambooth.batches import read_picture
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.samples import Gallery, as_image
-from randlora_vision.training.evaluation.plots import save_figure
+from randlora_vision.training.evaluation.grids import evenly, plot_samples
 from randlora_vision.training.harness.run_folder import RunFolder
 
-Row = tuple[str, Sequence[Any]]  # a label and images
-
-
-def plot_samples(groups: Sequence[tuple[str, Sequence[Row]]], title: str, path: Path) -> None:
-    """Plot labelled rows of images in groups, each group below its heading."""
-    columns = max(len(images) for _, rows in groups for _, images in rows)
-    count = sum(len(rows) for _, rows in groups)
-    side, label, heading = 1.1, 1.5, 0.45  # inches
-    width, height = label + side * columns + 0.1, side * count + heading * len(groups) + 0.4
-    figure = Figure(figsize=(max(width, 5.0), height))
-    top = height - 0.35
-    for name, rows in groups:
-        figure.text(0.02, (top - heading * 0.6) / height, name, fontsize=10, fontweight="bold", va="center")
-        top -= heading
-        for text, images in rows:
-            figure.text((label - 0.1) / figure.get_figwidth(), (top - side / 2) / height, text, ha="right", va="center")
-            for column, image in enumerate(images):
-                left = (label + column * side) / figure.get_figwidth()
-                box = (left, (top - side) / height, 0.96 * side / figure.get_figwidth(), 0.96 * side / height)
-                axes = figure.add_axes(box)
-                axes.imshow(image, interpolation="nearest")
-                axes.set_axis_off()
-            top -= side
-    save_figure(figure, title, path)
+_INSTANCES = 4  # instance images in a figure, or as many as samples of a prompt
+_ROWS = 5  # most steps in the figure of samples over training; all are kept as files
 
 
 _BASE = "base"
@@ -51,8 +30,16 @@ class Album:
     final figure.
     """
 
-    def __init__(self, run: RunFolder, gallery: Gallery, adaptation: PipelineAdaptation, report: Report) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        instances: Sequence[Picture],
+        gallery: Gallery,
+        adaptation: PipelineAdaptation,
+        report: Report,
+    ) -> None:
         self.run = run
+        self.instances = instances
         self.gallery = gallery
         self.adaptation = adaptation
         self.report = report
@@ -68,15 +55,17 @@ class Album:
         self.report(step, [path])
 
     def finish(self, steps: Sequence[int]) -> None:
-        """Plot the samples over training in one figure."""
-        rows = {"base": _BASE, **{f"step {step}": _name(step) for step in steps if step}}
+        """Plot the samples over training in one figure, below the instance images."""
+        shown = evenly([step for step in steps if step], _ROWS)
+        rows = {"base": _BASE, **{f"step {step}": _name(step) for step in shown}}
         self._plot(rows, "Samples over training, same seeds", self.run.samples)
 
     def _plot(self, rows: dict[str, str], title: str, path: Path) -> None:
-        groups = [
-            (prompt, [(label, self._read(folder, number)) for label, folder in rows.items()])
-            for number, prompt in enumerate(self.gallery.prompts)
-        ]
+        most = max(self.gallery.each, _INSTANCES)
+        instances = [ImageOps.fit(read_picture(image), (256, 256)) for image in self.instances[:most]]
+        groups = [("instance images", [("", instances)])]
+        for number, prompt in enumerate(self.gallery.prompts):
+            groups.append((prompt, [(label, self._read(folder, number)) for label, folder in rows.items()]))
         plot_samples(groups, title, path)
 
     def _read(self, folder: str, prompt: int) -> list[Any]:

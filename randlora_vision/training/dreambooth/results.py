@@ -6,7 +6,7 @@ from typing import Any
 
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
-from randlora_vision.training.evaluation.plots import plot_curves
+from randlora_vision.training.evaluation.curves import plot_curves
 from randlora_vision.training.evaluation.results import summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores
-from randlora_vision.training.evaluation.plots import HEADLINES, Prediction, plot_confusion, plot_predictions
+from randlora_vision.training.evaluation.curves import HEADLINES, plot_confusion
+from randlora_vision.training.evaluation.grids import Prediction, plot_predictions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -27,7 +28,7 @@ def plot_answers(
     run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], when: str
 ) -> None:
     """Plot the sample of pictures with the predictions, and the confusion of all test images."""
-    plot_predictions(predictions, f"Test images and predictions {when}", run.predictions)
+    plot_predictions(predictions, f"Test images {when}", run.predictions)
     title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
     plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
 

@@ -34,7 +34,7 @@ from randlora_vision.training.classifier.options import (
 from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.splits import few_shot_indices
-from randlora_vision.training.evaluation.plots import plot_confusion
+from randlora_vision.training.evaluation.curves import plot_confusion
 from randlora_vision.training.methods.peft import load_peft
 from tests.data_helpers import png
 from tests.training_helpers import NO_SKIPS, write_class_folders, write_tiny_vit

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,25 +13,11 @@ from randlora_vision.files.atomic import fingerprint, replacing, write_json
 from randlora_vision.training.clip.evaluation import Exam
 from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.data.labelled import ImageSplits
-from randlora_vision.training.evaluation.plots import (
-    Compared,
-    Prediction,
-    plot_comparison,
-    plot_curves,
-    plot_predictions,
-)
 from randlora_vision.training.evaluation.results import check_equal
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder
 from randlora_vision.training.methods.adaptation import TrainedTensors, finite_gradients
 from tests.training_helpers import NO_SKIPS, clip_settings, tiny_clip
-
-METRICS = [
-    {"step": 0, "split": "val", "top1": 0.1, "top5": 0.5, "loss": 2.3},
-    {"step": 5, "split": "train", "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "images_per_second": 10.0},
-    {"step": 10, "split": "train", "loss": 1.0, "lr": 1e-4, "grad_norm": 1.0, "images_per_second": 10.0},
-    {"step": 10, "split": "val", "top1": 0.6, "top5": 0.9, "loss": 1.1},
-]
 
 
 def opened(path: Path, overwrite: bool = False, writing: bool = True) -> RunFolder:
@@ -102,27 +87,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_fingerprints_follow_the_content() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
-
-
-def is_picture(path: Path) -> bool:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    return (
-        pixels.shape[0] > 300
-        and pixels.shape[1] > 1000
-        and len(np.unique(pixels[::4, ::4].reshape(-1, 3), axis=0)) > 20
-    )
-
-
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    plot_curves(METRICS, "a run", tmp_path / "curves.png")
-    pictures = [Image.new("RGB", (8, 8), "red")] * 3
-    answers = [Prediction(picture, "cat", "dog", "cat with a very long name indeed") for picture in pictures]
-    plot_predictions(answers, "answers", tmp_path / "predictions.png")
-    runs = [Compared(label, METRICS, {"new task": (0.1, 0.6)}) for label in ("RandLoRA", "LoRA")]
-    plot_comparison(runs, "methods", tmp_path / "comparison.png")
-    assert all(is_picture(tmp_path / f"{name}.png") for name in ("curves", "predictions", "comparison"))
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> None:
