@@ -58,3 +58,8 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     """Return the first `most` names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short_name(model: str) -> str:
+    """Return the last part of a path or hub id, without the fingerprint that ends the name of a cached folder."""
+    return re.sub(r"-[0-9a-f]{12}$", "", model.rstrip("/").rpartition("/")[2])

@@ -1,9 +1,9 @@
 """The options of train_classifier.py, as given and with the defaults filled in."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from randlora_vision.names import short_name
 from randlora_vision.training.data.options import DataOptions
 from randlora_vision.training.harness.options import (
     FREE,
@@ -125,7 +125,7 @@ class ClassifierModel(ModelOptions):
     @property
     def title(self) -> str:
         """A short name, without the path of its folder."""
-        return Path(self.model).name
+        return short_name(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

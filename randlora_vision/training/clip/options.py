@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from randlora_vision.names import short_name
 from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.harness.options import (
     FREE,
@@ -143,7 +143,7 @@ class ClipModel(ModelOptions):
     @property
     def title(self) -> str:
         """A short name, without the path of its folder."""
-        return Path(self.model).name.removesuffix(".json")
+        return short_name(self.model).removesuffix(".json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """The options of train_dreambooth.py, as given and with the defaults filled in."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
+from randlora_vision.names import short_name
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.harness.options import (
     FREE,
@@ -242,7 +242,7 @@ class DreamBoothSettings(DreamBoothOptions):
 def model_title(options: DreamBoothOptions) -> str:
     """Return a short name of the pipeline, without the path of its folder."""
     path = options.pipeline.pretrained_model_name_or_path
-    return Path(path).name if path else f"the digits pipeline ({options.pipeline.family})"
+    return short_name(path) if path else f"the digits pipeline ({options.pipeline.family})"
 
 
 def _above(flag: str, value: float | None) -> None:
