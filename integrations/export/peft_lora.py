@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora_vision.files.atomic import replacing
+from randlora_vision.files.atomic import replacing, write_json
 from randlora_vision.integrations.export.lora_keys import low_rank_problem, refuse
 from randlora_vision.integrations.export.low_rank import Choice, ExportReport, LayerError, factorize, layer_error
 from randlora_vision.integrations.export.updates import Update, components
@@ -87,9 +86,8 @@ def write_peft(
     with replacing(folder / "adapter_model.safetensors") as temporary:
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(on_cpu, temporary, report.metadata())
-    with replacing(folder / "adapter_config.json") as temporary:
-        ranks = {name: factors[name].up.shape[1] for name in targets}
-        temporary.write_text(json.dumps(_config(ranks, saved_modules), indent=2) + "\n", encoding="utf-8")
+    ranks = {name: factors[name].up.shape[1] for name in targets}
+    write_json(folder / "adapter_config.json", _config(ranks, saved_modules))
     return report
 
 

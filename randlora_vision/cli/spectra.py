@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from randlora_vision.bases import get_bases
+from randlora_vision.bases import Bases
 from randlora_vision.compute.functional import effective_weight
-from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.adapter_file import AdapterFile, bases_of
 from randlora_vision.files.atomic import replacing
 from randlora_vision.report import Target
 
@@ -44,23 +44,27 @@ class Layer:
         return float(torch.special.entr(shares).sum().exp())
 
 
-def layers_of(parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
-    """Return the layers of an adapter file in their order."""
+def layers_of(path: Path, parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
+    """Return the layers of an adapter file in their order.
+
+    Raises:
+        ValueError: Under the conditions of `adapter_file.bases_of`.
+    """
     total = sum(len(content.targets) for content in parts.values())
     found: list[Layer] = []
     for part, content in parts.items():
+        bases = bases_of(path, content)
         for target in content.targets:
             name = ".".join(piece for piece in (part, target.name) if piece)
-            found.append(Layer(replace(target, name=name), spectrum(content, target)))
+            found.append(Layer(replace(target, name=name), spectrum(content, target, bases)))
             progress(len(found), total)
     return found
 
 
 @torch.no_grad()
-def spectrum(content: AdapterFile, target: Target) -> Tensor:
+def spectrum(content: AdapterFile, target: Target, bases: Bases) -> Tensor:
     """Return the singular values (m,) of one update in float64."""
     lam, gamma = (tensor.float() for tensor in content.trained[target.name])
-    bases = content.stored if content.stored is not None else get_bases(content.spec)
     term = bases.term(lam, gamma, max(target.shape), target.alpha / target.rank, torch.float32)
     return torch.linalg.svdvals(effective_weight(torch.zeros(target.shape), (term,))).double()
 

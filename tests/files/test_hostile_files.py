@@ -223,7 +223,7 @@ def bomb(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
 
 def absurd_rank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     listed("0", 16, 8, 10**12)(metadata, tensors)
-    settings("config", rank=10**12)(metadata, tensors)
+    settings("config", rank=10**12, alpha=40, rank_pattern={"2": 2})(metadata, tensors)
     tensors[f"lambda.{10**12}x1.8"] = tensors.pop(LAMBDA)
     tensors[f"gamma.{10**12}x1.8"] = tensors.pop(GAMMA)
 
@@ -234,26 +234,32 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
         settings("config", rank_pattern={f"layer{i}": 1 for i in range(10**5)}),
         "malformed metadata.*characters",
     ),
-    "a trillion rows": (listed("0", 10**12, 8), r"0 is .*16, 8.* in the model and .*1000000000000"),
+    "a trillion rows": (listed("0", 10**12, 8), "its bases are .*, but its targets need .*'wide': 1000000000000"),
     "a trillion by a trillion": (listed("0", 10**12, 10**12), "does not hold the tensors that it lists"),
     "rank of a trillion": (absurd_rank, "shapes"),
-    "rank of a trillion, bare": (settings("config", rank=10**12), "rank 1000000000000 is above the narrow side"),
+    "rank of a trillion, bare": (settings("config", rank=10**12), "rank 2 and alpha 40, which the config"),
     "bases of a trillion": (settings("bases", wide=10**12, columns=10**12), "its bases are"),
     "a number beyond floats": (targets(f"[[{'9' * 400}, 1e400, 8, 2, 40.0]]"), "malformed metadata"),
     "a number of 5000 digits": (targets(f"[[\"0\", {'9' * 5000}, 8, 2, 40.0]]"), "malformed metadata"),
-    "alpha of infinity": (listed("0", 16, 8, 2, float("inf")), "in the model and"),
-    "alpha of NaN": (listed("0", 16, 8, 2, float("nan")), "in the model and"),
+    "alpha of infinity": (listed("0", 16, 8, 2, float("inf")), "alpha must be a positive number"),
+    "alpha of NaN": (listed("0", 16, 8, 2, float("nan")), "alpha must be a positive number"),
     "config of infinity": (settings("config", alpha=float("inf")), "alpha must be a positive number"),
     "a target twice": (targets(json.dumps([LISTED[0], *LISTED])), "listed twice"),
     "a target outside": (listed("../../etc/passwd"), "not in the model"),
     "a root target": (listed("/etc/passwd"), "not in the model"),
     "a target of the class": (listed("__class__"), "not in the model"),
     "a tensor outside": (
-        lambda _, tensors: tensors.update({"saved.../../etc/passwd": torch.zeros(1)}), "not in the model",
+        lambda _, tensors: tensors.update({"saved.../../etc/passwd": torch.zeros(1)}), "modules_to_save do not name",
     ),
-    "a dunder tensor": (lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}), "not in the model"),
-    "modules outside": (settings("config", modules_to_save=["../x"]), "matches nothing"),
-    "an unknown preset": (settings("config", target_modules="os:system"), "no integration 'os'"),
+    "a dunder tensor": (lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}), "modules_to_save do not name"),
+    "a dunder tensor that is named": (
+        both(
+            lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}),
+            settings("config", modules_to_save=["2", "__dict__"]),
+        ),
+        "1 of the file's tensors trained in full .* not in the model",
+    ),
+    "modules outside": (settings("config", modules_to_save=["../x"]), "modules_to_save do not name: 2.bias"),
     "NaN lambda": (fill(LAMBDA, float("nan")), f"{LAMBDA} holds NaN or infinity"),
     "infinite gamma": (fill(GAMMA, -float("inf")), f"{GAMMA} holds NaN or infinity"),
     "NaN saved": (fill("saved.2.bias", float("nan")), "2.bias holds NaN or infinity"),
@@ -268,7 +274,9 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     "version zero": (lambda m, _: m.update(format_version="0"), "no valid format_version"),
     "negative version": (lambda m, _: m.update(format_version="-1"), "no valid format_version"),
     "fractional version": (lambda m, _: m.update(format_version="1.0"), "no valid format_version"),
-    "stored, but absent": (settings("bases", kind="stored"), "missing.*bases.A.*bases.B"),
+    "stored, but absent": (
+        both(settings("bases", kind="stored"), settings("config", bases="stored")), "missing.*bases.A.*bases.B"
+    ),
     "stored, but not said": (lambda _, t: t.update({"bases.A": torch.zeros(2, 16)}), "unexpected.*bases.A"),
 }  # fmt: skip
 
@@ -287,8 +295,9 @@ STORED: dict[str, tuple[Tamper, str]] = {
     "empty": (lambda _, t: t.update({"bases.A": torch.zeros(0, 4)}), "must be a matrix"),
     "others": (fill("bases.B", 3.0), "the stored bases are"),
     "of a trillion": (settings("bases", wide=10**12), "the stored bases are"),
+    "too small": (lambda _, t: t.update({"bases.B": t["bases.B"][:9]}), "the stored bases are"),
     "from a seed": (settings("config", bases="uniform"), "bases"),
-    "by a seed": (settings("bases", kind="uniform"), "unexpected.*bases.A"),
+    "by a seed": (both(settings("bases", kind="uniform"), settings("config", bases="uniform")), "unexpected.*bases.A"),
 }
 
 

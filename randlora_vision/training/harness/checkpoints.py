@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from randlora_vision.files.atomic import replacing_folder
+from randlora_vision.json_values import check_object, parse_json
+from randlora_vision.names import listing, printable
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
 FOLDER = "checkpoints"
 _FORMAT = 1
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
+_CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Checkpoints:
         self.limit = options.checkpoints_total_limit
         self.settings = settings
         self.writing = writing
+        for unfinished in self.folder.glob(".step-*") if writing else ():  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint must be written after this step."""
@@ -76,27 +81,17 @@ class Checkpoints:
         """Write a checkpoint under a temporary name, rename it, and only then remove older checkpoints."""
         if not self.writing:
             return
-        path = self.folder / f"step-{state.step:06}"
-        unfinished, old = (path.with_name(f".{path.name}.{what}") for what in ("new", "old"))
-        for leftover in (unfinished, old):  # from a process that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(state.tensors, unfinished / _TENSORS)
-        content = {
-            "format": _FORMAT,
-            "step": state.step,
-            "settings": self.settings,
-            "sha256": _sha256(unfinished / _TENSORS),
-            "values": state.values,
-        }
-        (unfinished / _STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for file in unfinished.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if path.exists():  # a run resumed from an earlier step reaches it again
-            os.replace(path, old)
-        os.replace(unfinished, path)
-        shutil.rmtree(old, ignore_errors=True)
+        # A run resumed from an earlier step reaches the same one again.
+        with replacing_folder(self.folder / f"step-{state.step:06}", overwrite=True) as unfinished:
+            save_file(state.tensors, unfinished / _TENSORS)
+            content = {
+                "format": _FORMAT,
+                "step": state.step,
+                "settings": self.settings,
+                "sha256": _sha256(unfinished / _TENSORS),
+                "values": state.values,
+            }
+            (unfinished / _STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         self._prune(state.step)
 
     def _prune(self, step: int) -> None:
@@ -143,17 +138,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        content = check_object(parse_json((path / _STATE).read_bytes(), _STATE), _CONTENT, _STATE)
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']}, but this version reads format {_FORMAT}")
         if content["sha256"] != _sha256(path / _TENSORS):
             raise ValueError(f"{_TENSORS} is not the file that was written")
         state = State(content["step"], content["values"], load_file(path / _TENSORS))
         return Checkpoint(path, content["settings"], state)
-    except KeyError as error:
-        raise ValueError(f"the checkpoint {path} is damaged: {_STATE} has no {error}") from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(printable(f"the checkpoint {path} is damaged: {error}")) from error
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:
@@ -177,16 +170,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: State) -> None:
-    """Load the result of `optimizer_state` into an optimiser over the same parameters."""
+    """Load the result of `optimizer_state` into an optimiser over the same parameters; raise ValueError for others."""
+    where = f"the checkpoint of step {state.step}, optimizer"
+    values = check_object(state.values, {"memory": dict[str, dict], "groups": list[dict]}, where)
     content = optimizer.state_dict()
-    memory = state.values["memory"]
     content["state"] = {
-        index: _unpack(memory[name], state.tensors)
+        index: _unpack(values["memory"][name], state.tensors, where)
         for index, name in enumerate(_order(optimizer, names))
-        if name in memory
+        if name in values["memory"]
     }
-    for group, numbers in zip(content["param_groups"], state.values["groups"], strict=True):
-        group.update({key: _unpack(value, state.tensors) for key, value in numbers.items()})
+    if len(values["groups"]) != len(content["param_groups"]):
+        raise ValueError(f"{where}: it has {len(values['groups'])} groups, here are {len(content['param_groups'])}")
+    for group, numbers in zip(content["param_groups"], values["groups"], strict=True):
+        unknown = [key for key in numbers if key not in group or key == "params"]
+        if unknown:
+            raise ValueError(f"{where}: unknown numbers of a group: {listing(unknown)}")
+        group.update({key: _unpack(value, state.tensors, where) for key, value in numbers.items()})
     optimizer.load_state_dict(content)
 
 
@@ -214,15 +213,17 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise ValueError(f"the optimiser keeps a {type(value).__name__} ({name}), which a checkpoint cannot hold")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
+def _unpack(value: Any, tensors: Mapping[str, Tensor], where: str) -> Any:
+    if value is None or _is_number(value):
         return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
+    kind, content = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("", None)
+    if kind == "tensor" and isinstance(content, str) and content in tensors:
         return tensors[content]
-    if kind == "dict":
-        return {key: _unpack(part, tensors) for key, part in content.items()}
-    return [_unpack(part, tensors) for part in content]
+    if kind == "dict" and isinstance(content, dict):
+        return {key: _unpack(part, tensors, where) for key, part in content.items()}
+    if kind == "list" and isinstance(content, list):
+        return [_unpack(part, tensors, where) for part in content]
+    raise ValueError(f"{where}: {printable(repr(value), 200)} is not a value that a checkpoint holds")
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from randlora_vision import (
@@ -21,6 +21,7 @@ from randlora_vision import (
     save_adapter,
 )
 from randlora_vision.files.atomic import replacing
+from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.names import listing
 
 
@@ -170,10 +171,15 @@ class TrainedTensors:
             save_file({name: p.detach().contiguous() for name, p in self.parameters()}, temporary)
 
     def load(self, model: nn.Module, path: Path) -> None:
-        """Copy the parameters in the file into the model."""
+        """Copy the parameters in the file into the model; raise ValueError if it does not have them."""
+        tensors, _ = read_tensors(path)
+        own = dict(model.named_parameters(remove_duplicate=False))
+        wrong = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+        if wrong:
+            raise ValueError(f"{path} does not fit this {type(model).__name__}: {listing(wrong, 3)}")
         with torch.no_grad():
-            for name, tensor in load_file(path).items():
-                model.get_parameter(name).copy_(tensor)
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return plain safetensors and PyTorch calls."""
