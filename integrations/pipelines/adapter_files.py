@@ -23,6 +23,7 @@ from randlora_vision.integrations.pipelines.components import (
     components,
     refuse_offloaded,
 )
+from randlora_vision.names import listing
 
 _LOG = logging.getLogger(__name__)
 # Returns the content of a file for one component, given the model that it is loaded into.
@@ -119,7 +120,7 @@ def _local(source: str | os.PathLike[str]) -> Path:
         if path / ADAPTER_FILE in found:
             return path / ADAPTER_FILE
         if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+            names = listing(file.name for file in found) or "none"
             raise FileNotFoundError(f"{str(source)!r} must hold exactly one adapter (.safetensors); it holds: {names}")
         return found[0]
     if path.exists():

@@ -166,8 +166,8 @@ def bases_of(path: str | os.PathLike[str], content: AdapterFile) -> Bases:
     claimed, most = spec.wide * (spec.columns + _ROW), max(_DRAWN_ANYWAY, 64 * numbers)
     if claimed > most:
         raise ValueError(
-            f"{path} claims bases of {spec.wide:,} x {spec.columns:,} numbers, but holds {numbers:,} numbers: too large "
-            "to be made without the model that they are for"
+            f"{path} claims bases of {spec.wide:,} x {spec.columns:,} numbers, but holds only {numbers:,} numbers: they "
+            "are not made without the model that they are for (randlora verify --model)"
         )
     bases = get_bases(spec)
     check_digest(path, bases, content.bases_sha256)
@@ -236,7 +236,7 @@ def _groups(targets: Sequence[Target]) -> dict[str, list[str]]:
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for key in ("format", "format_version", "config", "bases", "targets"):
-        digest.update(f"{key}={metadata.get(key)}\n".encode())
+        digest.update(f"{key}={metadata.get(key)}\n".encode(errors="surrogatepass"))
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import pickle
 import random
@@ -20,7 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+from randlora_vision.bases.stored import stored_bases
 from randlora_vision.files.adapter_file import _digest
+from randlora_vision.injection.inject import add_adapter
+from randlora_vision.injection.plan import make_plan
+from randlora_vision.layers.adapted import adapted_modules
 from tests.helpers import mlp, randomize, snapshot
 
 CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"], modules_to_save=["2.bias"])
@@ -228,7 +233,35 @@ def absurd_rank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     tensors[f"gamma.{10**12}x1.8"] = tensors.pop(GAMMA)
 
 
+def padded(part: bytes) -> Tamper:
+    """Bytes after the compressed list, or a list that is cut off."""
+
+    def change(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
+        data = base64.b64decode(metadata["targets"])
+        metadata["targets"] = base64.b64encode(data + part if part else data[:-1]).decode()
+
+    return change
+
+
 CONTENTS: dict[str, tuple[Tamper, str]] = {
+    "bytes after the list": (padded(b"\0"), "1 bytes follow the compressed list"),
+    "a second list after the list": (padded(zlib.compress(b"[]")), "bytes follow the compressed list"),
+    "a list without its end": (padded(b""), "is cut off"),
+    "a rank of 2.5": (listed("0", 16, 8, 2.5), "a size or rank must be an integer, got a number"),
+    "a rank of true": (listed("0", 16, 8, True), "a size or rank must be an integer, got true or false"),
+    "a size as text": (listed("0", "16"), "a size or rank must be an integer, got a string"),
+    "a name that is a number": (listed(0), "a name must be a string, got an integer"),
+    "four values": (targets(json.dumps([LISTED[0][:4], LISTED[1]])), "has 4 values"),
+    "no targets": (targets("[]"), "the list is empty"),
+    "a digest that is a number": (settings("bases", sha256=5), "bases: sha256 must be a string, got an integer"),
+    "a kind that is a list": (settings("bases", kind=[]), "bases: kind must be a string, got a list"),
+    "a fractional size": (settings("bases", wide=16.0), "bases: wide must be an integer, got a number"),
+    "an unknown key of the bases": (settings("bases", x=1), "bases: unknown key 'x'"),
+    "another seed": (settings("config", seed=1), "seed 1, but the file's are of kind 'uniform' and seed 0"),
+    "another alpha": (settings("config", alpha=3), "rank 2 and alpha 40, which the config does not give"),
+    "a name of a million characters": (listed("a" * 10**6), "are not in the model"),
+    "names of control characters": (listed("\x1b[31m\u202e\n"), r"\\x1b\[31m\\u202e\\n"),
+    "a tensor with a name that shouts": (lambda _, t: t.update({"\x1b[1m" * 9999: torch.zeros(1)}), "unexpected"),
     "a bomb": (bomb, "malformed metadata"),
     "a config of patterns": (
         settings("config", rank_pattern={f"layer{i}": 1 for i in range(10**5)}),
@@ -301,17 +334,19 @@ STORED: dict[str, tuple[Tamper, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", STORED)
-def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
-    from randlora_vision.bases.stored import stored_bases
-    from randlora_vision.injection.inject import add_adapter
-    from randlora_vision.injection.plan import make_plan
-
+def stored(folder: Path) -> Path:
+    """A file that holds its bases."""
     model = mlp()
     given = stored_bases(torch.randn(2, 8), torch.randn(16, 16))
     config = RandLoRAConfig(rank=2, target_modules=["0", "2"], bases="stored")
     add_adapter(make_plan(model, config, "default", given), trainable=True)
-    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    randomize(model)
+    return save_adapter(model, folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
+    path = stored(tmp_path)
     load_adapter(mlp(), path)
     tamper, message = STORED[case]
     refuse(rewritten(path, tamper), message)
@@ -338,3 +373,16 @@ def test_a_folder_may_not_point_to_other_files(tmp_path: Path, good: Path) -> No
     values = {"peft_type": "RANDLORA", "base_model_name_or_path": "../../secret", "revision": "../adapter.safetensors"}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     refuse(folder, "has no adapter_model.safetensors")
+
+
+def test_a_file_that_is_overwritten_later_does_not_change_the_bases(tmp_path: Path) -> None:
+    """Tensors that safetensors reads are views of the file; only an overwrite in place reaches them."""
+    path = stored(tmp_path)
+    model = mlp()
+    load_adapter(model, path)
+    expected = model(X)
+    path.write_bytes(b"\1" * path.stat().st_size)
+    gc.collect()
+    bases = next(adapted_modules(model))[3].slots["default"].bases
+    bases._tensors.clear()
+    assert torch.equal(model(X), expected)

@@ -70,7 +70,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     ),
     "empty": ("x.txt", "\n", "holds no names"),
     "no JSON": ("x.json", None, "is not valid JSON"),
-    "a number": ("x.json", "3", "an entry must be a list or a JSON object, got an integer"),
+    "a number": ("x.json", "3", "an entry must be a list or a JSON object, got a string"),
     "numbers": ("x.json", ["a", "b", 3], r"an entry\[2\] must be a string, got an integer"),
 }
 
