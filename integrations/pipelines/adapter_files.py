@@ -92,9 +92,9 @@ def load_adapter(
         ValueError: If the file is damaged or not an adapter file, does not fit the pipeline or fits several of its
             components, or a component is offloaded layer by layer. The pipeline is then unchanged.
     """
-    path = _local(source)
-    contents, note = _wanted(pipe, _read(path), path, component)
-    chosen = _place(components(pipe), contents, adapter_name, path)
+    parts, path = components(pipe), _local(source)
+    contents, note = _wanted(pipe, parts, _read(path), path, component)
+    chosen = _place(parts, contents, adapter_name, path)
     reports: dict[str, InjectionReport] = {}
     try:
         for name, (plan, content) in chosen.items():
@@ -143,10 +143,10 @@ def _as_is(content: AdapterFile) -> _Content:
 
 
 def _wanted(
-    pipe: Any, contents: Mapping[str, _Content], path: Path, component: str | None
+    pipe: Any, parts: Mapping[str, nn.Module], contents: Mapping[str, _Content], path: Path, component: str | None
 ) -> tuple[dict[str, _Content], str]:
     """The contents to load, by component of the pipeline ("" if the file names none), and a note of the others."""
-    parts, absent = components(pipe), absent_components(pipe)
+    absent = absent_components(pipe)
     if component is None:
         wanted = {part: content for part, content in contents.items() if part not in absent}
         why = f"this {type(pipe).__name__} was loaded without"

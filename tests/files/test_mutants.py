@@ -144,7 +144,7 @@ def loaded(path: Path) -> Tensor | None:
         assert snapshot(model) == before
         return None
     with torch.no_grad():
-        return model(X)
+        return model.eval()(X)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_mutants_of_a_file(tmp_path: Path, case: str, bounded_memory: None) -> None:
     model, choice = adapted(**SETTINGS[case]), random.Random(case)
     path = save_adapter(model, tmp_path / "adapter.safetensors")
-    expected = model(X).detach()
+    expected = model.eval()(X).detach()
     with safetensors.safe_open(path, "pt") as file:
         original = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         metadata_of = file.metadata()
