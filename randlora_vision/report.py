@@ -62,7 +62,8 @@ class InjectionReport:
         adapter_name: The adapter's name.
         config: The adapter's configuration.
         targets: The adapted parameters.
-        skipped: (name, reason) of each weight that was requested, or that belongs to the preset, but is not adapted.
+        skipped: (name, reason) of each weight that was requested, or that belongs to the preset, but is not adapted;
+            for an adapter from a file, of each one that has the name of a listed weight except for its numbers.
         saved: (path, size) of each parameter trained in full (`modules_to_save`) and of each buffer of its module.
         saved_parameters: Total size of the parameters trained in full.
         warnings: Warnings, such as patterns that match nothing.

@@ -13,7 +13,8 @@ from randlora_vision.adapters import peft_folder
 from randlora_vision.bases import get_bases
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
-from randlora_vision.files.adapter_file import AdapterFile, check_digest
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.claims import check_digest
 from randlora_vision.files.untrusted import check_finite
 from randlora_vision.injection.candidates import candidates
 from randlora_vision.injection.inject import add_adapter

@@ -12,7 +12,8 @@ from randlora_vision.cli.console import progress, say, show_json, show_table, wa
 from randlora_vision.cli.models import Base, parse_base
 from randlora_vision.cli.spectra import layers_of, plot_spectra
 from randlora_vision.files import bundle
-from randlora_vision.files.adapter_file import AdapterFile, bases_of
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.claims import bases_of
 from randlora_vision.names import is_preset
 
 _LORA = {"lora-diffusers": "diffusers", "lora-kohya": "kohya", "lora-peft": "peft", "lycoris": "lycoris"}

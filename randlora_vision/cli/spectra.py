@@ -12,8 +12,9 @@ from torch import Tensor
 
 from randlora_vision.bases import Bases
 from randlora_vision.compute.functional import effective_weight
-from randlora_vision.files.adapter_file import AdapterFile, bases_of
+from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.atomic import replacing
+from randlora_vision.files.claims import bases_of
 from randlora_vision.report import Target
 
 
@@ -48,7 +49,7 @@ def layers_of(path: Path, parts: Mapping[str, AdapterFile], progress: Callable[[
     """Return the layers of an adapter file in their order.
 
     Raises:
-        ValueError: Under the conditions of `adapter_file.bases_of`.
+        ValueError: Under the conditions of `claims.bases_of`.
     """
     total = sum(len(content.targets) for content in parts.values())
     found: list[Layer] = []

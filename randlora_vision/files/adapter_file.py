@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from randlora_vision.bases import Bases, BasesSpec, get_bases
+from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import STORED, StoredBases, stored_bases
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.errors import printable_errors
@@ -43,8 +42,6 @@ from randlora_vision.report import Target
 
 BUNDLE_VERSION = 2
 _PLACEHOLDER = "0" * 64  # a digest, for the size estimate
-_ROW = 1024  # columns whose numbers take as long to draw as starting a row
-_DRAWN_ANYWAY = 2**27  # numbers of B that are drawn for any file: one layer of the largest models
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -149,38 +146,6 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
     _check_version(path, metadata.get("format_version", ""))
     return tensors, metadata
-
-
-def bases_of(path: str | os.PathLike[str], content: AdapterFile) -> Bases:
-    """Return the bases of an adapter without its model, after checking their digest.
-
-    Raises:
-        ValueError: If the digest is wrong, or if the file claims bases that are far larger than its content: unlike
-            the narrow side of a layer, nothing in a file proves the wide one, and only the model can.
-    """
-    if content.stored is not None:
-        return content.stored
-    numbers = sum(tensor.numel() for pair in content.trained.values() for tensor in pair)
-    spec = content.spec
-    # Every row takes a while by itself.
-    claimed, most = spec.wide * (spec.columns + _ROW), max(_DRAWN_ANYWAY, 64 * numbers)
-    if claimed > most:
-        raise ValueError(
-            f"{path} claims bases of {spec.wide:,} x {spec.columns:,} numbers, but holds only {numbers:,} numbers: they "
-            "are not made without the model that they are for (randlora verify --model)"
-        )
-    bases = get_bases(spec)
-    check_digest(path, bases, content.bases_sha256)
-    return bases
-
-
-def check_digest(path: str | os.PathLike[str], bases: Bases, sha256: str) -> None:
-    """Raise ValueError unless the bases, which are drawn for this, are those that an adapter was trained with."""
-    if bases.sha256 != sha256:
-        raise ValueError(
-            f"{path}: the bases made from seed {bases.spec.seed} are not those that the adapter was trained with "
-            f"(SHA-256 {bases.sha256[:12]}..., expected {sha256[:12]}...)"
-        )
 
 
 def file_bytes(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from randlora_vision.files.atomic import replacing_folder
-from randlora_vision.json_values import check_object, parse_json
+from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing, printable
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
@@ -22,6 +22,16 @@ FOLDER = "checkpoints"
 _FORMAT = 1
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
+
+_VALUES = {
+    "optimizer": dict,
+    "schedule": dict,
+    "scaler": dict | None,
+    "recent": list,
+    "seconds": float,
+    "best": dict | None,
+}
+_BEST = {"step": int, "value": float, "evaluations_since": int}
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, content["settings"], state)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(printable(f"the checkpoint {path} is damaged: {error}")) from error
+
+
+def check_state(state: State, parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the values of a trainer's state; raise ValueError unless it has them and tensors like those given.
+
+    `parameters` are what is trained, by name, and `averages` their moving averages.
+    """
+    where = f"the checkpoint of step {state.step}"
+    values = check_object(state.values, _VALUES, where)
+    if values["best"] is not None:
+        values["best"] = check_object(values["best"], _BEST, f"{where}, best")
+    sums, count = (values["recent"] + [None, None])[:2]
+    check_type(sums, dict[str, float], f"{where}, recent", "[0]")
+    check_type(count, int, f"{where}, recent", "[1]")
+    own = {f"parameters/{name}": tensor.shape for name, tensor in parameters.items()}
+    own |= {f"ema/{name}": tensor.shape for name, tensor in averages.items()}
+    saved = {name: t.shape for name, t in state.tensors.items() if name.startswith("parameters/") or name in own}
+    differing = sorted(name for name in {**own, **saved} if own.get(name) != saved.get(name))
+    if differing:
+        raise ValueError(
+            f"{where} does not hold the parameters trained here: {len(differing)} are missing on one side, or of "
+            f"another shape ({listing(differing, 3)})"
+        )
+    return values
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:

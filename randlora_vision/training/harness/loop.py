@@ -15,12 +15,12 @@ from torch import nn
 from tqdm import tqdm
 
 from randlora_vision.json_values import check_object
-from randlora_vision.names import listing
 from randlora_vision.training.harness.accelerators import prepare_sharding, require_all_gradients
 from randlora_vision.training.harness.checkpoints import (
     Checkpoint,
     Checkpoints,
     State,
+    check_state,
     optimizer_state,
     restore_optimizer,
     to_cpu,
@@ -31,16 +31,6 @@ from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
 from randlora_vision.training.harness.task import JointTask, Speed, Task
-
-_VALUES = {
-    "optimizer": dict,
-    "schedule": dict,
-    "scaler": dict | None,
-    "recent": list,
-    "seconds": float,
-    "best": dict | None,
-}
-_BEST = {"step": int, "value": float, "evaluations_since": int}
 
 
 class Trainer:
@@ -263,36 +253,21 @@ class Trainer:
         return State(self.step, values, {**parameters, **averages, **optimizer.tensors})
 
     def _restore(self, state: State) -> None:
-        where = f"the checkpoint of step {state.step}"
-        values = check_object(state.values, _VALUES, where)
-        saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith("parameters/")}
-        own = {f"parameters/{name}": parameter for parameter, name in self.names.items()}
-        own |= {f"ema/{name}": average for name, average in self.ema.averages.items()} if self.ema else {}
-        saved |= {name: state.tensors[name] for name in own if name in state.tensors}
-        differing = sorted(
-            name.partition("/")[2]
-            for name in {**own, **saved}
-            if name not in own or name not in saved or own[name].shape != saved[name].shape
-        )
-        if differing:
-            raise ValueError(
-                f"{where} does not hold the parameters trained here: {len(differing)} are missing on one side, or of "
-                f"another shape ({listing(differing, 3)})"
-            )
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        values = check_state(state, parameters, self.ema.averages if self.ema else {})
         with torch.no_grad():
-            for name, parameter in own.items():
-                if name.startswith("parameters/"):
-                    parameter.copy_(saved[name])
+            for name, parameter in parameters.items():
+                parameter.copy_(state.tensors[f"parameters/{name}"])
         restore_optimizer(self.optimizer.optimizer, self.names, State(state.step, values["optimizer"], state.tensors))
         kinds = {key: list if isinstance(v, tuple) else type(v) for key, v in self.schedule.state_dict().items()}
-        self.schedule.load_state_dict(check_object(values["schedule"], kinds, f"{where}, schedule"))
+        where = f"the checkpoint of step {state.step}, schedule"
+        self.schedule.load_state_dict(check_object(values["schedule"], kinds, where))
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.ema:
             self.ema.load({name: state.tensors[f"ema/{name}"] for name in self.ema.averages})
-        if values["best"] is not None:
-            self.best = Best(**check_object(values["best"], _BEST, f"{where}, best"))
-        self.recent = Mean.restored(values["recent"], f"{where}, recent")
+        self.best = Best(**values["best"]) if values["best"] else None
+        self.recent = Mean(*values["recent"])
         self.seconds = values["seconds"]
         self.step = state.step
 

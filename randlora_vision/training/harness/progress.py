@@ -3,11 +3,8 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-
-from randlora_vision.json_values import check_type
 
 
 class Mean:
@@ -20,12 +17,6 @@ class Mean:
     def state(self) -> tuple[dict[str, float], int]:
         """Return the arguments that recreate this object."""
         return self._sums, self._count
-
-    @classmethod
-    def restored(cls, state: Any, where: str) -> "Mean":
-        """Recreate an object from its state as JSON has it; raise ValueError if it is not one."""
-        sums, count = (check_type(state, list, where) + [None, None])[:2]
-        return cls(check_type(sums, dict[str, float], where, "[0]"), check_type(count, int, where, "[1]"))
 
     def add(self, values: Mapping[str, float]) -> None:
         """Add one value for each name."""
