@@ -210,7 +210,7 @@ def _indices(value: object) -> tuple[int, ...]:
 
 def _integer(field: str, value: object, low: int, high: int) -> int:
     """The value as a plain int; NumPy's integers are accepted, True and 3.0 are not."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ValueError(f"{field} must be an integer in [{low}, {high}], got {value!r}")
     return int(value)
 

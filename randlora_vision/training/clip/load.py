@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from randlora_vision import load_adapter, set_scale
+from randlora_vision.errors import printable_errors
 from randlora_vision.files.adapter_file import FORMAT
+from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier
 from randlora_vision.training.clip.options import ClipOptions
@@ -45,6 +46,7 @@ def reload(
     return classifier
 
 
+@printable_errors
 def put_on(model: nn.Module, path: Path, scale: float = 1.0) -> Tensor | None:
     """Load a file into a frozen base model, in place; return the class features (C, D) of a linear probe.
 
@@ -56,11 +58,10 @@ def put_on(model: nn.Module, path: Path, scale: float = 1.0) -> Tensor | None:
         _load_randlora(model, path, scale)
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            kind = (file.metadata() or {}).get("format")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not an adapter file: {error}") from error
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an adapter file: {error}") from None
+    kind = metadata.get("format")
     if kind == FORMAT:
         _load_randlora(model, path, scale)
     elif kind == LORA_FORMAT:

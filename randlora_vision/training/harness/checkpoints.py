@@ -216,9 +216,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     if len(values["groups"]) != len(content["param_groups"]):
         raise ValueError(f"{where}: it has {len(values['groups'])} groups, here are {len(content['param_groups'])}")
     for group, numbers in zip(content["param_groups"], values["groups"], strict=True):
-        unknown = [key for key in numbers if key not in group or key == "params"]
-        if unknown:
-            raise ValueError(f"{where}: unknown numbers of a group: {listing(unknown)}")
+        if "params" in numbers:
+            raise ValueError(f"{where}: a group holds params, which are not numbers")
         group.update({key: _unpack(value, state.tensors, where) for key, value in numbers.items()})
     optimizer.load_state_dict(content)
 

@@ -281,7 +281,7 @@ VALUES: tuple[tuple[list[Any], Any, str], ...] = (
     (["optimizer", "memory", "model.0.weight"], 3, r"memory\['model.0.weight'\] must be a JSON object, got an integer"),
     (["optimizer", "memory", "model.0.weight"], {"step": {"tensor": "none"}}, "is not a value that a checkpoint holds"),
     (["optimizer", "groups"], [], "it has 0 groups, here are 2"),
-    (["optimizer", "groups", 0], {"params": 3}, "unknown numbers of a group: params"),
+    (["optimizer", "groups", 0], {"params": 3}, "a group holds params, which are not numbers"),
     (["optimizer", "groups", 0, "lr"], "x", "'x' is not a value that a checkpoint holds"),
     (["schedule"], [], "schedule must be a JSON object, got a list"),
     (["schedule", "last_epoch"], "step", "schedule: last_epoch must be an integer, got a string"),
