@@ -18,6 +18,7 @@ from torch import Tensor
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.metadata import FORMAT
 from randlora_vision.json_values import check_type, parse_json
 
 _NAME = re.compile(r"\w+")
@@ -32,7 +33,7 @@ def write(path: Path, parts: Mapping[str, tuple[dict[str, Tensor], dict[str, str
     tensors = {f"{part}/{name}": tensor for part, (held, _) in parts.items() for name, tensor in held.items()}
     listed = json.dumps({part: dict(sorted(parts[part][1].items())) for part in sorted(parts)})
     metadata = {
-        "format": adapter_file.FORMAT,
+        "format": FORMAT,
         "format_version": str(adapter_file.BUNDLE_VERSION),
         "parts": listed,
         "sha256": _digest(listed),

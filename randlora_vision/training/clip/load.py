@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from randlora_vision import load_adapter, set_scale
 from randlora_vision.errors import printable_errors
-from randlora_vision.files.adapter_file import FORMAT
+from randlora_vision.files.metadata import FORMAT
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier
