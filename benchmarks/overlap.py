@@ -9,7 +9,6 @@ the optimiser and bookkeeping that is not hidden behind computation.
 
 import argparse
 import contextlib
-import json
 import tempfile
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from randlora_vision.files.atomic import write_json
 from randlora_vision.training.harness import fit as fitting
 from randlora_vision.training.harness.loop import Trainer
 
@@ -144,7 +144,7 @@ def main() -> None:
         for part, share in parts.items():
             print(f"  {part:<32}{share:7.1%}")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":

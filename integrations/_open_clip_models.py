@@ -1,20 +1,20 @@
 """Load any open_clip model with its transforms and tokenizer, with errors that a user can act on."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from randlora_vision.files.untrusted import read_json
+from randlora_vision.json_values import check_object
 from randlora_vision.names import close_matches
 
 
@@ -87,13 +87,9 @@ def _model_name(name: str) -> str:
 def _register(path: Path) -> str:
     import open_clip
 
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
-    if missing:
-        raise ValueError(f"{path} is not an open_clip model configuration: it lacks {', '.join(sorted(missing))}")
+    config = read_json(path)
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    check_object(config, kinds, f"{path} is not an open_clip model configuration")
     if open_clip.get_model_config(path.stem) not in (None, config):
         raise ValueError(f"open_clip already has another model named {path.stem!r}: rename {path}")
     open_clip.add_model_config(path)

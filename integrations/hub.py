@@ -24,6 +24,7 @@ from randlora_vision import InjectionReport
 from randlora_vision.files import bundle
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.integrations._download import ADAPTER_FILE, download, hugging_face_hub
+from randlora_vision.names import printable
 
 _LOADING = {
     "timm": (
@@ -126,7 +127,7 @@ def push_to_hub(
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="RandLoRA adapter")
         except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = printable(str(error).strip().partition("\n")[0], 500)
             raise ValueError(f"the Hugging Face Hub rejected the upload to {repository!r}: {reason}") from None
     return str(commit.commit_url)
 

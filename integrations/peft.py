@@ -23,11 +23,11 @@ from randlora_vision.adapters.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FI
 from randlora_vision.bases import get_bases
 from randlora_vision.bases.structured import STRUCTURED
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.files.atomic import replacing
+from randlora_vision.files.atomic import replacing, write_text
 from randlora_vision.injection.control import set_active
 from randlora_vision.injection.record import unwrap
 from randlora_vision.injection.sizing import peft_sizes
-from randlora_vision.names import matches_any, matches_suffix, with_parents
+from randlora_vision.names import match_any, matches_suffix, with_parents
 from randlora_vision.report import Target
 
 _SEED_ONLY = {"peft": {}, "peft_sparse": {"sparse": True}, "peft_very_sparse": {"very_sparse": True}}
@@ -204,9 +204,10 @@ def _modules_to_save(
 ) -> list[str]:
     """Paths of the modules trained in full, as PEFT matches them; empty if PEFT would match other modules too."""
     modules: list[str] = []
+    wanted = frozenset(config.modules_to_save)
     for path, module in model.named_modules():
         keys = [f"{path}.{key}" for key in module.state_dict()]
-        asked = any(matches_any(name, with_parents((path,))) for name in config.modules_to_save)
+        asked = match_any(wanted, with_parents((path,)))
         inside = any(path.startswith(f"{outer}.") for outer in modules)
         if isinstance(module, _CONTAINERS) or not (path and asked and keys) or inside:
             continue
@@ -231,6 +232,5 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], settings: Mapping[str
     }
     with replacing(directory / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(safetensors.torch.save(values, {"format": "pt"}))
-    with replacing(directory / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(directory / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return directory

@@ -41,6 +41,7 @@ from randlora_vision.injection.candidates import candidates
 from randlora_vision.integrations.export import merged as _merged
 from randlora_vision.integrations.presets import towers as _towers
 from randlora_vision.integrations.presets.towers import Matrix
+from randlora_vision.names import listing
 
 # Names of attention modules in timm: of the attribute or class, or the acronym of the class (SHSA, XCA, GPSA, LiteMLA).
 _ATTENTION = re.compile(r"(?i:att(n|ention))|(SA|XCA|MLA|MHCA)$")
@@ -97,7 +98,7 @@ def num_classes(path: str | os.PathLike[str]) -> int | None:
     saved = _read(path)
     found = _outputs(saved)
     if len(found) > 1:
-        raise ValueError(f"{path}: cannot tell the number of classes from {', '.join(saved)}")
+        raise ValueError(f"{path}: cannot tell the number of classes from {listing(saved)}")
     return found.pop() if found else None
 
 

@@ -10,10 +10,12 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from randlora_vision.json_values import parse_json
 from randlora_vision.names import is_preset, matches_any
 
 BASES_KINDS = (
@@ -31,8 +33,13 @@ BASES_KINDS = (
 COMPUTE = ("auto", "dense", "factored")
 """Which orders of products are allowed; see `randlora_vision.compute.planner`."""
 INITS = ("lambda-zero", "gamma-zero")
+_LARGEST_RANK = 2**63 - 1
 SCALING = 20.0
 """alpha / rank when alpha is not given: the default of PEFT's RandLora (alpha 640 at rank 32)."""
+
+
+class UntrustedPattern(str):
+    """A pattern that was read from a file: it is kept as text and never compiled or run, which could take for ever."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +107,15 @@ class RandLoRAConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name), text=name != "modules_to_save"))
         if not self.target_modules:
             raise ValueError("target_modules is empty: give names, a regular expression, 'all-linear' or 'all'")
+        values: dict[str, Any] = {
+            "rank": _integer("rank", self.rank, 1, _LARGEST_RANK),
+            "seed": _integer("seed", self.seed, 0, 2**64 - 1),
+            "alpha": None if self.alpha is None else _alpha("alpha", self.alpha),
+            "dropout": _number(self.dropout),
+        }
         if self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", _indices(self.layers_to_transform))
-        _check_int("rank", self.rank, 1)
-        _check_int("seed", self.seed, 0, 2**64 - 1)
-        if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            values["layers_to_transform"] = _indices(self.layers_to_transform)
+        if values["dropout"] is None or not 0 <= values["dropout"] < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         _check_choice("bases", self.bases, BASES_KINDS)
         _check_choice("init", self.init, INITS)
@@ -115,11 +124,14 @@ class RandLoRAConfig:
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
                 raise ValueError(f"{name} must map target names to numbers, got {value!r}")
-            object.__setattr__(self, name, dict(value))
-        for key, rank in self.rank_pattern.items():
-            _check_int(f"rank_pattern[{key!r}]", rank, 1)
-        for key, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        values["rank_pattern"] = {
+            key: _integer(f"rank_pattern[{key!r}]", rank, 1, _LARGEST_RANK) for key, rank in self.rank_pattern.items()
+        }
+        values["alpha_pattern"] = {
+            key: _alpha(f"alpha_pattern[{key!r}]", alpha) for key, alpha in self.alpha_pattern.items()
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def rank_of(self, paths: tuple[str, ...]) -> int:
         """Rank of a target that has these paths."""
@@ -166,21 +178,22 @@ class RandLoRAConfig:
         Raises:
             ValueError: If the text is not a JSON object, or under the conditions of `from_dict`.
         """
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"a RandLoRA config must be JSON: {error}") from None
-        return cls.from_dict(values)
+        return cls.from_dict(parse_json(text, "a RandLoRA config"))
+
+
+def is_pattern(target_modules: str) -> bool:
+    """True for a regular expression, which is neither a preset nor ``"all-linear"`` or ``"all"``."""
+    return target_modules not in ("all-linear", "all") and not is_preset(target_modules)
 
 
 def _names(field: str, value: object, text: bool) -> str | tuple[str, ...]:
     if isinstance(value, str):
         if not text:
             raise ValueError(f"{field} must be a list of names, got the string {value!r}")
-        if value not in ("all-linear", "all") and not is_preset(value):
+        if is_pattern(value) and not isinstance(value, UntrustedPattern):
             try:
                 re.compile(value)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{field}={value!r} is not a valid regular expression: {error}") from None
         return value
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) and v for v in value):
@@ -189,27 +202,35 @@ def _names(field: str, value: object, text: bool) -> str | tuple[str, ...]:
 
 
 def _indices(value: object) -> tuple[int, ...]:
-    items = (value,) if isinstance(value, int) else value
+    items = (value,) if isinstance(value, numbers.Integral) else value
     if not isinstance(items, (list, tuple, range, set)) or not items:
         raise ValueError(f"layers_to_transform must be layer indices or None, got {value!r}")
-    for index in items:
-        _check_int("layers_to_transform", index, 0)
-    return tuple(items)
+    return tuple(_integer("layers_to_transform", index, 0, 2**63) for index in items)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _integer(field: str, value: object, low: int, high: int) -> int:
+    """The value as a plain int; NumPy's integers are accepted, True and 3.0 are not."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
+        raise ValueError(f"{field} must be an integer in [{low}, {high}], got {value!r}")
+    return int(value)
 
 
-def _check_alpha(field: str, value: object) -> None:
-    if not _is_number(value) or float(value) <= 0:  # type: ignore[arg-type]
+def _number(value: object) -> int | float | None:
+    """The value as a plain finite int or float; None if it is not one."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        return number if math.isfinite(number) else None
+    except OverflowError:
+        return None
+
+
+def _alpha(field: str, value: object) -> int | float:
+    number = _number(value)
+    if number is None or number <= 0:
         raise ValueError(f"{field} must be a positive number, got {value!r}")
-
-
-def _check_int(field: str, value: object, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limits = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{field} must be an integer {limits}, got {value!r}")
+    return number
 
 
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:

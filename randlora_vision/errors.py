@@ -1,10 +1,12 @@
-"""How user errors are reported: one line on stderr and exit code 2."""
+"""How user errors are reported: one printable line, on stderr in a command, with exit code 2."""
 
 import functools
 import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
+
+from randlora_vision.names import printable
 
 DEBUG_VARIABLE = "RANDLORA_DEBUG"
 _P = ParamSpec("_P")
@@ -14,6 +16,22 @@ _R = TypeVar("_R")
 def one_line(text: str) -> str:
     """Return `text` with every run of white space, including line breaks, replaced by one space."""
     return " ".join(text.split())
+
+
+def printable_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make every ValueError of a function printable (`names.printable`): its message may quote a file."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            message = str(error)
+            if printable(message) == message:
+                raise
+            raise ValueError(printable(message)) from None
+
+    return wrapper
 
 
 def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -31,7 +49,7 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
         except (ValueError, OSError) as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
-            print(f"error: {one_line(_own_words(str(error)))}", file=sys.stderr)
+            print(f"error: {printable(one_line(_own_words(str(error))))}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapper

@@ -1,12 +1,14 @@
-"""Names of weights: the names of lambda and gamma, name matching, and readable lists of names."""
+"""Names of weights: the names of lambda and gamma, name matching, and names and other texts in messages."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 
 PARTS = ("lambda", "gamma")
+MESSAGE_LIMIT = 2000
+"""Maximum characters of a message that includes text from a file."""
 
 
 def parameter_name(param: str, part: str, adapter_name: str) -> str:
@@ -29,6 +31,18 @@ def matches_any(pattern: str, paths: tuple[str, ...]) -> bool:
     return any(matches_suffix(pattern, path) for path in paths)
 
 
+def suffixes(path: str) -> Iterator[str]:
+    """Every name that `matches_suffix` accepts for `path`, the whole path first."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def match_any(wanted: Set[str], paths: Iterable[str]) -> bool:
+    """True if one of the names, however many, matches one of the paths as `matches_suffix` does."""
+    return not wanted.isdisjoint(suffix for path in paths for suffix in suffixes(path))
+
+
 def is_preset(target_modules: str) -> bool:
     """True for the form ``integration:preset``."""
     return re.fullmatch(r"[a-z_]+:[a-z0-9_-]+", target_modules) is not None
@@ -43,7 +57,7 @@ def summarise(names: list[str]) -> list[str]:
     """Combine names that differ only in their numbers into one: ``blocks.*.attn.qkv (x12)``."""
     counts: dict[str, int] = {}
     for name in names:
-        group = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        group = without_numbers(name)
         counts[group] = counts.get(group, 0) + 1
     return [f"{group} (x{count})" if count > 1 else group for group, count in counts.items()]
 
@@ -54,10 +68,29 @@ def close_matches(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"close matches: {', '.join(close)}" if close else ""
 
 
+def without_numbers(name: str) -> str:
+    """The name with ``*`` for every component that is a number: ``blocks.*.attn.qkv``."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """Return the first `most` names, and how many more there are."""
+    """Return the first `most` names, made printable, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(printable(name, 200) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def printable(text: str, most: int = MESSAGE_LIMIT) -> str:
+    """Return a text from outside as it may be printed: at most `most` characters, in one line.
+
+    Control characters, line breaks, characters that change the direction of writing and lone surrogates are escaped
+    as in a Python string.
+    """
+    if len(text) > most:
+        end = f" ... ({len(text):,} characters)"
+        text = text[: max(0, most - len(end))] + end
+    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return escaped if len(escaped) <= most else escaped[: most - 4] + " ..."
 
 
 def short_name(model: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.names import listing
+from randlora_vision.names import listing, without_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,16 @@ class Target:
         return self.bases * (self.rank + self.narrow)
 
 
+def smallest_bases(targets: Sequence[Target]) -> dict[str, int]:
+    """The sizes of the smallest bases that fit all targets, by the names of the fields of `BasesSpec`."""
+    return {
+        "rank": max(target.rank for target in targets),
+        "narrow": max(target.narrow for target in targets),
+        "wide": max(max(target.shape) for target in targets),
+        "columns": max(target.rank * target.bases for target in targets),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class InjectionReport:
     """The result of `plan` and `inject`; ``str(report)`` is a table.
@@ -51,7 +62,8 @@ class InjectionReport:
         adapter_name: The adapter's name.
         config: The adapter's configuration.
         targets: The adapted parameters.
-        skipped: (name, reason) of each weight that was requested, or that belongs to the preset, but is not adapted.
+        skipped: (name, reason) of each weight that was requested, or that belongs to the preset, but is not adapted;
+            for an adapter from a file, of each one that has the name of a listed weight except for its numbers.
         saved: (path, size) of each parameter trained in full (`modules_to_save`) and of each buffer of its module.
         saved_parameters: Total size of the parameters trained in full.
         warnings: Warnings, such as patterns that match nothing.
@@ -88,7 +100,7 @@ class InjectionReport:
         groups: dict[tuple[str, ...], list[Target]] = {}
         for target in self.targets:
             out_features, in_features = target.shape
-            pattern = ".".join("*" if part.isdecimal() else part for part in target.name.split("."))
+            pattern = without_numbers(target.name)
             shape = f"{out_features} x {in_features}"
             groups.setdefault((pattern, target.kind, shape, str(target.rank), str(target.bases)), []).append(target)
         for (pattern, *rest), members in groups.items():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from randlora_vision import RandLoRAConfig
@@ -67,6 +68,35 @@ def test_not_a_json_object(text: str) -> None:
     [
         ("rank", 0),
         ("rank", 2.0),
+        ("rank", 3.5),
+        ("rank", "8"),
+        ("rank", np.float64(3)),
+        ("rank", np.bool_(True)),
+        ("rank", 10**30),
+        ("alpha", float("inf")),
+        ("alpha", 10**400),
+        ("alpha", True),
+        ("dropout", float("nan")),
+        ("dropout", "0.1"),
+        ("dropout", None),
+        ("seed", 1.0),
+        ("seed", True),
+        ("seed", "1"),
+        ("layers_to_transform", [1.5]),
+        ("layers_to_transform", [True]),
+        ("layers_to_transform", ["1"]),
+        ("rank_pattern", {"a": 2.5}),
+        ("rank_pattern", {3: 2}),
+        ("alpha_pattern", {"a": float("nan")}),
+        ("alpha_pattern", {"a": "1"}),
+        ("target_modules", "a{99999999999999999999}"),
+        ("target_modules", "(" * 9999),
+        ("exclude_modules", True),
+        ("modules_to_save", True),
+        ("modules_to_save", {"head": 1}),
+        ("bases", 3),
+        ("init", None),
+        ("compute", ["auto"]),
         ("rank", True),
         ("alpha", 0),
         ("alpha", float("nan")),
@@ -94,6 +124,22 @@ def test_not_a_json_object(text: str) -> None:
 def test_bad_values_name_their_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         RandLoRAConfig(**{field: value})
+
+
+def test_numpys_numbers_are_plain_ones() -> None:
+    config = RandLoRAConfig(
+        rank=np.int64(8),
+        alpha=np.float32(0.5),
+        dropout=np.float64(0.25),
+        seed=np.uint64(2**64 - 1),
+        layers_to_transform=np.int32(2),
+        rank_pattern={"a": np.int8(3)},
+        alpha_pattern={"a": np.int16(3)},
+    )
+    assert RandLoRAConfig.from_json(config.to_json()) == config
+    values = [config.rank, config.alpha, config.dropout, config.seed, config.rank_pattern["a"]]
+    assert [type(value) for value in values] == [int, float, float, int, int]
+    assert config.layers_to_transform == (2,) and type(config.alpha_pattern["a"]) is int
 
 
 def test_close_choice_is_suggested() -> None:

@@ -30,7 +30,8 @@ class Choice:
             raise ValueError("give either rank (of every layer) or energy (share of the squared norm), one of the two")
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        if self.energy is not None and not (isinstance(self.energy, (int, float)) and 0 < self.energy <= 1):
+        number = isinstance(self.energy, (int, float)) and not isinstance(self.energy, bool)
+        if self.energy is not None and not (number and 0 < self.energy <= 1):
             raise ValueError(f"energy must be a number above 0 and at most 1, got {self.energy!r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from randlora_vision.files.atomic import replacing
+from randlora_vision.files.atomic import replacing, replacing_folder
 from randlora_vision.injection.merge import merge, unmerge
 from randlora_vision.injection.record import ModelRecord, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
@@ -80,18 +79,10 @@ def save_merged_folder(host: Any, folder: str | os.PathLike[str], adapter_name: 
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{str(folder)!r} exists and is not an empty folder: choose another name")
     adapted = dict.fromkeys(update.component for update in updates(host, adapter_name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with contextlib.ExitStack() as stack:
-            for component in adapted:
-                stack.enter_context(merged_for_saving(components(host)[component], adapter_name))
-            host.save_pretrained(temporary, safe_serialization=True)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(target) as temporary, contextlib.ExitStack() as stack:
+        for component in adapted:
+            stack.enter_context(merged_for_saving(components(host)[component], adapter_name))
+        host.save_pretrained(temporary, safe_serialization=True)
     return target
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from randlora_vision.files.atomic import replacing
+from randlora_vision.files.atomic import write_json
 from randlora_vision.integrations.export.formats import Contents, Format, Whole, not_low_rank
 from randlora_vision.integrations.export.low_rank import ExportReport, Factors
 from randlora_vision.integrations.export.updates import Update, components
@@ -70,9 +69,8 @@ class Peft(Format):
         for name, (up, down) in factors.items():
             tensors |= {f"{_ROOT}.{name}.lora_A.weight": down, f"{_ROOT}.{name}.lora_B.weight": up}
         self.save(path / "adapter_model.safetensors", tensors, report)
-        with replacing(path / "adapter_config.json") as temporary:
-            config = _config({name: factors[name].up.shape[1] for name in targets}, _saved_modules(model, whole))
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = _config({name: factors[name].up.shape[1] for name in targets}, _saved_modules(model, whole))
+        write_json(path / "adapter_config.json", config)
 
 
 def _config(ranks: Mapping[str, int], saved_modules: list[str]) -> dict[str, Any]:

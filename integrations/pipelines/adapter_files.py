@@ -1,8 +1,10 @@
 """Adapter files for whole pipelines: one .safetensors file for the denoiser and the text encoders trained with it."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,16 @@ from randlora_vision.files import adapter_file, bundle
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.injection.plan import AdapterPlan
 from randlora_vision.integrations._download import ADAPTER_FILE, download
-from randlora_vision.integrations.pipelines.components import DENOISERS, adapted, components, refuse_offloaded
+from randlora_vision.integrations.pipelines.components import (
+    DENOISERS,
+    absent_components,
+    adapted,
+    components,
+    refuse_offloaded,
+)
+from randlora_vision.names import listing
 
+_LOG = logging.getLogger(__name__)
 # Returns the content of a file for one component, given the model that it is loaded into.
 _Content = Callable[[nn.Module], AdapterFile]
 
@@ -67,12 +77,15 @@ def load_adapter(
             ``adapter.safetensors``, ``"owner/name/file.safetensors"`` another file.
         adapter_name: Name of the adapter in this pipeline.
         scale: Factor of its update: 1 is as trained.
-        component: The component that a file with one adapter is loaded into (``"text_encoder_2"``). By default, it is
-            the denoiser, or else the only component that the adapter fits.
+        component: The only component to load: that part of a file with several, or where a file with one adapter is
+            loaded into (``"text_encoder_2"``). By default, every part is loaded into its component, except those that
+            the pipeline was loaded without (``text_encoder=None``), and an adapter of no named component into the
+            denoiser, or else into the only component that it fits.
         trainable: True to train the adapter further.
 
     Returns:
-        The report of what was adapted, by component.
+        The report of what was adapted, by component. If parts of the file were left out, `warnings` names them, and
+        a line is logged.
 
     Raises:
         FileNotFoundError: If there is no such file, or the Hub cannot be reached or does not have it.
@@ -80,7 +93,8 @@ def load_adapter(
             components, or a component is offloaded layer by layer. The pipeline is then unchanged.
     """
     parts, path = components(pipe), _local(source)
-    chosen = _place(parts, _read(path), adapter_name, path, component)
+    contents, note = _wanted(pipe, parts, _read(path), path, component)
+    chosen = _place(parts, contents, adapter_name, path)
     reports: dict[str, InjectionReport] = {}
     try:
         for name, (plan, content) in chosen.items():
@@ -90,6 +104,9 @@ def load_adapter(
         for name in reports:
             delete_adapter(chosen[name][0].model, adapter_name)
         raise
+    if note:
+        _LOG.warning(note)
+        reports = {name: replace(report, warnings=(*report.warnings, note)) for name, report in reports.items()}
     return reports
 
 
@@ -103,7 +120,7 @@ def _local(source: str | os.PathLike[str]) -> Path:
         if path / ADAPTER_FILE in found:
             return path / ADAPTER_FILE
         if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+            names = listing(file.name for file in found) or "none"
             raise FileNotFoundError(f"{str(source)!r} must hold exactly one adapter (.safetensors); it holds: {names}")
         return found[0]
     if path.exists():
@@ -125,22 +142,33 @@ def _as_is(content: AdapterFile) -> _Content:
     return lambda model: content
 
 
-def _place(
-    parts: Mapping[str, nn.Module],
-    contents: Mapping[str, _Content],
-    adapter_name: str,
-    path: Path,
-    component: str | None,
-) -> dict[str, tuple[AdapterPlan, AdapterFile]]:
-    """Component of the pipeline -> the plan for its model, and the content to install."""
-    if component is not None and len(contents) > 1:
-        raise ValueError(
-            f"{path} holds adapters for {', '.join(contents)}: component={component!r} is for files with one adapter"
-        )
-    wanted = {component or part: content for part, content in contents.items()}
+def _wanted(
+    pipe: Any, parts: Mapping[str, nn.Module], contents: Mapping[str, _Content], path: Path, component: str | None
+) -> tuple[dict[str, _Content], str]:
+    """The contents to load, by component of the pipeline ("" if the file names none), and a note of the others."""
+    absent = absent_components(pipe)
+    if component is None:
+        wanted = {part: content for part, content in contents.items() if part not in absent}
+        why = f"this {type(pipe).__name__} was loaded without"
+    elif len(contents) == 1:
+        wanted, why = {component: next(iter(contents.values()))}, ""
+    elif component not in contents:
+        raise ValueError(f"{path} holds adapters for {', '.join(contents)}, but none for component={component!r}")
+    else:
+        wanted, why = {component: contents[component]}, f"component={component!r} leaves out"
     for part in wanted:
         if part and part not in parts:
             raise ValueError(f"{path} is for {part!r}, but this pipeline has: {', '.join(parts)}")
+    if not wanted:
+        raise ValueError(f"{path} is for {', '.join(contents)}, which this {type(pipe).__name__} was loaded without")
+    left_out = [part for part in contents if part not in wanted] if why else []
+    return wanted, f"{path}: {why} {', '.join(left_out)}" if left_out else ""
+
+
+def _place(
+    parts: Mapping[str, nn.Module], wanted: Mapping[str, _Content], adapter_name: str, path: Path
+) -> dict[str, tuple[AdapterPlan, AdapterFile]]:
+    """Component of the pipeline -> the plan for its model, and the content to install."""
     if "" in wanted:
         return _home(parts, wanted[""], adapter_name, path)
     refuse_offloaded({part: parts[part] for part in wanted}, "load an adapter")

@@ -27,6 +27,11 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     return dict(sorted(modules.items(), key=lambda item: item[0] not in DENOISERS))
 
 
+def absent_components(pipe: Any) -> set[str]:
+    """Return the components that the pipeline's class has and that this pipeline was loaded without."""
+    return {name for name, part in pipe.components.items() if part is None}
+
+
 def adapted(pipe: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
     """Return the components that have adapters, or that have the given one.
 

@@ -2,7 +2,8 @@
 
 One rule applies to UNets and transformers of all families. The body of a denoiser consists of the blocks at its root:
 modules named so, and modules that contain an attention. Embeddings of time, text and pixels and the last projection are
-outside the body. Inside it, modulation layers, which turn the time embedding into shifts and scales, are skipped.
+outside the body. Inside it, modulation layers, which turn the time embedding into shifts and scales, are skipped, and
+so are the layers that an IP-Adapter adds: they are loaded later or not at all, and belong to it.
 """
 
 import re
@@ -18,6 +19,8 @@ from randlora_vision.layers.peft_around import plain_modules
 _EMBEDDING = re.compile(r"(?i)emb|time|caption|guidance|pos|pool")
 # Modulation: `norm1.linear`, `time_emb_proj`, `img_mod.1`, `adaLN_modulation.1`.
 _MODULATION = re.compile(r"(?i)norm|emb|ada_?ln|(^|_)mod(ulation)?s?$|scale_shift")
+# An IP-Adapter: the layers in its attention processors, and the projections of image embeddings at the root.
+_IP_ADAPTER = {"processor", "encoder_hid_proj", "image_proj"}
 _BLOCKS = re.compile(r"(?i)block")
 # `attn1`, `FluxAttention`; not the list `attentions` of transformers in a UNet, nor UNetMidBlock2DCrossAttn.
 _ATTENTION = re.compile(r"(?i)^(?!.*block).*att(n|ention)\d*$")
@@ -81,12 +84,12 @@ def _body(model: nn.Module, paths: Mapping[str, nn.Module]) -> list[Matrix]:
         if matrix.name.partition(".")[0] in roots
         and matrix.name not in dead
         and min(matrix.rows, matrix.columns) >= _NARROWEST
-        and not any(_MODULATION.search(part) for part in matrix.name.split("."))
+        and not any(_MODULATION.search(part) or part in _IP_ADAPTER for part in matrix.name.split("."))
     ]
 
 
 def _is_body(name: str, child: nn.Module) -> bool:
-    if _EMBEDDING.search(name):
+    if _EMBEDDING.search(name) or name in _IP_ADAPTER:
         return False
     return bool(_BLOCKS.search(name)) or any(_ATTENTION.search(type(m).__name__) for m in child.modules())
 

@@ -28,10 +28,13 @@ from torch import Tensor, nn
 from randlora_vision.adapters.checkpoint import install, own_adapter, plan_for, target_file
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import StoredBases
+from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.untrusted import check_finite
 from randlora_vision.injection.control import set_active, set_scale
 from randlora_vision.injection.record import own_record, unwrap
+from randlora_vision.names import PARTS
 from randlora_vision.report import InjectionReport
 
 _WINDOWS = ("uniform", "normal", "sparse", "structured")
@@ -53,6 +56,7 @@ def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
         set_scale(model, weight, name)
 
 
+@printable_errors
 def weighted_sum(model: nn.Module, weights: Mapping[str, float], adapter_name: str) -> InjectionReport:
     """Add one new adapter that is the weighted sum of others, and make it the only active one.
 
@@ -83,6 +87,7 @@ def weighted_sum(model: nn.Module, weights: Mapping[str, float], adapter_name: s
     return report
 
 
+@printable_errors
 def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: str | os.PathLike[str]) -> Path:
     """Write the `weighted_sum` of adapter files to a new file, without their model.
 
@@ -152,6 +157,8 @@ def _sum(
     saved = {}
     for path in first.saved:
         saved[path] = _add_whole(path, [(contents[name].saved[path], weights[name]) for name in names], base)
+    values = {f"{part} of {name}": t for name, pair in trained.items() for part, t in zip(PARTS, pair, strict=True)}
+    check_finite("the sum", values, "the weights are too large")
     return AdapterFile(
         first.config, first.spec, first.bases_sha256, first.targets, trained, saved, first.stored, first.notes
     )

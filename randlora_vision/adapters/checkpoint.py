@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from randlora_vision.adapters import peft_folder
 from randlora_vision.bases import get_bases
+from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.claims import check_digest
 from randlora_vision.files.untrusted import check_finite
 from randlora_vision.injection.changes import holders, lost_message
 from randlora_vision.injection.inject import add_adapter
@@ -21,6 +23,7 @@ from randlora_vision.injection.plan import AdapterPlan, make_plan
 from randlora_vision.injection.record import AdapterRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.layers.adapted import AdaptedModule
+from randlora_vision.names import PARTS
 from randlora_vision.report import InjectionReport
 
 
@@ -36,7 +39,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: s
         The path.
 
     Raises:
-        ValueError: If the model has no such adapter or the name does not end in ``.safetensors``.
+        ValueError: If the model has no such adapter, it holds NaN or infinity, or the name does not end in
+            ``.safetensors``.
+        OSError: If the file cannot be written.
     """
     target = target_file(path)
     adapter_file.write(target, *packed(model, adapter_name))
@@ -66,8 +71,8 @@ def own_adapter(
     Targets that a host has removed from the model are left out, with a warning.
 
     Raises:
-        ValueError: If the model has no such adapter, it was injected into another module, it is on the meta device, or
-            all its targets are gone.
+        ValueError: If the model has no such adapter, it was injected into another module, it is on the meta device,
+            all its targets are gone, or it holds NaN or infinity.
     """
     model = unwrap(model)
     record = own_record(model)
@@ -86,7 +91,11 @@ def own_adapter(
         adapter = dataclasses.replace(adapter, targets=tuple(t for t in adapter.targets if t.name in tensors))
     if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
         raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
-    return adapter, tensors, current_saved(model, record, adapter_name)
+    saved = current_saved(model, record, adapter_name)
+    for name, pair in tensors.items():
+        check_finite(f"adapter {adapter_name!r}", {f"{part} of {name}": t for part, t in zip(PARTS, pair, strict=True)})
+    check_finite(f"adapter {adapter_name!r}", {n: t for n, t in saved.items() if isinstance(t, nn.Parameter)})
+    return adapter, tensors, saved
 
 
 def load_adapter(
@@ -97,6 +106,8 @@ def load_adapter(
     peft_dtype: torch.dtype = torch.bfloat16,
 ) -> InjectionReport:
     """Add the adapter in a file to its base model; everything is checked before the model is changed.
+
+    Exactly the weights and modules that the file lists are adapted: whatever else the model has stays the base's.
 
     Args:
         model: The base model. It may already have other adapters; the loaded one is added to the active ones.
@@ -139,14 +150,15 @@ def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> Injecti
     return dataclasses.replace(plan.report, warnings=(*plan.report.warnings, *content.notes))
 
 
+@printable_errors
 def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> AdapterPlan:
     """Make the plan of an adapter that was read from `path`.
 
     Raises:
-        ValueError: Unless the model has exactly the targets of the file, and the bases are the same.
+        ValueError: Unless the model has all targets of the file, and the bases are the same.
     """
     try:
-        plan = make_plan(model, content.config, adapter_name, content.stored)
+        plan = make_plan(model, content.config, adapter_name, content.stored, content)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
     if any(
@@ -156,44 +168,18 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
         for tensor in module.parameters()
     ):
         raise ValueError(f"{path} cannot be loaded on the meta device, where its values would be lost")
-    have, want = (
-        {target.name: (target.shape, target.rank, target.alpha) for target in targets}
-        for targets in (plan.report.targets, content.targets)
-    )
     whole = plan.saved
-    saved = {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}
-    for present, expected in ((have, want), (saved, stored)):
-        _compare(present, expected, f"{path} does not fit this {type(model).__name__}")  # type: ignore[arg-type]
     for name, tensor in whole.items():
-        if tensor.is_floating_point() != content.saved[name].is_floating_point():
-            raise ValueError(f"{path}: {name} is {content.saved[name].dtype}, in the model {tensor.dtype}")
+        given = content.saved[name]
+        if tensor.shape != given.shape:
+            shapes = f"{tuple(tensor.shape)} in the model and {tuple(given.shape)} in the file"
+            raise ValueError(f"{path} does not fit this {type(model).__name__}: {name} is {shapes}")
+        if tensor.is_floating_point() != given.is_floating_point():
+            raise ValueError(f"{path}: {name} is {given.dtype}, in the model {tensor.dtype}")
     # A buffer, such as a mask, may hold infinity.
     check_finite(path, {name: content.saved[name] for name, old in whole.items() if isinstance(old, nn.Parameter)})
     spec = plan.bases.spec
     if content.spec != spec:
         raise ValueError(f"{path}: its bases are {content.spec}, but this model and its configuration need {spec}")
-    made = plan.bases.sha256
-    if made != content.bases_sha256:
-        raise ValueError(
-            f"{path}: the bases made from seed {spec.seed} are not those that the adapter was trained with "
-            f"(SHA-256 {made[:12]}..., expected {content.bases_sha256[:12]}...)"
-        )
+    check_digest(path, plan.bases, content.bases_sha256)
     return plan
-
-
-def _compare(have: dict[str, object], want: dict[str, object], prefix: str) -> None:
-    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    if missing or extra:
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for names, what in (
-                (missing, "of the file's targets are not in the model"),
-                (extra, "of the model's targets are not in the file"),
-            )
-            if names
-        ]
-        raise ValueError(f"{prefix}: {' and '.join(parts)}")
-    for name, expected in want.items():
-        if have[name] != expected:
-            raise ValueError(f"{prefix}: {name} is {have[name]} in the model and {expected} in the file")

@@ -24,18 +24,34 @@ from randlora_vision.bases import get_bases
 from randlora_vision.bases.peft import draw
 from randlora_vision.bases.stored import STORED, stored_bases
 from randlora_vision.config import RandLoRAConfig
+from randlora_vision.errors import printable_errors
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.untrusted import check_container, check_finite, read_json
 from randlora_vision.injection.candidates import LINEAR, QUANTIZED, TRANSPOSED, Candidate, candidates
 from randlora_vision.injection.selection import select
 from randlora_vision.injection.sizing import bases_spec
 from randlora_vision.injection.trained_in_full import find_saved
+from randlora_vision.json_values import check_object
+from randlora_vision.names import listing
 from randlora_vision.report import Target
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _DENSE = {torch.bfloat16: "peft", torch.float16: "peft_float16"}
+_SETTINGS = {
+    "r": int,
+    "randlora_alpha": float,
+    "randlora_dropout": float | None,
+    "projection_prng_key": int | None,
+    "sparse": bool | None,
+    "very_sparse": bool | None,
+    "target_modules": list[str] | str | None,
+    "layers_to_transform": list[int] | int | None,
+    "modules_to_save": list[str] | None,
+    "bias": str | None,
+}
+"""The settings of PEFT that are read, with their types in JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +60,7 @@ class PeftAdapter:
 
     Attributes:
         source: Where it came from, for error messages.
-        settings: PEFT's configuration.
+        settings: Those of PEFT's configuration that are in `_SETTINGS`.
         trained: Module path -> (lambda (R, N), gamma (N, m)).
         saved: Path -> tensor trained in full: biases and `modules_to_save`.
         projections: A (R, m) and B (M, N * R), or None if they were not saved.
@@ -58,23 +74,25 @@ class PeftAdapter:
     projections: tuple[Tensor, Tensor] | None
     dtype: torch.dtype = torch.bfloat16
 
+    @printable_errors
     def fit(self, model: nn.Module) -> AdapterFile:
         """Convert to this library's form of the adapter, for this base model.
 
         Raises:
             ValueError: If a layer is not in the model or cannot be adapted, or a setting or size is wrong.
         """
-        found = self._find_layers(model)
+        everything = candidates(model)
+        found = self._find_layers(model, everything)
         try:
             config = RandLoRAConfig(
                 rank=self.settings["r"],
                 alpha=self.settings["randlora_alpha"],
-                dropout=self.settings.get("randlora_dropout", 0.0),
-                seed=self.settings.get("projection_prng_key", 0) % 2**64,  # torch counts negative keys from the end
+                dropout=self.settings["randlora_dropout"] or 0.0,
+                seed=self._key % 2**64,  # torch counts negative keys from the end
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.source}: PEFT's configuration lacks a valid setting: {error}") from None
-        config = self._choose(model, config, found)
+        config = self._choose(model, config, found, everything)
         targets = tuple(self._target(candidate, config, *self.trained[path]) for path, candidate in found.items())
         config = self._choose_bases(config, targets)
         stored = stored_bases(*self.projections) if config.bases == STORED and self.projections is not None else None
@@ -90,14 +108,23 @@ class PeftAdapter:
             self._notes(config),
         )
 
-    def _find_layers(self, model: nn.Module) -> dict[str, Candidate]:
+    @property
+    def _key(self) -> int:
+        key: int | None = self.settings["projection_prng_key"]
+        return key or 0
+
+    def _find_layers(self, model: nn.Module, everything: list[Candidate]) -> dict[str, Candidate]:
         """PEFT's module path -> the model's own layer."""
-        known = {name: c for c in candidates(model) for name in (*c.aliases, c.name)}
+        known = {name: c for c in everything for name in (*c.aliases, c.name)}
+        missing = sorted(self.trained.keys() - known.keys())
+        if missing:
+            raise ValueError(
+                f"{self.source} does not fit this {type(model).__name__}: it has no layer "
+                f"{listing(map(repr, missing), 3)} ({len(missing)} of the file's {len(self.trained)} are missing)"
+            )
         found = {}
         for path in self.trained:
-            candidate = known.get(path)
-            if candidate is None:
-                raise ValueError(f"{self.source} does not fit this {type(model).__name__}: it has no layer {path!r}")
+            candidate = known[path]
             problem = candidate.problem
             if candidate.aliases:
                 problem = f"it shares its weight with {candidate.aliases[0]!r}, and PEFT adapted only one of the two"
@@ -108,27 +135,29 @@ class PeftAdapter:
             found[path] = candidate
         return found
 
-    def _choose(self, model: nn.Module, config: RandLoRAConfig, found: Mapping[str, Candidate]) -> RandLoRAConfig:
+    def _choose(
+        self, model: nn.Module, config: RandLoRAConfig, found: Mapping[str, Candidate], everything: list[Candidate]
+    ) -> RandLoRAConfig:
         """Choose a configuration for exactly these layers and tensors: PEFT's settings if they fit, otherwise names.
 
         PEFT's regular expressions are not run: one from an untrusted file could take unbounded time.
         """
-        whole = list(self.settings.get("modules_to_save") or [])
-        if self.settings.get("bias", "none") != "none":
+        whole = list(self.settings["modules_to_save"] or [])
+        if self.settings["bias"] not in (None, "none"):
             whole.append("bias")
         try:
             fits = set(find_saved(model, whole)) == set(self.saved)
-        except (TypeError, ValueError, AttributeError):
+        except ValueError:
             fits = False
         config = dataclasses.replace(config, modules_to_save=tuple(whole if fits else sorted(self.saved)))
         wanted = {candidate.name for candidate in found.values()}
-        names, layers = self.settings.get("target_modules"), self.settings.get("layers_to_transform")
-        if isinstance(names, list):
+        names, layers = self.settings["target_modules"], self.settings["layers_to_transform"]
+        if isinstance(names, list) and len(names) <= len(wanted):
             try:
                 tried = dataclasses.replace(config, target_modules=sorted(names), layers_to_transform=layers)
-                if {candidate.name for candidate in select(model, tried)[0]} == wanted:
+                if {candidate.name for candidate in select(model, tried, everything)[0]} == wanted:
                     return tried
-            except (TypeError, ValueError):
+            except ValueError:
                 pass  # not in the model, or layers are numbered differently
         exact = "|".join(re.escape(candidate.name) for candidate in found.values())
         return dataclasses.replace(config, target_modules=f"(?:{exact})")
@@ -151,7 +180,7 @@ class PeftAdapter:
         dense = (_DENSE[self.dtype],) if self.projections is None else tuple(_DENSE.values())
         kinds = dense
         for flag in ("sparse", "very_sparse"):  # the latter wins where both are set
-            if self.settings.get(flag):
+            if self.settings[flag]:
                 kinds = (f"peft_{flag}",)
         for kind in kinds:
             drawn = dataclasses.replace(config, bases=kind)
@@ -174,11 +203,12 @@ class PeftAdapter:
         other = next(str(dtype) for dtype in _DENSE if dtype != self.dtype)
         return (
             f"{self.source} holds no projections: they were drawn from projection_prng_key "
-            f"{self.settings.get('projection_prng_key', 0)} in {self.dtype}; if PEFT drew them in {other} when the "
+            f"{self._key} in {self.dtype}; if PEFT drew them in {other} when the "
             "adapter was trained (hardware without bfloat16), these values are wrong",
         )
 
 
+@printable_errors
 def read(directory: Path, dtype: torch.dtype = torch.bfloat16) -> PeftAdapter:
     """Read a folder written by PEFT's `save_pretrained`; nothing but JSON and safetensors is opened.
 
@@ -194,13 +224,13 @@ def read(directory: Path, dtype: torch.dtype = torch.bfloat16) -> PeftAdapter:
     if not (directory / CONFIG_FILE).is_file():
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         inside += sorted(path.name for path in directory.glob("*.safetensors"))
-        hint = f"; it contains: {', '.join(inside[:5])}" if inside else ""
+        hint = f"; it contains: {listing(inside)}" if inside else ""
         raise ValueError(
             f"{str(directory)!r} is a folder without PEFT's {CONFIG_FILE}: give a folder that has one, or the "
             f".safetensors file of an adapter{hint}"
         )
     settings = read_json(directory / CONFIG_FILE)
-    method = settings.get("peft_type")
+    method = check_object(settings, {"peft_type": str}, directory / CONFIG_FILE)["peft_type"]
     if method != "RANDLORA":
         raise ValueError(f"{directory} holds PEFT's {method!r}, not a RandLora adapter ('RANDLORA')")
     weights = directory / WEIGHTS_FILE
@@ -225,7 +255,12 @@ def from_tensors(
     get: Callable[[str], Tensor],
     dtype: torch.dtype = torch.bfloat16,
 ) -> PeftAdapter:
-    """Sort PEFT's tensors by kind; `get` is called once per tensor, so that a large file is not kept in memory."""
+    """Sort PEFT's tensors by kind; `get` is called once per tensor, so that a large file is not kept in memory.
+
+    Raises:
+        ValueError: If a tensor or setting is missing or is not as PEFT writes it.
+    """
+    settings = check_object(settings, _SETTINGS, f"{source}: {CONFIG_FILE} lacks a valid setting")
     parts: dict[str, dict[str, Tensor]] = {"randlora_lambda": {}, "randlora_gamma": {}}
     projections: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}

@@ -55,6 +55,6 @@ def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("the stored bases hold numbers that are not finite")
     spec = StoredSpec(STORED, 0, a.shape[0], a.shape[1], b.shape[0], b.shape[1], sha256_of(a, b))
-    bases = adopt(StoredBases(spec, a, b))
+    bases = adopt(StoredBases(spec, a.clone(), b.clone()))  # tensors of a file change when the file does
     assert isinstance(bases, StoredBases)
     return bases

@@ -10,6 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from randlora_vision.errors import one_line
+from randlora_vision.names import printable
 
 
 def show_json(value: Any) -> None:
@@ -18,24 +22,25 @@ def show_json(value: Any) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; columns that are not text are aligned to the right."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    """Print a table without markup; columns that are not text are aligned to the right."""
+    table = Table(title=Text(printable(title)), title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         text = all(isinstance(row[i], str) for row in rows)
         table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else _number(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else _number(cell) for cell in row))
     console().print(table)
 
 
 def say(text: str = "") -> None:
-    """Print a line without markup or wrapping."""
+    """Print lines without markup or wrapping."""
+    text = "\n".join(map(printable, text.split("\n")))
     console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Print one line on stderr."""
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+    print(f"warning: {printable(one_line(text))}", file=sys.stderr)
 
 
 def console() -> Console:

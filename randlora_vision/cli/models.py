@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from randlora_vision import InjectionReport
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.integrations import timm as timm_adapters
 from randlora_vision.integrations._download import download
+from randlora_vision.json_values import check_object, check_type, parse_json
 
 HELP = (
     "a timm model (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a diffusers "
@@ -117,7 +117,7 @@ class Base:
         diffusers = _library("diffusers")
         with _failures("diffusers", self.name):
             if (Path(self.name) / "config.json").is_file():
-                kind = getattr(diffusers, json.loads((Path(self.name) / "config.json").read_text())["_class_name"])
+                kind, _ = _model_class(diffusers, self.name)
                 return kind.from_pretrained(self.name, use_safetensors=True).eval()
             return diffusers.DiffusionPipeline.from_pretrained(self.name, use_safetensors=True)
 
@@ -125,21 +125,21 @@ class Base:
         diffusers = _library("diffusers")
         with _failures("diffusers", self.name):
             if (Path(self.name) / "config.json").is_file():
-                config = _config(self.name, "config.json")
-                model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+                kind, config = _model_class(diffusers, self.name)
+                model: nn.Module = kind.from_config(config)
                 return model
             index = _config(self.name, "model_index.json")
-        parts = {name: value for name, value in index.items() if isinstance(value, list) and _is_model(value)}
+        parts = {name: value for name, value in index.items() if _is_model(value)}
         name = component or next((part for part in ("unet", "transformer") if part in parts), None)
         if name not in parts:
             raise ValueError(f"{self.name} has no component {component or 'unet or transformer'!r}: {', '.join(parts)}")
-        library, kind = parts[name]
+        library, kind_name = parts[name]
         config = _config(self.name, f"{name}/config.json")
         with _failures("diffusers", self.name):
             if library == "diffusers":
-                model = getattr(diffusers, kind).from_config(config)
+                model = getattr(diffusers, kind_name).from_config(config)
                 return model
-            cls = getattr(_library("transformers"), kind)
+            cls = getattr(_library("transformers"), kind_name)
             model = cls(cls.config_class.from_dict(config))
             return model
 
@@ -151,11 +151,9 @@ def parse_base(name: str, weights: str | None = None, options: str | None = None
         ValueError: If `options` is not a JSON object, or `weights` or `options` are not for this library.
     """
     try:
-        arguments = json.loads(options) if options else {}
-    except json.JSONDecodeError as error:
+        arguments = check_type(parse_json(options, options), dict, options) if options else {}
+    except ValueError as error:
         raise ValueError(f"--model-args must be a JSON object, got {options!r}: {error}") from None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"--model-args must be a JSON object, got {options!r}")
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _LIBRARIES:
         library, name = prefix, rest
@@ -205,11 +203,21 @@ def _config(name: str, file: str) -> dict[str, Any]:
     return read_json(Path(name) / file if Path(name).is_dir() else download(name, file))
 
 
-def _is_model(value: list[Any]) -> bool:
+def _model_class(diffusers: Any, folder: str) -> tuple[Any, dict[str, Any]]:
+    """The class of diffusers that a model's config.json names, and the whole configuration."""
+    config = _config(folder, "config.json")
+    name = check_object(config, {"_class_name": str}, Path(folder) / "config.json")["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise ValueError(f"its config.json names the class {name!r}, which is not a model of diffusers")
+    return kind, config
+
+
+def _is_model(value: Any) -> bool:
     """True for a [library, class] entry of a model index that names a torch model."""
-    library, kind = value
-    if not isinstance(kind, str):
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(word, str) for word in value):
         return False
+    library, kind = value
     unwanted = ("Scheduler", "Autoencoder") if library == "diffusers" else ("Tokenizer", "Processor", "Extractor")
     return library in ("diffusers", "transformers") and not any(word in kind for word in unwanted)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from randlora_vision.bases import get_bases
+from randlora_vision.bases import Bases
 from randlora_vision.compute.functional import effective_weight
 from randlora_vision.figures import figure_file
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.claims import bases_of
 from randlora_vision.report import Target
 
 _NAMED = 12  # most layers named in a plot
@@ -47,23 +48,27 @@ class Layer:
         return float(torch.special.entr(shares).sum().exp())
 
 
-def layers_of(parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
-    """Return the layers of an adapter file in their order."""
+def layers_of(path: Path, parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
+    """Return the layers of an adapter file in their order.
+
+    Raises:
+        ValueError: Under the conditions of `claims.bases_of`.
+    """
     total = sum(len(content.targets) for content in parts.values())
     found: list[Layer] = []
     for part, content in parts.items():
+        bases = bases_of(path, content)
         for target in content.targets:
             name = ".".join(piece for piece in (part, target.name) if piece)
-            found.append(Layer(replace(target, name=name), spectrum(content, target)))
+            found.append(Layer(replace(target, name=name), spectrum(content, target, bases)))
             progress(len(found), total)
     return found
 
 
 @torch.no_grad()
-def spectrum(content: AdapterFile, target: Target) -> Tensor:
+def spectrum(content: AdapterFile, target: Target, bases: Bases) -> Tensor:
     """Return the singular values (m,) of one update in float64."""
     lam, gamma = (tensor.float() for tensor in content.trained[target.name])
-    bases = content.stored if content.stored is not None else get_bases(content.spec)
     term = bases.term(lam, gamma, max(target.shape), target.alpha / target.rank, torch.float32)
     return torch.linalg.svdvals(effective_weight(torch.zeros(target.shape), (term,))).double()
 
@@ -87,14 +92,14 @@ def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
             figure.text(0.5, 0.5, "every update is zero", ha="center")
             return
         axes = figure.subplots()
-        colours = ScalarMappable(Normalize(1, max(2, len(shown))), colormaps["viridis"])
+        scale, colours = Normalize(1, max(2, len(shown))), colormaps["viridis"]
         lowest = 1.0
         for number, layer in enumerate(shown, 1):
             share = torch.arange(1, len(layer.values) + 1) / len(layer.values)
             values = layer.values / layer.values[0]
             lowest = min(lowest, float(values.clamp(min=_ROUNDING).min()))
             label = layer.target.name if len(shown) <= _NAMED else None
-            axes.plot(share, values, color=colours.to_rgba(number), label=label, marker="" if len(values) > 1 else "o")
+            axes.plot(share, values, color=colours(scale(number)), label=label, marker="" if len(values) > 1 else "o")
         axes.set(
             xlabel="index of the singular value / narrow side of the weight",
             ylabel="singular value / largest one",
@@ -104,4 +109,4 @@ def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
         if len(shown) <= _NAMED:
             axes.legend(fontsize=7)
         else:
-            figure.colorbar(colours, ax=axes, label="layer, in the order of the file")
+            figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="layer, in the order of the file")

@@ -1,8 +1,6 @@
 """Shared code of the pretrained demo models: caching on disk, and training."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from randlora_vision.files.atomic import fingerprint
+from randlora_vision.files.atomic import fingerprint, replacing_folder
 from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.labelled import Batch, LabelledImages
 from randlora_vision.training.harness.ema import Ema
@@ -46,16 +44,12 @@ def cached_folder(
     if folder.is_dir():
         return folder
     print(f"pretraining {name} for the demo (once; cached in {folder})", flush=True)
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     try:
-        fill(unfinished)
-        os.replace(unfinished, folder)
+        with replacing_folder(folder) as unfinished:
+            fill(unfinished)
     except OSError:
         if not folder.is_dir():  # another process may have finished the same model first
             raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

@@ -17,33 +17,31 @@ Version 2 is a bundle of such adapters: see `randlora_vision.files.bundle`.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from randlora_vision.bases import BasesSpec, get_bases
-from randlora_vision.bases.stored import STORED, StoredBases, StoredSpec, stored_bases
+from randlora_vision.bases.stored import STORED, StoredBases, stored_bases
 from randlora_vision.config import RandLoRAConfig
+from randlora_vision.errors import printable_errors
+from randlora_vision.files import metadata as _metadata
 from randlora_vision.files.atomic import replacing
-from randlora_vision.files.untrusted import check_container, check_finite
+from randlora_vision.files.metadata import FORMAT
+from randlora_vision.files.untrusted import check_finite, read_tensors
+from randlora_vision.names import listing, match_any, with_parents
 from randlora_vision.report import Target
 
-FORMAT = "randlora_vision"
-VERSION, BUNDLE_VERSION = 1, 2
+BUNDLE_VERSION = 2
 _PLACEHOLDER = "0" * 64  # a digest, for the size estimate
-_TARGETS_LIMIT = 2 * 2**20  # maximum bytes of the decompressed target list: about 30,000 targets
-_CONFIG_LIMIT = 2**20  # maximum characters of a configuration: long lists of patterns are slow to match
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -109,7 +107,7 @@ def pack(
     bases = get_bases(spec)
     if isinstance(bases, StoredBases):
         tensors["bases.A"], tensors["bases.B"] = bases.given
-    metadata = _metadata(config, spec, bases_sha256, targets)
+    metadata = _metadata.written(config, spec, bases_sha256, targets)
     metadata["sha256"] = _digest(tensors, metadata)
     return tensors, metadata
 
@@ -136,22 +134,17 @@ def read(path: Path) -> AdapterFile:
     return unpack(path, tensors, metadata)
 
 
+@printable_errors
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and metadata of a file of this format in a known version; nothing else is checked.
 
     Raises:
         ValueError: If the file is not a readable file of this format and version.
     """
-    check_container(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
-            _check_version(path, metadata.get("format_version", ""))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from None
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
+    _check_version(path, metadata.get("format_version", ""))
     return tensors, metadata
 
 
@@ -172,7 +165,7 @@ def file_bytes(
     if spec.kind == STORED:
         shapes["bases.A"] = (torch.float32, [spec.rank, spec.narrow])
         shapes["bases.B"] = (torch.float32, [spec.wide, spec.columns])
-    metadata = {**_metadata(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
+    metadata = {**_metadata.written(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (kind, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
@@ -205,24 +198,10 @@ def _groups(targets: Sequence[Target]) -> dict[str, list[str]]:
     return groups
 
 
-def _metadata(
-    config: RandLoRAConfig, spec: BasesSpec, bases_sha256: str, targets: tuple[Target, ...]
-) -> dict[str, str]:
-    listed = [[t.name, *t.shape, t.rank, t.alpha] for t in targets]
-    packed = zlib.compress(json.dumps(listed, separators=(",", ":")).encode(), 9)
-    return {
-        "format": FORMAT,
-        "format_version": str(VERSION),
-        "config": config.to_json(),
-        "bases": json.dumps({**dataclasses.asdict(spec), "sha256": bases_sha256}),
-        "targets": base64.b64encode(packed).decode(),
-    }
-
-
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for key in ("format", "format_version", "config", "bases", "targets"):
-        digest.update(f"{key}={metadata.get(key)}\n".encode())
+        digest.update(f"{key}={metadata.get(key)}\n".encode(errors="surrogatepass"))
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -237,7 +216,8 @@ def _check_version(path: Path, version: str) -> None:
         raise ValueError(f"{path} has format version {version}, newer than this library's {BUNDLE_VERSION}: upgrade it")
 
 
-def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterFile:
+@printable_errors
+def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> AdapterFile:
     """Verify and read the output of `pack`; `path` is used in error messages.
 
     Raises:
@@ -245,27 +225,17 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     """
     if metadata.get("sha256") != _digest(tensors, metadata):
         raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
-    try:
-        if len(metadata["config"]) > _CONFIG_LIMIT:
-            raise ValueError(f"the config has {len(metadata['config']):,} characters, more than {_CONFIG_LIMIT:,}")
-        config = RandLoRAConfig.from_json(metadata["config"])
-        bases = json.loads(metadata["bases"])
-        sha256 = str(bases.pop("sha256"))
-        spec = StoredSpec(**bases, sha256=sha256) if bases["kind"] == STORED else BasesSpec(**bases)
-        unfold = zlib.decompressobj()
-        listed = json.loads(unfold.decompress(base64.b64decode(metadata["targets"], validate=True), _TARGETS_LIMIT))
-        targets = tuple(_target(*entry) for entry in listed)
-        if len({target.name for target in targets}) < len(targets):
-            raise ValueError("a target is listed twice")
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
-        raise ValueError(f"{path} has malformed metadata (config, bases or targets): {error}") from None
+    config, spec, sha256, targets = _metadata.parsed(path, metadata)
     groups = _groups(targets)
     expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
     expected |= {"bases.A", "bases.B"} if spec.kind == STORED else set()
     present = {name for name in tensors if not name.startswith("saved.")}
     if expected != present:
         missing, extra = sorted(expected - present), sorted(present - expected)
-        raise ValueError(f"{path} does not hold the tensors that it lists: missing {missing}, unexpected {extra}")
+        raise ValueError(
+            f"{path} does not hold the tensors that it lists: missing [{listing(map(repr, missing))}], unexpected "
+            f"[{listing(map(repr, extra))}]"
+        )
     check_finite(path, {name: tensors[name] for name in sorted(expected)})
     trained: dict[str, tuple[Tensor, Tensor]] = {}
     for group, members in groups.items():
@@ -278,8 +248,13 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         if not (lam.is_floating_point() and gamma.is_floating_point()):
             raise ValueError(f"{path}: tensors of group {group} have dtypes {lam.dtype}, {gamma.dtype}, not floats")
         trained.update({name: (lam[i], gamma[i]) for i, name in enumerate(members)})
+    _metadata.check_sizes(path, spec, targets)
     prefix = len("saved.")
     saved = {name[prefix:]: tensor for name, tensor in tensors.items() if name.startswith("saved.")}
+    asked = set(config.modules_to_save)
+    foreign = [name for name in saved if not match_any(asked, with_parents((name,)))]
+    if foreign:
+        raise ValueError(f"{path} holds tensors that its modules_to_save do not name: {listing(foreign)}")
     stored = None
     if spec.kind == STORED:
         try:
@@ -289,10 +264,3 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         if stored.spec != spec:
             raise ValueError(f"{path}: the stored bases are {stored.spec}, but the metadata say {spec}")
     return AdapterFile(config, spec, sha256, targets, trained, saved, stored)
-
-
-def _target(name: Any, out_features: Any, in_features: Any, rank: Any, alpha: Any) -> Target:
-    shape = (int(out_features), int(in_features))
-    if min(*shape, int(rank)) < 1:
-        raise ValueError("a target has a size or rank below 1")
-    return Target(str(name), "", shape, int(rank), float(alpha), -(-min(shape) // int(rank)))

@@ -15,8 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.metadata import FORMAT
+from randlora_vision.json_values import check_type, parse_json
 
 _NAME = re.compile(r"\w+")
 
@@ -30,7 +33,7 @@ def write(path: Path, parts: Mapping[str, tuple[dict[str, Tensor], dict[str, str
     tensors = {f"{part}/{name}": tensor for part, (held, _) in parts.items() for name, tensor in held.items()}
     listed = json.dumps({part: dict(sorted(parts[part][1].items())) for part in sorted(parts)})
     metadata = {
-        "format": adapter_file.FORMAT,
+        "format": FORMAT,
         "format_version": str(adapter_file.BUNDLE_VERSION),
         "parts": listed,
         "sha256": _digest(listed),
@@ -38,6 +41,7 @@ def write(path: Path, parts: Mapping[str, tuple[dict[str, Tensor], dict[str, str
     adapter_file.write(path, tensors, metadata)
 
 
+@printable_errors
 def read(path: Path) -> dict[str, AdapterFile]:
     """Read and verify every part of a bundle; a plain adapter file is returned as one part named "".
 
@@ -51,10 +55,10 @@ def read(path: Path) -> dict[str, AdapterFile]:
     if metadata.get("sha256") != _digest(listed):
         raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
     try:
-        parts = dict(json.loads(listed))
-        if not parts or not all(_NAME.fullmatch(name) and isinstance(part, dict) for name, part in parts.items()):
-            raise ValueError("it lists no parts, or a part that is not valid")
-    except (TypeError, ValueError, RecursionError) as error:
+        parts = check_type(parse_json(listed, "parts"), dict[str, dict[str, str]], "parts", "the content")
+        if not parts or not all(_NAME.fullmatch(name) for name in parts):
+            raise ValueError("parts: there are none, or a name is not valid")
+    except ValueError as error:
         raise ValueError(f"{path} has malformed metadata (parts): {error}") from None
     held: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, tensor in tensors.items():

@@ -5,13 +5,15 @@ Nothing is ever unpickled: opening a pickle runs whatever code its author put th
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from torch import Tensor
+
+from randlora_vision.json_values import check_type, parse_json
 
 _HEADER_LIMIT = 32 * 2**20
 """Maximum bytes of a safetensors header, which is parsed whole; real ones are below 1 MiB for the largest models."""
@@ -40,6 +42,21 @@ def check_container(path: Path) -> None:
         raise ValueError(f"{path} is not a readable safetensors file: its header of {header:,} bytes is too large")
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: If it is not a readable safetensors file.
+    """
+    check_container(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+            return tensors, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a small file.
 
@@ -48,18 +65,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if path.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{path} is too large for a configuration: {path.stat().st_size:,} bytes")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    values: dict[str, Any] = check_type(parse_json(path.read_bytes(), path), dict, path, "the file's content")
     return values
 
 
-def check_finite(where: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def check_finite(
+    where: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    cause: str = "the training that produced it diverged",
+) -> None:
     """Raise ValueError if a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
         wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support float8
         if not wide.isfinite().all():
-            raise ValueError(f"{where}: {name} holds NaN or infinity: the training that produced it diverged")
+            raise ValueError(f"{where}: {name} holds NaN or infinity: {cause}")

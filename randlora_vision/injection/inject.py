@@ -86,7 +86,7 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
         )
         _add_slot(candidate, target, slot, config.init, adapter_name, record.switches)
     adapter = record.adapters[adapter_name] = AdapterRecord(config, plan.bases.spec, report.targets, trainable)
-    own_saved(model, record, adapter)
+    own_saved(record, adapter, plan.saved)
     record.switches.active = (*record.switches.active, adapter_name)
     install_saved(model, record)
 

@@ -61,8 +61,8 @@ def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_nam
     norm = float(torch.linalg.vector_norm(weight.float()))
     if norm == 0:
         return 0.0
-    lam, gamma = module.adapter_tensors(param, adapter_name)
-    lam, gamma = (lam, _signs(gamma)) if not gamma.any() else (_signs(lam), gamma)
+    lam, gamma = map(torch.Tensor.detach, module.adapter_tensors(param, adapter_name))
+    lam, gamma = (_signs(lam), gamma) if gamma.any() else (lam, _signs(gamma))
     slot = state.slots[adapter_name]
     wide = max(state.out_features, state.in_features)
     term = slot.bases.term(lam.float(), gamma.float(), wide, slot.factor(1.0), torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 
 from randlora_vision.bases import Bases, get_bases
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.files.adapter_file import file_bytes
+from randlora_vision.files.adapter_file import AdapterFile, file_bytes
 from randlora_vision.injection.candidates import Candidate
 from randlora_vision.injection.record import check_root, count_base, own_record, unwrap
-from randlora_vision.injection.selection import select
+from randlora_vision.injection.selection import select, select_listed
 from randlora_vision.injection.sizing import bases_spec
-from randlora_vision.injection.trained_in_full import find_saved
+from randlora_vision.injection.trained_in_full import find_saved, listed_saved
 from randlora_vision.report import InjectionReport, Target
 
 
@@ -40,8 +39,22 @@ class AdapterPlan:
     saved: Mapping[str, Tensor]
 
 
-def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given: Bases | None = None) -> AdapterPlan:
-    """Make the plan of an adapter, with the `given` bases if they are stored in a file.
+def make_plan(
+    model: nn.Module,
+    config: RandLoRAConfig,
+    adapter_name: str,
+    given: Bases | None = None,
+    content: AdapterFile | None = None,
+) -> AdapterPlan:
+    """Make the plan of an adapter.
+
+    Args:
+        model: The model.
+        config: The adapter's settings.
+        adapter_name: The adapter's name.
+        given: The bases if they are stored in a file.
+        content: An adapter read from a file: exactly its targets and tensors are adapted and trained in full, whatever
+            the configuration would choose in this model.
 
     Raises:
         ValueError: Under the conditions of `randlora_vision.inject`.
@@ -55,15 +68,24 @@ def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given
     record = own_record(model)
     if record is not None and adapter_name in record.adapters:
         raise ValueError(f"the model already has an adapter {adapter_name!r}: choose another name or delete it first")
-    chosen, skipped, notes = select(model, config)
-    targets = tuple(_target(candidate, config) for candidate in chosen)
+    if content is None:
+        chosen, skipped, notes = select(model, config)
+        targets = tuple(
+            _target(candidate, config.rank_of(candidate.paths), config.alpha_of(candidate.paths))
+            for candidate in chosen
+        )
+        saved = find_saved(model, config.modules_to_save)
+    else:
+        listed = {target.name: target for target in content.targets}
+        (chosen, skipped), notes = select_listed(model, listed), []
+        targets = tuple(_target(c, listed[c.name].rank, listed[c.name].alpha) for c in chosen)
+        saved = listed_saved(model, content.saved, [weight_of(candidate) for candidate in chosen])
     spec = bases_spec(config, targets, given)
     bases = given if given is not None and given.spec == spec else get_bases(spec)
     if config.dropout:
         without = [target.name for target in targets if target.kind not in ("linear", "quantized")]
         if without:
             notes.append(f"dropout has no effect on weights that are read directly: {', '.join(without[:3])}, ...")
-    saved = find_saved(model, config.modules_to_save)
     report = InjectionReport(
         adapter_name=adapter_name,
         config=config,
@@ -79,19 +101,10 @@ def make_plan(model: nn.Module, config: RandLoRAConfig, adapter_name: str, given
     return AdapterPlan(model, report, tuple(chosen), bases, saved)
 
 
-def _target(candidate: Candidate, config: RandLoRAConfig) -> Target:
+def _target(candidate: Candidate, rank: int, alpha: float) -> Target:
     assert candidate.shape is not None
-    rank = config.rank_of(candidate.paths)
-    bases = math.ceil(min(candidate.shape) / rank)
-    return Target(
-        candidate.name,
-        candidate.kind,
-        candidate.shape,
-        rank,
-        config.alpha_of(candidate.paths),
-        bases,
-        candidate.aliases,
-    )
+    bases = -(-min(candidate.shape) // rank)
+    return Target(candidate.name, candidate.kind, candidate.shape, rank, alpha, bases, candidate.aliases)
 
 
 def weight_of(candidate: Candidate) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from randlora_vision.config import RandLoRAConfig
+from randlora_vision.config import RandLoRAConfig, UntrustedPattern
 from randlora_vision.injection.candidates import (
     CONVOLUTION,
     LINEAR_KINDS,
@@ -17,20 +17,42 @@ from randlora_vision.injection.candidates import (
     Candidate,
     candidates,
 )
-from randlora_vision.names import is_preset, matches_any, summarise, with_parents
+from randlora_vision.names import (
+    is_preset,
+    listing,
+    matches_any,
+    suffixes,
+    summarise,
+    with_parents,
+    without_numbers,
+)
+from randlora_vision.report import Target
 
 
-def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
+def select(
+    model: nn.Module, config: RandLoRAConfig, everything: list[Candidate] | None = None
+) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
     """Select the candidates that a configuration asks for.
+
+    Args:
+        model: The model.
+        config: What to adapt.
+        everything: The model's candidates, if they are known already.
 
     Returns:
         The candidates to adapt, (name, reason) of each matching candidate that is left out, and warnings about
         patterns that match nothing.
 
     Raises:
-        ValueError: If nothing matches; the message says what the model has.
+        ValueError: If nothing matches; the message says what the model has. If a pattern was read from a file.
     """
-    everything = candidates(model)
+    for option in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, option), UntrustedPattern):
+            raise ValueError(
+                f"{option} is a regular expression from an adapter file, which is never run: give a list of names, or "
+                f"str(config.{option}) if you trust its author"
+            )
+    everything = candidates(model) if everything is None else everything
     wanted, warnings = _wanted(model, everything, config)
     warnings += _unmatched(everything, config)
     chosen, skipped = [], []
@@ -46,6 +68,35 @@ def select(model: nn.Module, config: RandLoRAConfig) -> tuple[list[Candidate], l
     if not chosen:
         raise ValueError(_nothing(config, everything, skipped))
     return chosen, skipped, warnings
+
+
+def select_listed(model: nn.Module, listed: Mapping[str, Target]) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """Select exactly the candidates that a file lists, in the model's order.
+
+    Args:
+        model: The model.
+        listed: The file's targets by name.
+
+    Returns:
+        The candidates, and (name, reason) of those that differ from them only in their numbers: further blocks of a
+        deeper model, for example.
+
+    Raises:
+        ValueError: If the model lacks one of the targets, has it in another shape, or it cannot be adapted there.
+    """
+    everything = candidates(model)
+    chosen = [candidate for candidate in everything if candidate.name in listed]
+    missing = sorted(listed.keys() - {candidate.name for candidate in chosen})
+    if missing:
+        raise ValueError(f"{len(missing)} of the file's targets are not in the model ({listing(missing, 3)})")
+    for candidate in chosen:
+        if candidate.problem:
+            raise ValueError(f"{candidate.name} cannot be adapted: {candidate.problem}")
+        if candidate.shape != (shape := listed[candidate.name].shape):
+            raise ValueError(f"{candidate.name} is {candidate.shape} in the model and {shape} in the file")
+    groups = {without_numbers(name) for name in listed}
+    others = [c.name for c in everything if c.name not in listed and without_numbers(c.name) in groups]
+    return chosen, [(name, "not in the file") for name in others]
 
 
 def is_preset_choice(config: RandLoRAConfig) -> bool:
@@ -71,7 +122,11 @@ def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfi
     if isinstance(asked, str):
         pattern = re.compile(asked)
         return {c.name: "" for c in everything if any(pattern.fullmatch(path) for path in c.paths)}, []
-    hits = {name: [c for c in everything if matches_any(name, c.paths)] for name in asked}
+    hits: dict[str, list[Candidate]] = {name: [] for name in asked}
+    for candidate in everything:
+        for suffix in {suffix for path in candidate.paths for suffix in suffixes(path)}:
+            if suffix in hits:
+                hits[suffix].append(candidate)
     warnings = [f"target_modules: {name!r} matches nothing in the model" for name, found in hits.items() if not found]
     return {c.name: "" for found in hits.values() for c in found}, warnings
 
@@ -149,6 +204,6 @@ def _nothing(config: RandLoRAConfig, everything: list[Candidate], skipped: list[
         return f"{message}: the model has no linear layer, attention projection or convolution"
     components = {part for group in groups for part in group.split(" ")[0].split(".")}
     words = (asked,) if isinstance(asked, str) else asked
-    close = [c for word in words for c in difflib.get_close_matches(word.split(".")[-1], components, n=2)]
+    close = [c for word in words for c in difflib.get_close_matches(word[-100:].split(".")[-1], components, n=2)]
     hint = f"; did you mean {' or '.join(repr(c) for c in dict.fromkeys(close))}?" if close else ""
     return f"{message}{hint}; the model has: {', '.join(groups[:12])}{', ...' if len(groups) > 12 else ''}"

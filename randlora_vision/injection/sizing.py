@@ -9,7 +9,7 @@ from randlora_vision.bases import Bases, BasesSpec
 from randlora_vision.bases.peft import PEFT_KINDS
 from randlora_vision.bases.stored import STORED
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.report import Target
+from randlora_vision.report import Target, smallest_bases
 
 _LARGEST_RANK = 1024
 """The largest rank allowed for PEFT's bases if all layers are smaller than the rank."""
@@ -22,12 +22,7 @@ def bases_spec(config: RandLoRAConfig, targets: tuple[Target, ...], given: Bases
         ValueError: If a rank is above a target's narrow side, there are several ranks for PEFT's generator, or the
             given bases are too small.
     """
-    needed = {
-        "rank": max(target.rank for target in targets),
-        "narrow": max(target.narrow for target in targets),
-        "wide": max(max(target.shape) for target in targets),
-        "columns": max(target.rank * target.bases for target in targets),
-    }
+    needed = smallest_bases(targets)
     if config.bases in (STORED, *PEFT_KINDS) and needed["rank"] > max(needed["wide"], _LARGEST_RANK):
         # PEFT allows ranks above the narrow side, but B grows with the rank: a small file must not fill the memory.
         raise ValueError(f"rank {needed['rank']} is above every side of the adapted layers")

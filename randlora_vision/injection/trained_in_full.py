@@ -6,7 +6,7 @@ and the module holds the tensors currently in use under the unchanged name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from randlora_vision.injection.record import (
     AdapterRecord,
     ModelRecord,
 )
-from randlora_vision.names import matches_suffix, with_parents
+from randlora_vision.names import is_adapter_name, listing, suffixes, with_parents
 from randlora_vision.torch_internals import persistent_names
 
 
@@ -27,25 +27,63 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name in names:
-        before = len(seen)
-        for path, module in model.named_modules():
-            for tensor_name in persistent_names(module):
-                full = f"{path}.{tensor_name}" if path else tensor_name
-                tensor = _get(model, full)
-                if tensor is not None and any(matches_suffix(name, part) for part in with_parents((full,))):
-                    if id(tensor) not in seen:
-                        found[full] = tensor
-                        seen.add(id(tensor))
-        if len(seen) == before:
-            children = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"modules_to_save: {name!r} matches nothing; the model's top level has: {children}")
+    unmatched, wanted = dict.fromkeys(names), set(names)
+    for path, module in model.named_modules():
+        for tensor_name in persistent_names(module):
+            full = f"{path}.{tensor_name}" if path else tensor_name
+            asked = {suffix for part in with_parents((full,)) for suffix in suffixes(part)} & wanted
+            tensor = _get(model, full)
+            if tensor is None or not asked:
+                continue
+            for name in asked:
+                unmatched.pop(name, None)
+            if id(tensor) not in seen:
+                found[full] = tensor
+                seen.add(id(tensor))
+    if unmatched:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"modules_to_save: {next(iter(unmatched))!r} matches nothing; the model's top level has: {children}"
+        )
     return found
 
 
-def own_saved(model: nn.Module, record: ModelRecord, adapter: AdapterRecord) -> None:
-    """Give the adapter its own copies of its `modules_to_save`; `install_saved` then installs them in the model."""
-    for path, tensor in find_saved(model, adapter.config.modules_to_save).items():
+def listed_saved(model: nn.Module, paths: Iterable[str], adapted: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the model's parameters and persistent buffers at exactly these paths.
+
+    Args:
+        model: The model.
+        paths: The paths of the tensors that a file holds.
+        adapted: The weights that the same file adapts.
+
+    Raises:
+        ValueError: If the model lacks one of them, has one tensor at two of the paths, or it is adapted as well.
+    """
+    have = {
+        f"{path}.{name}".lstrip("."): _get(model, f"{path}.{name}".lstrip("."))
+        for path, module in model.named_modules()
+        for name in persistent_names(module)
+        if not is_adapter_name(name)
+    }
+    wanted = set(paths)
+    found = {path: tensor for path, tensor in have.items() if tensor is not None and path in wanted}
+    missing = sorted(wanted - found.keys())
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the file's tensors trained in full (modules_to_save) are not in the model "
+            f"({listing(missing, 3)})"
+        )
+    owners = dict.fromkeys(map(id, adapted), "a target of the same file")
+    for path, tensor in found.items():
+        if id(tensor) in owners:
+            raise ValueError(f"in the model, {path} is the same tensor as {owners[id(tensor)]}")
+        owners[id(tensor)] = path
+    return found
+
+
+def own_saved(record: ModelRecord, adapter: AdapterRecord, saved: Mapping[str, Tensor]) -> None:
+    """Give the adapter its own copies of the tensors to train in full; `install_saved` then installs them."""
+    for path, tensor in saved.items():
         if path not in record.originals:
             record.originals[path] = tensor
             record.installed[path] = None

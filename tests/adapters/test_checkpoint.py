@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import gc
 import importlib
 import json
@@ -33,7 +34,7 @@ from randlora_vision import (
 )
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.files.adapter_file import _digest
-from tests.helpers import IMAGES, clip, mlp, randomize, snapshot, tensor_bytes, vit
+from tests.helpers import IMAGES, clip, dense_model, mlp, randomize, snapshot, tensor_bytes, vit
 
 CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"])
 X = torch.linspace(-2, 2, 24).reshape(3, 8)
@@ -356,7 +357,6 @@ def test_targets_in_another_order_are_still_the_right_ones(tmp_path: Path) -> No
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fewer": (lambda: vit(depth=1), "file's targets are not in the model"),
-    "more": (lambda: vit(depth=3), "of the model's targets are not in the file"),
     "wider": (lambda: vit(width=48), r"blocks.0.attn.qkv is .*144.* in the model and .*96.* in the file"),
     "head": (lambda: vit(classes=7), "head.(bias|weight) is .*7.* in the model and .*5.* in the file"),
     "class": (mlp, "does not fit this Sequential"),
@@ -374,6 +374,106 @@ def test_the_wrong_model_is_refused_and_untouched(tmp_path: Path, case: str) -> 
         load_adapter(model, path)
     assert "\n" not in str(caught.value)
     assert snapshot(model) == before
+
+
+def test_a_file_adapts_exactly_what_it_lists(tmp_path: Path) -> None:
+    """A deeper model with another head: what the file does not list stays the base's."""
+    config = RandLoRAConfig(rank=4, modules_to_save=["norm"], target_modules="timm:backbone", alpha_pattern={"fc1": 9})
+    model = vit(depth=2)
+    inject(model, config)
+    randomize(model)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    deep = vit(depth=3, classes=7, seed=5)
+    deep.norm.extra = nn.Parameter(torch.ones(3))
+    base = copy.deepcopy(deep)
+    report = load_adapter(deep, path, trainable=True)
+    assert {t.name for t in report.targets} == {t.name for t in plan(vit(depth=2), config).targets}
+    assert report.skipped == tuple(
+        (f"blocks.2.{name}", "not in the file") for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    )
+    assert "skipped (not in the file): blocks.2.attn.qkv" in str(report)
+    dense = dense_model(base, deep, report)
+    with torch.no_grad():
+        dense.norm.weight.copy_(model.norm.weight)
+    x = torch.randn(IMAGES)
+    torch.testing.assert_close(deep(x), dense(x.double()).float(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(deep(x), base(x), atol=1e-2)
+    trained = {name for name, parameter in deep.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "_randlora_" not in name} == {"norm.weight", "norm.bias"}
+    assert not any(name.startswith("blocks.2.") for name in trained)
+    again = save_adapter(deep, tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+    remove(deep)
+    assert torch.equal(deep(x), base(x))
+
+
+def test_what_the_model_lacks_is_counted(tmp_path: Path) -> None:
+    path = saved(tmp_path, vit(depth=3), RandLoRAConfig(rank=4, modules_to_save=["head"]))
+    with pytest.raises(
+        ValueError, match=r": 4 of the file's targets are not in the model \(blocks.2.attn.proj, .* and 1 "
+    ):
+        load_adapter(vit(depth=2), path)
+    headless = vit(depth=3, classes=0)
+    with pytest.raises(ValueError, match=r"2 of the file's tensors .* are not in the model \(head.bias, head.weight\)"):
+        load_adapter(headless, path)
+
+
+def test_a_listed_weight_that_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = mlp()
+    model[0] = nn.LazyLinear(16)
+    with pytest.raises(ValueError, match="0 cannot be adapted: its weight is not initialised yet"):
+        load_adapter(model, path)
+
+
+def test_two_listed_tensors_that_are_one_in_the_model_are_refused(tmp_path: Path) -> None:
+    """Untied in training, tied here: one of the two would be lost."""
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+
+    path = saved(tmp_path, make(), RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"]))
+    tied = make()
+    tied[2].weight = tied[1].weight
+    with pytest.raises(
+        ValueError, match=r"in the model, 2.weight is not|1 of the file's tensors .*2.weight|same tensor"
+    ):
+        load_adapter(tied, path)
+    tied = make()
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="not in the model|the same tensor as"):
+        load_adapter(tied, path)
+    path = saved(tmp_path, make(), RandLoRAConfig(rank=2, target_modules=["0", "1"]))
+    with pytest.raises(ValueError, match=r"1 of the file's targets are not in the model \(1\)"):
+        load_adapter(tied, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path: Path, value: float) -> None:
+    from randlora_vision.integrations import peft
+
+    for place in ("0.weight_randlora_lambda_default", "2.weight_randlora_gamma_default", "2.bias"):
+        model = mlp()
+        inject(model, RandLoRAConfig(rank=2, target_modules=["0", "2"], modules_to_save=["2.bias"]))
+        with torch.no_grad():
+            model.get_parameter(place).view(-1)[-1] = value
+        for save in (save_adapter, peft.export):
+            with pytest.raises(ValueError, match=r"adapter 'default': .*(0|2|2.bias) holds NaN or infinity"):
+                save(model, tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sum_that_overflows_is_refused(tmp_path: Path) -> None:
+    from randlora_vision.adapters.arithmetic import weighted_sum, weighted_sum_files
+
+    model = mlp()
+    path = saved(tmp_path, model)
+    with pytest.raises(ValueError, match="the sum: lambda of 0 holds NaN or infinity: the weights are too large"):
+        weighted_sum_files({path: 1e60}, tmp_path / "sum.safetensors")
+    with pytest.raises(ValueError, match="the weights are too large"):
+        weighted_sum(model, {"default": 1e60}, "sum")
 
 
 def test_loading_does_not_change_the_base(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from torch import nn
 
 import randlora_vision
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+from randlora_vision.bases import BasesSpec
 from randlora_vision.cli import main
+from randlora_vision.files import adapter_file
+from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.report import Target
 from tests.helpers import dense_weights, randomize
 
 NAME = "vit_tiny_patch16_224"
@@ -202,7 +207,7 @@ def test_verify(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.
     assert code == 0 and found["passed"]
     assert [check["check"] for check in found["checks"]] == ["file", "bases", "model"]
 
-    other = ["--model", NAME, "--model-args", json.dumps({**OPTIONS, "depth": 2})]
+    other = ["--model", NAME, "--model-args", json.dumps({**OPTIONS, "embed_dim": 48})]
     code, found = answer(capsys, "verify", path, *other)
     assert code == 1 and [check["passed"] for check in found["checks"]] == [True, True, False]
     assert "does not fit this VisionTransformer" in found["checks"][-1]["detail"]
@@ -220,13 +225,66 @@ def test_verify(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.
 def test_verify_finds_what_is_not_finite(
     adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, _ = adapted
-    with torch.no_grad():
-        model.blocks[0].attn.qkv.weight_randlora_gamma_default[0, 0] = torch.nan
-    path = save_adapter(model, tmp_path / "diverged.safetensors")
+    model, path = adapted
+    content = adapter_file.read(path)
+    content.trained["blocks.0.attn.qkv"][1][0, 0] = torch.nan
+    rewrite(path, content)
     code, found = answer(capsys, "verify", path, *MODEL)
     assert code == 1 and not found["passed"]
     assert "holds NaN or infinity" in found["checks"][-1]["detail"]
+
+
+def rewrite(path: Path, content: AdapterFile) -> Path:
+    """Write what `save_adapter` would refuse to write."""
+    pairs = (content.config, content.spec, content.bases_sha256, content.targets, content.trained, content.saved)
+    adapter_file.write(path, *adapter_file.pack(*pairs))
+    return path
+
+
+def claiming(path: Path, rows: int, narrow: int, rank: int, name: str = "0") -> Path:
+    """A file of one layer whose wide side is only claimed; its bases' digest is wrong."""
+    bases = -(-narrow // rank)
+    targets = (Target(name, "linear", (rows, narrow), rank, 20.0 * rank, bases),)
+    trained = {name: (torch.ones(rank, bases), torch.ones(bases, narrow))}
+    spec = BasesSpec("uniform", 0, rank, narrow, rows, rank * bases)
+    config = RandLoRAConfig(rank=rank, target_modules=["0"])
+    return rewrite(path, AdapterFile(config, spec, "0" * 64, targets, trained, {}))
+
+
+@pytest.mark.parametrize(("rows", "narrow", "rank"), [(10**6, 500, 250), (10**7, 2000, 2000), (2**40, 1, 1)])
+def test_info_makes_no_bases_that_a_small_file_only_claims(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, narrow: int, rank: int
+) -> None:
+    path = claiming(tmp_path / "a.safetensors", rows, narrow, rank)
+    assert path.stat().st_size < 20_000
+    started = time.monotonic()
+    error = complaint(capsys, "info", path)
+    assert f"claims bases of {rows:,} x" in error and time.monotonic() - started < 5
+    code, found = answer(capsys, "verify", path, *MODEL)
+    assert code == 1 and [check["passed"] for check in found["checks"]] == [True, False, False]
+
+
+def test_info_checks_the_digest_of_the_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = claiming(tmp_path / "a.safetensors", 12, 6, 3)
+    assert "are not those that the adapter was trained with" in complaint(capsys, "info", path)
+
+
+def test_names_are_printed_without_control_characters_or_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[31m\u202e\n[bold]b[/bold]"
+    model = nn.ModuleDict({"[red]c": nn.Linear(8, 8)})
+    model.add_module(name, nn.Linear(8, 8))
+    inject(model, RandLoRAConfig(rank=2))
+    path = save_adapter(model, tmp_path / "[green]\x1b.safetensors")
+    assert run("info", path) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\u202e" not in printed
+    assert r"a\x1b[31m\u202e\n[bold]b[/bold]" in printed and "[red]c" in printed and "[green]" in printed
+    _, found = answer(capsys, "info", path)
+    assert name in {layer["name"] for layer in found["layers"]}
+    error = complaint(capsys, "verify", tmp_path / "\x1b[2Jgone.safetensors", *MODEL)
+    assert "\x1b" not in error
 
 
 def test_bad_input_is_one_line_and_exit_code_2(

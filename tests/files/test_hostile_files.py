@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import pickle
 import random
@@ -20,7 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+from randlora_vision.bases.stored import stored_bases
 from randlora_vision.files.adapter_file import _digest
+from randlora_vision.injection.inject import add_adapter
+from randlora_vision.injection.plan import make_plan
+from randlora_vision.layers.adapted import adapted_modules
 from tests.helpers import mlp, randomize, snapshot
 
 CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"], modules_to_save=["2.bias"])
@@ -223,37 +228,71 @@ def bomb(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
 
 def absurd_rank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     listed("0", 16, 8, 10**12)(metadata, tensors)
-    settings("config", rank=10**12)(metadata, tensors)
+    settings("config", rank=10**12, alpha=40, rank_pattern={"2": 2})(metadata, tensors)
     tensors[f"lambda.{10**12}x1.8"] = tensors.pop(LAMBDA)
     tensors[f"gamma.{10**12}x1.8"] = tensors.pop(GAMMA)
 
 
+def padded(part: bytes) -> Tamper:
+    """Bytes after the compressed list, or a list that is cut off."""
+
+    def change(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
+        data = base64.b64decode(metadata["targets"])
+        metadata["targets"] = base64.b64encode(data + part if part else data[:-1]).decode()
+
+    return change
+
+
 CONTENTS: dict[str, tuple[Tamper, str]] = {
+    "bytes after the list": (padded(b"\0"), "1 bytes follow the compressed list"),
+    "a second list after the list": (padded(zlib.compress(b"[]")), "bytes follow the compressed list"),
+    "a list without its end": (padded(b""), "is cut off"),
+    "a rank of 2.5": (listed("0", 16, 8, 2.5), "a size or rank must be an integer, got a number"),
+    "a rank of true": (listed("0", 16, 8, True), "a size or rank must be an integer, got true or false"),
+    "a size as text": (listed("0", "16"), "a size or rank must be an integer, got a string"),
+    "a name that is a number": (listed(0), "a name must be a string, got an integer"),
+    "four values": (targets(json.dumps([LISTED[0][:4], LISTED[1]])), "has 4 values"),
+    "no targets": (targets("[]"), "the list is empty"),
+    "a digest that is a number": (settings("bases", sha256=5), "bases: sha256 must be a string, got an integer"),
+    "a kind that is a list": (settings("bases", kind=[]), "bases: kind must be a string, got a list"),
+    "a fractional size": (settings("bases", wide=16.0), "bases: wide must be an integer, got a number"),
+    "an unknown key of the bases": (settings("bases", x=1), "bases: unknown key 'x'"),
+    "another seed": (settings("config", seed=1), "seed 1, but the file's are of kind 'uniform' and seed 0"),
+    "another alpha": (settings("config", alpha=3), "rank 2 and alpha 40, which the config does not give"),
+    "a name of a million characters": (listed("a" * 10**6), "are not in the model"),
+    "names of control characters": (listed("\x1b[31m\u202e\n"), r"\\x1b\[31m\\u202e\\n"),
+    "a tensor with a name that shouts": (lambda _, t: t.update({"\x1b[1m" * 9999: torch.zeros(1)}), "unexpected"),
     "a bomb": (bomb, "malformed metadata"),
     "a config of patterns": (
         settings("config", rank_pattern={f"layer{i}": 1 for i in range(10**5)}),
         "malformed metadata.*characters",
     ),
-    "a trillion rows": (listed("0", 10**12, 8), r"0 is .*16, 8.* in the model and .*1000000000000"),
+    "a trillion rows": (listed("0", 10**12, 8), "its bases are .*, but its targets need .*'wide': 1000000000000"),
     "a trillion by a trillion": (listed("0", 10**12, 10**12), "does not hold the tensors that it lists"),
     "rank of a trillion": (absurd_rank, "shapes"),
-    "rank of a trillion, bare": (settings("config", rank=10**12), "rank 1000000000000 is above the narrow side"),
+    "rank of a trillion, bare": (settings("config", rank=10**12), "rank 2 and alpha 40, which the config"),
     "bases of a trillion": (settings("bases", wide=10**12, columns=10**12), "its bases are"),
     "a number beyond floats": (targets(f"[[{'9' * 400}, 1e400, 8, 2, 40.0]]"), "malformed metadata"),
     "a number of 5000 digits": (targets(f"[[\"0\", {'9' * 5000}, 8, 2, 40.0]]"), "malformed metadata"),
-    "alpha of infinity": (listed("0", 16, 8, 2, float("inf")), "in the model and"),
-    "alpha of NaN": (listed("0", 16, 8, 2, float("nan")), "in the model and"),
+    "alpha of infinity": (listed("0", 16, 8, 2, float("inf")), "alpha must be a positive number"),
+    "alpha of NaN": (listed("0", 16, 8, 2, float("nan")), "alpha must be a positive number"),
     "config of infinity": (settings("config", alpha=float("inf")), "alpha must be a positive number"),
     "a target twice": (targets(json.dumps([LISTED[0], *LISTED])), "listed twice"),
     "a target outside": (listed("../../etc/passwd"), "not in the model"),
     "a root target": (listed("/etc/passwd"), "not in the model"),
     "a target of the class": (listed("__class__"), "not in the model"),
     "a tensor outside": (
-        lambda _, tensors: tensors.update({"saved.../../etc/passwd": torch.zeros(1)}), "not in the model",
+        lambda _, tensors: tensors.update({"saved.../../etc/passwd": torch.zeros(1)}), "modules_to_save do not name",
     ),
-    "a dunder tensor": (lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}), "not in the model"),
-    "modules outside": (settings("config", modules_to_save=["../x"]), "matches nothing"),
-    "an unknown preset": (settings("config", target_modules="os:system"), "no integration 'os'"),
+    "a dunder tensor": (lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}), "modules_to_save do not name"),
+    "a dunder tensor that is named": (
+        both(
+            lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}),
+            settings("config", modules_to_save=["2", "__dict__"]),
+        ),
+        "1 of the file's tensors trained in full .* not in the model",
+    ),
+    "modules outside": (settings("config", modules_to_save=["../x"]), "modules_to_save do not name: 2.bias"),
     "NaN lambda": (fill(LAMBDA, float("nan")), f"{LAMBDA} holds NaN or infinity"),
     "infinite gamma": (fill(GAMMA, -float("inf")), f"{GAMMA} holds NaN or infinity"),
     "NaN saved": (fill("saved.2.bias", float("nan")), "2.bias holds NaN or infinity"),
@@ -268,7 +307,9 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     "version zero": (lambda m, _: m.update(format_version="0"), "no valid format_version"),
     "negative version": (lambda m, _: m.update(format_version="-1"), "no valid format_version"),
     "fractional version": (lambda m, _: m.update(format_version="1.0"), "no valid format_version"),
-    "stored, but absent": (settings("bases", kind="stored"), "missing.*bases.A.*bases.B"),
+    "stored, but absent": (
+        both(settings("bases", kind="stored"), settings("config", bases="stored")), "missing.*bases.A.*bases.B"
+    ),
     "stored, but not said": (lambda _, t: t.update({"bases.A": torch.zeros(2, 16)}), "unexpected.*bases.A"),
 }  # fmt: skip
 
@@ -287,22 +328,25 @@ STORED: dict[str, tuple[Tamper, str]] = {
     "empty": (lambda _, t: t.update({"bases.A": torch.zeros(0, 4)}), "must be a matrix"),
     "others": (fill("bases.B", 3.0), "the stored bases are"),
     "of a trillion": (settings("bases", wide=10**12), "the stored bases are"),
+    "too small": (lambda _, t: t.update({"bases.B": t["bases.B"][:9]}), "the stored bases are"),
     "from a seed": (settings("config", bases="uniform"), "bases"),
-    "by a seed": (settings("bases", kind="uniform"), "unexpected.*bases.A"),
+    "by a seed": (both(settings("bases", kind="uniform"), settings("config", bases="uniform")), "unexpected.*bases.A"),
 }
 
 
-@pytest.mark.parametrize("case", STORED)
-def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
-    from randlora_vision.bases.stored import stored_bases
-    from randlora_vision.injection.inject import add_adapter
-    from randlora_vision.injection.plan import make_plan
-
+def stored(folder: Path) -> Path:
+    """A file that holds its bases."""
     model = mlp()
     given = stored_bases(torch.randn(2, 8), torch.randn(16, 16))
     config = RandLoRAConfig(rank=2, target_modules=["0", "2"], bases="stored")
     add_adapter(make_plan(model, config, "default", given), trainable=True)
-    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    randomize(model)
+    return save_adapter(model, folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_stored_bases_that_lie(tmp_path: Path, case: str) -> None:
+    path = stored(tmp_path)
     load_adapter(mlp(), path)
     tamper, message = STORED[case]
     refuse(rewritten(path, tamper), message)
@@ -329,3 +373,16 @@ def test_a_folder_may_not_point_to_other_files(tmp_path: Path, good: Path) -> No
     values = {"peft_type": "RANDLORA", "base_model_name_or_path": "../../secret", "revision": "../adapter.safetensors"}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     refuse(folder, "has no adapter_model.safetensors")
+
+
+def test_a_file_that_is_overwritten_later_does_not_change_the_bases(tmp_path: Path) -> None:
+    """Tensors that safetensors reads are views of the file; only an overwrite in place reaches them."""
+    path = stored(tmp_path)
+    model = mlp()
+    load_adapter(model, path)
+    expected = model(X)
+    path.write_bytes(b"\1" * path.stat().st_size)
+    gc.collect()
+    bases = next(adapted_modules(model))[3].slots["default"].bases
+    bases._tensors.clear()
+    assert torch.equal(model(X), expected)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from randlora_vision import load_adapter, set_scale
-from randlora_vision.files.adapter_file import FORMAT
+from randlora_vision.errors import printable_errors
+from randlora_vision.files.metadata import FORMAT
+from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier
 from randlora_vision.training.clip.options import ClipSettings
@@ -44,6 +45,7 @@ def load_classifier(
     return classifier
 
 
+@printable_errors
 def load_trained(model: nn.Module, path: Path | str, scale: float = 1.0) -> Tensor | None:
     """Load a file that train_clip.py wrote, with any method, into a frozen base model, in place.
 
@@ -56,11 +58,10 @@ def load_trained(model: nn.Module, path: Path | str, scale: float = 1.0) -> Tens
         _load_randlora(model, path, scale)
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            kind = (file.metadata() or {}).get("format")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not an adapter file: {error}") from error
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an adapter file: {error}") from None
+    kind = metadata.get("format")
     if kind == FORMAT:
         _load_randlora(model, path, scale)
     elif kind == LORA_FORMAT:

@@ -1,12 +1,12 @@
 """Class names of a dataset and the prompt templates for them: the user's, or open_clip's."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from randlora_vision.json_values import check_type, parse_json
 from randlora_vision.names import listing
 from randlora_vision.training.data.labelled import ImageSplits
 
@@ -114,13 +114,10 @@ def _read_words(path: Path, flag: str, kinds: Sequence[type] = (list, dict)) -> 
     text = path.read_text(encoding="utf-8-sig")
     words: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix == ".json":
-        try:
-            words = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{flag}: {path} is not valid JSON: {error}") from error
-    if type(words) not in kinds or not words:
+        kind = list[str] | dict[str, str] if dict in kinds else list[str]
+        words = check_type(parse_json(text, f"{flag}: {path}"), kind, f"{flag}: {path}", "an entry")
+    if not words:
         raise ValueError(f"{flag}: {path} holds no names")
-    for word in words.values() if isinstance(words, dict) else words:
-        if not isinstance(word, str) or not word.strip():
-            raise ValueError(f"{flag}: {path} holds {word!r}, which is not a name")
+    if not all(word.strip() for word in (words.values() if isinstance(words, dict) else words)):
+        raise ValueError(f"{flag}: {path} holds an empty name")
     return words

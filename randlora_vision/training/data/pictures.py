@@ -11,6 +11,8 @@ from typing import IO, Any, Protocol
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from randlora_vision.names import printable
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -28,15 +30,16 @@ class SkipList:
 
     def add(self, image: "Picture | str", reason: object) -> None:
         """Record an unreadable image, or (a string) a position in a file; raise ValueError when strict."""
+        where, reason = printable(str(image)), printable(str(reason))
         if self.strict:
             what = "cannot use" if isinstance(image, str) else "cannot read the image"
-            raise ValueError(f"{what} {image}: {reason} (without --strict-data it is skipped)")
+            raise ValueError(f"{what} {where}: {reason} (without --strict-data it is skipped)")
         with self._lock:
-            if self.path is None or str(image) in self._seen:
+            if self.path is None or where in self._seen:
                 return
-            self._seen.add(str(image))
+            self._seen.add(where)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{image}\t{reason}\n")
+                file.write(f"{where}\t{reason}\n")
 
     def count(self) -> int:
         """Return how many distinct images were recorded, by any process."""

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from randlora_vision.files.atomic import replacing
+from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.training.methods.adaptation import finite_gradients, values_restored
 
 _ADAPTER = "default"
@@ -92,7 +92,7 @@ class LoRAInPipeline:
     def _copy_in(self, pipe: Any, path: Path) -> None:
         from peft import set_peft_model_state_dict
 
-        tensors = load_file(path)
+        tensors, _ = read_tensors(path)
         for name in self.parts:
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
             unknown = set_peft_model_state_dict(getattr(pipe, name), own, _ADAPTER).unexpected_keys

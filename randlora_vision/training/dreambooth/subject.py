@@ -1,6 +1,5 @@
 """The images of a subject with their captions, and the class images for prior preservation."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+from randlora_vision.json_values import check_object, check_type, parse_json
+from randlora_vision.names import printable
 from randlora_vision.training.data.pictures import Picture, StoredImage
 from randlora_vision.training.dreambooth.batches import Item, read_picture
 from randlora_vision.training.dreambooth.buckets import Size, nearest_bucket
@@ -81,12 +82,14 @@ def _read_metadata(folder: Path) -> dict[str, str]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-            caption = next(values[key] for key in _CAPTION_KEYS if key in values)
-            captions[values["file_name"]] = str(caption).strip()
-        except (json.JSONDecodeError, KeyError, TypeError, StopIteration):
+            values = check_type(parse_json(line, "it"), dict, "it")
+            key = next((key for key in _CAPTION_KEYS if key in values), _CAPTION_KEYS[0])
+            found = check_object(values, {"file_name": str, key: str}, "it")
+            captions[found["file_name"]] = found[key].strip()
+        except ValueError as error:
             expected = f'{{"file_name": "1.png", "{_CAPTION_KEYS[0]}": "a photo of ..."}}'
-            raise ValueError(f"{path}, line {number}: expected {expected}, found {line.strip()[:80]}") from None
+            found_line = printable(line.strip(), 80)
+            raise ValueError(f"{path}, line {number}: expected {expected}, found {found_line} ({error})") from None
     return captions
 
 

@@ -5,7 +5,6 @@ By hand, because accelerate and PyTorch pickle the state of an optimiser.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from randlora_vision.files.atomic import replacing_folder
+from randlora_vision.json_values import check_object, check_type, parse_json
+from randlora_vision.names import listing, printable
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
 FOLDER = "checkpoints"
 _FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _TENSOR = "__tensor__"  # marks the name of a tensor in JSON
+_CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
+
+_VALUES = {
+    "optimizer": dict,
+    "schedule": dict,
+    "scaler": dict | None,
+    "recent": list,
+    "seconds": float,
+    "best": dict | None,
+}
+_BEST = {"step": int, "value": float, "evaluations_since": int}
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,8 @@ class Checkpoints:
         self.limit = options.checkpoints_total_limit
         self.settings = settings
         self.writing = writing
+        for unfinished in self.folder.glob(".step-*") if writing else ():  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint must be written after this step."""
@@ -80,27 +95,17 @@ class Checkpoints:
         """Write a checkpoint under a temporary name, rename it, and only then remove older checkpoints."""
         if not self.writing:
             return
-        path = self.folder / f"step-{state.step:06}"
-        unfinished, old = (path.with_name(f".{path.name}.{what}") for what in ("new", "old"))
-        for leftover in (unfinished, old):  # from a process that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(state.tensors, unfinished / _TENSORS)
-        content = {
-            "format": _FORMAT,
-            "step": state.step,
-            "settings": self.settings,
-            "sha256": _sha256(unfinished / _TENSORS),
-            "values": state.values,
-        }
-        (unfinished / _STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for file in unfinished.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if path.exists():  # a run resumed from an earlier step reaches it again
-            os.replace(path, old)
-        os.replace(unfinished, path)
-        shutil.rmtree(old, ignore_errors=True)
+        # A run resumed from an earlier step reaches the same one again.
+        with replacing_folder(self.folder / f"step-{state.step:06}", overwrite=True) as unfinished:
+            save_file(state.tensors, unfinished / _TENSORS)
+            content = {
+                "format": _FORMAT,
+                "step": state.step,
+                "settings": self.settings,
+                "sha256": _sha256(unfinished / _TENSORS),
+                "values": state.values,
+            }
+            (unfinished / _STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         self._prune(state.step)
 
     def _prune(self, step: int) -> None:
@@ -147,17 +152,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        content = check_object(parse_json((path / _STATE).read_bytes(), _STATE), _CONTENT, _STATE)
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']}, but this version reads format {_FORMAT}")
         if content["sha256"] != _sha256(path / _TENSORS):
             raise ValueError(f"{_TENSORS} is not the file that was written")
         state = State(content["step"], content["values"], load_file(path / _TENSORS))
         return Checkpoint(path, content["settings"], state)
-    except KeyError as error:
-        raise ValueError(f"the checkpoint {path} is damaged: {_STATE} has no {error}") from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(printable(f"the checkpoint {path} is damaged: {error}")) from error
+
+
+def check_state(state: State, parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the values of a trainer's state; raise ValueError unless it has them and tensors like those given.
+
+    `parameters` are what is trained, by name, and `averages` their moving averages.
+    """
+    where = f"the checkpoint of step {state.step}"
+    values = check_object(state.values, _VALUES, where)
+    if values["best"] is not None:
+        values["best"] = check_object(values["best"], _BEST, f"{where}, best")
+    sums, count = (values["recent"] + [None, None])[:2]
+    check_type(sums, dict[str, float], f"{where}, recent", "[0]")
+    check_type(count, int, f"{where}, recent", "[1]")
+    own = {f"parameters/{name}": tensor.shape for name, tensor in parameters.items()}
+    own |= {f"ema/{name}": tensor.shape for name, tensor in averages.items()}
+    saved = {name: t.shape for name, t in state.tensors.items() if name.startswith("parameters/") or name in own}
+    differing = sorted(name for name in {**own, **saved} if own.get(name) != saved.get(name))
+    if differing:
+        raise ValueError(
+            f"{where} does not hold the parameters trained here: {len(differing)} are missing on one side, or of "
+            f"another shape ({listing(differing, 3)})"
+        )
+    return values
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:
@@ -185,15 +212,26 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: State) -> None:
-    """Load the result of `optimizer_state` into an optimiser over the same parameters."""
-    values = json.loads(
-        json.dumps(state.values),
-        object_hook=lambda part: state.tensors[part[_TENSOR]] if part.keys() == {_TENSOR} else part,
-    )
+    """Load the result of `optimizer_state` into an optimiser over the same parameters; raise ValueError for others."""
+    where = f"the checkpoint of step {state.step}, optimizer"
+
+    def tensor_of(part: dict[str, Any]) -> Any:
+        if part.keys() != {_TENSOR}:
+            return part
+        if part[_TENSOR] not in state.tensors:
+            raise ValueError(f"{where}: there is no tensor {printable(repr(part[_TENSOR]), 200)}")
+        return state.tensors[part[_TENSOR]]
+
+    values = json.loads(json.dumps(state.values), object_hook=tensor_of)
+    check_object(values, {"memory": dict[str, dict], "groups": list[dict]}, where)
     content = optimizer.state_dict()
     memory = values["memory"]
     content["state"] = {index: memory[name] for index, name in enumerate(_order(optimizer, names)) if name in memory}
+    if len(values["groups"]) != len(content["param_groups"]):
+        raise ValueError(f"{where}: it has {len(values['groups'])} groups, here are {len(content['param_groups'])}")
     for group, numbers in zip(content["param_groups"], values["groups"], strict=True):
+        if "params" in numbers:
+            raise ValueError(f"{where}: a group holds params, which are not numbers")
         group.update(numbers)
     optimizer.load_state_dict(content)
 

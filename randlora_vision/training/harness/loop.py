@@ -14,11 +14,13 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
+from randlora_vision.json_values import check_object
 from randlora_vision.training.harness.accelerators import prepare_sharding, require_all_gradients
 from randlora_vision.training.harness.checkpoints import (
     Checkpoint,
     Checkpoints,
     State,
+    check_state,
     optimizer_state,
     restore_optimizer,
     to_cpu,
@@ -248,17 +250,16 @@ class Trainer:
         return State(self.step, values, {**parameters, **averages, **optimizer.tensors})
 
     def _restore(self, state: State) -> None:
-        values = state.values
-        saved = {name: tensor for name, tensor in state.tensors.items() if name.startswith("parameters/")}
-        own = {f"parameters/{name}": parameter for parameter, name in self.names.items()}
-        if {name: p.shape for name, p in own.items()} != {name: tensor.shape for name, tensor in saved.items()}:
-            raise ValueError(f"the checkpoint of step {state.step} does not hold the parameters trained here")
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        values = check_state(state, parameters, self.ema.averages if self.ema else {})
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+            for name, parameter in parameters.items():
+                parameter.copy_(state.tensors[f"parameters/{name}"])
         restore_optimizer(self.optimizer.optimizer, self.names, State(state.step, values["optimizer"], state.tensors))
-        self.schedule.load_state_dict(values["schedule"])
-        if self.accelerator.scaler is not None:
+        kinds = {key: list if isinstance(v, tuple) else type(v) for key, v in self.schedule.state_dict().items()}
+        where = f"the checkpoint of step {state.step}, schedule"
+        self.schedule.load_state_dict(check_object(values["schedule"], kinds, where))
+        if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.ema:
             self.ema.load({name: state.tensors[f"ema/{name}"] for name in self.ema.averages})

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from randlora_vision.files.atomic import replacing, write_json, write_text
+from randlora_vision.files.atomic import replacing, write_errors, write_json, write_text
+from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.training.harness.checkpoints import FOLDER, list_checkpoints
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.versions import versions
@@ -64,14 +65,21 @@ class RunFolder:
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append one line (step, split and values) to metrics.jsonl, and call the listeners."""
         if self.writing:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with write_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
             for listener in self.listeners:
                 listener(step, split, values)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl written so far."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return [
+            self._parsed(line, i) for i, line in enumerate(self.metrics.read_text(encoding="utf-8").splitlines(), 1)
+        ]
+
+    def _parsed(self, line: str, number: int) -> dict[str, Any]:
+        where = f"{self.metrics}, line {number}"
+        values: dict[str, Any] = check_type(parse_json(line, where), dict[str, float | str | None], where, "the line")
+        return {**values, **check_object(values, {"step": int, "split": str}, where)}
 
     def keep_metrics(self, step: int) -> None:
         """Remove what was logged after training had reached `step`, including an incomplete last line."""
@@ -79,9 +87,9 @@ class RunFolder:
             return
         kept: list[str] = []
         last = 0
-        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        for number, line in enumerate(self.metrics.read_text(encoding="utf-8").splitlines(keepends=True), 1):
             # At its end, a run logs the tests before training with step 0: those lines come later too.
-            if not line.endswith("\n") or not last <= (last := json.loads(line)["step"]) <= step:
+            if not line.endswith("\n") or not last <= (last := self._parsed(line, number)["step"]) <= step:
                 break
             kept.append(line)
         write_text(self.metrics, "".join(kept))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from randlora_vision import (
@@ -21,6 +21,7 @@ from randlora_vision import (
     save_adapter,
 )
 from randlora_vision.files.atomic import replacing
+from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.names import listing
 from randlora_vision.training.harness.options import AdapterOptions
 
@@ -145,7 +146,8 @@ class TrainedTensors:
 
     def load(self, model: nn.Module, path: Path) -> None:
         """Copy the parameters in the file into the model."""
-        move(model, load_file(path), path)
+        tensors, _ = read_tensors(path)
+        move(model, tensors, path)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return plain safetensors and PyTorch calls."""

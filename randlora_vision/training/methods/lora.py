@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from randlora_vision.errors import printable_errors
 from randlora_vision.files.atomic import replacing
+from randlora_vision.files.untrusted import read_tensors
+from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing
 from randlora_vision.training.methods.adaptation import finite_gradients
 
@@ -94,19 +96,29 @@ def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float)
         save_file(tensors, temporary, metadata)
 
 
+@printable_errors
 def load_lora(model: nn.Module, path: Path | str) -> None:
-    """Add the LoRA in a file to a base model, frozen."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a LoRA file written by this package")
-        targets = json.loads(metadata["targets"])
-        added = inject_lora(model, targets, int(metadata["rank"]), float(metadata["alpha"]))
-        with torch.no_grad():
-            for target, part in added.items():
-                part.down.copy_(file.get_tensor(f"{target}.lora_A"))
-                part.up.copy_(file.get_tensor(f"{target}.lora_B"))
-                part.requires_grad_(False)
+    """Add the LoRA in a file to a base model, frozen; raise ValueError for a file that is not one or does not fit."""
+    tensors, metadata = read_tensors(Path(path))
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a LoRA file written by this package")
+    texts = check_object(metadata, {"targets": str, "rank": str, "alpha": str}, path)
+    targets = check_type(parse_json(texts["targets"], path), list[str], path, "targets")
+    rank = check_type(parse_json(texts["rank"], path), int, path, "rank")
+    alpha = check_type(parse_json(texts["alpha"], path), float, path, "alpha")
+    shapes = {}
+    for target in targets:
+        weight = getattr(*weight_of(model, target))
+        shapes[f"{target}.lora_A"], shapes[f"{target}.lora_B"] = (rank, weight[0].numel()), (weight.shape[0], rank)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if rank < 1 or found != shapes:
+        wrong = sorted(name for name in {**found, **shapes} if found.get(name) != shapes.get(name))
+        raise ValueError(f"{path} does not hold LoRA tensors of rank {rank} for this model: {listing(wrong, 3)}")
+    with torch.no_grad():
+        for target, part in inject_lora(model, targets, rank, alpha).items():
+            part.down.copy_(tensors[f"{target}.lora_A"])
+            part.up.copy_(tensors[f"{target}.lora_B"])
+            part.requires_grad_(False)
 
 
 class LoRA:

@@ -6,15 +6,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from randlora_vision.errors import printable_errors
 from randlora_vision.files.atomic import replacing
+from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.integrations.timm import head_modules
+from randlora_vision.json_values import check_object, parse_json
+from randlora_vision.names import listing
 from randlora_vision.training.methods.adaptation import finite_gradients, quiet
 
 _METADATA = "randlora_vision.peft"  # a single key: safetensors does not fix the order of several
+_SETTINGS = {
+    "peft_type": str,
+    "r": int,
+    "lora_alpha": float | None,
+    "projection_prng_key": int | None,
+    "modules_to_save": list[str] | None,
+}
+_LAYER = re.compile(r"base_model\.model\.(.+)\.(?:lora_A\.weight|vera_lambda_d)")  # has as many rows as the rank
 _COPIES = ".modules_to_save"  # suffix of the modules that PEFT trains in full
 # The tensors of PEFT with a nonzero gradient at the first step; the others follow once these have changed.
 _FIRST_TO_LEARN = re.compile(r"\.(lora_B|vera_lambda_b)\.")
@@ -83,18 +94,50 @@ class Peft:
         ]
 
 
+@printable_errors
 def load_peft(model: nn.Module, path: Path | str) -> Any:
-    """Add the adapter in a file written by `Peft` to a base model, in place; return PEFT's wrapper of it."""
-    from peft import PeftConfig, set_peft_model_state_dict
+    """Add the adapter in a file written by `Peft` to a base model, in place; return PEFT's wrapper of it.
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if _METADATA not in metadata:
-            raise ValueError(f"{path} is not a file of PEFT adapters written by this package")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    with quiet():
-        wrapped = _wrap(model, PeftConfig.from_peft_type(**json.loads(metadata[_METADATA])))
-        set_peft_model_state_dict(wrapped, tensors)
+    The adapted layers are those that the file has tensors of: the pattern in its settings is not run.
+
+    Raises ValueError for any other file.
+    """
+    from peft import LoraConfig, VeraConfig, set_peft_model_state_dict
+
+    tensors, metadata = read_tensors(Path(path))
+    if _METADATA not in metadata:
+        raise ValueError(f"{path} is not a file of PEFT adapters written by this package")
+    settings = check_object(parse_json(metadata[_METADATA], path), _SETTINGS, path)
+    method = settings["peft_type"]
+    if method not in ("LORA", "VERA"):
+        raise ValueError(f"{path}: peft_type must be LORA or VERA, got {method!r}")
+    layers = {match[1]: len(tensor) for name, tensor in tensors.items() if (match := _LAYER.fullmatch(name))}
+    missing = sorted({*layers, *(settings["modules_to_save"] or ())} - {name for name, _ in model.named_modules()})
+    if missing or not layers:
+        raise ValueError(
+            f"{path} does not fit this {type(model).__name__}: {len(missing)} of its layers are not in the model "
+            f"({listing(missing, 3)})"
+        )
+    if set(layers.values()) != {settings["r"]}:
+        raise ValueError(f"{path}: its tensors are not of rank {settings['r']}, which its settings name")
+    shared = {
+        "r": settings["r"],
+        "target_modules": "|".join(re.escape(name) for name in layers),
+        "modules_to_save": settings["modules_to_save"],
+    }
+    try:
+        with quiet():
+            if method == "LORA":
+                config: Any = LoraConfig(lora_alpha=settings["lora_alpha"], **shared)
+            else:
+                key = settings["projection_prng_key"]
+                config = VeraConfig(projection_prng_key=key, save_projection=False, **shared)
+            wrapped = _wrap(model, config)
+            loaded = set_peft_model_state_dict(wrapped, tensors)
+    except (TypeError, RuntimeError) as error:  # of PEFT, for a tensor of another shape
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    if loaded.unexpected_keys:
+        raise ValueError(f"{path} has tensors that the model does not: {listing(loaded.unexpected_keys, 3)}")
     return wrapped.requires_grad_(False)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -204,6 +206,39 @@ def test_peft_is_refused_where_its_adapters_are_passed_by() -> None:
 def test_load_peft_reads_no_other_file(tiny: Path) -> None:
     with pytest.raises(ValueError, match="not a file of PEFT adapters"):
         load_peft(timm.create_model("test_vit"), tiny / "model.safetensors")
+
+
+PEFT_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "r": ({"r": 3.5}, "r must be an integer, got a number"),
+    "another r": ({"r": 10**9}, "its tensors are not of rank 1000000000"),
+    "peft_type": ({"peft_type": "LOHA"}, "peft_type must be LORA or VERA, got 'LOHA'"),
+    "modules_to_save": ({"modules_to_save": True}, "modules_to_save must be a list or null, got true or false"),
+    "a module": ({"modules_to_save": ["none"]}, r"1 of its layers are not in the model \(none\)"),
+    "a pattern": ({"target_modules": "(a+)+$", "exclude_modules": "(a+)+$", "rank_pattern": {"(a+)+$": 3}}, ""),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_settings_in_a_peft_file_are_checked_and_its_patterns_are_not_run(
+    method: str, tiny: Path, tmp_path: Path
+) -> None:
+    chosen = ClassifierModel(model=f"local-dir:{tiny}", pretrained=True)
+    model = load_classifier(chosen, 3, seed=0).model
+    adaptation = adapt(model, settings_of(chosen, model, method, rank=2))
+    path = tmp_path / "file.safetensors"
+    adaptation.save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        text = file.metadata()["randlora_vision.peft"]
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    for changes, message in PEFT_CHANGES.values():
+        settings = json.dumps({**json.loads(text), **changes})
+        path.write_bytes(safetensors.torch.save(tensors, {"randlora_vision.peft": settings}))
+        fresh = load_classifier(chosen, 3, seed=0).model
+        if message:
+            with pytest.raises(ValueError, match=message):
+                load_peft(fresh, path)
+        else:
+            assert torch.equal(load_peft(fresh, path).eval()(IMAGES), adaptation.model.eval()(IMAGES))
 
 
 # Data

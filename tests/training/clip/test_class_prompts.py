@@ -254,7 +254,7 @@ def test_a_configuration_file_with_a_checkpoint_is_the_folders_model(folder: Pat
         ("{folder}/open_clip_config.json", None, "is not an open_clip model configuration: it lacks embed_dim"),
         ("{folder}/nowhere.json", None, "No such file"),
         ("{folder}/RN50.json", None, "already has another model named 'RN50'"),
-        ("{folder}/broken.json", None, "is not a JSON file"),
+        ("{folder}/broken.json", None, "is not valid JSON"),
     ],
 )
 def test_model_mistakes_are_explained(folder: Path, name: str, pretrained: str | None, expected: str) -> None:

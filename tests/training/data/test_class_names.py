@@ -70,8 +70,8 @@ BAD: dict[str, tuple[str, Any, str]] = {
     ),
     "empty": ("x.txt", "\n", "holds no names"),
     "no JSON": ("x.json", None, "is not valid JSON"),
-    "a number": ("x.json", "3", "holds no names"),
-    "numbers": ("x.json", ["a", "b", 3], "holds 3, which is not a name"),
+    "a number": ("x.json", "3", "an entry must be a list or a JSON object, got a string"),
+    "numbers": ("x.json", ["a", "b", 3], r"an entry\[2\] must be a string, got an integer"),
 }
 
 
@@ -126,7 +126,7 @@ def test_templates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a photo\n", "'a photo' has no {}"), ("", "holds no names"), ({"a": "{}"}, "holds no names")],
+    [("a photo\n", "'a photo' has no {}"), ("", "holds no names"), ({"a": "{}"}, "must be a list, got")],
 )
 def test_wrong_templates(content: Any, message: str, tmp_path: Path) -> None:
     path = words(tmp_path / ("x.json" if isinstance(content, dict) else "x.txt"), content)

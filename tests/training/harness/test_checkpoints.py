@@ -253,8 +253,72 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
     _, path = list_checkpoints(tmp_path / "checkpoints")[-1]
     task = FitTask(12)
     task.loss.model.append(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="does not hold the parameters trained here"):
+    with pytest.raises(ValueError, match="does not hold the parameters.*: 2 are missing .*parameters/model.3.bias"):
         train(task, resume=read_checkpoint(path))
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "values": (True, "values must be a JSON object, got true or false"),
+    "step": ("1", "step must be an integer, got a string"),
+    "settings": ([], "settings must be a JSON object, got a list"),
+    "sha256": (5, "sha256 must be a string, got an integer"),
+    "format": (None, "format must be an integer, got null"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_checkpoint_with_a_value_of_another_type(key: str, tmp_path: Path) -> None:
+    value, message = CHANGES[key]
+    checkpoints(tmp_path).write(state(1))
+    path = tmp_path / "checkpoints" / "step-000001"
+    content = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**content, key: value}))
+    with pytest.raises(ValueError, match=f"the checkpoint .*step-000001 is damaged: state.json: {message}"):
+        read_checkpoint(path)
+
+
+VALUES: tuple[tuple[list[Any], Any, str], ...] = (
+    (["optimizer"], 3, "optimizer must be a JSON object, got an integer"),
+    (["optimizer", "memory", "model.0.weight"], 3, r"memory\['model.0.weight'\] must be a JSON object, got an integer"),
+    (["optimizer", "memory", "model.0.weight"], {"step": {"tensor": "none"}}, "is not a value that a checkpoint holds"),
+    (["optimizer", "groups"], [], "it has 0 groups, here are 2"),
+    (["optimizer", "groups", 0], {"params": 3}, "a group holds params, which are not numbers"),
+    (["optimizer", "groups", 0, "lr"], "x", "'x' is not a value that a checkpoint holds"),
+    (["schedule"], [], "schedule must be a JSON object, got a list"),
+    (["schedule", "last_epoch"], "step", "schedule: last_epoch must be an integer, got a string"),
+    (["best"], {"step": 1}, "best: it lacks value, evaluations_since"),
+    (["recent"], [{"a": "b"}, 1], r"recent: \[0\]\['a'\] must be a number, got a string"),
+    (["seconds"], None, "seconds must be a number, got null"),
+)
+
+
+def test_values_of_another_type_are_refused_by_name(tmp_path: Path) -> None:
+    train(FitTask(12), tmp_path)
+    good = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1][1])
+    for (*way, last), value, message in VALUES:
+        values = holder = json.loads(json.dumps(good.state.values))
+        for key in way:
+            holder = holder[key]
+        holder[last] = value
+        broken = Checkpoint(good.path, good.settings, State(good.state.step, values, good.state.tensors))
+        with pytest.raises(ValueError, match=f"checkpoint of step 12.*{message}"):
+            train(FitTask(12), resume=broken)
+
+
+def test_metrics_of_another_kind_are_refused_by_line(tmp_path: Path) -> None:
+    from randlora_vision.training.harness.run_folder import RunFolder
+
+    run = RunFolder(tmp_path)
+    for line, message in (
+        ("[]", "line 2: the line must be a JSON object, got a list"),
+        ("{", "line 2 is not valid JSON"),
+        ('{"split": "train"}', "line 2: it lacks step"),
+        ('{"step": "2", "split": "train"}', "line 2: step must be an integer, got a string"),
+    ):
+        run.metrics.write_text(f'{{"step": 1, "split": "train", "loss": 0.5}}\n{line}\n')
+        for read in (run.read_metrics, lambda: run.keep_metrics(9)):
+            with pytest.raises(ValueError, match=f"metrics.jsonl, {message}"):
+                read()
 
 
 def test_settings_are_readable_in_the_file(tmp_path: Path) -> None:

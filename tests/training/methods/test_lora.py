@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -135,3 +137,30 @@ def test_the_rank_comes_nearest_to_the_budget() -> None:
     assert rank_for_budget(model, targets, int(2.4 * one)) == 2
     assert rank_for_budget(model, targets, int(2.6 * one)) == 3
     assert rank_for_budget(model, targets, 1) == 1
+
+
+BROKEN = {
+    "no targets": ({"targets": None}, "it lacks targets"),
+    "targets of another type": ({"targets": "true"}, "targets must be a list, got true or false"),
+    "a target of another type": ({"targets": '["0", 2]'}, r"targets\[1\] must be a string, got an integer"),
+    "a missing target": ({"targets": '["0", "9"]'}, "has no weight '9'"),
+    "a fractional rank": ({"rank": "2.5"}, "rank must be an integer, got a number"),
+    "an absurd rank": ({"rank": "1000000000000"}, "does not hold LoRA tensors of rank 1000000000000"),
+    "a negative rank": ({"rank": "-2"}, "does not hold LoRA tensors of rank -2"),
+    "alpha in words": ({"alpha": "two"}, "is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_one_clear_error(tmp_path: Path, case: str) -> None:
+    changes, message = BROKEN[case]
+    path, model = tmp_path / "lora.safetensors", mlp()
+    save_lora(inject_lora(model, ["0", "2"], 2, 4.0), path, 2, 4.0)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = {**file.metadata(), **changes}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    fresh = mlp()
+    with pytest.raises(ValueError, match=message):
+        load_lora(fresh, path)
+    assert list(fresh.state_dict()) == list(mlp().state_dict())

@@ -7,7 +7,6 @@ from the shards without unpacking them, in any order, so sharding and resuming a
 import glob
 import io
 import itertools
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from randlora_vision.json_values import check_type, parse_json
 from randlora_vision.names import listing
 from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.pictures import SkipList, image_suffixes, read_image
@@ -117,29 +117,34 @@ def _captions(sample: _Sample, key: str | None) -> list[str]:
     """Return the captions of a sample: from that key of its .json, else its .txt, else a well-known key."""
     if key is None and "txt" in sample.texts:
         return [sample.texts["txt"].decode("utf-8", errors="replace")]
-    value = _json_value(sample, CAPTIONS if key is None else (key,))
-    return [str(text) for text in value] if isinstance(value, list) else [] if value is None else [str(value)]
+    value = _json_value(sample, CAPTIONS if key is None else (key,), str | list[str] | None)
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _label(sample: _Sample, key: str | None) -> list[str]:
     """Return the class of a sample as a list, which is empty if it has none."""
     if key is None and "cls" in sample.texts:
         return [sample.texts["cls"].decode("utf-8", errors="replace").strip()]
-    value = _json_value(sample, LABELS if key is None else (key,))
+    value = _json_value(sample, LABELS if key is None else (key,), str | int | None)
     return [] if value is None else [str(value)]
 
 
-def _json_value(sample: _Sample, keys: Sequence[str]) -> Any:
+def _json_value(sample: _Sample, keys: Sequence[str], kind: Any) -> Any:
+    """Return the value of the first of the keys that is given; None, which is recorded, if its type is wrong."""
     values = _json(sample)
-    return next((values[key] for key in keys if values.get(key) is not None), None)
+    key = next((key for key in keys if values.get(key) is not None), None)
+    try:
+        return None if key is None else check_type(values[key], kind, sample.key, key)
+    except ValueError:
+        return None
 
 
 def _json(sample: _Sample) -> Mapping[str, Any]:
     try:
-        values = json.loads(sample.texts.get("json", b"{}"))
+        values: dict[str, Any] = check_type(parse_json(sample.texts.get("json", b"{}"), sample.key), dict, sample.key)
     except ValueError:  # then the caption or class is missing, which is recorded
         return {}
-    return values if isinstance(values, dict) else {}
+    return values
 
 
 def _what_lacks(samples: Sequence[_Sample], options: SourceOptions) -> str:

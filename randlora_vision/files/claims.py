@@ -1,0 +1,43 @@
+"""The bases of an adapter file: that they are those of the training, and not larger than a file may make them."""
+
+from __future__ import annotations
+
+import os
+
+from randlora_vision.bases import Bases, get_bases
+from randlora_vision.files.adapter_file import AdapterFile
+
+_ROW = 1024  # columns whose numbers take as long to draw as starting a row
+_DRAWN_ANYWAY = 2**27  # numbers of B that are drawn for any file: one layer of the largest models
+
+
+def bases_of(path: str | os.PathLike[str], content: AdapterFile) -> Bases:
+    """Return the bases of an adapter without its model, after checking their digest.
+
+    Raises:
+        ValueError: If the digest is wrong, or if the file claims bases that are far larger than its content: unlike
+            the narrow side of a layer, nothing in a file proves the wide one, and only the model can.
+    """
+    if content.stored is not None:
+        return content.stored
+    numbers = sum(tensor.numel() for pair in content.trained.values() for tensor in pair)
+    spec = content.spec
+    # Every row takes a while by itself.
+    claimed, most = spec.wide * (spec.columns + _ROW), max(_DRAWN_ANYWAY, 64 * numbers)
+    if claimed > most:
+        raise ValueError(
+            f"{path} claims bases of {spec.wide:,} x {spec.columns:,} numbers, but holds only {numbers:,}: they are "
+            "not made without the model that they are for (randlora verify --model)"
+        )
+    bases = get_bases(spec)
+    check_digest(path, bases, content.bases_sha256)
+    return bases
+
+
+def check_digest(path: str | os.PathLike[str], bases: Bases, sha256: str) -> None:
+    """Raise ValueError unless the bases, which are drawn for this, are those that an adapter was trained with."""
+    if bases.sha256 != sha256:
+        raise ValueError(
+            f"{path}: the bases made from seed {bases.spec.seed} are not those that the adapter was trained with "
+            f"(SHA-256 {bases.sha256[:12]}..., expected {sha256[:12]}...)"
+        )
