@@ -8,7 +8,7 @@ import random
 import pytest
 
 from randlora_vision.errors import printable_errors
-from randlora_vision.names import listing, match_any, matches_suffix, printable, suffixes
+from randlora_vision.names import listing, match_any, matches_suffix, printable, short_name, suffixes
 
 
 def test_what_is_printable_stays() -> None:

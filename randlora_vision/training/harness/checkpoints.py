@@ -24,6 +24,7 @@ from randlora_vision.training.harness.options import CheckpointOptions, RunOptio
 FOLDER = "checkpoints"
 _FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
+_NUMBERS = (Tensor, bool, int, float)
 _TENSOR = "__tensor__"  # marks the name of a tensor in JSON
 _CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
 
@@ -205,7 +206,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
         if index in content["state"]
     }
     groups = [
-        {key: value for key, value in group.items() if isinstance(value, (Tensor, bool, int, float))}
+        {key: value for key, value in group.items() if isinstance(value, _NUMBERS)}
         for group in content["param_groups"]
     ]
     return State(0, json.loads(json.dumps({"memory": memory, "groups": groups}, default=name_of)), tensors)
@@ -230,8 +231,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     if len(values["groups"]) != len(content["param_groups"]):
         raise ValueError(f"{where}: it has {len(values['groups'])} groups, here are {len(content['param_groups'])}")
     for group, numbers in zip(content["param_groups"], values["groups"], strict=True):
-        if "params" in numbers:
-            raise ValueError(f"{where}: a group holds params, which are not numbers")
+        wrong = [key for key, value in numbers.items() if key == "params" or not isinstance(value, _NUMBERS)]
+        if wrong:
+            raise ValueError(f"{where}, groups: {listing(wrong)} is not a number")
         group.update(numbers)
     optimizer.load_state_dict(content)
 

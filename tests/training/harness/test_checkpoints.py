@@ -280,10 +280,10 @@ def test_a_checkpoint_with_a_value_of_another_type(key: str, tmp_path: Path) -> 
 VALUES: tuple[tuple[list[Any], Any, str], ...] = (
     (["optimizer"], 3, "optimizer must be a JSON object, got an integer"),
     (["optimizer", "memory", "model.0.weight"], 3, r"memory\['model.0.weight'\] must be a JSON object, got an integer"),
-    (["optimizer", "memory", "model.0.weight"], {"step": {"tensor": "none"}}, "is not a value that a checkpoint holds"),
+    (["optimizer", "memory", "model.0.weight"], {"step": {"__tensor__": "none"}}, "there is no tensor 'none'"),
     (["optimizer", "groups"], [], "it has 0 groups, here are 2"),
-    (["optimizer", "groups", 0], {"params": 3}, "a group holds params, which are not numbers"),
-    (["optimizer", "groups", 0, "lr"], "x", "'x' is not a value that a checkpoint holds"),
+    (["optimizer", "groups", 0], {"params": 3}, "params is not a number"),
+    (["optimizer", "groups", 0, "lr"], "x", "lr is not a number"),
     (["schedule"], [], "schedule must be a JSON object, got a list"),
     (["schedule", "last_epoch"], "step", "schedule: last_epoch must be an integer, got a string"),
     (["best"], {"step": 1}, "best: it lacks value, evaluations_since"),
