@@ -1,8 +1,10 @@
 """The defaults of train_classifier.py, which depend on the method, the data and the model."""
 
+from dataclasses import replace
+
 from torch import nn
 
-from randlora_vision.training.classifier.methods import adapter_targets
+from randlora_vision.training.classifier.methods import adapter_targets, config_of
 from randlora_vision.training.classifier.options import (
     ClassifierModel,
     ClassifierOptions,
@@ -11,9 +13,11 @@ from randlora_vision.training.classifier.options import (
     RankedAdapter,
 )
 from randlora_vision.training.harness.options import Training, without
+from randlora_vision.training.methods.adaptation import suggested_lr
 from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, rank_of
 
-# The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones.
+# The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones,
+# but for RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for its head.
 _DEMO: Table = {
     "randlora": Defaults(2e-3, 16),
     "lora": Defaults(6e-3, 2),
@@ -35,7 +39,7 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
     """Return the options with every default filled in, given the model's name and the loaded model."""
     embedded, training = options.embedded, options.training
     defaults = (_DEMO if embedded else _OWN)[options.adapter.method]
-    return ClassifierSettings(
+    settings = ClassifierSettings(
         **without(options, "model", "adapter", "training"),
         model=chosen,
         adapter=_with_rank(options, defaults.rank, model),
@@ -44,6 +48,13 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
             lr=training.lr or defaults.lr,
             steps=training.steps or (300 if embedded else 1000),
         ),
+    )
+    if embedded or training.lr is not None or settings.adapter.method != "randlora":
+        return settings
+    lr = suggested_lr(model, config_of(model, settings, settings.adapter.rank))
+    head_lr = settings.adapter.head_lr or defaults.lr
+    return replace(
+        settings, training=replace(settings.training, lr=lr), adapter=replace(settings.adapter, head_lr=head_lr)
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from randlora_vision.training.clip.methods import adapter_targets
+from randlora_vision.training.clip.methods import adapter_targets, config_of
 from randlora_vision.training.clip.options import (
     ChosenLoss,
     ClipModel,
@@ -16,10 +16,12 @@ from randlora_vision.training.clip.options import (
 from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import Training, TrainingOptions, without
+from randlora_vision.training.methods.adaptation import suggested_lr
 from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, rank_of
 
 # The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
-# of two or less. The others are the usual ones for pretrained CLIP models.
+# of two or less. The others are the usual ones for pretrained CLIP models, but for
+# RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for a logit scale that is trained too.
 _DEMO: Table = {
     "randlora": Defaults(2e-3, 16),
     "lora": Defaults(9e-3, 8),
@@ -59,7 +61,7 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
     if chosen.train_logit_scale:
         chosen = replace(chosen, logit_scale_lr=chosen.logit_scale_lr or lr)
     templates = images.templates or (digits.TEMPLATES if embedded else ("a photo of a {}.",))
-    return ClipSettings(
+    settings = ClipSettings(
         **without(options, "clip", "images", "loss", "adapter", "training"),
         clip=chosen,
         images=replace(images, templates=read_templates(templates)),
@@ -69,6 +71,10 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
             **without(training, "lr", "steps"), lr=lr, steps=training.steps or (250 if embedded else 1000)
         ),
     )
+    if embedded or training.lr is not None or settings.adapter.method != "randlora":
+        return settings
+    suggested = suggested_lr(model, config_of(settings, settings.adapter.rank))
+    return replace(settings, training=replace(settings.training, lr=suggested))
 
 
 def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> RankedAdapter | PlainAdapter:

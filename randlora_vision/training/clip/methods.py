@@ -60,7 +60,7 @@ def adapt(
 def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
     adapter = settings.adapter
     if adapter.method == "randlora":
-        return RandLoRA(model, _config(settings, adapter.rank, _scalars(model, settings)))
+        return RandLoRA(model, config_of(settings, adapter.rank, _scalars(model, settings)))
     if adapter.method == "lora":
         return LoRA(model, adapter_targets(model, settings), adapter.rank, adapter.alpha)
     towers = _towers(settings)
@@ -77,10 +77,11 @@ def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
 
 def adapter_targets(model: nn.Module, options: ClipOptions) -> list[str]:
     """Return the names of the weights that an adapter changes."""
-    return target_names(model, _config(options))
+    return target_names(model, config_of(options))
 
 
-def _config(options: ClipOptions, rank: int = 1, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
+def config_of(options: ClipOptions, rank: int = 1, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
+    """Return the RandLoRA configuration for the options."""
     preset = f"open_clip:{options.clip.towers}"
     return randlora_config(options.adapter, rank, options.training.seed, preset, modules_to_save)
 

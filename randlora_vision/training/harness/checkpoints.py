@@ -206,8 +206,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
         if index in content["state"]
     }
     groups = [
-        {key: value for key, value in group.items() if isinstance(value, _NUMBERS)}
-        for group in content["param_groups"]
+        {key: value for key, value in group.items() if isinstance(value, _NUMBERS)} for group in content["param_groups"]
     ]
     return State(0, json.loads(json.dumps({"memory": memory, "groups": groups}, default=name_of)), tensors)
 

@@ -80,7 +80,8 @@ class TrainingOptions:
     optimizer: str = "adamw"
     """A timm optimiser (see timm.optim.list_optimizers()), optionally with the prefix lookahead_."""
     lr: Annotated[float | None, also("--learning-rate")] = None
-    """Peak learning rate. Default: depends on the method, chosen for AdamW (see config.yaml after the start)."""
+    """Peak learning rate. Default: depends on the method, chosen for AdamW (see config.yaml after the start); RandLoRA
+    on your own model or data takes the rate at which one step changes an adapted weight by 1%."""
     weight_decay: Annotated[float, also("--adam-weight-decay")] = 0.01
     """Weight decay of matrices and convolutions, including lambda and gamma; vectors and scalars (biases, norm
     scales, class tokens, the logit scale) are never decayed."""

@@ -18,7 +18,9 @@ from randlora_vision import (
     inject,
     load_adapter,
     plan,
+    remove,
     save_adapter,
+    suggest_lr,
 )
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
@@ -70,6 +72,15 @@ def randlora_config(
         seed=seed,
         modules_to_save=tuple(modules_to_save),
     )
+
+
+def suggested_lr(model: nn.Module, config: RandLoRAConfig) -> float:
+    """Return the `suggest_lr` of adapters that the model does not have yet; it is left as it was."""
+    inject(model, config)
+    try:
+        return suggest_lr(model)
+    finally:
+        remove(model)
 
 
 def target_names(model: nn.Module, config: RandLoRAConfig) -> list[str]:
