@@ -42,7 +42,7 @@ def reshaped_as_own(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def persistent_names(module: nn.Module) -> list[str]:
     """Names of the module's own parameters and of the buffers that its state dict holds."""
     buffers = (name for name in module._buffers if name not in module._non_persistent_buffers_set)
-    return [*module._parameters, *buffers]
+    return [*module._parameters.keys(), *buffers]  # TorchScript's are not iterable
 
 
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
