@@ -76,7 +76,8 @@ def randlora_config(
 
 def suggested_lr(model: nn.Module, config: RandLoRAConfig) -> float:
     """Return the `suggest_lr` of adapters that the model does not have yet; it is left as it was."""
-    inject(model, config)
+    with quiet():
+        inject(model, config)
     try:
         return suggest_lr(model)
     finally:
