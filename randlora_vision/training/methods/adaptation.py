@@ -75,11 +75,14 @@ def randlora_config(
 
 
 def suggested_lr(model: nn.Module, config: RandLoRAConfig) -> float:
-    """Return the `suggest_lr` of adapters that the model does not have yet; it is left as it was."""
+    """Return the `suggest_lr` of adapters that the model does not have yet; it is left as it was.
+
+    Two digits: a resumed run gets the same rate on a machine that rounds otherwise.
+    """
     with quiet():
         inject(model, config)
     try:
-        return suggest_lr(model)
+        return float(f"{suggest_lr(model):.1e}")
     finally:
         remove(model)
 
