@@ -43,7 +43,7 @@ ALLOWED = {
     "cli": (*HOSTS, "versions"),
     "training": (),
     "training.methods": HOSTS,
-    "training.data": ("names", "errors"),
+    "training.data": ("names", "errors", "files"),
     "training.harness": ("errors", "files", "versions", "training.methods"),
     "training.evaluation": ("files", "training.harness", "training.data", "training.methods"),
     "training.clip": COMMON,

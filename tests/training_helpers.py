@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 
 TINY_CONFIG: dict[str, Any] = {

@@ -24,7 +24,7 @@ from randlora_vision.training.classifier.methods import adapt, adapter_targets, 
 from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierOptions, resolve
 from randlora_vision.training.classifier.task import ClassifierTask
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.results import check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
@@ -56,6 +56,8 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     model = placed(loaded.model, accelerator.device, options.speed.channels_last)
     say(f"model: {options.model.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {splits}{skipped}")
+    for note in splits.notes:
+        say(f"note: {note}")
 
     set_seed(training.seed)
     exam = Exam(splits, original, loaded.eval_transform, skipped, training.batch_size, training.workers)

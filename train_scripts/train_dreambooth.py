@@ -21,6 +21,7 @@ from randlora_vision.demos.pipelines import demo_pipeline_folder
 from randlora_vision.demos.subject import demo_subject, measure
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations.hub import push_to_hub
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
 from randlora_vision.training.dreambooth.families import Family, load_family
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation, adapt, checkpoint_activations
@@ -51,7 +52,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     accelerator = make_accelerator(training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
     options, run, resume = open_run(options, "dreambooth", accelerator)
-    subject = demo_subject(options.subject) if options.embedded else read_subject(options.subject)
+    skipped = SkipList(run.skipped if run.writing else None)
+    subject = demo_subject(options.subject) if options.embedded else read_subject(options.subject, skipped)
     with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
         family = load(options, device)
     buckets = parse_buckets(
@@ -64,7 +66,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     folder = Path(options.subject.class_data_dir or run.class_images)
     images = class_images(options.subject, folder, sampler, accelerator)
     data = TrainingSet(subject, images, options.subject.class_prompt, buckets)
-    say(f"pipeline: {model_title(options)}, a {type(family.pipe).__name__}\nimages: {data}")
+    say(f"pipeline: {model_title(options)}, a {type(family.pipe).__name__}\nimages: {data}{skipped}")
 
     shares = {"before": shares_of(sampler, options)} if options.embedded else {}
     gallery = make_gallery(sampler, options, subject.captions[0])
@@ -93,7 +95,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
             shares["after"] = shares_of(fresh, options)
         if pictures:
             album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
-        summary = write_results(run, options, adaptation, shares, speed, difference)
+        summary = write_results(run, options, adaptation, shares, speed, difference, skipped)
         say(closing_words(run, adaptation, shares, summary))
         if options.hub.hub_model_id is not None:
             say(f"uploaded: {upload(options, run, summary)}")

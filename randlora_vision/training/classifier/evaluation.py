@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from randlora_vision.training.classifier.options import ClassifierOptions, model_title
 from randlora_vision.training.data.labelled import Batch, ImageSplits, evaluation_batches, sample_pictures
-from randlora_vision.training.data.pictures import SkipList, Transform
+from randlora_vision.training.data.pictures import Transform
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores, measure
 from randlora_vision.training.evaluation.plots import Prediction, plot_confusion, plot_curves, plot_predictions
-from randlora_vision.training.evaluation.results import in_words, summarise
+from randlora_vision.training.evaluation.results import confidence, in_words, summarise, task_name
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -44,7 +45,10 @@ class Answers:
 
 
 class Exam:
-    """The test split with a sample of its pictures, and the test split of the original task, if any."""
+    """The test (or else validation) split with a sample of its pictures, and that of the original task, if any.
+
+    `task` is the name of the results on the former: "test" or "validation".
+    """
 
     def __init__(
         self,
@@ -57,14 +61,15 @@ class Exam:
     ) -> None:
         self.skipped = skipped
         self.class_names = splits.class_names
-        tests = {"test": splits, **({"original": original} if original else {})}
+        self.task = task_name(splits.final)
+        tests = {self.task: splits, **({"original": original} if original else {})}
         self.tasks = {name: test.name for name, test in tests.items()}
-        data = {name: test.select("test", transform, skipped) for name, test in tests.items()}
+        data = {name: test.select(test.final, transform, skipped) for name, test in tests.items()}
         self._tests = {
             name: (evaluation_batches(data[name], batch_size, workers), len(test.class_names))
             for name, test in tests.items()
         }
-        self.pictures, self.truths = sample_pictures(data["test"], _PICTURES)
+        self.pictures, self.truths = sample_pictures(data[self.task], _PICTURES)
         self.images = torch.stack([transform(picture) for picture in self.pictures])
 
     def take(self, model: nn.Module) -> Answers:
@@ -110,21 +115,25 @@ def write_results(
     for step, answers in ((0, before), (speed.steps, after)):
         for name, values in (answers.results if answers else {}).items():
             run.log(step, name, values)
-    method, title = options.adapter.method, model_title(options)
-    plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
+    method, model = options.adapter.method, model_title(options)
+    plot_curves(run.read_metrics(), f"{method} on {model}", run.curves)
     when = "after" if before is None else "before and after"
-    plot_predictions(exam.predictions(before, after), f"Test images and predictions {when} training", run.predictions)
-    scores, names = after.scores["test"], exam.class_names
-    top1 = scores.values["top1"]
+    title = f"{exam.task.capitalize()} images and predictions {when} training"
+    plot_predictions(exam.predictions(before, after), title, run.predictions)
+    scores, names = after.scores[exam.task], exam.class_names
     # The head has one output per class of the data, so the matrix is square.
-    plot_confusion(scores.confusion.tolist(), names, f"Predictions on the test images, top-1 {top1:.1%}", run.confusion)
+    title = f"Predictions on the {exam.task} images, top-1 {scores.values['top1']:.1%}"
+    plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
+        **summarise(run, method, model, adaptation, speed, reload_difference, exam.skipped),
         "head_numbers": head_numbers,
         "tasks": exam.tasks,
         "before": None if before is None else before.results,
         "after": after.results,
+        **confidence({"before": before and before.results, "after": after.results}),
         "per_class": dict(zip(names, scores.per_class, strict=True)),
+        "per_class_samples": dict(zip(names, scores.counts, strict=True)),
+        "per_class_confidence": dict(zip(names, scores.class_intervals(), strict=True)),
     }
     run.write(run.summary, summary)
     return summary

@@ -16,7 +16,7 @@ from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
 from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.labelled import ImageSplits, evaluation_batches, sample_pictures
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores
 from randlora_vision.training.evaluation.plots import Found, Prediction
 from randlora_vision.training.evaluation.results import Results, in_words
@@ -46,28 +46,28 @@ class Answers:
 
 
 class Exam:
-    """The test split of the task and of others, and a sample of the task's pictures.
+    """The test (or else validation) split of the task and of others, and a sample of the task's pictures.
 
     Data with classes is evaluated by zero-shot classification, data with captions by retrieval.
     """
 
     def __init__(self, clip: LoadedClip, tests: Mapping[str, Splits], options: ClipOptions, skipped: SkipList) -> None:
-        """Prepare the tests. `tests` maps a name to its data; the task is named "test"."""
+        """Prepare the tests. `tests` maps a name to its data; the first is the task."""
         self.tests = tests
         self.skipped = skipped
         self.templates = options.images.templates
         self.batch_size, self.workers = options.training.batch_size, options.training.workers
         self.tasks = {name: test.name for name, test in tests.items()}
         self.transform, self.tokenize = clip.eval_transform, clip.tokenize
-        task = tests["test"]
+        self.task, task = next(iter(tests.items()))
         self.class_names = task.class_names if isinstance(task, ImageSplits) else None
         if isinstance(task, ImageSplits):
-            data = task.select("test", self.transform, skipped)
+            data = task.select(task.final, self.transform, skipped)
             self.pictures, self.truths = sample_pictures(data, _PICTURES)
             self.captions: list[str] = []
         else:
             self.truths, self.pictures, self.captions = [], [], []
-            images = task.select("test", self.transform, self.tokenize, skipped)
+            images = task.select(task.final, self.transform, self.tokenize, skipped)
             for index in random.Random(0).sample(range(len(images)), len(images)):
                 picture = images.picture(index)
                 if picture is not None and len(self.pictures) < _FOUND:
@@ -81,12 +81,12 @@ class Exam:
         scores, features = {}, {}
         for name, test in self.tests.items():
             if isinstance(test, ImageSplits):
-                data = test.select("test", self.transform, self.skipped)
-                own = classifier if name == "test" else None
+                data = test.select(test.final, self.transform, self.skipped)
+                own = classifier if name == self.task else None
                 judge = own or ClipClassifier(clip, test.class_names, self.templates)
                 scores[name] = judge.scores(evaluation_batches(data, self.batch_size, self.workers))
             else:
-                pairs = test.select("test", self.transform, self.tokenize, self.skipped, draw=False)
+                pairs = test.select(test.final, self.transform, self.tokenize, self.skipped, draw=False)
                 features[name] = retrieval_features(clip.model, pairs, self.batch_size, self.workers)
         return Answers(self.tasks, scores, features, self.predict(clip, classifier))
 
@@ -115,8 +115,8 @@ class Exam:
             Found(
                 picture,
                 caption,
-                None if before is None else before.features["test"].nearest(index),
-                after.features["test"].nearest(index),
+                None if before is None else before.features[self.task].nearest(index),
+                after.features[self.task].nearest(index),
             )
             for picture, caption, index in zip(self.pictures, self.captions, self.truths, strict=True)
         ]

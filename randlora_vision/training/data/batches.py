@@ -1,12 +1,13 @@
 """The order of batches, and the worker processes that load them."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from randlora_vision.training.data.pictures import Picture
 
@@ -27,15 +28,43 @@ def worker_count(workers: int | None, decoding: bool) -> int:
     return max(0, min(_MOST_WORKERS, cores // processes - 1))
 
 
-_Item = TypeVar("_Item")
+class _Items(Protocol):
+    """Items, some of which cannot be read and are None."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
-def readable_items(items: Sequence[_Item | None]) -> list[_Item]:
-    """Return the items of a batch that could be read; raise ValueError when there are none."""
-    found = [item for item in items if item is not None]
-    if not found:
-        raise ValueError("no image of a batch could be read: see skipped.txt in the run folder")
-    return found
+class Filled(Dataset):
+    """The items of a dataset as (item, place): the item itself, or in place of an unreadable one the next readable.
+
+    Raises ValueError when no item can be read.
+    """
+
+    def __init__(self, data: _Items) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        """Return an item, and whether it is that of `index`."""
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            item = self.data[place]
+            if item is not None:
+                return item, place == index
+        raise ValueError(f"none of {len(self)} images can be read: see skipped.txt in the run folder")
+
+
+def measured_items(items: Sequence[tuple[Any, bool]]) -> tuple[list[Any], bool]:
+    """Return the items of an evaluation batch that could be read themselves, and True.
+
+    If there are none, return a single item in their place and False. Such a batch still runs through the model, which
+    several processes may have to call equally often, but its results do not count.
+    """
+    own = [item for item, is_own in items if is_own]
+    return (own, True) if own else ([items[0][0]], False)
 
 
 class ShuffledBatches(Sampler[list[int]]):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothOptions, model_title
 from randlora_vision.training.dreambooth.pictures import plot_losses
@@ -41,6 +41,7 @@ def write_results(
     shares: Mapping[str, Shares],
     speed: Speed,
     reload_difference: float,
+    skipped: SkipList,
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder except the samples; return the content of summary.json."""
     method, title = options.adapter.method, model_title(options)
@@ -48,7 +49,7 @@ def write_results(
     plot_losses(metrics, f"{method} on {title}", run.curves)
     measured = [line for line in metrics if line["split"] == "val"]
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference, SkipList()),
+        **summarise(run, method, title, adaptation, speed, reload_difference, skipped),
         "before": _values(measured[0], shares.get("before")),
         "after": _values(measured[-1], shares.get("after")),
     }

@@ -66,7 +66,9 @@ class DreamBoothTask(AdaptedTask):
     ) -> None:
         super().__init__(adaptation, path)
         training = options.training
-        items, texts = make_items(train.subject, train.class_images, train.class_prompt, train.buckets)
+        items, texts = make_items(
+            train.subject, train.class_images, train.class_prompt, train.buckets, options.subject, training.seed
+        )
         pixels = CaptionedPixels(items, options.subject.center_crop)
         cached = options.subject.cache_latents
         self.data = CachedLatents(pixels, family, training.seed) if cached else pixels
@@ -103,7 +105,7 @@ class DreamBoothTask(AdaptedTask):
         errors: dict[str, list[float]] = defaultdict(list)
         for number, indices in enumerate(self._measured):
             seed_everything("evaluation", self.seed, number)
-            batch = collate([self.data[index] for index in indices])
+            batch = collate([self.data.entry(index) for index in indices])
             name = "prior_loss" if batch["prior"][0] else "loss"
             errors[name] += self.loss.errors(batch).tolist()
         return {name: sum(values) / len(values) for name, values in errors.items()}

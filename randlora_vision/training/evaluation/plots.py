@@ -188,8 +188,11 @@ class Compared:
     accuracies: Mapping[str, tuple[float, float]]  # per task: before, after
 
 
-def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
-    """Plot validation accuracy against the steps, one line per method, and test accuracies before and after."""
+def plot_comparison(runs: Sequence[Compared], title: str, task: str, path: Path) -> None:
+    """Plot validation accuracy against the steps, one line per method, and accuracies on `task` before and after.
+
+    `task` is "test" or "validation".
+    """
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     for run, colour in zip(runs, _COLOURS, strict=False):
@@ -198,11 +201,11 @@ def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
     _percent(curves, "While training (validation images)")
     over_steps(curves)
     curves.legend(loc="lower right", fontsize=9)
-    _before_and_after(bars, runs)
+    _before_and_after(bars, runs, task)
     save_figure(figure, title, path)
 
 
-def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
+def _before_and_after(axes: Axes, runs: Sequence[Compared], task: str) -> None:
     """Draw one grey bar for the base model and one bar per method for every task."""
     tasks = list(runs[0].accuracies)
     width = 0.8 / (len(runs) + 1)
@@ -214,7 +217,7 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared]) -> None:
         drawn = axes.bar(places, heights, width * 0.92, color=colour)
         axes.bar_label(drawn, [f"{height:.1%}" for height in heights], fontsize=8)
     axes.set_xticks([number + width * len(runs) / 2 for number in range(len(tasks))], tasks)
-    _percent(axes, "Test accuracy (grey: before training)")
+    _percent(axes, f"{task.capitalize()} accuracy (grey: before training)")
 
 
 def over_steps(axes: Axes) -> None:

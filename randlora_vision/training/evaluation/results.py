@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.evaluation.intervals import intervals, wilson
 from randlora_vision.training.evaluation.plots import HEADLINES
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -33,12 +34,30 @@ def summarise(
         "peak_memory_gb": round(speed.peak_memory, 2),
         "reload_difference": reload_difference,
         "skipped_images": skipped.count(),
+        "changed": skipped.changes(),
     }
 
 
+def task_name(split: str) -> str:
+    """Return the name of the results of the task, for the split that they were measured on."""
+    return {"val": "validation"}.get(split, split)
+
+
 def in_words(tasks: Mapping[str, str], results: Results) -> str:
-    """Return the accuracies or recalls of each test as text, labelled by its task."""
-    return "; ".join(f"{tasks[name]} {_words(values)}" for name, values in results.items())
+    """Return the accuracies or recalls of each test as text, labelled by its task; the first says which images."""
+    first = next(iter(results))
+    labels = {name: f"{task}, {name} images:" if name == first else task for name, task in tasks.items()}
+    return "; ".join(f"{labels[name]} {_words(values)}" for name, values in results.items())
+
+
+def confidence(results: Mapping[str, Results | None]) -> dict[str, Any]:
+    """Return, for summary.json, the 95% interval of every proportion in the results before and after training."""
+    return {
+        "confidence": {
+            when: found and {name: intervals(values) for name, values in found.items()}
+            for when, found in results.items()
+        }
+    }
 
 
 def headline(values: Mapping[str, float]) -> float:
@@ -48,12 +67,16 @@ def headline(values: Mapping[str, float]) -> float:
 
 def _words(values: Mapping[str, float]) -> str:
     if "top1" in values:
-        return f"top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
+        low, high = wilson(values["top1"], int(values["samples"]))
+        return (
+            f"top-1 {values['top1']:.1%} (95% interval {low:.1%} to {high:.1%}, {values['samples']} images), "
+            f"top-5 {values['top5']:.1%}"
+        )
     ways = []
     for way in ("image_to_text", "text_to_image"):
         recalls = [f"{value:.1%}" for name, value in values.items() if name.startswith(f"{way}_r")]
         ways.append(f"{way.replace('_', ' ')} {'/'.join(recalls)}")
-    return f"recall@1/5/10 {', '.join(ways)}"
+    return f"recall@1/5/10 {', '.join(ways)} ({values['images']} images, {values['captions']} captions)"
 
 
 def closing_words(run: RunFolder, before: object, after: object, summary: dict[str, Any], code: Sequence[str]) -> str:
@@ -67,6 +90,7 @@ def closing_words(run: RunFolder, before: object, after: object, summary: dict[s
             f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into a fresh base model, it gives equal "
             f"outputs (largest difference of a logit: {summary['reload_difference']:.1e})",
             *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
+            *(f"changed {n} images or labels: {rule}" for rule, n in summary["changed"].items()),
             "\nTo use it:",
             *(f"    {line}" for line in code),
             f"\nresults: {run.path}",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
 from randlora_vision.training.data.captioned import PairSplits, class_captions
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from tests.training_helpers import NO_SKIPS, tiny_clip
 
 DIRECTIONS = ("image_to_text", "text_to_image")

@@ -92,10 +92,12 @@ def test_a_missing_file() -> None:
 
 
 def test_names_of_numbers(tmp_path: Path) -> None:
-    """The data may lack the last classes, but it must not have more classes than names."""
+    """Names are found by number: the data may lack classes, but a number without a name is refused."""
     path = words(tmp_path / "x.txt", "a\nb\nc")
-    for count in (2, 3):
-        assert with_class_names(splits([str(n) for n in range(count)]), path).class_names == ["a", "b", "c"]
+    for numbers in (["0", "1"], ["0", "2"], ["0", "1", "2"], ["00", "02"]):
+        expected = ["abc"[int(number)] for number in numbers]
+        assert with_class_names(splits(numbers), path).class_names == expected
+    assert with_class_names(splits(["1", "2", "3"]), path).class_names == ["a", "b", "c"]  # counted from 1
     with pytest.raises(ValueError, match="has 3 names, but the labels go up to 3"):
         with_class_names(splits(["0", "1", "2", "3"]), path)
 

@@ -1,0 +1,99 @@
+"""A folder of images with their captions: in text files beside them, or in a metadata file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from randlora_vision.files.text import read_text
+from randlora_vision.training.data.cleaning import clean_caption
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import has_images, is_hidden, is_image_name, subfolders, whole_images
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.sources.tables import IMAGES, read_table
+
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_SIDECARS = (".txt", ".caption")  # the first that exists is used
+_CAPTION_KEYS = ("text", "caption", "prompt")  # the first one that an entry has is used
+
+
+def is_caption_folder(folder: Path) -> bool:
+    """Return whether a folder contains images and captions for them, rather than class folders."""
+    if not folder.is_dir() or any(has_images(path) for path in subfolders(folder)):
+        return False
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return any(map(is_image_name, names)) and any(_is_sidecar(name) or name in _METADATA for name in names)
+
+
+def _is_sidecar(name: str) -> bool:
+    return Path(name).suffix.lower() in _SIDECARS and not is_hidden(name)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in a folder itself, sorted by name, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
+
+
+def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
+    """Return the images of a folder, and those that its metadata names, with their captions; '' for none.
+
+    A text file beside an image (1.txt or 1.caption for 1.jpg; 1.jpg.txt) takes precedence over the metadata. Captions
+    without an image are recorded in `skipped`.
+
+    Raises ValueError for a file that is not UTF-8 text and for a malformed metadata file.
+    """
+    images = list_images(folder)
+    beside = {path.name.lower(): path for path in folder.iterdir() if _is_sidecar(path.name) and path.is_file()}
+    listed = {}
+    for place, name, caption in _metadata(folder):
+        image = folder / name
+        if not image.is_file():
+            skipped.add(place, f"there is no image {name} for its caption")
+        elif (image in images or not images.append(image)) and image not in listed:
+            listed[image] = caption
+    found = []
+    for image in images:
+        names = [f"{stem}{suffix}".lower() for suffix in _SIDECARS for stem in (image.stem, image.name)]
+        files = [beside[name] for name in names if name in beside and image.parent == folder]
+        found.append((image, clean_caption(read_text(files[0]) if files else listed.get(image))))
+    own = {f"{stem}{suffix}".lower() for image in images for stem in (image.stem, image.name) for suffix in _SIDECARS}
+    for name in sorted(set(beside) - own):
+        skipped.add(str(beside[name]), "there is no image of its name for its caption")
+    return found
+
+
+def caption_folder_part(folder: Path, skipped: SkipList) -> Part:
+    """Read a folder of images with captions; raises as `read_captions` does."""
+    found = read_captions(folder, skipped)
+    whole = whole_images([image for image, _ in found], skipped)
+    kept = [item for item, readable in zip(found, whole, strict=True) if readable]
+    return Part(str(folder), [image for image, _ in kept], captions=[[caption] for _, caption in kept])
+
+
+def _metadata(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the place, the file name and the caption of every entry of the metadata file."""
+    lines, table = (folder / name for name in _METADATA)
+    if lines.exists():
+        yield from _json_lines(lines)
+    if table.exists():
+        columns, rows = read_table(table, SkipList(strict=True))
+        at = [
+            next((columns.index(name) for name in names if name in columns), None) for names in (IMAGES, _CAPTION_KEYS)
+        ]
+        if None in at:
+            raise ValueError(
+                f"{table}: expected the columns file_name and {_CAPTION_KEYS[0]}, found {', '.join(columns)}"
+            )
+        yield from ((place, values[at[0]], values[at[1]]) for place, values in rows)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            caption = next(values[key] for key in _CAPTION_KEYS if key in values)
+            yield f"{path}:{number}", str(values["file_name"]), str(caption)
+        except (json.JSONDecodeError, KeyError, TypeError, StopIteration):
+            expected = '{"file_name": "1.png", "text": "a photo of ..."}'
+            raise ValueError(f"{path}, line {number}: expected {expected}, found {line.strip()[:80]}") from None
