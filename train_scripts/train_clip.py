@@ -140,7 +140,7 @@ def make_task(
         training = options.training
 
         def recalls() -> dict[str, float]:
-            return retrieval_features(clip.model, val, training.batch_size, training.workers).recalls()
+            return retrieval_features(clip.model, val, training.batch_size, training.workers).values
 
         return ContrastiveTask(clip, adaptation, pairs, recalls, options, processes, path)
     assert classifier is not None
@@ -162,7 +162,7 @@ def read_task(options: ClipOptions, skipped: SkipList) -> Splits:
     else:
         data = read_data(images, skipped, images.class_names)
     if isinstance(data, ImageSplits) and images.class_names is None:
-        require_words(data)
+        require_words(data, images.data)
     return data
 
 
@@ -175,7 +175,7 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
         images = replace(options.images, data=options.evaluation.retention_data, val_data=None, test_data=None)
         tests["retention"] = read_evaluation(images, skipped, wanted=images.eval_split)
         if isinstance(tests["retention"], ImageSplits):
-            require_words(tests["retention"])
+            require_words(tests["retention"], images.data)
     return tests
 
 

@@ -38,7 +38,7 @@ class Answers:
 
     def __post_init__(self) -> None:
         values = {name: scores.values for name, scores in self.scores.items()}
-        values |= {name: features.recalls() for name, features in self.features.items()}
+        values |= {name: features.values for name, features in self.features.items()}
         object.__setattr__(self, "results", {name: values[name] for name in self.tasks})
 
     def __str__(self) -> str:

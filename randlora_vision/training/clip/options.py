@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from randlora_vision.training.data.class_names import read_templates
+from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import (
@@ -140,7 +141,9 @@ def resolve(options: ClipOptions) -> ClipOptions:
         clip = replace(clip, model="ViT-B-32", pretrained=clip.pretrained or "laion2b_s34b_b79k")
     if clip.model is None and clip.pretrained:
         raise ValueError("--pretrained needs --model: the digits CLIP has its own weights")
-    templates = images.templates or (digits.TEMPLATES if embedded else ("a photo of a {}.",))
+    known = known_data(images.data)
+    usual = digits.TEMPLATES if embedded else known.templates if known else ("a photo of a {}.",)
+    templates = images.templates or usual
     images = replace(images, templates=read_templates(templates))
     if adapter.rank is None and adapter.budget is None and method in ("randlora", "lora"):
         adapter = replace(adapter, rank=8 if method == "lora" else 16 if embedded else 32)

@@ -36,17 +36,19 @@ class Features:
     text_of: Tensor  # (T,) int64: which text (a row) each caption is
 
     def recalls(self) -> dict[str, float]:
-        """Return recall@1, @5 and @10 with images and with captions as queries, the mean of the six, and their numbers.
-
-        `images` and `captions` are the numbers of queries, and `texts` that of the candidates for an image.
-        """
+        """Return recall@1, @5 and @10 with images and with captions as queries, and the mean of the six."""
         values = {}
         ranks = {"image_to_text": self.text_ranks(), "text_to_image": self.image_ranks()[self.text_of]}
         for direction, places in ranks.items():
             for most in RECALL_AT:
                 values[f"{direction}_r{most}"] = (places < most).double().mean().item()
+        return {**values, "mean_recall": sum(values.values()) / len(values)}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The recalls, and the numbers of queries (`images`, `captions`) and of candidates for an image (`texts`)."""
         counts = {"images": len(self.images), "captions": len(self.text_of), "texts": len(self.texts)}
-        return {**values, "mean_recall": sum(values.values()) / len(values), **counts}
+        return {**self.recalls(), **counts}
 
     def text_ranks(self) -> Tensor:
         """Return, for each image (I,), how many wrong texts are at least as near as the nearest correct one."""

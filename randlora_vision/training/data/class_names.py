@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from randlora_vision.files.text import read_text
 from randlora_vision.names import listing
 from randlora_vision.training.data.cleaning import clean_label, whole_number
+from randlora_vision.training.data.known_data import KnownData, known_data
 from randlora_vision.training.data.labelled import ImageSplits
 
 IMAGENET = "imagenet"
@@ -19,28 +21,51 @@ _TEMPLATE_SETS = ("openai", "simple")
 _SHOWN = 3
 
 
-def with_class_names(splits: ImageSplits, source: str | None) -> ImageSplits:
+def with_class_names(splits: ImageSplits, source: str | None, data: str | None = None) -> ImageSplits:
     """Return the splits with the class names of `source`, a file or 'imagenet', and a note of the first pairs.
 
-    Without a source the names stay, except that the 1000 folder names of ImageNet (WordNet ids) are replaced
-    by open_clip's names.
+    Without a source, the names are those of a well-known data set if `data` (as on the command line) is one, and
+    otherwise those of the data. The 1000 classes of ImageNet get open_clip's names.
 
     Raises ValueError, listing the differences, when the names do not match the classes, and when a list could be
     meant in more than one order.
     """
     own = list(splits.class_names)
-    if source is None:
-        if len(own) != 1000 or not all(_WORDNET_ID.fullmatch(name) for name in own):
-            return splits
-        source = IMAGENET
-    given = _imagenet_names() if source == IMAGENET else _read_words(Path(source), "--class-names", own)
-    names = _by_key(given, own, source) if isinstance(given, dict) else _in_order(given, own, source)
-    pairs = listing((f"{old} = {new}" for old, new in zip(own, names, strict=True)), most=_SHOWN)
-    return replace(splits, class_names=names, notes=(*splits.notes, f"class names of {source}: {pairs}"))
+    known = known_data(data)
+    if source is not None or (len(own) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in own)):
+        source = source or IMAGENET
+        given = _imagenet_names() if source == IMAGENET else _read_words(Path(source), "--class-names", own)
+        names = _by_key(given, own, source) if isinstance(given, dict) else _in_order(given, own, source)
+    elif known is not None:
+        source, names = known.title, _known_names(known, own, data or "")
+    else:
+        return splits
+    notes = [*splits.notes]
+    if names != own:
+        pairs = (f"{old} = {new}" for old, new in zip(own, names, strict=True) if old != new)
+        notes.append(f"class names of {source}: {listing(pairs, most=_SHOWN)}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        notes.append(f"several classes have the same name, so that prompts cannot tell them apart: {listing(twice)}")
+    return replace(splits, class_names=names, notes=tuple(notes))
 
 
-def require_words(splits: ImageSplits) -> None:
-    """Raise ValueError when classes have only numbers or identifiers as names, which make no prompts."""
+def _known_names(known: KnownData, own: Sequence[str], data: str) -> list[str]:
+    """Return the names of a well-known data set for the classes of the data."""
+    if known.title == IMAGENET:  # Hugging Face's and torchvision's are in the order of WordNet's ids
+        return _imagenet_names() if len(own) == 1000 and not Path(data).exists() else list(own)
+    words = {_key(name): word for name, word in known.names.items()}
+    return [words.get(_key(tidied := known.tidy(name)), tidied) for name in own]
+
+
+def require_words(splits: ImageSplits, data: str | None) -> None:
+    """Raise ValueError when classes have only numbers or identifiers as names, which make no prompts.
+
+    The digits of a well-known data set are names.
+    """
+    known = known_data(data)
+    if known is not None and set(known.names.values()) & set(splits.class_names):
+        return
     codes = [name for name in splits.class_names if whole_number(name) is not None or _WORDNET_ID.fullmatch(name)]
     if len(codes) == len(splits.class_names):
         raise ValueError(

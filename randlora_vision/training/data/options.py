@@ -107,7 +107,8 @@ class ImageOptions(DataOptions):
     its own validation split, else all of it. train and val are cut as in training if the data has no such split."""
     templates: tuple[str, ...] = ()
     """Prompts, each with {} for the class name; files of prompts (JSON, or one per line); openai or simple, for
-    open_clip's 80 or 7 prompts. Default: 'a photo of a {}.' (five prompts on the digits)."""
+    open_clip's 80 or 7 prompts. Default: those of CLIP's authors for well-known data sets (torchvision:GTSRB...), five
+    prompts on the digits, else 'a photo of a {}.'."""
     prompts: Literal["average", "sample"] = "sample"
     """How training uses several templates: average their features, or sample one template per class and step
     (cheaper when the text tower is trained). Evaluation always averages."""

@@ -72,7 +72,7 @@ def _finished(splits: Splits, options: DataOptions, class_names: str | None) -> 
     """Return the splits with their class names and background."""
     splits = replace(splits, background=parse_colour(options.background))
     if isinstance(splits, ImageSplits):
-        return with_class_names(splits, class_names)
+        return with_class_names(splits, class_names, options.data)
     if class_names:
         raise ValueError(f"--class-names: {options.data or 'the data'} has captions, not classes")
     return splits

@@ -104,7 +104,7 @@ def test_labels_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> 
 
 def test_torchvision(tmp_path: Path) -> None:
     splits = read(mnist(tmp_path), data_root=str(tmp_path))
-    assert splits.class_names[3] == "3 - three"
+    assert splits.class_names[3] == "3"
     assert {name: len(images) for name, images in splits.images.items()} == {"train": 50, "val": 10, "test": 20}
     assert splits.labels["test"] == [number for number in range(10) for _ in range(2)]
     images = {pixels(image.resize((28, 28))) for image, _ in some_digits(6, range(10))}

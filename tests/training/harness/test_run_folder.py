@@ -119,7 +119,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     answers = [Prediction(picture, "cat", "dog", "cat with a very long name indeed") for picture in pictures]
     plot_predictions(answers, "answers", tmp_path / "predictions.png")
     runs = [Compared(label, METRICS, {"new task": (0.1, 0.6)}) for label in ("RandLoRA", "LoRA")]
-    plot_comparison(runs, "methods", tmp_path / "comparison.png")
+    plot_comparison(runs, "methods", "test", tmp_path / "comparison.png")
     assert all(is_picture(tmp_path / f"{name}.png") for name in ("curves", "predictions", "comparison"))
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -131,7 +131,8 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
     exam = Exam(clip, {"test": splits, "original": splits}, resolve(ClipOptions()), NO_SKIPS)
     before = exam.take(clip)
     assert set(before.results) == {"test", "original"}
-    assert str(before).count("colours top-1") == 2
+    assert str(before).count("colours, test images: top-1") == 1 and str(before).count("; colours top-1") == 1
+    assert str(before).count(" 6 images)") == 2
     predictions = exam.predictions(before, before)
     assert len(predictions) == 6
     right = [item.before == item.truth for item in predictions]

@@ -69,9 +69,7 @@ def _recognised(root: Path, skipped: SkipList) -> dict[str, Path]:
 
 
 def _classes(folder: Path) -> set[str]:
-    """Return the names of the class folders, or none for a folder with images of its own."""
-    if any(is_image_name(path.name) for path in folder.iterdir()):
-        return set()
+    """Return the names of the folders of images in a folder."""
     return {path.name for path in subfolders(folder) if has_images(path)}
 
 

@@ -62,7 +62,7 @@ def shard_paths(pattern: str) -> list[Path]:
     paths = [Path(path) for name in spelled for path in (sorted(glob.glob(name)) if is_pattern[name] else [name])]
     if not any(path.is_file() for path in paths):
         raise ValueError(f"no shard found: {pattern}")
-    return paths
+    return list(dict.fromkeys(paths))  # an image that is read twice could be both trained on and held out
 
 
 def _expand(pattern: str) -> list[str]:
