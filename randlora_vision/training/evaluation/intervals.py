@@ -11,7 +11,8 @@ def wilson(proportion: float, samples: int) -> tuple[float, float]:
     centre = proportion + _Z**2 / (2 * samples)
     spread = _Z * math.sqrt(proportion * (1 - proportion) / samples + (_Z / (2 * samples)) ** 2)
     scale = 1 + _Z**2 / samples
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return min(max(0.0, low), proportion), max(min(1.0, high), proportion)  # despite rounding
 
 
 _SAMPLES = {"top1": "samples", "top5": "samples", "image_to_text": "images", "text_to_image": "captions"}
