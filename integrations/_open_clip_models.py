@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from randlora_vision.files.text import read_text
+
 
 @dataclass(frozen=True)
 class LoadedClip:
@@ -87,7 +89,7 @@ def _register(path: Path) -> str:
     import open_clip
 
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)

@@ -225,7 +225,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/no.pth"], "no file"),
     "no checkpoint in it": (["--model", "resnet10t", "--initial-checkpoint", "{tmp}/text.pth"], "cannot read"),
     "two sources of weights": (["--initial-checkpoint", "x"], "both choose the weights"),
-    "too few images": (["--shots", "50"], "--shots 50: too few training images: the class 'one' has"),
     "no target": (["--target-modules", "no_such_layer"], "no_such_layer"),
     "rank above m": (["--rank", "4096"], "4096"),
     "LoRA rank above m": (["--rank", "4096", "--method", "lora"], "LoRA rank 4096 is above the smaller side"),

@@ -55,6 +55,8 @@ class TrainingSet:
 class DreamBoothTask(AdaptedTask):
     """Train with the denoising loss on the subject and its class, and save to one file."""
 
+    measured = "training-image"  # a few images of the subject cannot be split
+
     def __init__(
         self,
         family: Family,

@@ -21,6 +21,8 @@ from randlora_vision.training.harness.trackers import report_pictures, start_tra
 class FittedTask(Task, Protocol):
     """A task with learning rates of its own."""
 
+    measured: str  # the kind of images on which `evaluate` measures, for messages
+
     def own_lr(self) -> dict[nn.Parameter, float]:
         """Return the learning rates that differ from the default, by parameter."""
 
@@ -106,7 +108,7 @@ def fit(
     speed = trainer.run()
     if trainer.best:
         metric, best = options.training.best_metric, trainer.best
-        accelerator.print(f"best validation {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
+        accelerator.print(f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
     return speed
 
 

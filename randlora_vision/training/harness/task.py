@@ -51,6 +51,8 @@ class JointTask(Protocol):
 class AdaptedTask:
     """Base class of the scripts' tasks: checks a method's gradients and writes its file."""
 
+    measured = "validation"
+
     def __init__(self, adaptation: Adaptation, path: Path | None) -> None:
         """Save to `path`; processes that must not write pass None."""
         self.adaptation = adaptation
