@@ -130,7 +130,7 @@ def write_results(
         "tasks": exam.tasks,
         "before": None if before is None else before.results,
         "after": after.results,
-        **confidence({"before": before and before.results, "after": after.results}),
+        **confidence({"before": before.results if before else None, "after": after.results}),
         "per_class": dict(zip(names, scores.per_class, strict=True)),
         "per_class_samples": dict(zip(names, scores.counts, strict=True)),
         "per_class_confidence": dict(zip(names, scores.class_intervals(), strict=True)),

@@ -56,7 +56,7 @@ def to_rgb(image: Image.Image, background: Colour, note: Note) -> Image.Image:
     elif image.mode not in ("1", "L", "RGB"):
         note(f"converted from {image.mode}" if image.mode != "P" else "converted from a palette")
     rgb = image.convert("RGB")
-    if mask is not None and mask.getextrema()[0] < 255:
+    if mask is not None and np.asarray(mask).min() < 255:
         note("transparent pixels were composed on the background")
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), mask)
     if orientation in _TURNS:
@@ -91,14 +91,14 @@ def _scaled(image: Image.Image, note: Note) -> tuple[Image.Image, Image.Image | 
     # Older versions of Pillow open 16-bit files of these two formats in 32-bit mode.
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     whites = (65535,) if sixteen else (1, 255, 65535) if image.mode == "F" else (255, 65535)
-    white = next((white for white in whites if low >= 0 and high <= white), None)
+    fixed = next((white for white in whites if low >= 0 and high <= white), None)
     kind = {"F": "float", "I": "32-bit"}.get(image.mode, "16-bit") if not sixteen else "16-bit"
-    if white is None:
+    if fixed is None:
         note(f"{kind} values scaled to 8 bits between the smallest and the largest value of the image")
         black, white = low, high if high > low else low + 1
     else:
-        note(f"{kind} values scaled to 8 bits (white is {white})")
-        black = 0
+        note(f"{kind} values scaled to 8 bits (white is {fixed})")
+        black, white = 0.0, float(fixed)
     bits = np.rint((values.astype(np.float64) - black) * (255 / (white - black))).astype(np.uint8)
     key = image.info.get("transparency")
     mask = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None

@@ -21,7 +21,7 @@ _SAMPLES = {"top1": "samples", "top5": "samples", "image_to_text": "images", "te
 
 def samples_of(name: str, values: Mapping[str, float]) -> int | None:
     """Return how many samples a metric is a proportion of, or None if it is not a proportion."""
-    counted = next((count for start, count in _SAMPLES.items() if name.startswith(start)), None)
+    counted = next((count for start, count in _SAMPLES.items() if name.startswith(start)), "")
     return int(values[counted]) if counted in values else None
 
 

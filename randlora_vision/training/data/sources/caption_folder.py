@@ -42,22 +42,23 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
     Raises ValueError for a file that is not UTF-8 text and for a malformed metadata file.
     """
     images = list_images(folder)
-    beside = {path.name.lower(): path for path in folder.iterdir() if _is_sidecar(path.name) and path.is_file()}
+    files = [path for path in folder.iterdir() if _is_sidecar(path.name) and path.is_file()]
+    beside = {(path.stem, path.suffix.lower()): path for path in sorted(files)}
     listed = {}
     for place, name, caption in _metadata(folder):
         image = folder / name
-        if not image.is_file():
-            skipped.add(place, f"there is no image {name} for its caption")
-        elif (image in images or not images.append(image)) and image not in listed:
+        if image.is_file():
             listed[image] = caption
+        else:
+            skipped.add(place, f"there is no image {name} for its caption")
+    names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
+    elsewhere = {image: [] for image in listed if image not in names}
+    for key in sorted(set(beside) - {key for keys in names.values() for key in keys}):
+        skipped.add(str(beside[key]), "there is no image of its name for its caption")
     found = []
-    for image in images:
-        names = [f"{stem}{suffix}".lower() for suffix in _SIDECARS for stem in (image.stem, image.name)]
-        files = [beside[name] for name in names if name in beside and image.parent == folder]
-        found.append((image, clean_caption(read_text(files[0]) if files else listed.get(image))))
-    own = {f"{stem}{suffix}".lower() for image in images for stem in (image.stem, image.name) for suffix in _SIDECARS}
-    for name in sorted(set(beside) - own):
-        skipped.add(str(beside[name]), "there is no image of its name for its caption")
+    for image, keys in {**names, **elsewhere}.items():
+        own = next((beside[key] for key in keys if key in beside), None)
+        found.append((image, clean_caption(read_text(own) if own else listed.get(image))))
     return found
 
 
@@ -76,14 +77,13 @@ def _metadata(folder: Path) -> Iterator[tuple[str, str, str]]:
         yield from _json_lines(lines)
     if table.exists():
         columns, rows = read_table(table, SkipList(strict=True))
-        at = [
-            next((columns.index(name) for name in names if name in columns), None) for names in (IMAGES, _CAPTION_KEYS)
-        ]
-        if None in at:
+        image, text = (next((name for name in names if name in columns), None) for names in (IMAGES, _CAPTION_KEYS))
+        if image is None or text is None:
             raise ValueError(
                 f"{table}: expected the columns file_name and {_CAPTION_KEYS[0]}, found {', '.join(columns)}"
             )
-        yield from ((place, values[at[0]], values[at[1]]) for place, values in rows)
+        image_at, text_at = columns.index(image), columns.index(text)
+        yield from ((place, values[image_at], values[text_at]) for place, values in rows)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
