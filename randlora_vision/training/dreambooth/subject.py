@@ -45,10 +45,13 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
     Raises ValueError if there are no images, or an image has no caption.
     """
     name, found = _read_dataset(options) if options.dataset_name else _read_folder(options, skipped)
-    background = parse_colour(options.background)
-    found = [(image, caption) for image, caption in found if readable(image, skipped, background) is not None]
     if not found:
-        raise ValueError(f"{name} contains no readable images")
+        raise ValueError(f"{name} contains no images")
+    background = parse_colour(options.background)
+    kept = [(image, caption) for image, caption in found if readable(image, skipped, background) is not None]
+    if not kept:
+        read_picture(found[0][0])  # raises with the reason
+    found = kept
     captions = [caption or options.instance_prompt or "" for _, caption in found]
     if "" in captions:
         image = found[captions.index("")][0]

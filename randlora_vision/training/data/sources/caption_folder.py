@@ -52,12 +52,11 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
         else:
             skipped.add(place, f"there is no image {name} for its caption")
     names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
-    elsewhere = {image: [] for image in listed if image not in names}
     for key in sorted(set(beside) - {key for keys in names.values() for key in keys}):
         skipped.add(str(beside[key]), "there is no image of its name for its caption")
     found = []
-    for image, keys in {**names, **elsewhere}.items():
-        own = next((beside[key] for key in keys if key in beside), None)
+    for image in (*images, *(image for image in listed if image not in names)):
+        own = next((beside[key] for key in names.get(image, ()) if key in beside), None)
         found.append((image, clean_caption(read_text(own) if own else listed.get(image))))
     return found
 
