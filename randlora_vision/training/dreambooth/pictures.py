@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from randlora_vision.files.atomic import replacing
-from randlora_vision.training.data.decode import WHITE, Colour
+from randlora_vision.training.data.decode import Colour
 from randlora_vision.training.data.pictures import Picture
 from randlora_vision.training.dreambooth.batches import read_picture
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
@@ -38,7 +38,7 @@ class Album:
         gallery: Gallery,
         adaptation: PipelineAdaptation,
         report: Report,
-        background: Colour = WHITE,
+        background: Colour,
     ) -> None:
         self.run = run
         self.instances = instances

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_tensor
 
+from randlora_vision.training.data.batches import evaluation_batches, training_batches
 from randlora_vision.training.data.decode import parse_colour
-from randlora_vision.training.data.labelled import LabelledImages, evaluation_batches, training_batches
+from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.options import DataOptions
 from randlora_vision.training.data.pictures import open_picture, readable
 from randlora_vision.training.data.skipped import SkipList
