@@ -131,12 +131,11 @@ class CaptionedImages(Pictures):
     def collate(items: Sequence[tuple[Tensor, Tensor, int, int]], measured: bool = True) -> PairBatch:
         """Stack items; unless `measured`, the indices are `NOT_MEASURED`."""
         images, tokens, captions, indices = zip(*items, strict=True)
-        indices = indices if measured else [NOT_MEASURED] * len(indices)
         return PairBatch(
             images=torch.stack(images),
             tokens=torch.stack(tokens),
             captions=torch.tensor(captions),
-            indices=torch.tensor(indices),
+            indices=torch.tensor(indices) if measured else torch.full((len(items),), NOT_MEASURED),
         )
 
 

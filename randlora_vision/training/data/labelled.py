@@ -98,8 +98,8 @@ class LabelledImages(Pictures):
     def collate(items: Sequence[tuple[Tensor, int]], measured: bool = True) -> Batch:
         """Stack items; unless `measured`, the labels are `NOT_MEASURED`."""
         images, labels = zip(*items, strict=True)
-        labels = labels if measured else [NOT_MEASURED] * len(labels)
-        return Batch(images=torch.stack(images), labels=torch.tensor(labels))
+        numbers = torch.tensor(labels) if measured else torch.full((len(items),), NOT_MEASURED)
+        return Batch(images=torch.stack(images), labels=numbers)
 
 
 def sample_pictures(data: LabelledImages, most: int) -> tuple[list[Image.Image], list[int]]:
