@@ -11,8 +11,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.skipped import SkipList
-from randlora_vision.training.data.splits import Part, make_splits
+from randlora_vision.training.data.splits import make_splits
 from tests.data_helpers import (
     DIGITS,
     contents,
