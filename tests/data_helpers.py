@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from randlora_vision.training.data.options import ImageOptions
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 
 

@@ -46,7 +46,7 @@ ALLOWED = {
     "cli": (*HOSTS, "versions", "figures"),
     "training": (),
     "training.methods": (*HOSTS, "training.harness"),
-    "training.data": ("names", "json_values", "errors"),
+    "training.data": ("names", "json_values", "errors", "files"),
     "training.harness": ("names", "json_values", "errors", "files", "versions"),
     "training.evaluation": ("files", "figures", "training.harness", "training.data", "training.methods"),
     "training.clip": COMMON,

@@ -22,7 +22,7 @@ from torch import nn
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.defaults import resolve
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import without
 

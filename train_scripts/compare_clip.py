@@ -23,9 +23,8 @@ from randlora_vision.training.harness.run_folder import RunFolder
 Summaries = Mapping[ClipMethod, Mapping[str, Any]]  # method -> content of summary.json
 
 _LABELS: Mapping[ClipMethod, str] = {"randlora": "RandLoRA", "lora": "LoRA", "full": "full fine-tuning"}
-_ACCURACIES = "Accuracies are measured on test images, before and after training."
-_REMARK = f"""\
-{_ACCURACIES} Learning rates were chosen on validation images.
+_REMARK = """\
+Learning rates were chosen on validation images.
 The gap between LoRA and RandLoRA reflects convergence within a short budget, not a limit of LoRA: in our trials
 it was three points after these 250 steps and less than one after 600 (--steps 600).
 Every method makes the base model forget part of what it could do before: see the original task, upright digits."""
@@ -55,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = replace(options.run, output_dir=str(folder / method), overwrite=True)
         summaries[method] = train(replace(options, adapter=adapter, run=run))
     write_json(folder / "comparison.json", summaries)
-    words = f"{table(summaries)}\n\n{_REMARK if options.images.data is None else _ACCURACIES}\n"
+    task = next(iter(summaries["randlora"]["tasks"]))
+    remark = f" {_REMARK}" if options.images.data is None else ""
+    words = f"{table(summaries)}\n\nAccuracies are measured on {task} images, before and after training.{remark}\n"
     write_text(folder / "comparison.md", words)
     draw(folder, summaries)
     print(f"\n{words}\nresults: {folder}/comparison.png, comparison.md, comparison.json")
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table(summaries: Summaries) -> str:
     """Return the comparison as a Markdown table whose columns also align in a terminal."""
     tasks: Mapping[str, str] = summaries["randlora"]["tasks"]
-    kind = "top-1" if "top1" in summaries["randlora"]["after"]["test"] else "mean recall"
+    kind = "top-1" if "top1" in summaries["randlora"]["after"][next(iter(tasks))] else "mean recall"
     rows = [["method", "trained numbers", "file (bytes)", *(f"{name}, {kind}" for name in tasks.values()), "training"]]
     for method, summary in summaries.items():
         ends = [[headline(summary[when][task]) for when in ("before", "after")] for task in tasks]
@@ -93,7 +94,8 @@ def draw(folder: Path, summaries: Summaries) -> None:
         )
         for method, summary in summaries.items()
     ]
-    plot_comparison(runs, f"{first['model']} adapted to {first['tasks']['test']}", folder / "comparison.png")
+    task, name = next(iter(first["tasks"].items()))
+    plot_comparison(runs, f"{first['model']} adapted to {name}", task, folder / "comparison.png")
 
 
 if __name__ == "__main__":

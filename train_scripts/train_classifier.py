@@ -25,7 +25,7 @@ from randlora_vision.training.classifier.methods import adapt, head_parameters, 
 from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
 from randlora_vision.training.data.batches import evaluation_batches, training_batches
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.results import Answers, check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
@@ -59,6 +59,8 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     training = settings.training
     say(f"model: {chosen.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {splits}{skipped}")
+    for note in splits.notes:
+        say(f"note: {note}")
 
     set_seed(training.seed)
     exam = Exam(splits, original, loaded.eval_transform, training, skipped)

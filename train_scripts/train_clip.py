@@ -30,11 +30,12 @@ from randlora_vision.training.clip.results import Measured, loading_code, write_
 from randlora_vision.training.clip.tasks import loss_of, training_data, validation
 from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.captioned import PairSplits, truncated_captions
+from randlora_vision.training.data.class_names import require_words
 from randlora_vision.training.data.labelled import ImageSplits
-from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.data.read import read_data
+from randlora_vision.training.data.read import read_data, read_evaluation
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
-from randlora_vision.training.evaluation.results import Results, check_equal, closing_words
+from randlora_vision.training.evaluation.results import Results, check_equal, closing_words, task_name
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import placed
@@ -55,7 +56,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     say = accelerator.print
     options, run, resume = open_run(options, "clip", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.images.strict_data)
-    data = read_data(options.images, skipped, options.images.class_names)
+    data = read_task(options, skipped)
     class_names = data.class_names if isinstance(data, ImageSplits) else None
     with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
         chosen = choose_model(options)
@@ -64,6 +65,8 @@ def train(options: ClipOptions) -> dict[str, Any]:
     training = settings.training
     say(f"model: {chosen.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {data}{skipped}")
+    for note in data.notes:
+        say(f"note: {note}")
     truncated = truncated_captions(data, clip.tokenize) if isinstance(data, PairSplits) else 0
     if truncated:
         say(f"note: {truncated} captions are longer than the model's context and are truncated")
@@ -124,21 +127,28 @@ def evaluate(
     return summary
 
 
+def read_task(options: ClipOptions, skipped: SkipList) -> Splits:
+    """Return the data of the task: its splits, or what --eval-only measures of it."""
+    images = options.images
+    if options.evaluation.eval_only:
+        data = read_evaluation(images, skipped, images.class_names, images.eval_split)
+    else:
+        data = read_data(images, skipped, images.class_names)
+    if isinstance(data, ImageSplits) and images.class_names is None:
+        require_words(data, images.data)
+    return data
+
+
 def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[str, Splits]:
     """Return the data sets to evaluate on: the task, and those on which forgetting is measured, if any."""
-    tests: dict[str, Splits] = {"test": data}
+    tests: dict[str, Splits] = {task_name(data.final): data}
     if options.images.embedded:
         tests["original"] = digits.read_digits(digits.KNOWN_DIGITS)
     if options.evaluation.retention_data is not None:
-        whole = replace(
-            options.images,
-            data=options.evaluation.retention_data,
-            val_data=None,
-            class_names=None,
-            shots=None,
-            train_fraction=1.0,
-        )
-        tests["retention"] = read_data(whole, skipped, whole.class_names)
+        images = replace(options.images, data=options.evaluation.retention_data, val_data=None, test_data=None)
+        tests["retention"] = read_evaluation(images, skipped, wanted=images.eval_split)
+        if isinstance(tests["retention"], ImageSplits):
+            require_words(tests["retention"], images.data)
     return tests
 
 

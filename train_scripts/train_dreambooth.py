@@ -21,6 +21,8 @@ from randlora_vision.demos.pipelines import demo_pipeline_folder
 from randlora_vision.demos.subject import demo_subject, measure
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations.hub import push_to_hub
+from randlora_vision.training.data.decode import parse_colour
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
 from randlora_vision.training.dreambooth.defaults import resolve
 from randlora_vision.training.dreambooth.families import Family, load_family
@@ -58,7 +60,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     accelerator = make_accelerator(training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
     settings, run, resume = open_run(settings, "dreambooth", accelerator)
-    subject = demo_subject(settings.subject) if settings.embedded else read_subject(settings.subject)
+    skipped = SkipList(run.skipped if run.writing else None)
+    subject = demo_subject(settings.subject) if settings.embedded else read_subject(settings.subject, skipped)
     with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
         family = load(settings, device)
     buckets = parse_buckets(
@@ -71,7 +74,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     folder = Path(settings.subject.class_data_dir or run.class_images)
     images = class_images(settings.subject, folder, sampler, accelerator)
     data = TrainingSet(subject, images, settings.subject.class_prompt, buckets)
-    say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}")
+    say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}{skipped}")
 
     shares = {"before": shares_of(sampler, settings)} if settings.embedded else {}
     gallery = make_gallery(sampler, settings, subject.captions[0])
@@ -88,7 +91,12 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     if settings.pipeline.gradient_checkpointing:
         checkpoint_activations(getattr(family.pipe, name) for name in trained_components(family, settings))
     album = Album(
-        run, subject.images, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths)
+        run,
+        subject.images,
+        gallery,
+        adaptation,
+        lambda step, paths: report_pictures(accelerator, step, paths),
+        parse_colour(settings.subject.background),
     )
     speed = fit(task, settings, data, run, accelerator, resume, after_save=album.show if pictures else None)
 
@@ -102,7 +110,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
             shares["after"] = shares_of(fresh, settings)
         if pictures:
             album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
-        summary = write_results(run, settings, adaptation, shares, speed, difference)
+        summary = write_results(run, settings, adaptation, shares, speed, difference, skipped)
         before, after = (in_words(summary[when], shares.get(when)) for when in ("before", "after"))
         code = adaptation.loading_code(run.adapter)
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"

@@ -17,7 +17,7 @@ from torchvision.transforms import Compose
 from randlora_vision.demos.pretraining import Pretraining, cached_folder, teach
 from randlora_vision.training.clip.contrastive import softmax_loss
 from randlora_vision.training.data.labelled import Batch
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.data.sources.digits import KNOWN_DIGITS
 

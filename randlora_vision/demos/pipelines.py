@@ -18,7 +18,7 @@ from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 from randlora_vision.demos.pretraining import Pretraining, cached_folder, teach
 from randlora_vision.demos.tokenizers import clip_tokenizer
 from randlora_vision.training.data.labelled import Batch, LabelledImages
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.dreambooth.families import FAMILIES, Family

@@ -82,13 +82,19 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert summary["method"] == "randlora" and summary["steps"] == 3
     assert summary["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
     assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
-    assert set(summary["before"]["test"]) == set(summary["after"]["test"]) == {"top1", "top5", "loss"}
+    ends = [summary[when]["validation"] for when in ("before", "after")]  # there is no test split
+    assert [set(end) for end in ends] == [{"top1", "top5", "loss", "samples"}] * 2
+    for when, end in zip(("before", "after"), ends, strict=True):
+        low, high = summary["confidence"][when]["validation"]["top1"]
+        assert 0 <= low <= end["top1"] <= high <= 1
     assert yaml.safe_load((folder / "config.yaml").read_text())["adapter"]["bases"] == "normal"
     assert json.loads((folder / "split.json").read_text())["class_names"] == ["one", "two", "zero"]
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = {split: [line["step"] for line in lines if line["split"] == split] for split in ("train", "val", "test")}
-    assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "test": [0, 3]}
+    steps = {
+        split: [line["step"] for line in lines if line["split"] == split] for split in ("train", "val", "validation")
+    }
+    assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "validation": [0, 3]}
 
 
 def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, images: Path) -> None:
@@ -101,8 +107,8 @@ def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, image
     pictures = torch.stack([clip.eval_transform(Image.open(path)) for path in held_out])
     classifier = ClipClassifier(clip, ["one", "two", "zero"], ["a photo of a {}."])
     accuracy = classifier.scores([{"images": pictures, "labels": torch.tensor(labels)}]).values
-    assert accuracy["top1"] == summary["after"]["test"]["top1"]
-    assert accuracy["loss"] == pytest.approx(summary["after"]["test"]["loss"], rel=1e-4)
+    assert accuracy["top1"] == summary["after"]["validation"]["top1"]
+    assert accuracy["loss"] == pytest.approx(summary["after"]["validation"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +262,10 @@ def test_a_run_on_captions(train: Any, captions: Path, images: Path) -> None:
     assert {path.name for path in folder.iterdir()} == (RUN_FILES | {"scales.png"}) - {"confusion.png"}
     summary = summary_of(folder)
     ways = {f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    assert set(summary["before"]["test"]) == {*ways, "mean_recall"}
-    assert set(summary["after"]["retention"]) == {"top1", "top5", "loss"} and "per_class" not in summary
+    assert set(summary["before"]["validation"]) == {*ways, "mean_recall", "images", "captions", "texts"}
+    assert set(summary["confidence"]["after"]["validation"]) == ways
+    assert set(summary["after"]["retention"]) == {"top1", "top5", "loss", "samples"} and "per_class" not in summary
+    assert summary["after"]["retention"]["samples"] == len(list(images.glob("*/*.png")))  # nothing is trained on it
     assert [scale.pop("scale") for scale in summary["scales"]] == [0, 0.5, 1]
     assert summary["scales"][0] == summary["before"] and summary["scales"][2] == summary["after"]
     assert summary["scales"][1] not in (summary["before"], summary["after"])
@@ -269,7 +277,7 @@ def test_a_run_on_captions(train: Any, captions: Path, images: Path) -> None:
 
 def test_classes_are_trained_on_their_captions_too(train: Any) -> None:
     folder = train("--loss", "clip", "--gradient-accumulation-steps", "2")
-    assert set(summary_of(folder)["after"]["test"]) == {"top1", "top5", "loss"}
+    assert set(summary_of(folder)["after"]["validation"]) == {"top1", "top5", "loss", "samples"}
 
 
 def test_an_adapter_is_measured_without_training(train: Any, images: Path, tmp_path: Path) -> None:
@@ -279,19 +287,23 @@ def test_an_adapter_is_measured_without_training(train: Any, images: Path, tmp_p
     assert list(done["per_class"]["after"]) == ["one", "two", "zero"]
     measured = tmp_path / "measured"
     argv = ["--eval-only", "--output-dir", str(measured)]
-    train(*argv, "--adapter", str(trained / "adapter.safetensors"), "--eval-scales", "0,1")
+    of_split = [*argv, "--eval-split", "val"]
+    train(*of_split, "--adapter", str(trained / "adapter.safetensors"), "--eval-scales", "0,1")
     summary = summary_of(measured)
-    for key in ("before", "after", "tasks", "per_class"):
+    for key in ("before", "after", "tasks", "per_class", "per_class_samples", "confidence"):
         assert summary[key] == done[key]
-    assert [scale["test"] for scale in summary["scales"]] == [done["before"]["test"], done["after"]["test"]]
+    ends = [done[when]["validation"] for when in ("before", "after")]
+    assert [scale["validation"] for scale in summary["scales"]] == ends
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json"}
     pictures = {"confusion.png", "predictions.png", "scales.png"}
     assert {path.name for path in measured.iterdir()} == expected | pictures
 
-    train(*argv, "--overwrite")
+    train(*of_split, "--overwrite")
     summary = summary_of(measured)
     assert summary["before"] == done["before"] and summary["after"] is None
     assert not (measured / "scales.png").exists()
+    train(*argv, "--overwrite")
+    assert summary_of(measured)["before"]["all"]["samples"] == len(list(images.glob("*/*.png")))
 
 
 @pytest.mark.parametrize("method", ["randlora", "full"])
@@ -303,9 +315,9 @@ def test_a_probe_learns_on_adapted_features(
     probed = tmp_path / "probe"
     train("--method", "linear-probe", "--adapter", str(adapter), "--output-dir", str(probed), "--eval-scales", "0,1")
     summary = summary_of(probed)
-    assert summary["before"]["test"]["loss"] == pytest.approx(done["after"]["test"]["loss"], rel=1e-5)
+    assert summary["before"]["validation"]["loss"] == pytest.approx(done["after"]["validation"]["loss"], rel=1e-5)
     assert summary["after"] != summary["before"] and summary["reload_difference"] == 0
-    assert summary["scales"][0]["test"] == summary["before"]["test"]
+    assert summary["scales"][0]["validation"] == summary["before"]["validation"]
     assert load_file(probed / "adapter.safetensors").keys() == {"class_features"}
     with pytest.raises(SystemExit):
         train("--method", "linear-probe", "--adapter", str(probed / "adapter.safetensors"), "--overwrite")

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tests.data_helpers import mnist, parquet, saved, shards, table, write_images
+from tests.data_helpers import mnist, parquet, saved, shards, table, write_images, write_text
 from tests.training_helpers import script, write_tiny_clip
 
 FLAGS = ["--steps", "2", "--batch-size", "4", "--eval-every", "2", "--rank", "4", "--report-to", "none"]
 SOURCES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "csv of classes": (lambda folder: table(folder, "label"), ["--shots", "2"]),
-    "shards of classes": (lambda folder: shards(folder, "cls"), ["--templates", "simple"]),
+    "shards of classes": (
+        lambda folder: (write_text(folder / "names.txt", "zero\none\ntwo"), shards(folder, "cls"))[1],
+        ["--templates", "simple", "--class-names", "{tmp}/names.txt"],
+    ),
     "torchvision": (mnist, ["--data-root", "{tmp}", "--train-fraction", "0.4"]),
     "dataset of classes": (lambda folder: parquet(folder, "label"), ["--data-root", "{tmp}/cache"]),
     "csv of captions": (table, ["--caption-column", "caption", "--workers", "0"]),
@@ -71,6 +74,13 @@ def test_what_was_skipped_and_cut_is_told(train: Any, tmp_path: Path, capsys: py
     assert "skipped 2" in printed and "skipped.txt" in printed
     assert "1 captions are longer than the model's context and are truncated" in printed
     assert json.loads((folder / "summary.json").read_text())["truncated_captions"] == 1
+
+
+def test_classes_without_words_are_refused(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--eval-only"]):
+        with pytest.raises(SystemExit):
+            train(shards(tmp_path, "cls"), *argv)
+        assert "have no names for prompts, only 0, 1, 2: give --class-names FILE" in capsys.readouterr().err
 
 
 def test_bad_data_is_one_line(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

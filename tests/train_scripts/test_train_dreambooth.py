@@ -317,7 +317,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no folder": (["--instance-data-dir", "{tmp}/nowhere"], "does not exist or is not a folder"),
     "no caption": (["--instance-prompt", ""], "0.png has no caption: give --instance-prompt"),
     "metadata": (["--instance-data-dir", "{tmp}/meta"], 'metadata.jsonl, line 2: expected {"file_name"'),
-    "metadata of another image": (["--instance-data-dir", "{tmp}/other"], "names b.png, which is not an image"),
     "broken image": (["--instance-data-dir", "{tmp}/broken"], "cannot read the image"),
     "no pipeline": (["--pretrained-model-name-or-path", "{tmp}/empty"], "model_index.json"),
     "a file": (["--pretrained-model-name-or-path", "{tmp}/x.safetensors"], "is not a pipeline folder"),

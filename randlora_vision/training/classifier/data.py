@@ -2,8 +2,8 @@
 
 from randlora_vision.training.classifier.options import ClassifierOptions
 from randlora_vision.training.data.labelled import ImageSplits
-from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.read import read_data
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 
 

@@ -9,11 +9,19 @@ from torch import Tensor, nn
 from randlora_vision.training.classifier.options import ClassifierSettings
 from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.labelled import Batch, ImageSplits, sample_pictures
-from randlora_vision.training.data.pictures import SkipList, Transform
+from randlora_vision.training.data.pictures import Transform
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores, measure
 from randlora_vision.training.evaluation.curves import plot_curves
 from randlora_vision.training.evaluation.grids import Prediction, list_predictions
-from randlora_vision.training.evaluation.results import Answers, log_results, plot_answers, summarise
+from randlora_vision.training.evaluation.results import (
+    Answers,
+    confidence,
+    log_results,
+    plot_answers,
+    summarise,
+    task_name,
+)
 from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
@@ -29,7 +37,10 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores
 
 
 class Exam:
-    """The test split with a sample of its pictures, and the test split of the original task, if any."""
+    """The test (or else validation) split with a sample of its pictures, and that of the original task, if any.
+
+    `task` is the name of the results on the former: "test" or "validation".
+    """
 
     def __init__(
         self,
@@ -41,14 +52,15 @@ class Exam:
     ) -> None:
         self.skipped = skipped
         self.class_names = splits.class_names
-        tests = {"test": splits, **({"original": original} if original else {})}
+        self.task = task_name(splits.final)
+        tests = {self.task: splits, **({"original": original} if original else {})}
         self.tasks = {name: test.name for name, test in tests.items()}
-        data = {name: test.select("test", transform, skipped) for name, test in tests.items()}
+        data = {name: test.select(test.final, transform, skipped) for name, test in tests.items()}
         self._tests = {
             name: (evaluation_batches(data[name], training.batch_size, training.workers), len(test.class_names))
             for name, test in tests.items()
         }
-        self.pictures, self.truths = sample_pictures(data["test"], _PICTURES)
+        self.pictures, self.truths = sample_pictures(data[self.task], _PICTURES)
         self.images = torch.stack([transform(picture) for picture in self.pictures])
 
     def take(self, model: nn.Module) -> Answers:
@@ -85,16 +97,19 @@ def write_results(
     log_results(run, was, after.results, speed.steps)
     method, title = settings.adapter.method, settings.model.title
     plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
-    scores, names = after.scores["test"], exam.class_names
+    scores, names = after.scores[exam.task], exam.class_names
     when = "after training" if before is None else "before and after training"
-    plot_answers(run, exam.predictions(before, after), scores, names, when)
+    plot_answers(run, exam.predictions(before, after), scores, names, exam.task, when)
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
         "head_numbers": head_numbers,
         "tasks": exam.tasks,
         "before": was,
         "after": after.results,
+        **confidence({"before": was, "after": after.results}),
         "per_class": dict(zip(names, scores.per_class, strict=True)),
+        "per_class_samples": dict(zip(names, scores.counts, strict=True)),
+        "per_class_confidence": dict(zip(names, scores.class_intervals(), strict=True)),
     }
     run.write(run.summary, summary)
     return summary

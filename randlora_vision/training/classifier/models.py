@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from randlora_vision.errors import one_line
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.names import close_matches
+from randlora_vision.names import close_matches, listing
 from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
@@ -36,8 +37,25 @@ class LoadedClassifier:
         """The evaluation transform of timm."""
         from timm.data import create_transform
 
-        transform: Transform = create_transform(**self.data_config)
-        return transform
+        return self._for_channels(create_transform(**self._colour_config))
+
+    @property
+    def _colour_config(self) -> dict[str, Any]:
+        """The data configuration for colour images; that of a grey model normalises every colour alike."""
+        config = dict(self.data_config)
+        if self.channels == 1:
+            config["input_size"] = (3, *config["input_size"][1:])
+            config |= {name: (sum(config[name]) / len(config[name]),) * 3 for name in ("mean", "std")}
+        return config
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the images that the model takes."""
+        return int(self.data_config["input_size"][0])
+
+    def _for_channels(self, transform: Transform) -> Transform:
+        """Return a transform of colour images, followed by their conversion to grey (ITU-R 601) for a grey model."""
+        return transform if self.channels == 3 else Compose([transform, _to_grey])
 
     def training_transform(self, splits: ImageSplits, augment: AugmentOptions) -> Transform:
         """Return the training transform: timm's, or the augmentation that belongs to the data if none was requested."""
@@ -45,36 +63,44 @@ class LoadedClassifier:
 
         if splits.augment and not (augment.auto_augment or augment.random_erasing):
             return Compose([splits.augment, self.eval_transform])
-        config = {name: value for name, value in self.data_config.items() if name not in ("crop_pct", "crop_mode")}
+        config = {name: value for name, value in self._colour_config.items() if name not in ("crop_pct", "crop_mode")}
         try:
             transform: Transform = create_transform(
                 **config, is_training=True, auto_augment=augment.auto_augment, re_prob=augment.random_erasing
             )
         except Exception as error:  # assertions and others, for a string that timm cannot parse
             raise ValueError(f"timm cannot create the --auto-augment {augment.auto_augment!r}: {error}") from error
-        return transform
+        return self._for_channels(transform)
+
+
+def _to_grey(image: Tensor) -> Tensor:
+    """Return the brightness (1, H, W) of a colour image (3, H, W) whose channels are normalised alike."""
+    return (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=0, keepdim=True)
 
 
 def load_classifier(options: ClassifierModel, classes: int, seed: int) -> LoadedClassifier:
     """Load a frozen timm model with a head of `classes` outputs.
 
-    The head is new if the weights contain none, or one for another number of classes. Parameters that are not in the
-    weights are drawn with `seed`, so the same call returns the same model. Raises ValueError for an unknown model
-    (naming close matches), for weights that do not fit or cannot be downloaded, and for contradictory numbers of
-    classes.
+    The head is new if the weights contain none, as those of self-supervised training, or one for another number of
+    classes. Parameters that are not in the weights are drawn with `seed`, so the same call returns the same model.
+    Raises ValueError for an unknown model (naming close matches), for weights that do not fit or cannot be downloaded,
+    for contradictory numbers of classes, and for a model of images that are neither grey nor in colour.
     """
     if options.num_classes not in (None, classes):
         raise ValueError(f"the data has {classes} classes, but --num-classes says {options.num_classes}: leave it out")
     if not options.model.startswith(_SCHEMES):
         _check_name(options.model)
     arguments: dict[str, Any] = {}
-    if options.img_size and _is_fixed(options.model):
+    if options.img_size and _is_fixed(options.model, options.img_size):
         arguments["img_size"] = options.img_size
     if options.pretrained:
         arguments["pretrained"] = True
-    in_weights = _classes_of_weights(options, arguments)
+    in_weights = _classes_of_weights(options, arguments, classes)
     kept = in_weights == classes and not options.fresh_head
-    if options.initial_checkpoint:
+    headless = bool(options.initial_checkpoint) and in_weights is None
+    if headless:
+        arguments["num_classes"] = 0
+    elif options.initial_checkpoint:
         if in_weights != classes and not options.fresh_head:
             raise ValueError(
                 f"{options.initial_checkpoint} has a classifier of {in_weights} classes, but the data has {classes}: "
@@ -88,16 +114,24 @@ def load_classifier(options: ClassifierModel, classes: int, seed: int) -> Loaded
     if not (options.pretrained or options.initial_checkpoint):
         code.insert(1, f"torch.manual_seed({seed})  # random weights")
     model = _create(options.model, arguments, seed)
+    if headless:
+        code.append(f"timm.models.load_checkpoint(model, {options.initial_checkpoint!r}, strict=False)")
+        _load_backbone(model, options.initial_checkpoint or "")
     if options.initial_checkpoint and in_weights != classes:
-        model.reset_classifier(classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.reset_classifier(classes)
         code.append(f"model.reset_classifier({classes})")
     _check_head(model, classes)
     if not kept:
         _renew_head(model, seed)
     model.requires_grad_(False)
+    config = _data_config(model, options.img_size)
+    if config["input_size"][0] not in (1, 3):
+        raise ValueError(f"{options.model} takes images of {config['input_size'][0]} channels, not of 1 (grey) or 3")
     return LoadedClassifier(
         model=model,
-        data_config=_data_config(model, options.img_size),
+        data_config=config,
         code=code,
         has_weights=options.pretrained or options.initial_checkpoint is not None,
         fresh_head=not kept,
@@ -140,23 +174,48 @@ def _check_name(name: str) -> None:
         )
 
 
-def _is_fixed(name: str) -> bool:
+def _is_fixed(name: str, img_size: int) -> bool:
     """Return whether a model must be built for a fixed image size."""
     import timm
 
     config = None if name.startswith(_SCHEMES) else timm.get_pretrained_cfg(name)
-    return config is None or config.fixed_input_size
+    if config is not None:
+        return config.fixed_input_size
+    with torch.device("meta"):
+        _create(name, {}, seed=0)  # raises if it is not the size that is wrong
+        try:
+            _create(name, {"img_size": img_size}, seed=0)
+        except ValueError as error:
+            if isinstance(error.__cause__, TypeError):  # it has no such argument: any size will do
+                return False
+            raise
+    return True
 
 
-def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any]) -> int | None:
-    """Return the number of classes of the classifier in the weights, or None if there are no weights."""
+def _load_backbone(model: nn.Module, path: str) -> None:
+    """Load weights into a model without a classifier; more than it needs, such as a decoder, is left out.
+
+    Raises ValueError, naming them, if weights of the model are missing.
+    """
+    from timm.models import load_checkpoint
+
+    try:
+        missing = load_checkpoint(model, path, strict=False).missing_keys
+    except Exception as error:  # from any library that reads the file, and for tensors of other shapes
+        raise ValueError(f"--initial-checkpoint {path} does not fit the model: {one_line(str(error))[:300]}") from error
+    if missing:
+        raise ValueError(f"--initial-checkpoint {path} does not fit the model: it lacks {listing(missing)}")
+
+
+def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any], classes: int) -> int | None:
+    """Return the number of classes of the classifier in the weights, or None if there is none."""
     path = options.initial_checkpoint
     if path is None and not options.pretrained:
         return None
     with torch.device("meta"):
-        model = _create(options.model, {**arguments, "pretrained": False}, seed=0)
-    if path is None:
-        return int(model.num_classes)
+        if path is None:
+            return int(_create(options.model, {**arguments, "pretrained": False}, seed=0).num_classes)
+        model = _create(options.model, {**arguments, "num_classes": classes}, seed=0)
     from timm.models import load_state_dict
 
     if not Path(path).is_file():
@@ -166,9 +225,9 @@ def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any]) 
     except Exception as error:  # from any library that reads the file
         raise ValueError(f"cannot read --initial-checkpoint {path}: {error}") from error
     outputs = {len(weights[f"{head}.weight"]) for head in head_modules(model) if f"{head}.weight" in weights}
-    if len(outputs) != 1:
-        raise ValueError(f"{path} has no classifier that fits {options.model}")
-    return outputs.pop()
+    if len(outputs) > 1:
+        raise ValueError(f"{path} has classifiers of {listing(map(str, sorted(outputs)))} classes")
+    return outputs.pop() if outputs else None
 
 
 def _check_head(model: nn.Module, classes: int) -> None:

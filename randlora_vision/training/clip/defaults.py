@@ -14,6 +14,7 @@ from randlora_vision.training.clip.options import (
     RankedAdapter,
 )
 from randlora_vision.training.data.class_names import read_templates
+from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import Training, TrainingOptions, without
 from randlora_vision.training.methods.adaptation import suggested_lr
@@ -60,11 +61,12 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
     lr = training.lr or defaults.lr
     if chosen.train_logit_scale:
         chosen = replace(chosen, logit_scale_lr=chosen.logit_scale_lr or lr)
-    templates = images.templates or (digits.TEMPLATES if embedded else ("a photo of a {}.",))
+    known = known_data(images.data)
+    usual = digits.TEMPLATES if embedded else known.templates if known else ("a photo of a {}.",)
     settings = ClipSettings(
         **without(options, "clip", "images", "loss", "adapter", "training"),
         clip=chosen,
-        images=replace(images, templates=read_templates(templates)),
+        images=replace(images, templates=read_templates(images.templates or usual)),
         loss=ChosenLoss(loss=loss),
         adapter=_with_rank(options, defaults, model),
         training=Training(

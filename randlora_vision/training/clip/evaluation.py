@@ -18,7 +18,7 @@ from randlora_vision.training.clip.retrieval import Features, retrieval_features
 from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.grids import Found, Prediction, list_predictions
 from randlora_vision.training.evaluation.results import Answers, Results
 
@@ -36,12 +36,12 @@ class ClipAnswers(Answers):
     @cached_property
     def results(self) -> Results:
         """The metrics of each test."""
-        values = {**super().results, **{name: features.recalls() for name, features in self.features.items()}}
+        values = {**super().results, **{name: features.values for name, features in self.features.items()}}
         return {name: values[name] for name in self.tasks}
 
 
 class Exam:
-    """The test split of the task and of others, and a sample of the task's pictures.
+    """The test (or else validation) split of the task and of others, and a sample of the task's pictures.
 
     Data with classes is evaluated by zero-shot classification, data with captions by retrieval.
     """
@@ -49,22 +49,22 @@ class Exam:
     def __init__(
         self, clip: LoadedClip, tests: Mapping[str, Splits], settings: ClipSettings, skipped: SkipList
     ) -> None:
-        """Prepare the tests. `tests` maps a name to its data; the task is named "test"."""
+        """Prepare the tests. `tests` maps a name to its data; the first is the task."""
         self.tests = tests
         self.skipped = skipped
         self.templates = settings.images.templates
         self.batch_size, self.workers = settings.training.batch_size, settings.training.workers
         self.tasks = {name: test.name for name, test in tests.items()}
         self.transform, self.tokenize = clip.eval_transform, clip.tokenize
-        task = tests["test"]
+        self.task, task = next(iter(tests.items()))
         self.class_names = task.class_names if isinstance(task, ImageSplits) else None
         if isinstance(task, ImageSplits):
-            data = task.select("test", self.transform, skipped)
+            data = task.select(task.final, self.transform, skipped)
             self.pictures, self.truths = sample_pictures(data, _PICTURES)
             self.captions: list[str] = []
         else:
             self.truths, self.pictures, self.captions = [], [], []
-            images = task.select("test", self.transform, self.tokenize, skipped)
+            images = task.select(task.final, self.transform, self.tokenize, skipped)
             for index in random.Random(0).sample(range(len(images)), len(images)):
                 picture = images.picture(index)
                 if picture is not None and len(self.pictures) < _FOUND:
@@ -78,12 +78,12 @@ class Exam:
         scores, features = {}, {}
         for name, test in self.tests.items():
             if isinstance(test, ImageSplits):
-                data = test.select("test", self.transform, self.skipped)
-                own = classifier if name == "test" else None
+                data = test.select(test.final, self.transform, self.skipped)
+                own = classifier if name == self.task else None
                 judge = own or ClipClassifier(clip, test.class_names, self.templates)
                 scores[name] = judge.scores(evaluation_batches(data, self.batch_size, self.workers))
             else:
-                pairs = test.select("test", self.transform, self.tokenize, self.skipped, draw=False)
+                pairs = test.select(test.final, self.transform, self.tokenize, self.skipped, draw=False)
                 features[name] = retrieval_features(clip.model, pairs, self.batch_size, self.workers)
         return ClipAnswers(self.tasks, scores, self.predict(clip, classifier), features)
 
@@ -106,8 +106,8 @@ class Exam:
             Found(
                 picture,
                 caption,
-                None if before is None else before.features["test"].nearest(index),
-                after.features["test"].nearest(index),
+                None if before is None else before.features[self.task].nearest(index),
+                after.features[self.task].nearest(index),
             )
             for picture, caption, index in zip(self.pictures, self.captions, self.truths, strict=True)
         ]

@@ -73,7 +73,7 @@ class EvaluationOptions:
     """What to evaluate besides the task, before and after training."""
 
     retention_data: str | None = field(default=None, metadata=FREE)
-    """Data on which to measure forgetting, in any form that --data takes: its test split, with the same templates."""
+    """Data on which to measure forgetting, in any form that --data takes, with the same templates: see --eval-split."""
     eval_only: bool = False
     """Do not train: evaluate the model, and also the model with --adapter if given."""
     adapter: str | None = None
@@ -126,6 +126,8 @@ class ClipOptions:
         evaluation = self.evaluation
         if evaluation.adapter and not evaluation.eval_only and self.adapter.method != "linear-probe":
             raise ValueError("--adapter needs --eval-only, or --method linear-probe to train on its features")
+        if self.images.eval_split and not (evaluation.eval_only or evaluation.retention_data):
+            raise ValueError("--eval-split needs --eval-only or --retention-data")
         if evaluation.eval_only and self.checkpoints.resume is not None:
             raise ValueError("--eval-only does not train: leave --resume out")
         if self.loss.loss in ("clip", "siglip") and self.adapter.method == "linear-probe":

@@ -8,7 +8,14 @@ from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
 from randlora_vision.training.evaluation.grids import plot_found
-from randlora_vision.training.evaluation.results import Results, headline, log_results, plot_answers, summarise
+from randlora_vision.training.evaluation.results import (
+    Results,
+    confidence,
+    headline,
+    log_results,
+    plot_answers,
+    summarise,
+)
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -33,15 +40,28 @@ class Measured:
         """Return the content for summary.json."""
         names = self.exam.class_names
         found = {"before": self.before, "after": self.after}
-        classes = {
-            when: dict(zip(names, answers.scores["test"].per_class, strict=True))
+        scores = {
+            when: answers.scores[self.exam.task]
             for when, answers in found.items()
             if names is not None and answers is not None
         }
+        per_class = (
+            {
+                "per_class": {when: dict(zip(names or (), s.per_class, strict=True)) for when, s in scores.items()},
+                "per_class_samples": dict(zip(names or (), next(iter(scores.values())).counts, strict=True)),
+                "per_class_confidence": {
+                    when: dict(zip(names or (), s.class_intervals(), strict=True)) for when, s in scores.items()
+                },
+            }
+            if scores
+            else {}
+        )
+        results = {when: answers.results if answers else None for when, answers in found.items()}
         return {
             "tasks": self.exam.tasks,
-            **{when: answers.results if answers else None for when, answers in found.items()},
-            **({"per_class": classes} if classes else {"truncated_captions": self.truncated_captions}),
+            **results,
+            **confidence(results),
+            **(per_class or {"truncated_captions": self.truncated_captions}),
             **({"scales": [{"scale": scale, **results} for scale, results in self.scales]} if self.scales else {}),
         }
 
@@ -79,6 +99,7 @@ def write_evaluation(run: RunFolder, settings: ClipSettings, measured: Measured)
         "adapter": settings.evaluation.adapter,
         **measured.record(),
         "skipped_images": measured.exam.skipped.count(),
+        "changed": measured.exam.skipped.changes(),
     }
     run.write(run.summary, summary)
     return summary
@@ -88,9 +109,11 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
     exam, last = measured.exam, measured.last
     before = measured.before if measured.after else None
     if exam.class_names is None:
-        plot_found(exam.found(before, last), f"Test images and nearest captions {when}", run.predictions)
+        title = f"{exam.task.capitalize()} images and nearest captions {when}"
+        plot_found(exam.found(before, last), title, run.predictions)
     else:
-        plot_answers(run, exam.predictions(before, last), last.scores["test"], exam.class_names, when)
+        scores = last.scores[exam.task]
+        plot_answers(run, exam.predictions(before, last), scores, exam.class_names, exam.task, when)
     if measured.scales:
         lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
         kind = HEADLINES["mean_recall" if exam.class_names is None else "top1"]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import CaptionedImages
+from randlora_vision.training.data.labelled import NOT_MEASURED
 from randlora_vision.training.harness.distributed import measure_all
 
 RECALL_AT = (1, 5, 10)
@@ -24,12 +25,12 @@ class Features:
     """The CLIP features of images and their captions, on the CPU, of unit length and in float32.
 
     A text is correct for an image if the image has a caption with the same number: this text, or one with the same
-    meaning (see `PairBatch`). A text that is the caption of several images is a single candidate.
+    meaning (see `PairBatch`). Texts with equal tokens are a single candidate, however many images they belong to.
     """
 
     images: Tensor  # (I, D)
     indices: Tensor  # (I,) int64: each image's position in its split
-    words: Sequence[str]  # U distinct texts
+    words: Sequence[str]  # U texts with distinct tokens
     texts: Tensor  # (U, D)
     numbers: Tensor  # (U,) int64: texts with equal numbers have the same meaning
     image_of: Tensor  # (T,) int64: which image (a row) each caption belongs to
@@ -43,6 +44,12 @@ class Features:
             for most in RECALL_AT:
                 values[f"{direction}_r{most}"] = (places < most).double().mean().item()
         return {**values, "mean_recall": sum(values.values()) / len(values)}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The recalls, and the numbers of queries (`images`, `captions`) and of candidates for an image (`texts`)."""
+        counts = {"images": len(self.images), "captions": len(self.text_of), "texts": len(self.texts)}
+        return {**self.recalls(), **counts}
 
     def text_ranks(self) -> Tensor:
         """Return, for each image (I,), how many wrong texts are at least as near as the nearest correct one."""
@@ -107,18 +114,21 @@ def retrieval_features(model: Any, data: CaptionedImages, batch_size: int, worke
         return (model.encode_text(data.tokenize(texts).to(device), normalize=True).float(),)
 
     images, indices = measure_all(evaluation_batches(data, batch_size, workers), encode_images)
+    images, indices = (column[indices != NOT_MEASURED] for column in (images, indices))
     rows = {index: row for row, index in enumerate(indices.tolist())}
-    captions = [caption for caption in zip(*data.texts(), strict=True) if caption[2] in rows]
-    numbers = {text: number for text, number, _ in captions}
-    words = list(numbers)
-    places = {text: place for place, text in enumerate(words)}
+    every = data.texts
+    captions = [i for i, owner in enumerate(every.images) if owner in rows]
+    distinct = {every.tokens[i]: i for i in reversed(captions)}  # the first caption with these tokens
+    candidates = sorted(distinct.values())
+    places = {every.tokens[i]: place for place, i in enumerate(candidates)}
+    words = [every.texts[i] for i in candidates]
     (texts,) = measure_all([words[at : at + batch_size] for at in range(0, len(words), batch_size)], encode_texts)
     return Features(
         images=F.normalize(images, dim=-1),
         indices=indices,
         words=words,
         texts=F.normalize(texts, dim=-1),
-        numbers=torch.tensor(list(numbers.values())),
-        image_of=torch.tensor([rows[owner] for _, _, owner in captions]),
-        text_of=torch.tensor([places[text] for text, _, _ in captions]),
+        numbers=torch.tensor([every.numbers[i] for i in candidates]),
+        image_of=torch.tensor([rows[every.images[i]] for i in captions]),
+        text_of=torch.tensor([places[every.tokens[i]] for i in captions]),
     )

@@ -12,7 +12,7 @@ from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.clip.retrieval import retrieval_features
 from randlora_vision.training.data.batches import Pictures, evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits, class_captions
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 
 
 def training_data(clip: LoadedClip, data: Splits, settings: ClipSettings, skipped: SkipList) -> Pictures:
@@ -40,7 +40,7 @@ def validation(
     batch_size, workers = settings.training.batch_size, settings.training.workers
     if isinstance(data, PairSplits):
         pairs = data.select("val", clip.eval_transform, clip.tokenize, skipped, draw=False)
-        return lambda: retrieval_features(clip.model, pairs, batch_size, workers).recalls()
+        return lambda: retrieval_features(clip.model, pairs, batch_size, workers).values
     assert classifier is not None, "data with classes has a classifier"
     judge, batches = (
         classifier,

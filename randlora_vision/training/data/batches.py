@@ -1,14 +1,18 @@
 """Datasets of pictures, the order of their batches, and the worker processes that load them."""
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from randlora_vision.training.data.pictures import Picture, SkipList, Transform, readable
+from randlora_vision.training.data.decode import WHITE, Colour
+from randlora_vision.training.data.pictures import Picture, Transform, readable
+from randlora_vision.training.data.skipped import SkipList
 
 _MOST_WORKERS = 4
 
@@ -27,15 +31,33 @@ def worker_count(workers: int | None, decoding: bool) -> int:
     return max(0, min(_MOST_WORKERS, cores // processes - 1))
 
 
-_Item = TypeVar("_Item")
+class _Items(Protocol):
+    """Items, some of which cannot be read and are None."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
-def readable_items(items: Sequence[_Item | None]) -> list[_Item]:
-    """Return the items of a batch that could be read; raise ValueError when there are none."""
-    found = [item for item in items if item is not None]
-    if not found:
-        raise ValueError("no image of a batch could be read: see skipped.txt in the run folder")
-    return found
+class Filled(Dataset):
+    """The items of a dataset as (item, place): the item itself, or in place of an unreadable one the next readable.
+
+    Raises ValueError when no item can be read.
+    """
+
+    def __init__(self, data: _Items) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        """Return an item, and whether it is that of `index`."""
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            item = self.data[place]
+            if item is not None:
+                return item, place == index
+        raise ValueError(f"none of {len(self)} images can be read: see skipped.txt in the run folder")
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -70,38 +92,57 @@ class ShuffledBatches(Sampler[list[int]]):
 class Pictures(Dataset[Any]):
     """Pictures (files, items of a dataset, or already decoded) that are transformed on access.
 
-    An unreadable file is recorded in `skipped` and gives None, which `collate` leaves out.
+    An unreadable file is recorded in `skipped` and gives None. Training batches take the next readable picture in its
+    place; evaluation leaves it out. Transparent pixels get the colour `background`.
     """
 
-    def __init__(self, images: Sequence[Picture], transform: Transform, skipped: SkipList) -> None:
+    def __init__(
+        self, images: Sequence[Picture], transform: Transform, skipped: SkipList, background: Colour = WHITE
+    ) -> None:
         self.images = images
         self.transform = transform
         self.skipped = skipped
+        self.background = background
 
     def __len__(self) -> int:
         return len(self.images)
 
     def picture(self, index: int) -> Image.Image | None:
         """Return the picture itself, before any transform, or None when it cannot be read."""
-        return readable(self.images[index], self.skipped)
+        return readable(self.images[index], self.skipped, self.background)
 
     @staticmethod
-    def collate(items: Sequence[Any]) -> Any:
-        """Stack the readable items of a batch."""
+    def collate(items: Sequence[Any], measured: bool = True) -> Any:
+        """Stack items that were read; unless `measured`, mark the batch as one that does not count."""
         raise NotImplementedError
 
 
 def training_batches(
     data: Pictures, batch_size: int, batches: int, seed: int, workers: int | None
 ) -> "DataLoader[Any]":
-    """Return a loader of exactly `batches` shuffled batches."""
+    """Return a loader of exactly `batches` shuffled batches, all of `batch_size` pictures."""
     order = ShuffledBatches(len(data), batch_size, batches, seed)
-    return DataLoader(data, batch_sampler=order, collate_fn=data.collate, **_loading(data, workers))
+    collate = partial(_filled_batch, data.collate)
+    return DataLoader(Filled(data), batch_sampler=order, collate_fn=collate, **_loading(data, workers))
 
 
 def evaluation_batches(data: Pictures, batch_size: int, workers: int | None) -> "DataLoader[Any]":
-    """Return a loader that reads `data` once, in order."""
-    return DataLoader(data, batch_size=batch_size, collate_fn=data.collate, **_loading(data, workers))
+    """Return a loader that reads `data` once, in order.
+
+    A batch of which nothing can be read still runs through the model, which several processes may have to call equally
+    often: it holds the next readable picture, marked as one that does not count.
+    """
+    collate = partial(_measured_batch, data.collate)
+    return DataLoader(Filled(data), batch_size=batch_size, collate_fn=collate, **_loading(data, workers))
+
+
+def _filled_batch(collate: Callable[..., Any], items: Sequence[tuple[Any, bool]]) -> Any:
+    return collate([item for item, _ in items])
+
+
+def _measured_batch(collate: Callable[..., Any], items: Sequence[tuple[Any, bool]]) -> Any:
+    own = [item for item, is_own in items if is_own]
+    return collate(own) if own else collate([items[0][0]], measured=False)
 
 
 def _loading(data: Pictures, workers: int | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Images with captions as training batches: which caption is drawn, and which captions mean the same."""
 
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from randlora_vision.training.data.batches import Pictures, readable_items
-from randlora_vision.training.data.labelled import ImageSplits
-from randlora_vision.training.data.pictures import Picture, SkipList, Transform, held_out_files
+from randlora_vision.training.data.batches import Pictures
+from randlora_vision.training.data.decode import WHITE, Colour
+from randlora_vision.training.data.labelled import NOT_MEASURED, ImageSplits, final_split
+from randlora_vision.training.data.pictures import Picture, Transform, held_out_files
+from randlora_vision.training.data.skipped import SkipList
 
 Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> (texts, L) int64
 
@@ -20,7 +23,7 @@ Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> (texts, L) int64
 class PairBatch(TypedDict):
     """A batch of images with one caption each.
 
-    `captions` holds numbers. Equal numbers mark captions with the same meaning (the same text, or made from
+    `captions` holds numbers. Equal numbers mark captions with the same meaning (the same tokens, or made from
     the same class), so neither is a negative of the other. `indices` are the images' positions in their
     split.
     """
@@ -46,6 +49,13 @@ class PairSplits:
     augment: Callable[[Image.Image], Image.Image] | None = None  # in place of the model's own augmentation
     groups: Mapping[str, Sequence[int]] | None = None
     chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
+    notes: Sequence[str] = ()  # for the user, one line each
+    background: Colour = WHITE  # of transparent pixels
+
+    @property
+    def final(self) -> str:
+        """The split that is evaluated before and after training."""
+        return final_split(self.images)
 
     def select(
         self, split: str, transform: Transform, tokenize: Tokenize, skipped: SkipList, draw: bool | None = None
@@ -53,11 +63,13 @@ class PairSplits:
         """Return one split as a dataset; by default, captions are drawn at random (`draw`) only on `train`."""
         draw = split == "train" if draw is None else draw
         groups = self.groups[split] if self.groups else None
-        return CaptionedImages(self.images[split], self.captions[split], transform, tokenize, skipped, groups, draw)
+        images, captions = self.images[split], self.captions[split]
+        return CaptionedImages(images, captions, transform, tokenize, skipped, groups, draw, self.background)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in self.images.items())
-        captions = sum(len(texts) for texts in self.captions["train"]) / max(1, len(self.captions["train"]))
+        everyone = next(iter(self.captions.values()))
+        captions = sum(len(texts) for texts in everyone) / max(1, len(everyone))
         return f"{self.name}: {sizes} images, {captions:.3g} captions each ({self.origin})"
 
     def record(self) -> dict[str, Any]:
@@ -83,8 +95,9 @@ class CaptionedImages(Pictures):
         skipped: SkipList,
         groups: Sequence[int] | None = None,
         draw: bool = True,
+        background: Colour = WHITE,
     ) -> None:
-        super().__init__(images, transform, skipped)
+        super().__init__(images, transform, skipped, background)
         assert len(images) == len(captions)
         self.captions = captions
         self.tokenize = tokenize
@@ -99,33 +112,51 @@ class CaptionedImages(Pictures):
         picture = self.picture(index)
         if picture is None:
             return None
-        return self.transform(picture), self.tokenize([caption])[0], self.number(index, caption), index
+        tokens = self.tokenize([caption])[0]
+        number = token_number(tokens) if self.groups is None else self.groups[index]
+        return self.transform(picture), tokens, number, index
 
-    def number(self, index: int, caption: str) -> int:
-        """Return the number of a caption of an image."""
-        return caption_number(caption) if self.groups is None else self.groups[index]
-
-    def texts(self) -> tuple[list[str], list[int], list[int]]:
-        """Return all T captions in order, their numbers, and the positions of their images."""
-        texts = [(text, index) for index, captions in enumerate(self.captions) for text in captions]
-        numbers = [self.number(index, text) for text, index in texts]
-        return [text for text, _ in texts], numbers, [index for _, index in texts]
+    @functools.cached_property
+    def texts(self) -> "Texts":
+        """All captions of the images, in order."""
+        places = [index for index, captions in enumerate(self.captions) for _ in captions]
+        texts = [text for captions in self.captions for text in captions]
+        distinct = list(dict.fromkeys(texts))
+        tokens = (self.tokenize(distinct[at : at + _AT_ONCE]) for at in range(0, len(distinct), _AT_ONCE))
+        of_text = dict(zip(distinct, (token_number(row) for rows in tokens for row in rows), strict=True))
+        same = [of_text[text] for text in texts]
+        return Texts(texts, same, same if self.groups is None else [self.groups[index] for index in places], places)
 
     @staticmethod
-    def collate(items: Sequence[tuple[Tensor, Tensor, int, int] | None]) -> PairBatch:
-        """Stack the readable items of a batch."""
-        images, tokens, captions, indices = zip(*readable_items(items), strict=True)
+    def collate(items: Sequence[tuple[Tensor, Tensor, int, int]], measured: bool = True) -> PairBatch:
+        """Stack items; unless `measured`, the indices are `NOT_MEASURED`."""
+        images, tokens, captions, indices = zip(*items, strict=True)
         return PairBatch(
             images=torch.stack(images),
             tokens=torch.stack(tokens),
             captions=torch.tensor(captions),
-            indices=torch.tensor(indices),
+            indices=torch.tensor(indices) if measured else torch.full((len(items),), NOT_MEASURED),
         )
 
 
-def caption_number(text: str) -> int:
-    """Return a number from 0 to 2^63 - 1 that depends on the text alone, on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+@dataclass(frozen=True)
+class Texts:
+    """All T captions of some images."""
+
+    texts: Sequence[str]
+    tokens: Sequence[int]  # equal for captions with equal tokens
+    numbers: Sequence[int]  # equal for captions with the same meaning, as in `PairBatch`
+    images: Sequence[int]  # the positions of their images
+
+
+def token_number(tokens: Tensor) -> int:
+    """Return a number from 0 to 2^63 - 1 that depends on the tokens (L,) alone, on every machine.
+
+    Captions that differ only in case, in HTML entities or beyond the context of the model have equal tokens: the model
+    cannot tell them apart.
+    """
+    content = tokens.to(torch.int64).numpy().astype("<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
@@ -139,6 +170,8 @@ def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
         augment=splits.augment,
         groups=splits.labels,
         chosen=splits.chosen,
+        notes=splits.notes,
+        background=splits.background,
     )
 
 

@@ -10,8 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from randlora_vision.training.data.batches import Pictures, readable_items
-from randlora_vision.training.data.pictures import Picture, SkipList, Transform, held_out_files
+from randlora_vision.training.data.batches import Pictures
+from randlora_vision.training.data.decode import WHITE, Colour
+from randlora_vision.training.data.pictures import Picture, Transform, held_out_files
+from randlora_vision.training.data.skipped import SkipList
+
+NOT_MEASURED = -1
+"""The label of an image that stands in for a batch of unreadable images; it does not count."""
 
 
 class Batch(TypedDict):
@@ -25,8 +30,9 @@ class Batch(TypedDict):
 class ImageSplits:
     """Images (files, items of a dataset, or already decoded) and labels of each split, and the origin of the splits.
 
-    `val` is evaluated during training and selects the best state; `test` is evaluated before and after
-    training. Where the data has only one of the two, both are the same images.
+    `val` is evaluated during training and selects the best state. `test`, if there is one, is evaluated before and
+    after training; otherwise `val` is, and its figures are called those of the validation images. Images for
+    evaluation alone are a single split: `train`, `val`, `test` or `all`.
     """
 
     name: str
@@ -36,10 +42,17 @@ class ImageSplits:
     origin: str
     augment: Callable[[Image.Image], Image.Image] | None = None  # in place of the model's own augmentation
     chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
+    notes: Sequence[str] = ()  # for the user, one line each
+    background: Colour = WHITE  # of transparent pixels
 
-    def select(self, split: str, transform: Transform, skipped: "SkipList") -> "LabelledImages":
+    @property
+    def final(self) -> str:
+        """The split that is evaluated before and after training."""
+        return final_split(self.images)
+
+    def select(self, split: str, transform: Transform, skipped: SkipList) -> "LabelledImages":
         """Return one split as a dataset."""
-        return LabelledImages(self.images[split], self.labels[split], transform, skipped)
+        return LabelledImages(self.images[split], self.labels[split], transform, skipped, self.background)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(images)} {name}" for name, images in self.images.items())
@@ -57,13 +70,23 @@ class ImageSplits:
         }
 
 
+def final_split(splits: Mapping[str, Any]) -> str:
+    """Return the split that is evaluated before and after training: `test`, else `val`, else the only one."""
+    return next((split for split in ("test", "val") if split in splits), next(iter(splits)))
+
+
 class LabelledImages(Pictures):
     """Pictures with one label each."""
 
     def __init__(
-        self, images: Sequence[Picture], labels: Sequence[int], transform: Transform, skipped: SkipList
+        self,
+        images: Sequence[Picture],
+        labels: Sequence[int],
+        transform: Transform,
+        skipped: SkipList,
+        background: Colour = WHITE,
     ) -> None:
-        super().__init__(images, transform, skipped)
+        super().__init__(images, transform, skipped, background)
         assert len(images) == len(labels)
         self.labels = labels
 
@@ -72,10 +95,11 @@ class LabelledImages(Pictures):
         return None if picture is None else (self.transform(picture), self.labels[index])
 
     @staticmethod
-    def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
-        """Stack the readable items of a batch."""
-        images, labels = zip(*readable_items(items), strict=True)
-        return Batch(images=torch.stack(images), labels=torch.tensor(labels))
+    def collate(items: Sequence[tuple[Tensor, int]], measured: bool = True) -> Batch:
+        """Stack items; unless `measured`, the labels are `NOT_MEASURED`."""
+        images, labels = zip(*items, strict=True)
+        numbers = torch.tensor(labels) if measured else torch.full((len(items),), NOT_MEASURED)
+        return Batch(images=torch.stack(images), labels=numbers)
 
 
 def sample_pictures(data: LabelledImages, most: int) -> tuple[list[Image.Image], list[int]]:

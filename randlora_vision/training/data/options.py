@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from randlora_vision.training.data.class_names import read_templates
+from randlora_vision.training.data.decode import parse_colour
 
 DIGIT_PAIRS = "digits-pairs"
 
@@ -13,7 +14,8 @@ class SplitOptions:
     """Which images are for training, and which are held out."""
 
     shots: int | None = None
-    """Train on this many images per class, drawn with --split-seed; split.json lists them."""
+    """Train on this many images per class (all, where a class has fewer), drawn with --split-seed; split.json lists
+    them."""
     train_fraction: float = 1.0
     """Train on this fraction of the training images (of every class, where there are classes), drawn and listed
     in the same way."""
@@ -41,14 +43,23 @@ class SourceOptions:
     """The source of the images and of their captions or classes."""
 
     data: str | None = None
-    """A folder of class folders, or of train/ and val/ or test/ with class folders in each; a .csv or .tsv file
-    with a column of paths and one of captions or labels; WebDataset shards: one .tar, 'train-{000..012}.tar',
-    'train-*.tar' or a folder of them; torchvision:NAME; timm:NAME (torch/cifar10, hfds/ORG/NAME); hf:NAME,
+    """A folder of class folders, or of train/ and val/ or test/ with class folders in each; a folder of images with
+    captions beside them (.txt, .caption) or in metadata.jsonl or .csv; a .csv or .tsv file with a column of paths and
+    one of captions or labels; WebDataset shards: one .tar, 'train-{000..012}.tar', 'train-*.tar', several of these
+    joined by ::, or a folder of them; torchvision:NAME; timm:NAME (torch/cifar10, hfds/ORG/NAME); hf:NAME,
     hf:NAME:CONFIG, or a folder written by Hugging Face's save_to_disk. After torchvision: and hf: names, @SPLIT
     selects a single split. digits-pairs: the embedded digits with captions. Default: all ten embedded digits, with
     background and foreground swapped."""
     val_data: str | None = None
     """Validation data, in any of the forms of --data. If it has splits, its validation (else test) split is used."""
+    test_data: str | None = None
+    """Test data, in any of the forms of --data. If it has splits, its test (else validation) split is used. Without it
+    and without a test split in --data, only validation figures are reported."""
+    split_folders: tuple[str, ...] = ()
+    """Which folders in --data are its splits: train=Fit test=Final, or none if all of them are classes. By default,
+    folders with usual names (Training, val, test_set...) that contain class folders."""
+    background: str = "white"
+    """The colour on which transparent pixels are composed, such as black or #808080."""
     data_root: str | None = None
     """Folder where torchvision, timm and Hugging Face's datasets keep their files (required for torchvision's)."""
     download: bool = False
@@ -64,8 +75,9 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if self.label_column and self.caption_column:
             raise ValueError("--label-column and --caption-column exclude each other: give only one")
-        if self.val_data and self.embedded:
-            raise ValueError("--val-data needs --data: the embedded digits already have a validation split")
+        parse_colour(self.background)
+        if (self.val_data or self.test_data) and self.embedded:
+            raise ValueError("--val-data and --test-data need --data: the embedded digits already have all splits")
 
     @property
     def embedded(self) -> bool:
@@ -87,12 +99,16 @@ class ImageOptions(DataOptions):
     """The images, their class names and the prompts."""
 
     class_names: str | None = None
-    """Class names: a file (JSON, or one name per line) in the order of the labels (for class folders, sorted);
-    or JSON with a name for every folder; or imagenet, for open_clip's names of the 1000 classes. Default:
-    the names in the data."""
+    """Class names: a file with a name for every class folder or label (JSON, or two columns in a .csv, .tsv or text
+    file); a list (JSON, or one name per line) in the order of the labels, or by number where the labels are numbers;
+    or imagenet, for open_clip's names of the 1000 classes. Default: the names in the data."""
+    eval_split: Literal["train", "val", "test", "all"] | None = None
+    """What --eval-only measures of --data, and every evaluation of --retention-data. Default: its own test split, else
+    its own validation split, else all of it. train and val are cut as in training if the data has no such split."""
     templates: tuple[str, ...] = ()
     """Prompts, each with {} for the class name; files of prompts (JSON, or one per line); openai or simple, for
-    open_clip's 80 or 7 prompts. Default: 'a photo of a {}.' (five prompts on the digits)."""
+    open_clip's 80 or 7 prompts. Default: those of CLIP's authors for well-known data sets (torchvision:GTSRB...), five
+    prompts on the digits, else 'a photo of a {}.'."""
     prompts: Literal["average", "sample"] = "sample"
     """How training uses several templates: average their features, or sample one template per class and step
     (cheaper when the text tower is trained). Evaluation always averages."""

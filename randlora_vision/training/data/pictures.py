@@ -1,7 +1,8 @@
-"""Reading images, and recording those that cannot be read."""
+"""Images wherever they are kept, found in folders, opened for the decoder, and checked."""
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -11,84 +12,41 @@ from typing import IO, Any, Protocol
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from randlora_vision.names import printable
+from randlora_vision.files.text import as_utf8, require_regular
+from randlora_vision.training.data.decode import WHITE, Colour, Note, to_rgb
+from randlora_vision.training.data.skipped import SkipList
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-class SkipList:
-    """The data that could not be used: one line per item in a text file, or an error when strict.
-
-    Loader processes append to the same file, so it lists what any process skipped.
-    """
-
-    def __init__(self, path: Path | None = None, strict: bool = False) -> None:
-        self.path = path
-        self.strict = strict
-        self._seen: set[str] = set()
-        self._lock = threading.Lock()
-
-    def add(self, image: "Picture | str", reason: object) -> None:
-        """Record an unreadable image, or (a string) a position in a file; raise ValueError when strict."""
-        where, reason = printable(str(image)), printable(str(reason))
-        if self.strict:
-            what = "cannot use" if isinstance(image, str) else "cannot read the image"
-            raise ValueError(f"{what} {where}: {reason} (without --strict-data it is skipped)")
-        with self._lock:
-            if self.path is None or where in self._seen:
-                return
-            self._seen.add(where)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{where}\t{reason}\n")
-
-    def count(self) -> int:
-        """Return how many distinct images were recorded, by any process."""
-        if self.path is None or not self.path.exists():
-            return 0
-        return len({line.split("\t")[0] for line in self.path.read_text(encoding="utf-8").splitlines()})
-
-    def __str__(self) -> str:
-        count = self.count()
-        return f"; skipped {count} that cannot be used, listed in {self.path}" if count else ""
-
-
-def read_image(source: Path | IO[bytes]) -> Image.Image:
-    """Decode an image as RGB; raise OSError when that fails."""
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise OSError("Pillow does not recognise its image format") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow raises these as well as OSError on broken files.
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class Readable(Protocol):
     """An image that is neither a file nor decoded yet; `str` identifies it in messages."""
 
-    def read(self) -> Image.Image:
-        """Decode the image as RGB; raise OSError when that fails."""
+    def open(self) -> Image.Image:
+        """Open the image for decoding."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
     """An image of a map-style dataset whose items are tuples or dictionaries that contain the image.
 
-    The image there is either decoded or an open file.
+    The image there is decoded, an open file, or a dictionary of its bytes or path (Hugging Face's form). A dataset of
+    files whose own reader would decode them gives the `file`.
     """
 
     dataset: Any
     index: int
     key: int | str = 0
+    file: Path | None = None
 
-    def read(self) -> Image.Image:
-        """Decode the image as RGB; raise OSError when that fails."""
-        try:
-            image: Image.Image | IO[bytes] = self.dataset[self.index][self.key]
-            return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
-        except Exception as error:  # from any library
-            raise OSError(f"{type(error).__name__}: {error}") from error
+    def open(self) -> Image.Image:
+        """Open the image for decoding."""
+        if self.file is not None:
+            return open_file(self.file)
+        image: Image.Image | IO[bytes] | Mapping[str, Any] = self.dataset[self.index][self.key]
+        if isinstance(image, Mapping):
+            return Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else open_file(Path(image["path"]))
+        return image if isinstance(image, Image.Image) else Image.open(image)
 
     def __str__(self) -> str:
         return f"image {self.index} of {type(self.dataset).__name__}"
@@ -97,17 +55,35 @@ class StoredImage:
 Picture = Path | Image.Image | Readable
 
 
-def open_picture(image: Picture) -> Image.Image:
-    """Return the decoded image; raise OSError when it cannot be decoded."""
-    if isinstance(image, Image.Image):
-        return image
-    return read_image(image) if isinstance(image, Path) else image.read()
+def open_file(path: Path) -> Image.Image:
+    """Open an image file for decoding; raise OSError for anything but a regular file."""
+    require_regular(path)
+    return Image.open(path)
 
 
-def readable(image: Picture, skipped: SkipList) -> Image.Image | None:
-    """Return the decoded image, or record it in `skipped` and return None when it cannot be decoded."""
+def open_picture(image: Picture, background: Colour = WHITE, note: Note = lambda rule: None) -> Image.Image:
+    """Return the image as upright 8-bit RGB; raise OSError when it cannot be decoded."""
     try:
-        return open_picture(image)
+        if isinstance(image, Image.Image):
+            return to_rgb(image, background, note)
+        with open_file(image) if isinstance(image, Path) else image.open() as opened:
+            return to_rgb(opened, background, note)
+    except UnidentifiedImageError as error:
+        raise OSError("Pillow does not recognise its image format") from error
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's readers raise many types on broken files, and other libraries more
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def readable(image: Picture, skipped: SkipList, background: Colour = WHITE) -> Image.Image | None:
+    """Return the decoded image, or record it in `skipped` and return None when it cannot be decoded.
+
+    The rules that changed it are recorded too, except for an image without a name.
+    """
+    note = (lambda rule: None) if isinstance(image, Image.Image) else (lambda rule: skipped.change(image, rule))
+    try:
+        return open_picture(image, background, note)
     except OSError as error:
         skipped.add(image, error)
         return None
@@ -117,18 +93,58 @@ def held_out_files(images: Mapping[str, Sequence[Picture]]) -> dict[str, list[st
     """Return the images that are not for training, by split; embedded images have no names and are left out."""
     held_out = {name: images for name, images in images.items() if name != "train"}
     return {
-        name: [str(image) for image in images if not isinstance(image, Image.Image)]
+        name: [as_utf8(image) for image in images if not isinstance(image, Image.Image)]
         for name, images in held_out.items()
     }
-
-
-_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
     """Return the file suffixes that Pillow reads, in lower case with the dot."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
+
+
+_NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir")
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is one of a tool's own: .ipynb_checkpoints, ._image.jpg, __MACOSX."""
+    return name.startswith(".") or name in _NOT_DATA
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name is that of an image and not hidden."""
+    return os.path.splitext(name)[1].lower() in image_suffixes() and not is_hidden(name)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, without hidden ones, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted; links to folders are followed, hidden files and folders are not.
+
+    A link that leads back to a folder that contains it is left out.
+    """
+    return sorted(_walk(folder, (folder.resolve(),)))
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether `image_files` would find any."""
+    return any(True for _ in _walk(folder, (folder.resolve(),)))
+
+
+def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            if not is_hidden(path.name) and (real := path.resolve()) not in above:
+                yield from _walk(path, (*above, real))
+        elif is_image_name(path.name) and path.is_file():
+            yield path
+
+
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 def whole_images(paths: Sequence[Path], skipped: SkipList) -> list[bool]:
@@ -139,12 +155,12 @@ def whole_images(paths: Sequence[Path], skipped: SkipList) -> list[bool]:
 
 def _is_whole(path: Path, skipped: SkipList) -> bool:
     try:
-        with Image.open(path) as image:
+        with open_file(path) as image:
             marker = _END_MARKERS.get(image.format or "")
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 64))
             if not marker or marker not in file.read():
-                read_image(path)  # truncated, followed by other bytes, or in another format: decode it to find out
+                open_picture(path)  # truncated, followed by other bytes, or in another format: decode it to find out
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         skipped.add(path, error)
         return False

@@ -1,53 +1,104 @@
-"""The data of train_clip.py: one reader for every form of --data."""
+"""The data of the training scripts: one reader for every form of --data."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from randlora_vision.training.data.captioned import PairSplits, class_captions
 from randlora_vision.training.data.class_names import with_class_names
+from randlora_vision.training.data.cleaning import cleaned
+from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.options import DIGIT_PAIRS, DataOptions, SourceOptions
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.data.sources.caption_folder import caption_folder_part, is_caption_folder
 from randlora_vision.training.data.sources.class_folders import class_folder_parts
 from randlora_vision.training.data.sources.hugging_face import hf_parts, is_saved_dataset
 from randlora_vision.training.data.sources.tables import TABLE_SUFFIXES, table_part
-from randlora_vision.training.data.sources.tar_shards import is_shard_folder, shards_part
+from randlora_vision.training.data.sources.tar_shards import is_shards, shards_parts
 from randlora_vision.training.data.sources.timm import timm_parts
 from randlora_vision.training.data.sources.torchvision import torchvision_parts
-from randlora_vision.training.data.splits import Part, make_splits, training_part, without_empty_captions
+from randlora_vision.training.data.splits import make_evaluation, make_splits, training_part
 
+Splits = ImageSplits | PairSplits
 _REMOTE = ("http:", "https:", "s3:", "gs:", "gcs:", "hdfs:", "pipe:", "ftp:", "file:")
 
 
-def read_data(options: DataOptions, skipped: SkipList, class_names: str | None = None) -> ImageSplits | PairSplits:
-    """Return the splits of --data, with the requested part of `train`, validation data and class names.
+def read_data(options: DataOptions, skipped: SkipList, class_names: str | None = None) -> Splits:
+    """Return the splits of --data, with the requested part of `train`, validation and test data, and class names.
 
     Data with captions gives `PairSplits`; data with classes gives `ImageSplits`.
 
     Raises ValueError or FileNotFoundError, with a message for the user, when the data cannot be used as requested.
     """
-    splits = _read_splits(options, skipped)
+    splits = _embedded(options) or _make_splits(_all_parts(options, skipped), options)
+    return training_part(_finished(splits, options, class_names), options)
+
+
+def read_evaluation(
+    options: DataOptions, skipped: SkipList, class_names: str | None = None, wanted: str | None = None
+) -> Splits:
+    """Return the images of --data to evaluate on, as a single split: all of them unless the data has splits.
+
+    `wanted` names a split: train, val, test or all. Raises as `read_data` does.
+    """
+    embedded = _embedded(options)
+    if embedded is not None:
+        return _only(embedded, wanted or "test")
+    parts = _all_parts(options, skipped)
+    if wanted in ("train", "val") and "val" not in parts:  # cut as in training
+        splits = _only(_make_splits(parts, options), wanted)
+    else:
+        splits = make_evaluation(_title(options.data or ""), parts, wanted)
+    return _finished(splits, options, class_names)
+
+
+def _only(splits: Splits, wanted: str) -> Splits:
+    """Return the splits with only one of them."""
+    if wanted not in splits.images:
+        raise ValueError(f"--eval-split {wanted}: {splits.name} has {' and '.join(splits.images)}")
+    origin = f"the {wanted} split: {splits.origin}"
+    images = {wanted: splits.images[wanted]}
+    if isinstance(splits, PairSplits):
+        groups = splits.groups and {wanted: splits.groups[wanted]}
+        captions = {wanted: splits.captions[wanted]}
+        return replace(splits, images=images, captions=captions, groups=groups, origin=origin)
+    return replace(splits, images=images, labels={wanted: splits.labels[wanted]}, origin=origin)
+
+
+def _finished(splits: Splits, options: DataOptions, class_names: str | None) -> Splits:
+    """Return the splits with their class names and background."""
+    splits = replace(splits, background=parse_colour(options.background))
     if isinstance(splits, ImageSplits):
-        splits = with_class_names(splits, class_names)
-    elif class_names:
+        return with_class_names(splits, class_names, options.data)
+    if class_names:
         raise ValueError(f"--class-names: {options.data or 'the data'} has captions, not classes")
-    return training_part(splits, options)
+    return splits
 
 
-def _read_splits(options: DataOptions, skipped: SkipList) -> ImageSplits | PairSplits:
-    if options.data is None:
-        return digits.read_digits(inverted=True)
+def _embedded(options: DataOptions) -> Splits | None:
     if options.data == DIGIT_PAIRS:
         return class_captions(digits.read_digits(inverted=True), digits.TEMPLATES)
-    parts = _read_parts(options.data, options, skipped)
-    if options.val_data is not None:
-        found = _read_parts(options.val_data, options, skipped)
-        parts["val"] = found.get("val") or found.get("test") or found["train"]
-    parts = {split: without_empty_captions(part, skipped) for split, part in parts.items()}
-    return make_splits(_title(options.data), parts, options.val_fraction, options.split_seed)
+    return digits.read_digits(inverted=True) if options.data is None else None
 
 
-def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
+def _make_splits(parts: Mapping[str, Part], options: DataOptions) -> Splits:
+    return make_splits(_title(options.data or ""), parts, options.val_fraction, options.split_seed)
+
+
+def _all_parts(options: DataOptions, skipped: SkipList) -> Mapping[str, Part]:
+    assert options.data is not None
+    parts = dict(_read_parts(options.data, options, skipped))
+    for split, spec, other in (("val", options.val_data, "test"), ("test", options.test_data, "val")):
+        if spec is not None:
+            found = _read_parts(spec, options, skipped)
+            parts[split] = found.get(split) or found.get(other) or found["train"]
+    return {split: cleaned(part, skipped) for split, part in parts.items()}
+
+
+def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping[str, Part]:
     """Read one source, named as on the command line."""
     scheme, _, name = spec.partition(":")
     path = Path(spec)
@@ -56,19 +107,21 @@ def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[st
     if scheme in ("torchvision", "hf"):
         name, _, split = name.partition("@")
         if scheme == "hf":
-            return hf_parts(name, split or None, options, skipped)
+            return hf_parts(name, split or None, options)
         return torchvision_parts(name, split or None, options)
     if spec.startswith(_REMOTE):
         raise ValueError(f"--data {spec}: data is read from disk only; download it first")
-    if path.suffix in TABLE_SUFFIXES:
+    if path.suffix.lower() in TABLE_SUFFIXES:
         return {"train": table_part(path, options, skipped)}
-    if path.suffix == ".tar" or (path.is_dir() and is_shard_folder(path)):
-        return {"train": shards_part(spec, options, skipped)}
+    if is_shards(spec):
+        return shards_parts(spec, options, skipped)
     if path.is_file():
         raise ValueError(f"--data {spec}: a file must be a .csv, a .tsv or a .tar")
     if is_saved_dataset(path):
-        return hf_parts(spec, None, options, skipped)
-    return class_folder_parts(path, skipped)
+        return hf_parts(spec, None, options)
+    if is_caption_folder(path):
+        return {"train": caption_folder_part(path, skipped)}
+    return class_folder_parts(path, options, skipped)
 
 
 def _title(spec: str) -> str:

@@ -4,141 +4,191 @@ By hand, because a stratified split of scikit-learn can leave a small class with
 splits of existing runs again.
 """
 
+import os
 import random
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
+
+from PIL import Image
 
 from randlora_vision.names import listing
 from randlora_vision.training.data.captioned import PairSplits
+from randlora_vision.training.data.cleaning import Classes, look_alike
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.options import SplitOptions
-from randlora_vision.training.data.pictures import Picture, SkipList
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import StoredImage
 
+_Splits = TypeVar("_Splits", bound=ImageSplits | PairSplits)
 _MOST_PAIRS = 1000  # held out: recall compares all pairs, and 1000 is the usual number in the literature
+SPLITS = ("train", "val", "test")
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "validate", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_NAMES = {
+    spelling + ending: split
+    for split, spellings in _SPELLINGS.items()
+    for spelling in spellings
+    for ending in ("", "set", "data", "images", "split")
+}
 
 
-@dataclass(frozen=True)
-class Part:
-    """Images of one split with labels, or with captions (at least one per image)."""
-
-    source: str  # its name in messages
-    images: Sequence[Picture]
-    labels: Sequence[int] | Sequence[str] | None = None
-    captions: Sequence[Sequence[str]] | None = None
-    class_names: Sequence[str] | None = None  # names for integer labels, if there are any
-
-    def take(self, indices: Iterable[int]) -> "Part":
-        """Return the images at `indices`, in that order."""
-        indices = list(indices)
-        return Part(
-            self.source,
-            [self.images[i] for i in indices],
-            [self.labels[i] for i in indices] if self.labels is not None else None,  # type: ignore[arg-type]
-            [self.captions[i] for i in indices] if self.captions is not None else None,
-            self.class_names,
-        )
+def split_of(name: str) -> str | None:
+    """Return the split that a folder or split is named after (Training, test_set, val2017), or None."""
+    return _SPLIT_NAMES.get(re.sub("[^a-z]", "", name.lower()))
 
 
 def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int) -> ImageSplits | PairSplits:
     """Return the splits of a source that has `train` and may have `val` and `test`.
 
-    If `val` is missing, a `fraction` of `train` is held out, drawn with `seed`. If `test` is missing, it is the
-    same as `val`.
+    If `val` is missing, a `fraction` of `train` is held out, drawn with `seed`. A missing `test` stays missing. The
+    parts have been cleaned.
 
     Raises ValueError when some parts have captions and others classes, when there are no images to train on or
-    to hold out, when there are fewer than two classes, or when a part has a class that `train` lacks.
+    to hold out, when there are fewer than two classes, when a part has a class that `train` lacks, or when two parts
+    share a file.
     """
-    train = parts["train"]
-    if not train.images:
-        raise ValueError(f"no readable images in {train.source}")
-    for part in parts.values():
-        if (part.captions is None) != (train.captions is None):
-            kinds = ("captions", "classes") if train.captions is not None else ("classes", "captions")
-            raise ValueError(f"{train.source} has images with {kinds[0]}, but {part.source} has images with {kinds[1]}")
-        if not part.images:
-            raise ValueError(f"no readable images in {part.source}")
+    if "train" not in parts:
+        raise ValueError(
+            f"{name} has no images to train on, only {' and '.join(part.source for part in parts.values())}; "
+            "--eval-only evaluates on it"
+        )
+    _check_parts(parts)
     held_out = sorted(set(parts) - {"train"})
     origin = f"its own {' and '.join(held_out)}" if held_out else ""
     if "val" not in parts:
         origin += f"{', ' if origin else ''}fraction {fraction} held out for validation, seed {seed}"
-    if train.captions is not None:
-        return _pair_splits(name, parts, fraction, seed, origin)
-    return _image_splits(name, parts, fraction, seed, origin)
+    whole = parts["train"].captions is None
+    splits = _image_splits(name, parts, origin) if whole else _pair_splits(name, parts, origin)
+    if held_out:
+        notes = f"splits: {', '.join(f'{split} is {parts[split].source}' for split in SPLITS if split in parts)}"
+        splits = replace(splits, notes=(*splits.notes, notes))
+    return splits if "val" in parts else _with_held_out(splits, parts["train"].source, fraction, seed)
 
 
-def _pair_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int, origin: str) -> PairSplits:
-    if "val" not in parts:
-        parts = {**parts, **_hold_out_pairs(parts["train"], fraction, seed)}
-    parts = {"test": parts["val"], **parts}
+def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) -> ImageSplits | PairSplits:
+    """Return images to evaluate on, none of which is for training, as a single split.
+
+    `wanted` is one of the parts, or "all" of them together; the default is the source's own test split, else its own
+    validation split, else all. Raises ValueError when there is no such part, and as `make_splits` does.
+    """
+    _check_parts(parts)
+    chosen = wanted or next((split for split in ("test", "val") if split in parts), "all")
+    if chosen != "all" and chosen not in parts:
+        raise ValueError(f"--eval-split {chosen}: {name} has no such split, only {listing(parts)}")
+    everything, *others = parts.values()
+    for part in others:
+        everything = everything + part
+    part = everything if chosen == "all" else parts[chosen]
+    origin = f"all {len(part.images)} images" if chosen == "all" else f"its own {chosen} split"
+    if part.captions is not None:
+        return _pair_splits(name, {chosen: part}, origin)
+    return _image_splits(name, {chosen: part}, origin, classes=everything)
+
+
+def _check_parts(parts: Mapping[str, Part]) -> None:
+    first = next(iter(parts.values()))
+    for part in parts.values():
+        if (part.captions is None) != (first.captions is None):
+            kinds = ("captions", "classes") if first.captions is not None else ("classes", "captions")
+            raise ValueError(f"{first.source} has images with {kinds[0]}, but {part.source} has images with {kinds[1]}")
+        if not part.images:
+            raise ValueError(f"no readable images in {part.source}")
+    owners: dict[str, Part] = {}
+    for part in parts.values() if len(parts) > 1 else ():
+        named = (image for image in part.images if not isinstance(image, Image.Image | StoredImage))
+        files = {os.path.abspath(str(image)) for image in named}
+        shared = sorted(file for file in files if file in owners)
+        if shared:
+            raise ValueError(
+                f"{owners[shared[0]].source} and {part.source} share {len(shared)} images, for example {shared[0]}: "
+                "what is measured must not be trained on"
+            )
+        owners.update(dict.fromkeys(files, part))
+
+
+def _pair_splits(name: str, parts: Mapping[str, Part], origin: str) -> PairSplits:
+    present = [split for split in (*SPLITS, "all") if split in parts]
     return PairSplits(
         name,
-        {split: parts[split].images for split in ("train", "val", "test")},
-        {split: parts[split].captions or () for split in ("train", "val", "test")},
+        {split: parts[split].images for split in present},
+        {split: parts[split].captions or () for split in present},  # type: ignore[misc]  # cleaned: no None
         origin,
     )
 
 
-def _hold_out_pairs(train: Part, fraction: float, seed: int) -> dict[str, Part]:
-    count = len(train.images)
-    if count < 2:
-        raise ValueError(f"{train.source} has only one image, which cannot be used for both training and validation")
-    held_out = min(count - 1, max(1, round(fraction * count)), _MOST_PAIRS)
-    chosen = set(random.Random(seed).sample(range(count), held_out))
-    return {"train": train.take(i for i in range(count) if i not in chosen), "val": train.take(sorted(chosen))}
-
-
-def _image_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int, origin: str) -> ImageSplits:
-    names = _class_names(parts)
-    labels = {split: _numbers(part, names, parts["train"]) for split, part in parts.items()}
-    images = {split: list(part.images) for split, part in parts.items()}
-    present = set(labels["train"])
-    if len(present) < 2:
+def _image_splits(name: str, parts: Mapping[str, Part], origin: str, classes: Part | None = None) -> ImageSplits:
+    """Return the splits; the classes are those of `train`, or of the part `classes`."""
+    present = [split for split in (*SPLITS, "all") if split in parts]
+    source = classes or parts["train"]
+    names = _class_names(parts, source)
+    numbers = Classes(map(str, range(len(names)))) if source.class_names else Classes(map(str, source.labels or ()))
+    labels = {split: _positions(parts[split], numbers, source) for split in present}
+    found = {label for of_split in labels.values() for label in of_split} if classes else set(labels["train"])
+    if len(found) < 2 and (classes is None or len(names) < 2):
         raise ValueError(
-            f"only one class with images in {parts['train'].source} ({names[present.pop()]!r}): "
-            "classification needs two or more"
+            f"only one class with images in {source.source} ({names[found.pop()]!r}): classification needs two or more"
         )
-    names = [name.replace("_", " ") for name in names]
-    if "val" not in parts:
-        kept, held_out = hold_out(labels["train"], names, fraction, seed)
-        for table in (images, labels):
-            everything = table["train"]
-            table["train"], table["val"] = [everything[i] for i in kept], [everything[i] for i in held_out]  # type: ignore[misc]
-    if "test" not in parts:
-        images["test"], labels["test"] = images["val"], labels["val"]
-    return ImageSplits(name, names, images, labels, origin)
-
-
-def _class_names(parts: Mapping[str, Part]) -> list[str]:
-    """Return the names of the labels 0, 1, 2...: the given names, else the sorted labels, else the numbers."""
-    train = parts["train"]
-    for part in parts.values():
-        if part.class_names != train.class_names:
-            raise ValueError(
-                f"{train.source} and {part.source} have different classes: "
-                f"{listing(train.class_names or ())} and {listing(part.class_names or ())}"
-            )
-    if train.class_names is not None:
-        return list(train.class_names)
-    labels = train.labels or ()
-    if any(isinstance(label, str) for label in labels):
-        return sorted({str(label) for label in labels})
-    return [
-        str(number) for number in range(max(int(label) for part in parts.values() for label in part.labels or ()) + 1)
+    alike = [
+        f"classes that differ only in case or underscores: {listing(group)}" for group in look_alike(names).values()
     ]
+    names = [name.replace("_", " ") for name in names]
+    return ImageSplits(name, names, {s: list(parts[s].images) for s in present}, labels, origin, notes=tuple(alike))
 
 
-def _numbers(part: Part, names: Sequence[str], train: Part) -> list[int]:
-    """Return the labels of a part as numbers."""
-    labels: Sequence[int | str] = part.labels or ()
-    numbered = not any(isinstance(label, str) for label in train.labels or ())
-    known: Mapping[int | str, int] = {number if numbered else name: number for number, name in enumerate(names)}
-    labels = labels if numbered else [str(label) for label in labels]
-    unknown = {label for label in labels if label not in known}
+def _class_names(parts: Mapping[str, Part], source: Part) -> list[str]:
+    """Return the names of the labels 0, 1, 2...: the given names, else the distinct labels."""
+    for part in parts.values():
+        if part.class_names != source.class_names:
+            raise ValueError(
+                f"{source.source} and {part.source} have different classes: "
+                f"{listing(source.class_names or ())} and {listing(part.class_names or ())}"
+            )
+    return list(source.class_names) if source.class_names else Classes(map(str, source.labels or ())).names
+
+
+def _positions(part: Part, classes: Classes, source: Part) -> list[int]:
+    """Return the labels of a part as numbers of classes."""
+    known = {label: classes.position(str(label)) for label in set(part.labels or ())}
+    unknown = sorted(str(label) for label, position in known.items() if position is None)
     if unknown:
-        raise ValueError(f"{part.source} has classes that {train.source} lacks: {listing(sorted(map(str, unknown)))}")
-    return [known[label] for label in labels]
+        raise ValueError(f"{part.source} has classes that {source.source} lacks: {listing(unknown)}")
+    return [position for label in part.labels or () if (position := known[label]) is not None]
+
+
+def _with_held_out(splits: _Splits, source: str, fraction: float, seed: int) -> _Splits:
+    """Move a fraction of `train` to `val`."""
+    if isinstance(splits, ImageSplits):
+        kept, held_out = hold_out(splits.labels["train"], splits.class_names, fraction, seed)
+        return replace(
+            splits, images=_moved(splits.images, kept, held_out), labels=_moved(splits.labels, kept, held_out)
+        )
+    count = len(splits.images["train"])
+    if count < 2:
+        raise ValueError(f"{source} has only one image, which cannot be used for both training and validation")
+    most = min(count - 1, max(1, round(fraction * count)), _MOST_PAIRS)
+    held_out = sorted(random.Random(seed).sample(range(count), most))
+    chosen = set(held_out)
+    kept = [i for i in range(count) if i not in chosen]
+    return replace(
+        splits, images=_moved(splits.images, kept, held_out), captions=_moved(splits.captions, kept, held_out)
+    )
+
+
+_Value = TypeVar("_Value")
+
+
+def _moved(
+    table: Mapping[str, Sequence[_Value]], kept: Sequence[int], held_out: Sequence[int]
+) -> dict[str, Sequence[_Value]]:
+    everything = table["train"]
+    rest = {split: values for split, values in table.items() if split != "train"}
+    return {"train": [everything[i] for i in kept], "val": [everything[i] for i in held_out], **rest}
 
 
 def hold_out(labels: Sequence[int], names: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -167,22 +217,21 @@ def members(labels: Sequence[int]) -> Mapping[int, list[int]]:
     return found
 
 
-_Splits = TypeVar("_Splits", bound=ImageSplits | PairSplits)
-
-
 def training_part(splits: _Splits, options: SplitOptions) -> _Splits:
     """Return the splits with the part of `train` that --shots or --train-fraction asks for.
 
-    The positions of its images in the whole of `train` are stored in `chosen`. Raises ValueError when a class
-    has fewer images than --shots, or when --shots is given for data without classes.
+    The positions of its images in the whole of `train` are stored in `chosen`. A class with fewer images than
+    --shots gives all of them, and a note says how many such classes there are. Raises ValueError when --shots is given
+    for data without classes.
     """
     seed, fraction = options.split_seed, options.train_fraction
     count = len(splits.images["train"])
     if options.shots is not None:
         if isinstance(splits, PairSplits):
             raise ValueError("--shots counts images per class, but this data has captions: use --train-fraction")
-        chosen = few_shot_indices(splits.labels["train"], splits.class_names, options.shots, seed)
+        chosen = few_shot_indices(splits.labels["train"], options.shots, seed)
         part = f"{options.shots} shots a class"
+        splits = replace(splits, notes=(*splits.notes, *_short_classes(splits, options.shots)))
     elif fraction < 1:
         part = f"fraction {fraction} of the training images"
         if isinstance(splits, ImageSplits):
@@ -203,18 +252,24 @@ def _with_part(splits: _Splits, chosen: Sequence[int], origin: str) -> _Splits:
     return replace(splits, images=images, captions=captions, origin=origin, chosen=chosen)
 
 
-def few_shot_indices(labels: Sequence[int], names: Sequence[str], shots: int, seed: int) -> list[int]:
-    """Return the positions of `shots` images of every class, in order."""
-    of_class = members(labels)
-    counts = [(len(of_class.get(label, ())), name) for label, name in enumerate(names)]
-    short = sorted((count, name) for count, name in counts if count < shots)
-    if short:
-        raise ValueError(
-            f"--shots {shots}: too few training images: "
-            f"{listing(f'the class {name!r} has {count}' for count, name in short)}"
-        )
+def few_shot_indices(labels: Sequence[int], shots: int, seed: int) -> list[int]:
+    """Return the positions of `shots` images of every class, or of all that it has, in order."""
     generator = random.Random(seed)
-    return sorted(index for label in range(len(names)) for index in generator.sample(of_class[label], shots))
+    return sorted(
+        index
+        for _, indices in sorted(members(labels).items())
+        for index in generator.sample(indices, min(shots, len(indices)))
+    )
+
+
+def _short_classes(splits: ImageSplits, shots: int) -> list[str]:
+    of_class = members(splits.labels["train"])
+    counts = [(len(of_class.get(label, ())), name) for label, name in enumerate(splits.class_names)]
+    short = sorted((count, name) for count, name in counts if count < shots)
+    if not short:
+        return []
+    words = listing(f"{name!r} has {count}" for count, name in short)
+    return [f"{len(short)} of {len(counts)} classes have fewer than {shots} training images: {words}"]
 
 
 def _fraction_of_classes(labels: Sequence[int], fraction: float, seed: int) -> list[int]:
@@ -225,14 +280,3 @@ def _fraction_of_classes(labels: Sequence[int], fraction: float, seed: int) -> l
         for _, indices in sorted(members(labels).items())
         for index in generator.sample(indices, max(1, round(fraction * len(indices))))
     )
-
-
-def without_empty_captions(part: Part, skipped: SkipList) -> Part:
-    """Strip whitespace from the captions, and leave out images whose captions are all empty."""
-    if part.captions is None:
-        return part
-    captions = [[text.strip() for text in texts if text.strip()] for texts in part.captions]
-    kept = [index for index, texts in enumerate(captions) if texts]
-    for index in sorted(set(range(len(captions))) - set(kept)):
-        skipped.add(f"the caption of {part.source}, {part.images[index]}", "it is empty")
-    return replace(part, captions=captions).take(kept)

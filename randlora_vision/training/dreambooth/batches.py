@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from randlora_vision.training.data.batches import worker_count
+from randlora_vision.training.data.decode import WHITE, Colour, Note
 from randlora_vision.training.data.pictures import Picture, open_picture
 from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit
+from randlora_vision.training.dreambooth.captions import Variants
 from randlora_vision.training.dreambooth.families import Encoded, Family
 from randlora_vision.training.harness.seeding import seed_everything
 
@@ -44,14 +46,18 @@ class Item:
     caption: int
     bucket: Size
     prior: bool
+    background: Colour = WHITE
+    variants: Variants | None = None  # of the caption
+
+    def draw_caption(self) -> int:
+        """Return the index of the caption for training."""
+        return self.caption if self.variants is None else self.variants.draw()
 
 
-def read_picture(image: Picture) -> Image.Image:
-    """Return the image in RGB with its EXIF orientation applied. Raises ValueError if it cannot be read."""
+def read_picture(image: Picture, background: Colour = WHITE, note: Note = lambda rule: None) -> Image.Image:
+    """Return the image as upright RGB (see `open_picture`). Raises ValueError if it cannot be read."""
     try:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        return ImageOps.exif_transpose(open_picture(image))
+        return open_picture(image, background, note)
     except OSError as error:
         raise ValueError(f"cannot read the image {image}: {error}") from error
 
@@ -66,10 +72,16 @@ class CaptionedPixels(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Entry:
+    def entry(self, index: int) -> Entry:
+        """Return an item with its own caption."""
         item = self.items[index]
-        pixels, sizes = fit(read_picture(item.image), item.bucket, self.center_crop)
+        pixels, sizes = fit(read_picture(item.image, item.background), item.bucket, self.center_crop)
         return pixels, sizes, item.caption, item.prior
+
+    def __getitem__(self, index: int) -> Entry:
+        """Return an item with a caption for training."""
+        pixels, sizes, _, prior = self.entry(index)
+        return pixels, sizes, self.items[index].draw_caption(), prior
 
 
 class CachedLatents(Dataset):
@@ -80,14 +92,20 @@ class CachedLatents(Dataset):
         self.entries: list[Entry] = []
         for index in range(len(data)):
             seed_everything("crop", seed, index)
-            pixels, sizes, caption, prior = data[index]
+            pixels, sizes, caption, prior = data.entry(index)
             self.entries.append((family.moments(pixels[None])[0].cpu(), sizes, caption, prior))
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Entry:
+    def entry(self, index: int) -> Entry:
+        """Return an item with its own caption."""
         return self.entries[index]
+
+    def __getitem__(self, index: int) -> Entry:
+        """Return an item with a caption for training."""
+        moments, sizes, _, prior = self.entries[index]
+        return moments, sizes, self.items[index].draw_caption(), prior
 
 
 def collate(entries: Sequence[Entry]) -> DiffusionBatch:

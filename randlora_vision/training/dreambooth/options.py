@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from randlora_vision.names import short_name
+from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.harness.options import (
     FREE,
@@ -54,8 +55,8 @@ class SubjectOptions:
     """The images to learn, their captions, and prior preservation."""
 
     instance_data_dir: str | None = None
-    """A folder of images. A caption in a text file next to an image (name.txt) or in metadata.jsonl in the folder
-    (file_name, text) takes precedence over --instance-prompt."""
+    """A folder of images. A caption in a text file next to an image (name.txt, name.caption) or in metadata.jsonl or
+    metadata.csv in the folder (file_name, text) takes precedence over --instance-prompt."""
     dataset_name: str | None = None
     """A Hugging Face dataset instead of a folder: a name on the Hub, or a folder written by save_to_disk."""
     image_column: str = "image"
@@ -64,6 +65,16 @@ class SubjectOptions:
     """The caption column of the dataset. Default: all images use --instance-prompt."""
     instance_prompt: str | None = None
     """The caption of images without a separate caption, such as 'a photo of sks dog'."""
+    trigger_word: str | None = None
+    """A word that every caption of the subject begins with, unless it contains it already."""
+    shuffle_caption: bool = False
+    """Draw the tags of a caption, separated by commas, in one of 16 orders at every step."""
+    keep_tokens: int = 0
+    """How many tags at the beginning of a caption --shuffle-caption leaves in place (count the trigger word)."""
+    caption_dropout_rate: float = 0.0
+    """Fraction of the steps in which an image of the subject is trained with an empty caption."""
+    background: str = "white"
+    """The colour on which transparent pixels are composed, such as black or #808080."""
     with_prior_preservation: bool = False
     """Also train on images of the class, so that the model does not forget the class."""
     class_data_dir: str | None = None
@@ -98,6 +109,11 @@ class SubjectOptions:
             raise ValueError("--class-data-dir and --class-prompt need --with-prior-preservation")
         for name in ("num_class_images", "sample_batch_size", "resolution"):
             _above(f"--{name.replace('_', '-')}", getattr(self, name))
+        parse_colour(self.background)
+        if not 0 <= self.caption_dropout_rate < 1:
+            raise ValueError(f"--caption-dropout-rate must be at least 0 and below 1, got {self.caption_dropout_rate}")
+        if self.keep_tokens < 0 or (self.keep_tokens and not self.shuffle_caption):
+            raise ValueError(f"--keep-tokens must be 0 or more and needs --shuffle-caption, got {self.keep_tokens}")
         if self.prior_loss_weight < 0:
             raise ValueError(f"--prior-loss-weight must be 0 or more, got {self.prior_loss_weight}")
 

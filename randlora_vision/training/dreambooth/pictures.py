@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from randlora_vision.files.atomic import replacing
+from randlora_vision.training.data.decode import Colour
 from randlora_vision.training.data.pictures import Picture
 from randlora_vision.training.dreambooth.batches import read_picture
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
@@ -37,12 +38,14 @@ class Album:
         gallery: Gallery,
         adaptation: PipelineAdaptation,
         report: Report,
+        background: Colour,
     ) -> None:
         self.run = run
         self.instances = instances
         self.gallery = gallery
         self.adaptation = adaptation
         self.report = report
+        self.background = background
 
     def show(self, step: int) -> None:
         """Generate pictures with the file that was just saved, and plot them together with those of the base."""
@@ -62,7 +65,8 @@ class Album:
 
     def _plot(self, rows: dict[str, str], title: str, path: Path) -> None:
         most = max(self.gallery.each, _INSTANCES)
-        instances = [ImageOps.fit(read_picture(image), (256, 256)) for image in self.instances[:most]]
+        pictures = (read_picture(image, self.background) for image in self.instances[:most])
+        instances = [ImageOps.fit(picture, (256, 256)) for picture in pictures]
         groups = [("instance images", [("", instances)])]
         for number, prompt in enumerate(self.gallery.prompts):
             groups.append((prompt, [(label, self._read(folder, number)) for label, folder in rows.items()]))

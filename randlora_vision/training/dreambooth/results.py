@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
 from randlora_vision.training.evaluation.curves import plot_curves
@@ -40,6 +41,7 @@ def write_results(
     shares: Mapping[str, Shares],
     speed: Speed,
     reload_difference: float,
+    skipped: SkipList,
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder except the samples; return the content of summary.json."""
     method, title = settings.adapter.method, model_title(settings)
@@ -48,7 +50,7 @@ def write_results(
     plot_curves(metrics, f"{method} on {title}", run.curves, losses)
     measured = [line for line in metrics if line["split"] == "val"]
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference),
+        **summarise(run, method, title, adaptation, speed, reload_difference, skipped),
         "before": _values(measured[0], shares.get("before")),
         "after": _values(measured[-1], shares.get("after")),
     }

@@ -61,7 +61,9 @@ def make_task(
 ) -> AdaptedTask:
     """Return the task of training with the denoising loss on the subject and its class; `path` is its file."""
     training, text_encoder_lr = settings.training, settings.pipeline.text_encoder_lr
-    items, texts = make_items(train.subject, train.class_images, train.class_prompt, train.buckets)
+    items, texts = make_items(
+        train.subject, train.class_images, train.class_prompt, train.buckets, settings.subject, training.seed
+    )
     pixels = CaptionedPixels(items, settings.subject.center_crop)
     cached = settings.subject.cache_latents
     data = CachedLatents(pixels, family, training.seed) if cached else pixels
@@ -77,6 +79,7 @@ def make_task(
         evaluate=partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed),
         own_lr={p: text_encoder_lr for p in texts_learn if p.requires_grad and text_encoder_lr is not None},
         path=path,
+        measured="training-image",  # a few images of the subject cannot be split
     )
 
 
@@ -89,7 +92,7 @@ def fixed_losses(
     errors: dict[str, list[float]] = defaultdict(list)
     for number, indices in enumerate(batches):
         seed_everything("evaluation", seed, number)
-        batch = collate([data[index] for index in indices])
+        batch = collate([data.entry(index) for index in indices])
         name = "prior_loss" if batch["prior"][0] else "loss"
         errors[name] += loss.errors(batch).tolist()
     return {name: sum(values) / len(values) for name, values in errors.items()}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from randlora_vision.training.data.labelled import Batch
+from randlora_vision.training.data.labelled import NOT_MEASURED, Batch
+from randlora_vision.training.evaluation.intervals import wilson
 from randlora_vision.training.harness.distributed import measure_all
 
 
@@ -26,17 +27,28 @@ class Scores:
 
     @property
     def values(self) -> dict[str, float]:
-        """The metrics by name: top1, top5, and loss if there is one."""
-        top1 = self.confusion.diagonal().sum().item() / self.confusion.sum().item()
-        return {"top1": top1, "top5": self.top5, **({} if self.loss is None else {"loss": self.loss})}
+        """The metrics by name: top1, top5, loss if there is one, and the number of samples that were measured."""
+        samples = int(self.confusion.sum())
+        top1 = self.confusion.diagonal().sum().item() / samples
+        loss = {} if self.loss is None else {"loss": self.loss}
+        return {"top1": top1, "top5": self.top5, **loss, "samples": samples}
 
     @property
     def per_class(self) -> list[float | None]:
         """The accuracy of each class; None for a class without images."""
         right = F.pad(self.confusion.diagonal(), (0, len(self.confusion) - min(self.confusion.shape)))
+        return [hits / count if count else None for hits, count in zip(right.tolist(), self.counts, strict=True)]
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of images of each class."""
+        return self.confusion.sum(dim=1).tolist()
+
+    def class_intervals(self) -> list[tuple[float, float] | None]:
+        """Return the 95% interval of the accuracy of each class; None for a class without images."""
         return [
-            hits / count if count else None
-            for hits, count in zip(right.tolist(), self.confusion.sum(dim=1).tolist(), strict=True)
+            None if value is None else wilson(value, count)
+            for value, count in zip(self.per_class, self.counts, strict=True)
         ]
 
 
@@ -57,10 +69,15 @@ def measure(
         logits = logits_of(batch["images"].to(device)).float()
         outputs = logits.shape[1]
         ranking = logits.topk(min(5, outputs)).indices
-        losses = F.cross_entropy(logits, labels, reduction="none") if outputs >= classes else torch.zeros_like(labels)
+        losses = (
+            F.cross_entropy(logits, labels, reduction="none", ignore_index=NOT_MEASURED)
+            if outputs >= classes
+            else torch.zeros_like(labels)
+        )
         return labels, ranking[:, 0], (ranking == labels[:, None]).sum(dim=1), losses
 
-    labels, answers, hits, losses = measure_all(batches, answer)
+    columns = measure_all(batches, answer)
+    labels, answers, hits, losses = (column[columns[0] != NOT_MEASURED] for column in columns)
     confusion = torch.bincount(labels * outputs + answers, minlength=classes * outputs).view(classes, outputs)
     loss = losses.double().mean().item() if outputs >= classes else None
     return Scores(confusion, int(hits.sum()) / len(labels), loss)

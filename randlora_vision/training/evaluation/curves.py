@@ -160,8 +160,11 @@ class Compared:
     accuracies: Mapping[str, tuple[float, float]]  # per task: before, after
 
 
-def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
-    """Plot validation accuracy against the steps, one line per method, and test accuracies before and after."""
+def plot_comparison(runs: Sequence[Compared], title: str, task: str, path: Path) -> None:
+    """Plot validation accuracy against the steps, one line per method, and accuracies on `task` before and after.
+
+    `task` is "test" or "validation".
+    """
     with figure_file(path, (12, 4.6), title, layout="constrained") as figure:
         curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
         for run in runs:
@@ -171,10 +174,10 @@ def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
             curves.plot(steps, values, marker="o", label=run.label)
         _percent(curves, "While training (validation images)", HEADLINES[name])
         _over_steps(curves)
-        _before_and_after(bars, runs, HEADLINES[name])
+        _before_and_after(bars, runs, task, HEADLINES[name])
 
 
-def _before_and_after(axes: Axes, runs: Sequence[Compared], ylabel: str) -> None:
+def _before_and_after(axes: Axes, runs: Sequence[Compared], task: str, ylabel: str) -> None:
     """Draw one grey bar for the base model and one bar per method for every task."""
     tasks = list(runs[0].accuracies)
     width = 0.8 / (len(runs) + 1)
@@ -187,7 +190,7 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared], ylabel: str) -> None
         axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=7, padding=1)
     axes.set_xticks([number + width * len(runs) / 2 for number in range(len(tasks))], tasks)
     axes.grid(axis="x", visible=False)
-    _percent(axes, "Test images", ylabel)
+    _percent(axes, f"{task.capitalize()} images", ylabel)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(bars))
 
 

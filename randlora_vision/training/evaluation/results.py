@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_confusion
 from randlora_vision.training.evaluation.grids import Prediction, plot_predictions
+from randlora_vision.training.evaluation.intervals import intervals, wilson
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -25,11 +26,14 @@ def log_results(run: RunFolder, before: Results | None, after: Results, steps: i
 
 
 def plot_answers(
-    run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], when: str
+    run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], task: str, when: str
 ) -> None:
-    """Plot the sample of pictures with the predictions, and the confusion of all test images."""
-    plot_predictions(predictions, f"Test images {when}", run.predictions)
-    title = f"Predictions on the test images, top-1 {scores.values['top1']:.1%}"
+    """Plot the sample of pictures with the predictions, and the confusion of all images of the task.
+
+    `task` is "test" or "validation".
+    """
+    plot_predictions(predictions, f"{task.capitalize()} images {when}", run.predictions)
+    title = f"Predictions on the {task} images, top-1 {scores.values['top1']:.1%}"
     plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
 
 
@@ -47,7 +51,9 @@ class Answers:
         return {name: scores.values for name, scores in self.scores.items()}
 
     def __str__(self) -> str:
-        return "; ".join(f"{self.tasks[name]} {_words(values)}" for name, values in self.results.items())
+        first = next(iter(self.results))  # the task, which says on which images it was measured
+        labels = {name: f"{task}, {name} images:" if name == first else task for name, task in self.tasks.items()}
+        return "; ".join(f"{labels[name]} {_words(values)}" for name, values in self.results.items())
 
 
 def summarise(
@@ -57,7 +63,7 @@ def summarise(
     adaptation: Adaptation,
     speed: Speed,
     reload_difference: float,
-    skipped: SkipList | None = None,
+    skipped: SkipList,
 ) -> dict[str, Any]:
     """Return the part of summary.json on what was trained, the speed, and the check of the reloaded file."""
     return {
@@ -70,7 +76,23 @@ def summarise(
         "images_per_second": round(speed.images_per_second, 1),
         "peak_memory_gb": round(speed.peak_memory, 2),
         "reload_difference": reload_difference,
-        "skipped_images": skipped.count() if skipped else 0,
+        "skipped_images": skipped.count(),
+        "changed": skipped.changes(),
+    }
+
+
+def task_name(split: str) -> str:
+    """Return the name of the results of the task, for the split that they were measured on."""
+    return {"val": "validation"}.get(split, split)
+
+
+def confidence(results: Mapping[str, Results | None]) -> dict[str, Any]:
+    """Return, for summary.json, the 95% interval of every proportion in the results before and after training."""
+    return {
+        "confidence": {
+            when: found and {name: intervals(values) for name, values in found.items()}
+            for when, found in results.items()
+        }
     }
 
 
@@ -81,12 +103,16 @@ def headline(values: Mapping[str, float]) -> float:
 
 def _words(values: Mapping[str, float]) -> str:
     if "top1" in values:
-        return f"top-1 {values['top1']:.1%}, top-5 {values['top5']:.1%}"
+        low, high = wilson(values["top1"], int(values["samples"]))
+        return (
+            f"top-1 {values['top1']:.1%} (95% interval {low:.1%} to {high:.1%}, {values['samples']} images), "
+            f"top-5 {values['top5']:.1%}"
+        )
     ways = []
     for way in ("image_to_text", "text_to_image"):
         recalls = [f"{value:.1%}" for name, value in values.items() if name.startswith(f"{way}_r")]
         ways.append(f"{way.replace('_', ' ')} {'/'.join(recalls)}")
-    return f"recall@1/5/10 {', '.join(ways)}"
+    return f"recall@1/5/10 {', '.join(ways)} ({values['images']} images, {values['captions']} captions)"
 
 
 def closing_words(
@@ -107,6 +133,7 @@ def closing_words(
             f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into {same}: "
             f"{summary['reload_difference']:.1e})",
             *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
+            *(f"changed {n} images or labels: {rule}" for rule, n in summary["changed"].items()),
             "\nTo use it:",
             *(f"    {line}" for line in code),
             *([f"\npictures: {run.samples}"] if run.samples.exists() else []),

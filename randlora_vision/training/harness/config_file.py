@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from randlora_vision.files.text import read_text
 from randlora_vision.names import close_matches
 
 
@@ -42,8 +43,8 @@ def _read(path: Path, options: type, replaced: Collection[str]) -> list[str]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     try:
         return _flags(content or {}, options, replaced)

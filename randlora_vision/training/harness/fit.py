@@ -17,6 +17,14 @@ from randlora_vision.training.harness.task import Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
 
 
+class MeasuredTask(Task, Protocol):
+    """A task that says what its validation measures."""
+
+    @property
+    def measured(self) -> str:
+        """The kind of images on which `evaluate` measures, for messages."""
+
+
 class RunSettings(Protocol):
     """The options of a run."""
 
@@ -64,7 +72,7 @@ def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[
 
 
 def fit(
-    task: Task,
+    task: MeasuredTask,
     options: Settings,
     data: Data,
     run: RunFolder,
@@ -101,7 +109,7 @@ def fit(
     speed = trainer.run()
     if trainer.best:
         metric, best = options.training.best_metric, trainer.best
-        accelerator.print(f"best validation {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
+        accelerator.print(f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
     return speed
 
 

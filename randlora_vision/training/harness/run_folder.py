@@ -39,6 +39,7 @@ class RunFolder:
         self.samples = path / "samples.png"
         self.split = path / "split.json"
         self.skipped = path / "skipped.txt"
+        self.changed = path / "changed.txt"
         self.summary = path / "summary.json"
         self.logs = path / "logs"  # of trackers that write files
         self.sample_folder = path / "samples"  # pictures made during training
@@ -47,7 +48,8 @@ class RunFolder:
 
     def files(self) -> list[Path]:
         """Return every file that a run may write; `--overwrite` deletes these."""
-        texts = [self.config, self.environment, self.metrics, self.split, self.skipped, self.summary]
+        data = [self.split, self.skipped, self.changed]
+        texts = [self.config, self.environment, self.metrics, *data, self.summary]
         plots = [self.curves, self.predictions, self.confusion, self.scales, self.samples]
         return [*texts, *plots, self.adapter, self.best]
 

@@ -22,6 +22,8 @@ class AdaptedTask:
     own_lr: Mapping[nn.Parameter, float]
     path: Path | None
     """The file; None for a process that must not write."""
+    measured: str = "validation"
+    """The kind of images on which `evaluate` measures, for messages."""
 
     def check_gradients(self) -> list[str]:
         """Run the method's check."""

@@ -10,8 +10,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
+from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits, class_captions
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from tests.training_helpers import NO_SKIPS, tiny_clip
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -142,3 +143,29 @@ def test_captions_made_of_classes_are_measured_by_their_class(tmp_path: Path) ->
     values = found.recalls()
     assert values["image_to_text_r5"] == 1.0  # at most four of the six are wrong
     assert 0 < values["text_to_image_r1"] <= 1
+
+
+def test_captions_that_are_equal_to_the_model_are_one_candidate(tmp_path: Path) -> None:
+    clip = tiny_clip(tmp_path / "tiny")
+    words = " ".join("x" * 20)  # beyond the context of 12 tokens
+    captions = [["a dog"], ["A Dog"], ["a d&#111;g"], ["a cat"], [f"{words} one"], [f"{words} two"]]
+    splits = PairSplits("pairs", {"test": pictures(6)}, {"test": captions}, "made up")
+    data = splits.select("test", clip.eval_transform, clip.tokenize, NO_SKIPS, draw=False)
+    found = retrieval_features(clip.model, data, batch_size=4, workers=0)
+    assert found.words == ["a dog", "a cat", f"{words} one"]
+    assert found.text_of.tolist() == [0, 0, 0, 1, 2, 2]
+    assert found.values["texts"] == 3 and found.values["captions"] == found.values["images"] == 6
+    (batch,) = evaluation_batches(data, 6, workers=0)
+    first, second, third, other, *long = batch["captions"].tolist()
+    assert first == second == third != other and long[0] == long[1]
+
+
+def test_a_batch_of_unreadable_images_is_not_measured(tmp_path: Path) -> None:
+    clip = tiny_clip(tmp_path / "tiny")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = [*pictures(2), *[tmp_path / "broken.png"] * 2, pictures(3)[2]]
+    splits = PairSplits("pairs", {"test": images}, {"test": [[f"number {n}"] for n in range(5)]}, "made up")
+    data = splits.select("test", clip.eval_transform, clip.tokenize, NO_SKIPS, draw=False)
+    found = retrieval_features(clip.model, data, batch_size=2, workers=0)
+    assert found.indices.tolist() == [0, 1, 4] and found.words == ["number 0", "number 1", "number 4"]
+    assert found.values["images"] == 3

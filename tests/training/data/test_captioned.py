@@ -16,11 +16,11 @@ from randlora_vision.training.data.batches import evaluation_batches, training_b
 from randlora_vision.training.data.captioned import (
     CaptionedImages,
     PairSplits,
-    caption_number,
     class_captions,
+    token_number,
     truncated_captions,
 )
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.seeding import seeded_items
 
@@ -41,19 +41,26 @@ def captioned(draw: bool = True, **more: Any) -> CaptionedImages:
 
 
 def test_a_batch_holds_images_captions_numbers_and_places() -> None:
-    batch = CaptionedImages.collate([captioned(draw=False)[i] for i in (2, 0, 3)])
-    assert [text_of(tokens) for tokens in batch["tokens"]] == ["a cat", "a cat", "two dogs"]
-    assert batch["indices"].tolist() == [2, 0, 3]
-    assert (batch["images"][:, 0, 0, 0] * 255).round().tolist() == [2, 0, 3]
-    first, second, other = batch["captions"].tolist()
+    (batch,) = evaluation_batches(captioned(draw=False), 4, workers=0)
+    assert [text_of(tokens) for tokens in batch["tokens"]] == ["a cat", "a dog", "a cat", "two dogs"]
+    assert batch["indices"].tolist() == [0, 1, 2, 3]
+    assert (batch["images"][:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3]
+    first, other, second, _ = batch["captions"].tolist()
     assert first == second != other
     assert batch["images"].dtype == torch.float32 and batch["tokens"].dtype == batch["captions"].dtype == torch.int64
 
 
-def test_numbers_are_the_texts_own() -> None:
-    numbers = [caption_number(text) for text in ("a", "b", "a ", "", "äö", "x" * 10_000)]
-    assert len(set(numbers)) == len(numbers) and all(0 <= number < 2**63 for number in numbers)
-    assert caption_number("a cat") == 3745569759787347665  # the same in every process and release
+def test_numbers_are_the_tokens_own() -> None:
+    """Captions that are equal to the model have equal numbers, by open_clip's own tokenizer."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=6)
+    same = ["a dog", "A Dog", "a  dog ", "a d&#111;g"]
+    long = ["one two three four five six", "one two three four five seven"]
+    other = ["a cat", "dog a", "a dog.", "one two three five four six", ""]
+    numbers = [token_number(row) for row in tokenizer([*same, *long, *other])]
+    assert len(set(numbers[:4])) == 1 and numbers[4] == numbers[5]
+    assert len(set(numbers)) == 2 + len(other) and all(0 <= number < 2**63 for number in numbers)
+    assert token_number(torch.tensor([1, 2])) == 5427373809508506450  # the same in every process and release
+    assert token_number(torch.tensor([1, 2], dtype=torch.int32)) == token_number(torch.tensor([1, 2]))
 
 
 def test_captions_are_drawn_by_the_seed_alone_and_all_of_them() -> None:
@@ -82,10 +89,11 @@ def test_evaluation_reads_in_order_with_the_first_caption() -> None:
 
 
 def test_every_text_with_the_place_of_its_image() -> None:
-    texts, numbers, places = captioned().texts()
-    assert texts == ["a cat", "one cat", "cat!", "a dog", "a cat", "two dogs", "dogs"]
-    assert places == [0, 0, 0, 1, 2, 3, 3]
-    assert numbers == [caption_number(text) for text in texts]
+    every = captioned().texts
+    assert every.texts == ["a cat", "one cat", "cat!", "a dog", "a cat", "two dogs", "dogs"]
+    assert every.images == [0, 0, 0, 1, 2, 3, 3]
+    assert every.numbers == every.tokens == [token_number(row) for row in tokenize(every.texts)]
+    assert captioned(groups=[7, 8, 7, 9]).texts.numbers == [7, 7, 7, 8, 7, 9, 9]
 
 
 def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
@@ -97,8 +105,6 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
     (batch,) = evaluation_batches(data, 2, workers=0)
     assert batch["indices"].tolist() == [1] and text_of(batch["tokens"][0]) == "b"
     assert skipped.count() == 1
-    with pytest.raises(ValueError, match="no image of a batch"):
-        CaptionedImages.collate([None])
 
 
 def test_classes_as_captions() -> None:
@@ -109,7 +115,7 @@ def test_classes_as_captions() -> None:
     data = pairs.select("train", to_tensor, tokenize, SkipList())
     items = [data[0] for _ in range(20)]
     assert len({text_of(item[1]) for item in items if item}) == 2 and len({item[2] for item in items if item}) == 1
-    assert [data.number(i, "") for i in range(len(data))] == list(splits.labels["train"])
+    assert data.texts.numbers[::2] == list(splits.labels["train"])
     assert pairs.augment is splits.augment and pairs.record()["sizes"] == splits.record()["sizes"]
     assert not pairs.select("val", to_tensor, tokenize, SkipList()).draw
 

@@ -9,7 +9,8 @@ import pytest
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 
-from randlora_vision.training.data.class_names import read_templates, with_class_names
+from randlora_vision.training.data.class_names import read_templates, require_words, with_class_names
+from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.labelled import ImageSplits
 from tests.data_helpers import read
 from tests.training_helpers import write_class_folders
@@ -92,10 +93,12 @@ def test_a_missing_file() -> None:
 
 
 def test_names_of_numbers(tmp_path: Path) -> None:
-    """The data may lack the last classes, but it must not have more classes than names."""
+    """Names are found by number: the data may lack classes, but a number without a name is refused."""
     path = words(tmp_path / "x.txt", "a\nb\nc")
-    for count in (2, 3):
-        assert with_class_names(splits([str(n) for n in range(count)]), path).class_names == ["a", "b", "c"]
+    for numbers in (["0", "1"], ["0", "2"], ["0", "1", "2"], ["00", "02"]):
+        expected = ["abc"[int(number)] for number in numbers]
+        assert with_class_names(splits(numbers), path).class_names == expected
+    assert with_class_names(splits(["1", "2", "3"]), path).class_names == ["a", "b", "c"]  # counted from 1
     with pytest.raises(ValueError, match="has 3 names, but the labels go up to 3"):
         with_class_names(splits(["0", "1", "2", "3"]), path)
 
@@ -136,3 +139,132 @@ def test_wrong_templates(content: Any, message: str, tmp_path: Path) -> None:
         ValueError, match="'opanai' has no {} for the class name and is neither a file nor one of openai"
     ):
         read_templates(["opanai"])
+
+
+# Names by key
+
+
+KEYED: dict[str, Any] = {
+    "x.csv": "folder,name\nsea_lion,seal\ncat,tabby\ndog,terrier\n",
+    "x.tsv": "sea_lion\tseal\ncat\ttabby\ndog\tterrier\n",
+    "tabs.txt": "dog\tterrier\nsea lion\tseal\ncat\ttabby\n",
+    "x.json": {"dog": "terrier", "sea_lion": "seal", "cat": "tabby"},
+}
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_names_by_folder_in_any_order(name: str, tmp_path: Path) -> None:
+    found = with_class_names(splits(FOLDERS), words(tmp_path / name, KEYED[name]))
+    assert found.class_names == ["tabby", "terrier", "seal"]
+    assert found.notes == (f"class names of {tmp_path / name}: cat = tabby, dog = terrier, sea lion = seal",)
+
+
+def test_names_by_wordnet_id(tmp_path: Path) -> None:
+    path = words(tmp_path / "map.txt", "n00000002 great white shark, a fish\nn00000001 tench, Tinca tinca\n")
+    names = with_class_names(splits(["n00000001", "n00000002"]), path).class_names
+    assert names == ["tench, Tinca tinca", "great white shark, a fish"]
+
+
+@pytest.mark.parametrize("numbers", [range(12), range(0, 1000, 7)])
+@pytest.mark.parametrize("form", ["{}", "{:04}"])
+def test_numeric_folders_get_the_names_of_their_numbers(numbers: Any, form: str, tmp_path: Path) -> None:
+    """However the folders sort: 10 before 2 as text."""
+    for number in numbers:
+        (tmp_path / "data" / form.format(number)).mkdir(parents=True)
+        for copy in range(2):
+            Image.new("RGB", (2, 2), (number % 256, copy, 0)).save(
+                tmp_path / "data" / form.format(number) / f"{copy}.png"
+            )
+    path = words(tmp_path / "names.json", [f"name {number}" for number in range(1000)])
+    for source in ("imagenet", path):
+        found = read(tmp_path / "data", class_names=source)
+        truth = IMAGENET_CLASSNAMES if source == "imagenet" else [f"name {number}" for number in range(1000)]
+        for split in found.images:
+            for image, label in zip(found.images[split], found.labels[split], strict=True):
+                assert found.class_names[label] == truth[int(image.parent.name)]
+
+
+@pytest.mark.parametrize("own", [["class1", "class10", "class2"], ["Zebra", "ant"]])
+def test_a_list_whose_order_can_be_mistaken_is_refused(own: list[str], tmp_path: Path) -> None:
+    path = words(tmp_path / "x.txt", "\n".join(f"name {n}" for n in range(len(own))))
+    with pytest.raises(ValueError, match="the order of the classes can be mistaken: .* give a name for every class"):
+        with_class_names(splits(own), path)
+    keyed = words(tmp_path / "x.csv", "\n".join(f"{name},name of {name}" for name in own))
+    assert with_class_names(splits(own), keyed).class_names == [f"name of {name}" for name in own]
+
+
+def test_two_names_for_one_class(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has two names for 'cat'"):
+        with_class_names(splits(FOLDERS), words(tmp_path / "x.csv", "cat,a\ndog,b\ncat,c\nsea_lion,d"))
+    same = with_class_names(splits(FOLDERS), words(tmp_path / "y.csv", "cat,a\ndog,a\nsea_lion,d"))
+    assert "several classes have the same name" in same.notes[-1]
+
+
+# Well-known data sets
+
+
+KNOWN: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
+    "gtsrb": (
+        "torchvision:GTSRB",
+        ["0", "1", "14"],
+        ["red and white circle 20 kph speed limit", "red and white circle 30 kph speed limit", "stop"],
+    ),
+    "gtsrb folders": ("data/GTSRB", ["00000", "00014"], ["red and white circle 20 kph speed limit", "stop"]),
+    "eurosat": ("hf:tanganke/eurosat", ["AnnualCrop", "SeaLake"], ["annual crop land", "lake or sea"]),
+    "country211": ("torchvision:Country211@test", ["AD", "XK", "ZW"], ["Andorra", "Kosovo", "Zimbabwe"]),
+    "caltech101": (
+        "torchvision:Caltech101",
+        ["Faces", "yin yang", "ant"],
+        ["off-center face", "yin and yang symbol", "ant"],
+    ),
+    "caltech256": ("torchvision:Caltech256", ["001.ak47", "145.motorbikes-101"], ["ak47", "motorbikes"]),
+    "cub": ("data/CUB_200_2011", ["001.Black footed Albatross"], ["Black footed Albatross"]),
+    "ucf101": ("data/ucf101.csv", ["ApplyEyeMakeup", "TaiChi"], ["Apply Eye Makeup", "Tai Chi"]),
+    "sun397": ("torchvision:SUN397", ["apartment building/outdoor"], ["apartment building outdoor"]),
+    "mnist": ("torchvision:MNIST", ["3 - three"], ["3"]),
+    "svhn": ("torchvision:SVHN", ["0", "9"], ["0", "9"]),
+    "flowers": ("timm:torch/flowers102", ["0", "101"], ["pink primrose", "blackberry lily"]),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_words_of_well_known_data(case: str) -> None:
+    data, own, truth = KNOWN[case]
+    found = with_class_names(splits(own), None, data)
+    assert found.class_names == truth
+    require_words(found, data)
+    known = known_data(data)
+    assert known is not None and all("{}" in template for template in known.templates) and known.templates
+
+
+def test_all_data_sets_of_the_paper_are_known() -> None:
+    names = ["stanford_cars", "DTD", "EuroSAT", "GTSRB", "MNIST", "RESISC45", "SUN397", "SVHN", "CIFAR10", "CIFAR100"]
+    names += [
+        "imagenet-1k",
+        "STL10",
+        "Food101",
+        "Caltech256",
+        "FGVCAircraft",
+        "Flowers102",
+        "OxfordIIITPet",
+        "CUB-200-2011",
+    ]
+    names += ["PascalVOC", "Country211", "Caltech101", "UCF101"]
+    assert len(names) == 22 and all(known_data(f"hf:someone/{name}") for name in names)
+    assert known_data("data/my-birds") is None and known_data(None) is None
+
+
+def test_classes_without_words_are_refused_for_prompts() -> None:
+    for own in (["0", "1", "2"], ["n01440764", "n01443537"], ["1990", "1991"]):
+        with pytest.raises(ValueError, match="the classes of x have no names for prompts, only .*--class-names FILE"):
+            require_words(splits(own), "data/x")
+    require_words(splits(["7", "cat"]), "data/x")
+
+
+def test_torchvision_keeps_some_names_elsewhere() -> None:
+    from randlora_vision.training.data.sources.torchvision import class_names_of
+
+    class Caltech:
+        categories = ["ant", "anchor"]
+
+    assert class_names_of(Caltech()) == ["ant", "anchor"] and class_names_of(object()) is None

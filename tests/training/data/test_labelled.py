@@ -12,8 +12,8 @@ from torchvision.transforms.functional import to_tensor
 from randlora_vision.training.data.batches import ShuffledBatches, evaluation_batches, training_batches
 from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.options import DataOptions
-from randlora_vision.training.data.pictures import SkipList
 from randlora_vision.training.data.read import read_data
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from tests.training_helpers import NO_SKIPS, write_class_folders
 
@@ -38,7 +38,7 @@ def test_a_fraction_of_every_class_is_held_out(tmp_path: Path) -> None:
     assert splits.class_names == ["one", "two", "zero"]  # by folder name
     assert Counter(splits.labels["train"]) == Counter(splits.labels["val"]) == {0: 3, 1: 3, 2: 3}
     assert not names(splits.images["train"]) & names(splits.images["val"])
-    assert splits.images["test"] == splits.images["val"]
+    assert splits.final == "val" and "test" not in splits.images
     for split in ("train", "val"):
         for path, label in zip(splits.images[split], splits.labels[split], strict=True):
             assert path.parent.name == splits.class_names[label]
@@ -50,7 +50,7 @@ def test_the_split_is_decided_by_its_seed_and_recorded(tmp_path: Path) -> None:
     assert first.images == again.images
     assert names(first.images["val"]) != names(other.images["val"])
     record = first.record()
-    assert record["sizes"] == {"train": 9, "val": 9, "test": 9}
+    assert record["sizes"] == {"train": 9, "val": 9}
     assert record["held_out"]["val"] == [str(path) for path in first.images["val"]]
     assert "seed 0" in record["origin"]
 
@@ -60,10 +60,19 @@ def test_split_folders_are_used_as_they_are(tmp_path: Path, held_out: list[str])
     write_class_folders(tmp_path / "train", per_class=4)
     for size, split in enumerate(held_out, start=1):
         write_class_folders(tmp_path / split, per_class=size)
-    splits = read(tmp_path)
-    assert len(splits.images["train"]) == 12
-    assert len(splits.images["val"]) == 3
-    assert len(splits.images["test"]) == 3 * len(held_out)
+    splits = read(tmp_path, fraction=0.25)
+    sizes = {split: len(images) for split, images in splits.images.items()}
+    assert (
+        sizes
+        == {
+            ("val",): {"train": 12, "val": 3},
+            ("test",): {"train": 9, "val": 3, "test": 3},  # validation is cut from train
+            ("val", "test"): {"train": 12, "val": 3, "test": 6},
+            ("validation",): {"train": 12, "val": 3},
+        }[tuple(held_out)]
+    )
+    everything = [path for images in splits.images.values() for path in images]
+    assert len(set(everything)) == len(everything)
 
 
 def test_train_alone_is_split(tmp_path: Path) -> None:
@@ -163,11 +172,6 @@ def test_an_image_that_breaks_later_is_left_out_of_its_batch(tmp_path: Path) -> 
     strict = LabelledImages(paths, range(6), to_tensor, SkipList(strict=True))
     with pytest.raises(ValueError, match="cannot read the image"):
         next(iter(evaluation_batches(strict, batch_size=6, workers=0)))
-
-
-def test_a_batch_without_readable_images() -> None:
-    with pytest.raises(ValueError, match="no image of a batch"):
-        LabelledImages.collate([None, None])
 
 
 # Batches

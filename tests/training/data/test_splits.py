@@ -11,8 +11,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from randlora_vision.training.data.pictures import SkipList
-from randlora_vision.training.data.splits import Part, make_splits
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.splits import make_splits
 from tests.data_helpers import (
     DIGITS,
     contents,
@@ -34,7 +35,7 @@ def test_validation_data_apart(tmp_path: Path) -> None:
     write_images(tmp_path / "more", [image for image, _ in some_digits(6)[4:6]])
     rows = [{"image": f"{n:03}.png", "text": f"text {n}"} for n in range(2)]
     splits = read(path, val_data=str(write_table(tmp_path / "more" / "val.tsv", rows, "\t")))
-    assert {name: len(images) for name, images in splits.images.items()} == {"train": 12, "val": 2, "test": 2}
+    assert {name: len(images) for name, images in splits.images.items()} == {"train": 12, "val": 2}
     assert splits.captions["val"] == [["text 0"], ["text 1"]] and "own val" in splits.origin
 
 
@@ -43,7 +44,7 @@ def test_validation_data_of_a_folder_and_of_a_split(tmp_path: Path) -> None:
     for split, count in (("train", 2), ("test", 1)):
         write_class_folders(tmp_path / "b" / split, per_class=count)
     splits = read(root, val_data=str(tmp_path / "b"))
-    assert {name: len(images) for name, images in splits.images.items()} == {"train": 9, "val": 3, "test": 3}
+    assert {name: len(images) for name, images in splits.images.items()} == {"train": 9, "val": 3}
     assert {image.parent.parent.name for image in splits.images["val"]} == {"test"}
 
 
@@ -93,8 +94,11 @@ def test_rows_and_a_split_without_classes(tmp_path: Path) -> None:
     splits = read(tmp_path / "saved", skipped, val_fraction=0.3)
     truth = sorted((pixels(image), name) for n, (image, name) in enumerate(DIGITS) if n not in (2, 5))
     assert sorted(contents(splits, "train") + contents(splits, "val")) == truth
-    assert splits.images["test"] == splits.images["val"]
-    assert sorted(key.rpartition("row ")[2] for key in listed(tmp_path / "skipped.txt")) == ["2", "5"]
+    assert splits.final == "val"
+    assert sorted(key.rpartition("image ")[2] for key in listed(tmp_path / "skipped.txt")) == [
+        "2 of Dataset",
+        "5 of Dataset",
+    ]
 
 
 @pytest.mark.parametrize("shots", [1, 2])
@@ -109,8 +113,12 @@ def test_shots_of_every_class(shots: int, tmp_path: Path) -> None:
 
 
 def test_too_few_images_for_the_shots(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--shots 4: too few training images: the class 'one' has 3, the class 'two'"):
-        read(table(tmp_path, "label"), val_fraction=0.25, shots=4)
+    path = table(tmp_path, "label")
+    lines = path.read_text().splitlines()
+    write_text(path, "\n".join(lines[:-2]))  # the last class has two images, one of which is for training
+    splits = read(path, val_fraction=0.25, shots=3)
+    assert Counter(splits.labels["train"]) == {0: 3, 1: 1, 2: 3}
+    assert splits.notes == ("1 of 3 classes have fewer than 3 training images: 'two' has 1",)
 
 
 @pytest.mark.parametrize("column", ["label", "caption"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torchvision.transforms.functional import to_tensor
 
 from randlora_vision.training.data.batches import training_batches
-from randlora_vision.training.data.pictures import SkipList
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.tar_shards import shard_paths
 from randlora_vision.training.harness.seeding import seeded_items
 from tests.data_helpers import (
     DIGITS,
+    contents,
     listed,
+    pixels,
     png,
     read,
     shards,
@@ -36,7 +40,7 @@ def test_an_image_inside_a_shard_that_is_broken(tmp_path: Path) -> None:
     assert set(listed(tmp_path / "skipped.txt")) == {"x.tar:no-text", "x.tar:no-image"}
     data = splits.select("train", to_tensor, lambda texts: torch.zeros(1, 2), skipped)
     indices = [i for batch in training_batches(data, 4, 6, seed=0, workers=1) for i in batch["indices"].tolist()]
-    assert len(indices) == 22 and set(listed(tmp_path / "skipped.txt")) == {
+    assert len(indices) == 24 and set(listed(tmp_path / "skipped.txt")) == {
         "x.tar:no-text",
         "x.tar:no-image",
         "x.tar:5.png",
@@ -118,3 +122,118 @@ def test_shards_are_read_in_one_order_by_any_number_of_processes_and_workers(tmp
     first, second = (order(data, workers=1, process=process, processes=2) for process in (0, 1))
     assert [batch for pair in zip(first, second, strict=True) for batch in pair] == everything
     assert order(data, workers=0, process=1, processes=2, start=2) == second[2:]
+
+
+# Which members belong together, and which files are shards
+
+
+def members_of(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    images = [(f"{n:03}", {"png": png(image)}) for n, (image, _) in enumerate(DIGITS)]
+    texts: list[tuple[str, dict[str, Any]]] = [(f"{n:03}", {"txt": name}) for n, (_, name) in enumerate(DIGITS)]
+    together = [(key, {**image, **text}) for (key, image), (_, text) in zip(images, texts, strict=True)]
+    return {
+        "usual": together,
+        "images first": [*images, *texts],
+        "texts first": [*texts, *images],
+        "shuffled": [*texts[6:], *images[:3], *texts[:6], *images[3:]],
+        "two folders": [
+            (f"{folder}/{key}", m) for folder, part in (("img", images), ("txt", texts)) for key, m in part
+        ],
+        "capital letters": [(key, {k.upper(): v for k, v in m.items()}) for key, m in together],
+        "other captions": [(key, {"png": m["png"], "caption": m["txt"]}) for key, m in together],
+        "resource forks": [*together, *((f"__MACOSX/._{key}", {"png": b"?", "txt": "?"}) for key, _ in images)],
+        "in the folder .": [(f"./{key}", m) for key, m in together],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["usual", "images first", "texts first", "shuffled", "two folders", "capital letters", "other captions"]
+    + ["resource forks", "in the folder ."],
+)
+def test_members_in_any_order(kind: str, tmp_path: Path) -> None:
+    skipped = SkipList(tmp_path / "skipped.txt")
+    splits = read(write_shard(tmp_path / "x.TAR", members_of(kind)), skipped)
+    found = sorted(contents(splits, "train") + contents(splits, "val"))
+    assert found == sorted((pixels(image), (name,)) for image, name in DIGITS) and skipped.count() == 0
+
+
+def test_a_name_used_twice_is_two_samples(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "x.tar", [("a", {"png": png(image), "txt": name}) for image, name in DIGITS])
+    splits = read(path)
+    assert sum(len(images) for images in splits.images.values()) == len(DIGITS)
+
+
+def test_only_texts_of_the_same_name_are_joined(tmp_path: Path) -> None:
+    """Two folders of texts: it cannot be known which one is meant."""
+    members = [("img/0", {"png": png(DIGITS[0][0])}), ("a/0", {"txt": "x"}), ("b/0", {"txt": "y"})]
+    members += [(f"img/{n}", {"png": png(DIGITS[n][0]), "txt": "z"}) for n in range(1, 5)]
+    skipped = SkipList(tmp_path / "skipped.txt")
+    read(write_shard(tmp_path / "x.tar", members), skipped)
+    assert skipped.count() == 3
+
+
+def write_four(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        image, word = DIGITS[number]
+        write_shard(folder / name, [(f"{number}-{k}", {"png": png(image), "txt": f"{word} {k}"}) for k in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("x-{000,002}.tar", ("x-000.tar", "x-002.tar")),
+        ("x-000.tar::x-001.tar", ("x-000.tar", "x-001.tar")),
+        ("x-{000..001}.tar::y[1].tar", ("x-000.tar", "x-001.tar", "y[1].tar")),
+        ("y[1].tar", ("y[1].tar",)),
+        ("[x]-00[12].tar", ("x-001.tar", "x-002.tar")),
+        ("{x-{000,001},y[1]}.tar", ("x-000.tar", "x-001.tar", "y[1].tar")),
+        ("z.TAR", ("z.TAR",)),
+    ],
+)
+def test_spellings_of_several_shards(
+    spec: str, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_four(tmp_path, "x-000.tar", "x-001.tar", "x-002.tar", "y[1].tar", "z.TAR")
+    monkeypatch.chdir(tmp_path)
+    splits = read(spec)
+    found = Counter(image.shard.name for images in splits.images.values() for image in images)
+    assert found == dict.fromkeys(names, 4)
+    absolute = "::".join(str(tmp_path / part) for part in spec.split("::"))
+    assert sum(len(images) for images in read(absolute).images.values()) == 4 * len(names)
+
+
+def test_folders_and_files_named_after_splits(tmp_path: Path) -> None:
+    write_four(tmp_path / "a" / "Training", "0.tar", "1.tar")
+    write_four(tmp_path / "a" / "test", "0.tar")
+    write_four(tmp_path / "b", "set-train-0.tar", "set-train-1.tar", "set-val-0.tar", "other.tar")
+    skipped = SkipList(tmp_path / "skipped.txt")
+    sizes = [{k: len(v) for k, v in read(tmp_path / name, skipped, val_fraction=0.25).images.items()} for name in "ab"]
+    assert sizes == [{"train": 6, "val": 2, "test": 4}, {"train": 8, "val": 4}]
+    assert set(listed(tmp_path / "skipped.txt")) == {"other.tar"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [("tar.gz", "gzip"), ("tgz", "gzip"), ("tar.bz2", "bzip2"), ("tar", "gzip")]
+)
+def test_compressed_shards_are_refused_with_the_reason(suffix: str, kind: str, tmp_path: Path) -> None:
+    whole = write_shard(tmp_path / "y", members_of("usual")).read_bytes()
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes({"gzip": gzip, "bzip2": bz2}[kind].compress(whole))
+    with pytest.raises(ValueError, match=f"x.{suffix}: the shard cannot be read: it is compressed by {kind}"):
+        read(path)
+
+
+def test_a_shard_that_was_cut_between_members_or_has_another_behind_it(tmp_path: Path) -> None:
+    whole = write_shard(tmp_path / "x.tar", members_of("usual")).read_bytes()
+    places = [place for place in range(0, len(whole), 512) if whole[place:].startswith(b"00")]
+    for content, samples, reason in (
+        (whole[: places[10]], 5, "the mark of its end is missing"),
+        (whole + whole, 12, "more data follows its end"),
+    ):
+        (tmp_path / "x.tar").write_bytes(content)
+        skipped = SkipList(tmp_path / "skipped.txt")
+        assert sum(len(images) for images in read(tmp_path / "x.tar", skipped).images.values()) == samples
+        assert reason in listed(tmp_path / "skipped.txt")["x.tar"]
+        (tmp_path / "skipped.txt").unlink()

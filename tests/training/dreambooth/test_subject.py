@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from randlora_vision.integrations.diffusers import load_adapter
+from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.defaults import resolve
 from randlora_vision.training.dreambooth.families import FAMILIES, load_family
 from randlora_vision.training.dreambooth.methods import adapt
@@ -44,7 +45,7 @@ def test_captions_of_a_folder(tmp_path: Path) -> None:
     lines = [{"file_name": "c.png", "text": "of c"}, {"file_name": "b.jpg", "text": "other"}]
     lines += [{"file_name": "d.png", "caption": "of d"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    subject = read_subject(SubjectOptions(instance_data_dir=str(folder), instance_prompt="all"))
+    subject = read_subject(SubjectOptions(instance_data_dir=str(folder), instance_prompt="all"), SkipList())
     assert [path.name for path in subject.images if isinstance(path, Path)] == ["a.png", "b.jpg", "c.png", "d.png"]
     assert subject.captions == ["all", "of b", "of c", "of d"]
     assert subject.record()["captions"] == subject.captions
@@ -58,15 +59,17 @@ def test_captions_of_a_dataset(split: bool, tmp_path: Path) -> None:
     data = Dataset.from_dict({"photo": pictures, "words": ["one", "two", "three"]})
     (DatasetDict({"test": data.select([0]), "train": data}) if split else data).save_to_disk(str(tmp_path / "d"))
     options = SubjectOptions(dataset_name=str(tmp_path / "d"), image_column="photo", caption_column="words")
-    subject = read_subject(options)
+    subject = read_subject(options, SkipList())
     assert subject.captions == ["one", "two", "three"]
-    items, prompts = make_items(subject, [], None, [(8, 8)])
+    items, prompts = make_items(subject, [], None, [(8, 8)], options, 0)
     assert [prompts[item.caption] for item in items] == subject.captions
-    assert [image.read().getpixel((0, 0)) for image in subject.images] == [(i, 0, 0) for i in range(3)]  # type: ignore[union-attr]
+    assert [image.open().getpixel((0, 0)) for image in subject.images] == [(i, 0, 0) for i in range(3)]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"--caption-column word: .* has the columns photo, words"):
-        read_subject(SubjectOptions(dataset_name=str(tmp_path / "d"), image_column="photo", caption_column="word"))
+        read_subject(
+            SubjectOptions(dataset_name=str(tmp_path / "d"), image_column="photo", caption_column="word"), SkipList()
+        )
     with pytest.raises(ValueError, match="--image-column image"):
-        read_subject(SubjectOptions(dataset_name=str(tmp_path / "d"), instance_prompt="x"))
+        read_subject(SubjectOptions(dataset_name=str(tmp_path / "d"), instance_prompt="x"), SkipList())
 
 
 def test_items_go_to_their_buckets_and_every_bucket_has_the_class(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_items_go_to_their_buckets_and_every_bucket_has_the_class(tmp_path: Path
     tall = folder_of(tmp_path, "t.png", size=(20, 44)) / "t.png"
     buckets = [(16, 16), (16, 32), (32, 16)]
     subject = Subject("x", [wide, tall, wide, tall], ["a", "b", "b", "c"])
-    items, prompts = make_items(subject, [wide, tall], "class", buckets)
+    items, prompts = make_items(subject, [wide, tall], "class", buckets, SubjectOptions(), 0)
     assert prompts == ["a", "b", "c", "class"]
     assert [(item.bucket, item.caption, item.prior) for item in items[:4]] == [
         ((16, 32), 0, False),

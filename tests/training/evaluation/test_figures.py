@@ -204,7 +204,7 @@ def test_scales_and_comparison(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_scales([0, 0.5, 1], values, "top-1 accuracy", "Top-1 accuracy between base and adapted", tmp_path / "s.png")
     accuracies = {"inverted digits": (0.1, 0.6), "upright digits": (0.9, 0.3)}
     runs = [Compared(label, run_of(30, top1=0.4), accuracies) for label in ("RandLoRA", "LoRA", "full fine-tuning")]
-    plot_comparison(runs, "a model adapted to digits", tmp_path / "comparison.png")
+    plot_comparison(runs, "a model adapted to digits", "test", tmp_path / "comparison.png")
 
 
 @pytest.mark.parametrize("layers", [0, 3, 40])

@@ -4,37 +4,85 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from randlora_vision.names import listing
-from randlora_vision.training.data.pictures import SkipList, image_suffixes, whole_images
-from randlora_vision.training.data.splits import Part
+from randlora_vision.training.data.options import SourceOptions
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import has_images, image_files, is_image_name, subfolders, whole_images
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.splits import SPLITS, split_of
 
-_VALIDATION_NAMES = ("val", "valid", "validation")
 
+def class_folder_parts(root: Path, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
+    """Read the folders of `root` that are its splits, or `root` itself if there are none.
 
-def class_folder_parts(root: Path, skipped: SkipList) -> dict[str, Part]:
-    """Read `root/train` with val/ and test/ next to it, or only `root` if there is no train/.
-
-    If only one of val/ and test/ exists, both splits use its images. Raises FileNotFoundError when `root` is
-    not a folder, and ValueError when a split has no images.
+    Raises FileNotFoundError when `root` is not a folder, and ValueError when a split has no images or when it cannot
+    be decided whether a folder is a split or a class.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"the image folder {root} does not exist or is not a folder")
-    train = root / "train" if (root / "train").is_dir() else root
-    folders = {"train": train, **(_held_out(root) if train != root else {})}
-    parts = {split: _read_part(folder, skipped) for split, folder in folders.items()}
-    for missing, other in (("val", "test"), ("test", "val")):
-        if other in parts:
-            parts.setdefault(missing, parts[other])
-    return parts
+    folders = _chosen(root, options.split_folders) if options.split_folders else _recognised(root, skipped)
+    return {split: _read_part(folder, skipped) for split, folder in folders.items()}
 
 
-def _held_out(root: Path) -> dict[str, Path]:
-    validation = next((root / name for name in _VALIDATION_NAMES if (root / name).is_dir()), None)
-    found = {"val": validation, "test": root / "test" if (root / "test").is_dir() else None}
-    return {split: folder for split, folder in found.items() if folder}
+def _chosen(root: Path, words: Sequence[str]) -> dict[str, Path]:
+    """Return the folders that --split-folders names."""
+    if list(words) == ["none"]:
+        return {"train": root}
+    folders = {}
+    for word in words:
+        split, _, folder = word.partition("=")
+        if split not in SPLITS or not (root / folder).is_dir() or not folder:
+            raise ValueError(
+                f"--split-folders {word}: expected none or train=FOLDER val=FOLDER test=FOLDER with folders in {root}: "
+                + listing(path.name for path in subfolders(root))
+            )
+        folders[split] = root / folder
+    return folders
+
+
+def _recognised(root: Path, skipped: SkipList) -> dict[str, Path]:
+    """Return the folders that are splits by their names and because they contain class folders, else `root`.
+
+    A folder called train that contains images itself is a class.
+    """
+    folders = subfolders(root)
+    named = [(split, folder) for folder in folders if (split := split_of(folder.name))]
+    found = {split: [folder for other, folder in named if other == split and _classes(folder)] for split in SPLITS}
+    for split, several in found.items():
+        if len(several) > 1:
+            raise ValueError(
+                f"{listing(folder.name for folder in several)} in {root} may all be the {split} split: "
+                f"choose with --split-folders {split}=FOLDER"
+            )
+    splits = {split: several[0] for split, several in found.items() if several}
+    others = [folder for folder in folders if folder not in splits.values() and has_images(folder)] if splits else []
+    if "train" not in splits and (others or not splits):
+        return {"train": root}
+    if list(splits) == ["train"] and any(not _shares(splits["train"], folder) for folder in others):
+        raise ValueError(
+            f"{root} has {splits['train'].name}/ with folders in it, and {listing(folder.name for folder in others)}: "
+            f"are these classes (--split-folders none), or is only the former meant (--split-folders "
+            f"train={splits['train'].name})?"
+        )
+    for folder in others:
+        skipped.add(f"the folder {folder}", "it is not one of the splits (--split-folders)")
+    return splits
+
+
+def _classes(folder: Path) -> set[str]:
+    """Return the names of the folders of images in a folder."""
+    return {path.name for path in subfolders(folder) if has_images(path)}
+
+
+def _shares(train: Path, folder: Path) -> bool:
+    """Return whether a folder has class folders of the training split, or images without a class."""
+    return bool(_classes(train) & _classes(folder)) or split_of(folder.name) is not None
 
 
 def _read_part(root: Path, skipped: SkipList) -> Part:
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [path.name for path in subfolders(root)]
+    for path in sorted(root.iterdir()):
+        if is_image_name(path.name) and path.is_file():
+            skipped.add(str(path), "it is in no class folder")
     images, labels = _scan(root, names, skipped)
     if not images:
         raise ValueError(
@@ -46,12 +94,7 @@ def _read_part(root: Path, skipped: SkipList) -> Part:
 
 def _scan(root: Path, names: Sequence[str], skipped: SkipList) -> tuple[list[Path], list[str]]:
     """List the readable images of the class folders `names` under `root`, and their classes."""
-    found = [
-        (path, name)
-        for name in names
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in image_suffixes() and path.is_file()
-    ]
+    found = [(path, name) for name in names for path in image_files(root / name)]
     whole = whole_images([path for path, _ in found], skipped)
     kept = [item for item, readable in zip(found, whole, strict=True) if readable]
     return [path for path, _ in kept], [name for _, name in kept]

@@ -7,13 +7,13 @@ from typing import Any
 
 from randlora_vision.errors import one_line
 from randlora_vision.names import listing
+from randlora_vision.training.data.cleaning import clean_label
 from randlora_vision.training.data.options import SourceOptions
-from randlora_vision.training.data.pictures import SkipList, StoredImage
-from randlora_vision.training.data.sources.tables import Columns, find_columns, plain_labels
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import StoredImage
+from randlora_vision.training.data.sources.tables import Columns, find_columns
 from randlora_vision.training.data.sources.torchvision import forbid_fetching
-from randlora_vision.training.data.splits import Part
-
-_SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
+from randlora_vision.training.data.splits import split_of
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -21,10 +21,10 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def hf_parts(name: str, split: str | None, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
+def hf_parts(name: str, split: str | None, options: SourceOptions) -> dict[str, Part]:
     """Open the splits of `NAME`, `NAME:CONFIG` or a folder written by `save_to_disk`, or only `split`.
 
-    Rows whose class is missing (or -1) are skipped, and a split of only such rows is left out.
+    A held-out split without any class (all are missing or -1) is left out.
 
     Raises ValueError when the dataset, the split or a column does not exist or cannot be downloaded.
     """
@@ -32,17 +32,21 @@ def hf_parts(name: str, split: str | None, options: SourceOptions, skipped: Skip
     if split is not None:
         if split not in found:
             raise ValueError(f"the dataset {name} has no split {split!r}; it has {listing(found, most=20)}")
-        return {"train": _part(f"{name}@{split}", found[split], options, skipped)}
+        return {"train": _part(f"{name}@{split}", found[split], options)}
     if len(found) == 1:
-        return {"train": _part(name, next(iter(found.values())), options, skipped)}
-    ours = {_SPLITS[theirs]: dataset for theirs, dataset in found.items() if theirs in _SPLITS}
+        return {"train": _part(name, next(iter(found.values())), options)}
+    ours = {ours: dataset for theirs, dataset in found.items() if (ours := split_of(theirs))}
     if "train" not in ours:
         raise ValueError(
             f"the dataset {name} has no split called train, only {listing(found, most=20)}: append @SPLIT to choose one"
         )
-    parts = {split: _part(f"the {split} split of {name}", found, options, skipped) for split, found in ours.items()}
+    parts = {split: _part(f"the {split} split of {name}", found, options) for split, found in ours.items()}
     # A test split whose classes are not public cannot be used.
-    return {split: part for split, part in parts.items() if part.images or split == "train"}
+    return {split: part for split, part in parts.items() if split == "train" or not _is_secret(part)}
+
+
+def _is_secret(part: Part) -> bool:
+    return part.labels is not None and not any(clean_label(label) for label in set(part.labels))
 
 
 def _open(name: str, options: SourceOptions) -> Mapping[str, Any]:
@@ -66,28 +70,25 @@ def _open(name: str, options: SourceOptions) -> Mapping[str, Any]:
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 
-def _part(source: str, dataset: Any, options: SourceOptions, skipped: SkipList) -> Part:
+def _part(source: str, dataset: Any, options: SourceOptions) -> Part:
     columns = _columns(dataset, options, source)
-    pictures = dataset.select_columns([columns.image])
-    images = [StoredImage(pictures, index, columns.image) for index in range(len(dataset))]
+    images = stored_images(dataset, columns.image)
     if columns.caption:
         values = [() if value is None else value for value in dataset[columns.caption]]
         texts = [list(value) if isinstance(value, list | tuple) else [value] for value in values]
-        if any(not isinstance(text, str) for captions in texts for text in captions):
+        if any(not isinstance(text, str | None) for captions in texts for text in captions):
             raise ValueError(f"{source}: the column {columns.caption!r} does not hold captions (--caption-column)")
         return Part(source, images, captions=texts)
-    labels = list(dataset[columns.label])
-    kept = [index for index, label in enumerate(labels) if label is not None and label != -1]
-    for index in sorted(set(range(len(labels))) - set(kept)) if kept else ():
-        skipped.add(f"{source}, row {index}", "it has no class")
     names = getattr(dataset.features[columns.label], "names", None)
-    known = [labels[index] for index in kept]
-    return Part(
-        source,
-        [images[index] for index in kept],
-        known if names else plain_labels([str(label) for label in known]),
-        class_names=names,
-    )
+    return Part(source, images, list(dataset[columns.label]), class_names=names)
+
+
+def stored_images(dataset: Any, column: str) -> list[StoredImage]:
+    """Return the images of a column of type Image, which stay encoded until they are read."""
+    import datasets
+
+    pictures = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return [StoredImage(pictures, index, column) for index in range(len(dataset))]
 
 
 def _columns(dataset: Any, options: SourceOptions, source: str) -> Columns:

@@ -1,14 +1,18 @@
 """Tables of images (.csv and .tsv): their columns and rows."""
 
 import csv
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from randlora_vision.files.text import read_text
 from randlora_vision.names import listing
+from randlora_vision.training.data.cleaning import clean_label
 from randlora_vision.training.data.options import SourceOptions
-from randlora_vision.training.data.pictures import SkipList, whole_images
-from randlora_vision.training.data.splits import Part
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import whole_images
+from randlora_vision.training.data.skipped import SkipList
 
 # In order of preference: the names used by open_clip, diffusers and Hugging Face's datasets.
 IMAGES = ("image", "img", "filepath", "file_name", "filename", "image_path", "path", "file")
@@ -61,57 +65,78 @@ def _given(columns: Sequence[str], given: str | None, flag: str, source: str) ->
 
 
 TABLE_SUFFIXES = (".csv", ".tsv")
+Row = tuple[str, list[str]]  # its place in messages, and its values
+
+
+def read_table(path: Path, skipped: SkipList) -> tuple[list[str], list[Row]]:
+    """Return the names of the columns and the rows of a table; rows with the wrong number of values are skipped.
+
+    The separator is a tab if the first line contains one, else a comma. Quotes have no meaning between tabs, except
+    around a whole value. Between commas they may enclose separators and line breaks; a row of several lines is counted
+    in `skipped`, because a stray quote makes one too.
+
+    Raises OSError for anything but a regular file, and ValueError for a file that is not a table of UTF-8 text.
+    """
+    text = read_text(path)
+    tabs = "\t" in text.partition("\n")[0]
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    rows: list[Row] = []
+    end = 0
+    try:
+        columns = next(reader, [])
+        end = reader.line_num
+        for values in reader:
+            place, lines, end = f"{path}:{reader.line_num}", reader.line_num - end, reader.line_num
+            if not values:
+                continue
+            if lines > 1:
+                skipped.change(place, "a quoted value of several lines was read")
+            if len(values) != len(columns):
+                skipped.add(
+                    place, "it does not have as many columns as the first line (quote values with a separator in them)"
+                )
+            else:
+                rows.append((place, [_unquoted(value) for value in values] if tabs else values))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num} is not a readable row (is a quote missing?): {error}") from error
+    return [_unquoted(name) for name in columns] if tabs else columns, rows
+
+
+def _unquoted(value: str) -> str:
+    """Return a value between tabs without the quotes around it, if every quote inside it is doubled."""
+    inner = value[1:-1]
+    quoted = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else value
 
 
 def table_part(path: Path, options: SourceOptions, skipped: SkipList) -> Part:
     """Read a table whose first line names the columns; relative paths start from the table's folder.
 
-    The separator is a tab if the first line contains one, else a comma. An image with several captions takes
-    several lines. Lines with the wrong number of columns and files that cannot be read are skipped.
+    An image with several captions takes several lines. Lines with the wrong number of columns and files that cannot
+    be read are skipped.
 
-    Raises ValueError when a column is missing or the file is not UTF-8 text.
+    Raises ValueError when a column is missing, when an image has two classes, and as `read_table` does.
     """
+    names, rows = read_table(path, skipped)
+    columns = find_columns(names, options, str(path))
+    image_at, text_at = names.index(columns.image), names.index(columns.caption or columns.label or "")
     texts: dict[str, list[str]] = {}  # by path as written, in the order of the file
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",", strict=True)
-            columns = find_columns(reader.fieldnames or [], options, str(path))
-            for image, text in _rows(reader, columns, path, skipped):
-                texts.setdefault(image, []).append(text)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a readable table of UTF-8 text: {error}") from error
-    names = list(texts)
-    files = [path.parent / name for name in names]
-    kept = [i for i, whole in enumerate(whole_images(files, skipped)) if whole]
-    images = [files[i] for i in kept]
-    if columns.caption:
-        return Part(str(path), images, captions=[texts[names[i]] for i in kept])
-    for i in kept:
-        if len(set(texts[names[i]])) > 1:
-            raise ValueError(
-                f"{path} gives the image {names[i]} two classes: {' and '.join(sorted(set(texts[names[i]])))}"
-            )
-    return Part(str(path), images, labels=plain_labels([texts[names[i]][0] for i in kept]))
-
-
-def _rows(reader: "csv.DictReader[str]", columns: Columns, path: Path, skipped: SkipList) -> Iterator[tuple[str, str]]:
-    for row in reader:
-        place = f"{path}:{reader.line_num}"
-        image, text = row[columns.image], row[columns.caption or columns.label or ""]
-        if None in row or None in row.values():
-            skipped.add(
-                place, "it does not have as many columns as the first line (quote values with a separator in them)"
-            )
-        elif not image:
-            skipped.add(place, "it does not name an image")
+    for place, values in rows:
+        if values[image_at].strip():
+            texts.setdefault(values[image_at].strip(), []).append(values[text_at])
         else:
-            yield image, text
-
-
-def plain_labels(labels: list[str]) -> list[int] | list[str]:
-    """Return the labels as integers if all of them are decimal numbers, else unchanged."""
-    if all(label.isdecimal() for label in labels):
-        return [int(label) for label in labels]
-    return labels
+            skipped.add(place, "it does not name an image")
+    files = {name: path.parent / name for name in texts}
+    kept = [name for name, whole in zip(files, whole_images(list(files.values()), skipped), strict=True) if whole]
+    images = [files[name] for name in kept]
+    if columns.caption:
+        return Part(str(path), images, captions=[texts[name] for name in kept])
+    for name in kept:
+        if len(classes := {label for text in texts[name] if (label := clean_label(text))}) > 1:
+            raise ValueError(f"{path} gives the image {name} two classes: {' and '.join(sorted(classes))}")
+    return Part(str(path), images, labels=[next(filter(clean_label, texts[name]), texts[name][0]) for name in kept])

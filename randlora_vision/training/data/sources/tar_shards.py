@@ -1,90 +1,110 @@
-"""WebDataset shards: .tar files whose members with the same name up to the first dot form one sample.
-
-The headers are read once, and only the offset of every image in its shard is kept. Images are then read directly
-from the shards without unpacking them, in any order, so sharding and resuming are exact.
-"""
+"""WebDataset shards: which files they are, their splits, and the captions or classes of their samples."""
 
 import glob
-import io
-import itertools
+import os
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from randlora_vision.json_values import check_type, parse_json
 from randlora_vision.names import listing
+from randlora_vision.training.data.cleaning import clean_caption
 from randlora_vision.training.data.options import SourceOptions
-from randlora_vision.training.data.pictures import SkipList, image_suffixes, read_image
-from randlora_vision.training.data.sources.tables import CAPTIONS, LABELS, plain_labels
-from randlora_vision.training.data.splits import Part
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import has_images, is_hidden, subfolders
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.sources.tables import CAPTIONS, LABELS
+from randlora_vision.training.data.sources.tar_members import Sample, read_shard
+from randlora_vision.training.data.splits import split_of
 
-_BLOCK = 512  # bytes: everything in a .tar is padded to a multiple of this
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_TEXTS = ("txt", "json", "cls")
-
-
-@dataclass(frozen=True)
-class TarImage:
-    """An image file inside a .tar: `size` bytes starting at `offset`."""
-
-    shard: Path
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> Image.Image:
-        """Decode the image as RGB; raise OSError when that fails."""
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return read_image(io.BytesIO(file.read(self.size)))
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.name}"
+_BRACES = re.compile(r"\{(?:([^{},]+(?:,[^{},]+)+)|(\d+)\.\.(\d+))\}")
+_SUFFIXES = (
+    ".tar",
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tar.xz",
+    ".tar.zst",
+)  # compressed ones are refused with the reason
 
 
-@dataclass
-class _Sample:
-    shard: Path
-    key: str
-    image: TarImage | None = None
-    texts: dict[str, bytes] = field(default_factory=dict)  # by extension
+def is_shards(spec: str) -> bool:
+    """Return whether `spec` names shards: files by their suffix, or a folder of some without class folders."""
+    path = Path(spec)
+    if path.is_dir():
+        return bool(
+            _shards_in(path) or any(_shards_in(folder) for folder in _split_folders(path).values())
+        ) and not any(has_images(folder) for folder in subfolders(path))
+    return all(_is_shard_name(name) for name in spec.split("::"))
 
 
-def is_shard_folder(folder: Path) -> bool:
-    """Return whether a folder holds shards; a folder with subfolders is one of class folders instead."""
-    return any(folder.glob("*.tar")) and not any(path.is_dir() for path in folder.iterdir())
+def _is_shard_name(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES)
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _is_shard_name(path.name) and not is_hidden(path.name))
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    return {split: path for path in subfolders(folder) if (split := split_of(path.name)) and _shards_in(path)}
 
 
 def shard_paths(pattern: str) -> list[Path]:
-    """Return the shards that a path, a folder, {000..012} or a glob stands for, including missing ones.
+    """Return the shards that a path, {000..012}, {a,b}, a glob or several of these joined by :: stand for.
 
-    Raises ValueError when none of them exists.
+    Missing files are included, except those of a glob; a name that exists is never a pattern. Raises ValueError when
+    none of them exists.
     """
-    if Path(pattern).is_dir():
-        paths = sorted(Path(pattern).glob("*.tar"))
-    else:
-        spelled = list(_expand(pattern))
-        paths = [Path(p) for name in spelled for p in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    spelled = [name for part in pattern.split("::") for name in ([part] if os.path.exists(part) else _expand(part))]
+    is_pattern = {name: glob.has_magic(name) and not os.path.exists(name) for name in spelled}
+    paths = [Path(path) for name in spelled for path in (sorted(glob.glob(name)) if is_pattern[name] else [name])]
     if not any(path.is_file() for path in paths):
         raise ValueError(f"no shard found: {pattern}")
-    return paths
+    return list(dict.fromkeys(paths))  # an image that is read twice could be both trained on and held out
 
 
-def _expand(pattern: str) -> Iterator[str]:
-    """Spell out every {first..last}, with as many digits as `first` has."""
-    ranges = _RANGE.findall(pattern)
-    fixed = _RANGE.split(pattern)[::3]
-    counts = [[f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)] for first, last in ranges]
-    for numbers in itertools.product(*counts):
-        yield "".join(part for pair in zip(fixed, (*numbers, ""), strict=True) for part in pair)
+def _expand(pattern: str) -> list[str]:
+    """Spell out every {first..last}, with as many digits as `first` has, and every {one,other}."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    words, first, last = match[1], match[2], match[3]
+    choices = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [path for choice in choices for path in _expand(f"{before}{choice}{after}")]
 
 
-def shards_part(pattern: str, options: SourceOptions, skipped: SkipList) -> Part:
+def shards_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
+    """Read shards as the splits that their folders (train/, test/) or files (train-000.tar) are named after.
+
+    Without such names, all are for training. Raises ValueError as `shards_part` does.
+    """
+    folder = Path(spec)
+    if not folder.is_dir():
+        return {"train": shards_part(spec, shard_paths(spec), options, skipped)}
+    named = _split_folders(folder)
+    groups = {split: _shards_in(path) for split, path in named.items()}
+    if groups:
+        for path in (*_shards_in(folder), *subfolders(folder)):
+            if path not in named.values():
+                skipped.add(str(path), "it is in none of the folders that are named after splits")
+    else:
+        for path in _shards_in(folder):
+            words = [split for word in re.split("[^a-z]+", path.name.lower()) if (split := split_of(word))]
+            groups.setdefault(words[0] if len(words) == 1 else "", []).append(path)
+        if "train" not in groups or len(groups) == 1:
+            groups = {"train": _shards_in(folder)}
+        for path in groups.pop("", []):
+            skipped.add(str(path), "the names of the other shards begin with their split, but this one does not")
+    return {
+        split: shards_part(spec if len(groups) == 1 else f"{spec} ({split})", paths, options, skipped)
+        for split, paths in groups.items()
+    }
+
+
+def shards_part(name: str, paths: Sequence[Path], options: SourceOptions, skipped: SkipList) -> Part:
     """Read what the shards hold: images with captions (.txt, or a key of .json) or classes (.cls, or a key).
 
     A shard that is missing or broken is recorded in `skipped`; the samples before the broken position are still
@@ -92,9 +112,17 @@ def shards_part(pattern: str, options: SourceOptions, skipped: SkipList) -> Part
 
     Raises ValueError when no sample has an image, or when no sample has a caption or class.
     """
-    paths = shard_paths(pattern)
-    samples = [sample for path in paths for sample in _read_shard(path, skipped)]
-    source = f"{pattern} ({len(paths)} shards)" if len(paths) > 1 else pattern
+    source = f"{name} ({len(paths)} shards)" if len(paths) > 1 else name
+    samples: list[Sample] = []
+    reasons = []
+    for path in paths:
+        found, reason = read_shard(path)
+        samples += found
+        if reason is not None:
+            reasons.append(f"the shard cannot be read{' ' if reason.startswith('after byte') else ': '}{reason}")
+            skipped.add(str(path), reasons[-1])
+    if reasons and not samples:
+        raise ValueError(f"{source}: {reasons[0]}")
     captions = [] if options.label_column else [_captions(sample, options.caption_column) for sample in samples]
     captioned = any(captions)
     words = captions if captioned else [_label(sample, options.label_column) for sample in samples]
@@ -104,32 +132,34 @@ def shards_part(pattern: str, options: SourceOptions, skipped: SkipList) -> Part
     for sample, text in zip(samples, words, strict=True):
         if sample.image is None or not text:
             missing = "image" if sample.image is None else "caption" if captioned else "class"
-            skipped.add(f"{sample.shard}:{sample.key}", f"the sample has no {missing}")
+            why = "; ".join([f"the sample has no {missing}", *sample.unreadable])
+            skipped.add(f"{sample.shard}:{sample.key}", why)
         else:
             kept.append((sample.image, text))
     images = [image for image, _ in kept]
     if captioned:
         return Part(source, images, captions=[text for _, text in kept])
-    return Part(source, images, labels=plain_labels([text[0] for _, text in kept]))
+    return Part(source, images, labels=[text[0] for _, text in kept])
 
 
-def _captions(sample: _Sample, key: str | None) -> list[str]:
+def _captions(sample: Sample, key: str | None) -> list[str]:
     """Return the captions of a sample: from that key of its .json, else its .txt, else a well-known key."""
-    if key is None and "txt" in sample.texts:
-        return [sample.texts["txt"].decode("utf-8", errors="replace")]
+    for extension in ("txt", "caption") if key is None else ():
+        if (caption := clean_caption(sample.texts.get(extension))) or extension in sample.texts:
+            return [caption]
     value = _json_value(sample, CAPTIONS if key is None else (key,), str | list[str] | None)
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _label(sample: _Sample, key: str | None) -> list[str]:
+def _label(sample: Sample, key: str | None) -> list[str]:
     """Return the class of a sample as a list, which is empty if it has none."""
     if key is None and "cls" in sample.texts:
-        return [sample.texts["cls"].decode("utf-8", errors="replace").strip()]
-    value = _json_value(sample, LABELS if key is None else (key,), str | int | None)
+        return [sample.texts["cls"]]
+    value = _json_value(sample, LABELS if key is None else (key,), str | float | None)
     return [] if value is None else [str(value)]
 
 
-def _json_value(sample: _Sample, keys: Sequence[str], kind: Any) -> Any:
+def _json_value(sample: Sample, keys: Sequence[str], kind: Any) -> Any:
     """Return the value of the first of the keys that is given; None, which is recorded, if its type is wrong."""
     values = _json(sample)
     key = next((key for key in keys if values.get(key) is not None), None)
@@ -139,15 +169,15 @@ def _json_value(sample: _Sample, keys: Sequence[str], kind: Any) -> Any:
         return None
 
 
-def _json(sample: _Sample) -> Mapping[str, Any]:
+def _json(sample: Sample) -> Mapping[str, Any]:
     try:
-        values: dict[str, Any] = check_type(parse_json(sample.texts.get("json", b"{}"), sample.key), dict, sample.key)
+        values: dict[str, Any] = check_type(parse_json(sample.texts.get("json", "{}"), sample.key), dict, sample.key)
     except ValueError:  # then the caption or class is missing, which is recorded
         return {}
     return values
 
 
-def _what_lacks(samples: Sequence[_Sample], options: SourceOptions) -> str:
+def _what_lacks(samples: Sequence[Sample], options: SourceOptions) -> str:
     """Return a message that says what was expected and what was found."""
     if not any(sample.image for sample in samples):
         return f"no images in {len(samples)} samples; expected members such as 000.jpg beside 000.txt"
@@ -160,52 +190,3 @@ def _what_lacks(samples: Sequence[_Sample], options: SourceOptions) -> str:
         + (listing(f".{extension}" for extension in extensions) or "no text files")
         + (f", and in .json the keys {listing(keys, most=20)}" if keys else "")
     )
-
-
-def _read_shard(path: Path, skipped: SkipList) -> Iterator[_Sample]:
-    """Yield the samples of a shard: consecutive members with the same folder and name up to the first dot."""
-    sample: _Sample | None = None
-    for name, extension, offset, size, text in _members(path, skipped):
-        if sample is None or sample.key != name:
-            if sample is not None:
-                yield sample
-            sample = _Sample(path, name)
-        if text is not None:
-            sample.texts[extension] = text
-        elif sample.image is None:
-            sample.image = TarImage(path, f"{name}.{extension}", offset, size)
-    if sample is not None:
-        yield sample
-
-
-def _members(path: Path, skipped: SkipList) -> Iterator[tuple[str, str, int, int, bytes | None]]:
-    """Yield name, extension, offset and size of images and texts, and the bytes of texts."""
-    end = 0
-    try:
-        length = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:  # not compressed, since a compressed one cannot be read from the middle
-            for member in tar:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError(f"it ends inside {member.name}")
-                folder, _, file = member.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                extension = extension.lower()
-                name = f"{folder}/{stem}" if folder else stem
-                content = tar.extractfile(member) if extension in _TEXTS and member.isfile() else None
-                if content is not None:
-                    yield name, extension, member.offset_data, member.size, content.read()
-                elif member.isfile() and f".{extension}" in image_suffixes():
-                    yield name, extension, member.offset_data, member.size, None
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member
-        _check_end(path, end)
-    except (OSError, tarfile.TarError) as error:
-        skipped.add(str(path), f"the shard cannot be read{f' after byte {end}' if end else ''}: {error}")
-
-
-def _check_end(path: Path, end: int) -> None:
-    """Raise ReadError unless the archive ends at `end`, since tarfile treats a broken header as its end."""
-    with path.open("rb") as file:
-        file.seek(end)
-        if any(file.read(_BLOCK)):
-            raise tarfile.ReadError("no valid header there")

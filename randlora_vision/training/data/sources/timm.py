@@ -4,9 +4,14 @@ from typing import Any
 
 from randlora_vision.errors import one_line
 from randlora_vision.training.data.options import SourceOptions
-from randlora_vision.training.data.pictures import StoredImage
-from randlora_vision.training.data.sources.torchvision import class_names_of, files_of, forbid_fetching, labels_of
-from randlora_vision.training.data.splits import Part
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.sources.torchvision import (
+    class_names_of,
+    files_of,
+    forbid_fetching,
+    labels_of,
+    stored_images,
+)
 
 _HELD_OUT = ("validation", "test")
 
@@ -33,10 +38,7 @@ def timm_parts(name: str, options: SourceOptions) -> dict[str, Part]:
 
 def _part(source: str, dataset: Any) -> Part:
     labels = labels_of(dataset)
-    # If timm cannot read an image, its __getitem__ returns the next image and its label instead.
-    items = getattr(dataset, "reader", dataset)
-    images = [StoredImage(items, index) for index in range(len(labels))]
-    return Part(source, images, labels, class_names=class_names_of(dataset, labels))
+    return Part(source, stored_images(dataset, len(labels)), labels, class_names=class_names_of(dataset))
 
 
 def _open(name: str, split: str, options: SourceOptions) -> Any:

@@ -4,13 +4,14 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from randlora_vision.errors import one_line
 from randlora_vision.names import listing
 from randlora_vision.training.data.options import SourceOptions
+from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import StoredImage
-from randlora_vision.training.data.splits import Part
 
 _LABELS = ("targets", "labels", "_labels", "y")  # attributes in which torchvision's datasets keep them
 
@@ -20,6 +21,9 @@ def labels_of(dataset: Any) -> list[int]:
     reader: Any = getattr(dataset, "reader", None)  # timm's
     if (files := files_of(dataset)) is not None:
         return [int(label) for _, label in files]
+    samples = getattr(dataset, "_samples", None)  # of GTSRB and others: files with labels
+    if samples is not None and all(isinstance(sample, tuple) and len(sample) == 2 for sample in samples):
+        return [int(label) for _, label in samples]
     if hasattr(reader, "label_key"):
         return [int(label) for label in reader.dataset[reader.label_key]]
     for name in _LABELS:
@@ -29,17 +33,31 @@ def labels_of(dataset: Any) -> list[int]:
     return [int(dataset[index][1]) for index in range(len(dataset))]
 
 
-def class_names_of(dataset: Any, labels: Sequence[int]) -> list[str]:
-    """Return the class names: the first of several names of a class, or numbers if there are no names."""
+def class_names_of(dataset: Any) -> list[str] | None:
+    """Return the class names, the first of several names of a class, or None if the dataset has no names."""
     reader: Any = getattr(dataset, "reader", None)
-    classes = getattr(dataset, "classes", None)
+    classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
     if classes is None and hasattr(reader, "label_key"):
         classes = getattr(reader.dataset.features[reader.label_key], "names", None)
     if classes is None and getattr(reader, "class_to_idx", None):
         classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
     if not classes:
-        return [str(number) for number in range(max(labels) + 1)]
+        return None
     return [str(name[0] if isinstance(name, tuple) else name) for name in classes]
+
+
+def stored_images(dataset: Any, count: int) -> list[StoredImage]:
+    """Return the images of a dataset; those that are files are opened as such, because datasets decode them otherwise.
+
+    Most datasets of files convert images to RGB themselves, which ignores orientation, transparency and depth.
+    """
+    items = getattr(dataset, "reader", dataset)  # if timm cannot read an image, its __getitem__ returns the next one
+    for name in ("samples", "_samples", "imgs", "_image_files", "_images", "_files"):
+        found = getattr(dataset, name, None) or getattr(items, name, None)
+        files = [item[0] if isinstance(item, tuple) else item for item in found] if isinstance(found, list) else []
+        if len(files) == count and all(isinstance(file, str | os.PathLike) for file in files):
+            return [StoredImage(items, index, file=Path(file)) for index, file in enumerate(files)]
+    return [StoredImage(items, index) for index in range(count)]
 
 
 def files_of(dataset: Any) -> Any:
@@ -132,5 +150,4 @@ def _part(source: str, dataset: Any) -> Part:
         labels = labels_of(dataset)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} is not a dataset of images with one class each: {one_line(str(error))}") from error
-    images = [StoredImage(dataset, index) for index in range(len(labels))]
-    return Part(source, images, labels, class_names=class_names_of(dataset, labels))
+    return Part(source, stored_images(dataset, len(labels)), labels, class_names=class_names_of(dataset))

@@ -1,0 +1,101 @@
+"""A folder of images with their captions: in text files beside them, or in a metadata file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from randlora_vision.files.text import read_text
+from randlora_vision.json_values import check_object, check_type, parse_json
+from randlora_vision.names import printable
+from randlora_vision.training.data.cleaning import clean_caption
+from randlora_vision.training.data.part import Part
+from randlora_vision.training.data.pictures import has_images, is_hidden, is_image_name, subfolders, whole_images
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.sources.tables import IMAGES, read_table
+
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_SIDECARS = (".txt", ".caption")  # the first that exists is used
+_CAPTION_KEYS = ("text", "caption", "prompt")  # the first one that an entry has is used
+
+
+def is_caption_folder(folder: Path) -> bool:
+    """Return whether a folder contains images and captions for them, rather than class folders."""
+    if not folder.is_dir() or any(has_images(path) for path in subfolders(folder)):
+        return False
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return any(map(is_image_name, names)) and any(_is_sidecar(name) or name in _METADATA for name in names)
+
+
+def _is_sidecar(name: str) -> bool:
+    return Path(name).suffix.lower() in _SIDECARS and not is_hidden(name)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in a folder itself, sorted by name, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
+
+
+def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
+    """Return the images of a folder, and those that its metadata names, with their captions; '' for none.
+
+    A text file beside an image (1.txt or 1.caption for 1.jpg; 1.jpg.txt) takes precedence over the metadata. Captions
+    without an image are recorded in `skipped`.
+
+    Raises ValueError for a file that is not UTF-8 text and for a malformed metadata file.
+    """
+    images = list_images(folder)
+    files = [path for path in folder.iterdir() if _is_sidecar(path.name) and path.is_file()]
+    beside = {(path.stem, path.suffix.lower()): path for path in sorted(files)}
+    listed = {}
+    for place, name, caption in _metadata(folder):
+        image = folder / name
+        if image.is_file():
+            listed[image] = caption
+        else:
+            skipped.add(place, f"there is no image {name} for its caption")
+    names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
+    for key in sorted(set(beside) - {key for keys in names.values() for key in keys}):
+        skipped.add(str(beside[key]), "there is no image of its name for its caption")
+    found = []
+    for image in (*images, *(image for image in listed if image not in names)):
+        own = next((beside[key] for key in names.get(image, ()) if key in beside), None)
+        found.append((image, clean_caption(read_text(own) if own else listed.get(image))))
+    return found
+
+
+def caption_folder_part(folder: Path, skipped: SkipList) -> Part:
+    """Read a folder of images with captions; raises as `read_captions` does."""
+    found = read_captions(folder, skipped)
+    whole = whole_images([image for image, _ in found], skipped)
+    kept = [item for item, readable in zip(found, whole, strict=True) if readable]
+    return Part(str(folder), [image for image, _ in kept], captions=[[caption] for _, caption in kept])
+
+
+def _metadata(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the place, the file name and the caption of every entry of the metadata file."""
+    lines, table = (folder / name for name in _METADATA)
+    if lines.exists():
+        yield from _json_lines(lines)
+    if table.exists():
+        columns, rows = read_table(table, SkipList(strict=True))
+        image, text = (next((name for name in names if name in columns), None) for names in (IMAGES, _CAPTION_KEYS))
+        if image is None or text is None:
+            raise ValueError(
+                f"{table}: expected the columns file_name and {_CAPTION_KEYS[0]}, found {', '.join(columns)}"
+            )
+        image_at, text_at = columns.index(image), columns.index(text)
+        yield from ((place, values[image_at], values[text_at]) for place, values in rows)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = check_type(parse_json(line, "it"), dict, "it")
+            key = next((key for key in _CAPTION_KEYS if key in values), _CAPTION_KEYS[0])
+            entry = check_object(values, {"file_name": str, key: str}, "it")
+        except ValueError as error:
+            expected = f'{{"file_name": "1.png", "{_CAPTION_KEYS[0]}": "a photo of ..."}}'
+            found = printable(line.strip(), 80)
+            raise ValueError(f"{path}, line {number}: expected {expected}, found {found} ({error})") from None
+        yield f"{path}:{number}", entry["file_name"], entry[key]

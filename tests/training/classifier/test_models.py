@@ -1,0 +1,94 @@
+"""Loading timm models: weights without a classifier, grey models, and image sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from randlora_vision.training.classifier.models import load_classifier
+from randlora_vision.training.classifier.options import AugmentOptions, ModelOptions
+from randlora_vision.training.data.labelled import ImageSplits
+from tests.training_helpers import write_tiny_vit
+
+WITH_OTHERS = {"mask_token": torch.zeros(1, 1, 8), "decoder.weight": torch.zeros(3, 3), "dino_head.mlp": torch.ones(2)}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
+@pytest.mark.parametrize("others", [{}, WITH_OTHERS])
+def test_weights_without_a_classifier(name: str, others: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = timm.create_model(name, num_classes=0).eval()
+    path = tmp_path / "x.safetensors"
+    save_file({**base.state_dict(), **others}, path)
+    loaded = load_classifier(ModelOptions(model=name, initial_checkpoint=str(path)), 7, seed=0)
+    model: Any = loaded.model.eval()
+    images = torch.randn(2, *loaded.data_config["input_size"])
+    assert loaded.fresh_head and model(images).shape == (2, 7)
+    torch.testing.assert_close(model.forward_features(images), base.forward_features(images))
+    again = load_classifier(ModelOptions(model=name, initial_checkpoint=str(path), fresh_head=True), 7, seed=0).model
+    torch.testing.assert_close(again.eval()(images), model(images), rtol=0, atol=0)
+    namespace: dict[str, Any] = {}
+    exec("\n".join(loaded.code), namespace)  # the printed code gives the same backbone
+    torch.testing.assert_close(namespace["model"].eval().forward_features(images), base.forward_features(images))
+
+
+def test_weights_that_lack_part_of_the_backbone(tmp_path: Path) -> None:
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file({name: value for name, value in state.items() if "blocks.1" not in name}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="x.safetensors does not fit the model: it lacks blocks.1.norm1.weight"):
+        load_classifier(ModelOptions(model="test_vit", initial_checkpoint=str(tmp_path / "x.safetensors")), 3, seed=0)
+
+
+def grey_model(folder: Path, channels: int = 1) -> str:
+    write_tiny_vit(folder, 3)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["in_chans"] = channels
+    config["pretrained_cfg"] |= {"input_size": [channels, 16, 16], "mean": [0.5], "std": [0.25]}
+    model = timm.create_model(config["architecture"], num_classes=3, **config["model_args"])
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def test_a_grey_model_gets_grey_images(tmp_path: Path) -> None:
+    loaded = load_classifier(ModelOptions(model=grey_model(tmp_path / "grey"), pretrained=True), 3, seed=0)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+    splits = ImageSplits("x", ["a"], {}, {}, "")
+    augmented = loaded.training_transform(
+        splits, AugmentOptions(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+    )
+    assert augmented(picture).shape == (1, 16, 16)
+    from torchvision.transforms import CenterCrop, Resize
+
+    config = loaded.data_config
+    scaled = CenterCrop(16)(Resize(int(16 / config["crop_pct"]), interpolation=3)(picture))
+    truth = (np.asarray(scaled) @ [0.299, 0.587, 0.114] / 255 - 0.5) / 0.25
+    found = loaded.eval_transform(picture)
+    assert found.shape == (1, 16, 16) and np.abs(found[0].numpy() - truth).max() < 1e-4
+    assert loaded.model(found[None]).shape == (1, 3)
+    with pytest.raises(ValueError, match="takes images of 4 channels, not of 1 .grey. or 3"):
+        load_classifier(ModelOptions(model=grey_model(tmp_path / "four", 4), pretrained=True), 3, seed=0)
+
+
+def test_image_sizes_of_models_in_folders(tmp_path: Path) -> None:
+    vit = f"local-dir:{write_tiny_vit(tmp_path / 'vit', 3)}"
+    model = timm.create_model("test_resnet", num_classes=3)
+    (tmp_path / "resnet").mkdir()
+    save_file(model.state_dict(), tmp_path / "resnet" / "model.safetensors")
+    pretrained = {"input_size": [3, 160, 160], "num_classes": 3, "classifier": "fc", "first_conv": "conv1.0"}
+    config = {"architecture": "test_resnet", "num_classes": 3, "pretrained_cfg": pretrained}
+    (tmp_path / "resnet" / "config.json").write_text(json.dumps(config))
+    for name in (vit, f"local-dir:{tmp_path / 'resnet'}"):
+        loaded = load_classifier(ModelOptions(model=name, pretrained=True, img_size=64), 3, seed=0)
+        assert loaded.data_config["input_size"] == (3, 64, 64)
+        assert loaded.model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(ValueError, match="timm cannot create the model 'local-dir:.*nowhere'"):
+        load_classifier(ModelOptions(model=f"local-dir:{tmp_path / 'nowhere'}", img_size=64), 3, seed=0)
