@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,12 +15,15 @@ from randlora_vision.bases import get_bases
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.untrusted import check_finite
-from randlora_vision.injection.candidates import candidates
 from randlora_vision.injection.inject import add_adapter
+from randlora_vision.injection.offloaded import offloaded_modules
 from randlora_vision.injection.plan import AdapterPlan, make_plan
 from randlora_vision.injection.record import AdapterRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.layers.adapted import AdaptedModule
+from randlora_vision.layers.peft_around import plain_modules
+from randlora_vision.layers.torch_around import is_sharded
+from randlora_vision.names import PARTS, listing, parameter_name
 from randlora_vision.report import InjectionReport
 
 
@@ -59,7 +63,7 @@ def packed(model: nn.Module, adapter_name: str) -> tuple[dict[str, Tensor], dict
 
 def own_adapter(
     model: nn.Module, adapter_name: str
-) -> tuple[AdapterRecord, dict[str, tuple[nn.Parameter, nn.Parameter]], dict[str, Tensor]]:
+) -> tuple[AdapterRecord, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Return an adapter's record, target name -> (lambda, gamma), and its tensors trained in full by path.
 
     Raises:
@@ -71,10 +75,27 @@ def own_adapter(
         where = records(model)[0][0]
         raise ValueError(f"the adapters were injected into {where!r}: pass that module to save_adapter")
     check_names(model, adapter_name)
-    tensors = _adapter_tensors(model, adapter_name)
-    if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
-        raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
-    return record.adapters[adapter_name], tensors, current_saved(model, record, adapter_name)
+    adapter, tensors = record.adapters[adapter_name], _adapter_tensors(model, adapter_name)
+    if len(tensors) < len(adapter.targets):
+        lost = [target.name for target in adapter.targets if target.name not in tensors]
+        if not tensors:
+            raise ValueError(f"all layers of adapter {adapter_name!r} were removed or replaced after inject")
+        warnings.warn(
+            f"layers of adapter {adapter_name!r} were removed or replaced after inject and are not saved: "
+            f"{listing(lost)}",
+            stacklevel=3,
+        )
+        adapter = dataclasses.replace(adapter, targets=tuple(t for t in adapter.targets if t.name in tensors))
+    for name, pair in tensors.items():
+        if any(tensor.is_meta for tensor in pair):
+            raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
+        if any(is_sharded(tensor) for tensor in pair):
+            raise ValueError(
+                f"adapter {adapter_name!r} is sharded at {name}: gather it on all processes to save it, for example "
+                "within FullyShardedDataParallel.summon_full_params(model), or between model.unshard() and "
+                "model.reshard()"
+            )
+    return adapter, tensors, current_saved(model, record, adapter_name)
 
 
 def load_adapter(
@@ -127,16 +148,25 @@ def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> Injecti
     return dataclasses.replace(plan.report, warnings=(*plan.report.warnings, *content.notes))
 
 
-def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Target name -> (lambda, gamma)."""
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Target name -> (lambda, gamma) for the targets that are still in the model; values that are offloaded too."""
     record = own_record(model)
     assert record is not None
-    owners = {candidate.name: candidate.owners[0] for candidate in candidates(model)}
+    modules, offloaded = dict(plain_modules(model)), offloaded_modules(model)
     found = {}
     for target in record.adapters[adapter_name].targets:
-        module, param = owners[target.name]
-        assert isinstance(module, AdaptedModule)
-        found[target.name] = module.adapter_tensors(param, adapter_name)
+        parent, _, last = target.name.rpartition(".")
+        for path, param in ((target.name, "weight"), (parent, last)):
+            module = modules.get(path)
+            state = module.adapter_state(param) if isinstance(module, AdaptedModule) else None
+            if state is None or adapter_name not in state.slots:
+                continue
+            assert isinstance(module, AdaptedModule)
+            lam, gamma = module.adapter_tensors(param, adapter_name)
+            if lam.is_meta and module in offloaded:
+                kept = (offloaded[module].value(parameter_name(param, part, adapter_name)) for part in PARTS)
+                lam, gamma = kept  # type: ignore[assignment]
+            found[target.name] = lam, gamma
     return found
 
 
@@ -150,11 +180,13 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
         plan = make_plan(model, content.config, adapter_name, content.stored)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    offloaded = offloaded_modules(plan.model)
     if any(
         tensor.is_meta
         for candidate in plan.candidates
         for module, _ in candidate.owners
         for tensor in module.parameters()
+        if module not in offloaded
     ):
         raise ValueError(f"{path} cannot be loaded on the meta device, where its values would be lost")
     have, want = (

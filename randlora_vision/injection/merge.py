@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from randlora_vision.injection.held import refuse_held_weights, refuse_offloaded_tensors
 from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
@@ -20,9 +20,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Make the model behave as the base model inside the context.
 
     No adapter has any effect, not even a merged one, and modules trained in full are the base's.
+
+    Raises:
+        ValueError: If adapters are merged into weights that a host keeps elsewhere (see `merge`).
     """
     model = unwrap(model)
     before = [(root, record, record.switches.enabled, record.switches.merged) for _, root, record in records(model)]
+    for root, record, _, merged in before:
+        refuse_offloaded_tensors(root, record.installed, "disable adapters with modules trained in full")
+        if merged:
+            refuse_held_weights(root, "disable merged adapters")
     for root, record, _, _ in before:
         _set_merged(root, record, (), safe=False)
         _set_enabled(root, record, False)
@@ -46,8 +53,9 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
         safe: If True, refuse to merge if any result is not finite.
 
     Raises:
-        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization,
-            or a merged weight is not finite. The model is then left unchanged.
+        ValueError: If there is no such adapter, a weight is packed (quantised), a host keeps the weights elsewhere
+            (offloaded by accelerate or diffusers, sharded by FSDP or DeepSpeed, on the meta device, in float8), or a
+            merged weight is not finite. The model is then left unchanged.
     """
     model = unwrap(model)
     wanted = None if adapter_names is None else check_names(model, adapter_names)
@@ -60,7 +68,7 @@ def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] |
     """Unmerge adapters (all unless some are named), restoring the weights bit for bit.
 
     Raises:
-        ValueError: If there is no such adapter.
+        ValueError: If there is no such adapter, or a host keeps the weights elsewhere.
     """
     model = unwrap(model)
     wanted = check_names(model, adapter_names)
@@ -77,7 +85,8 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     """Make exactly the named adapters merged: compute all weights first, then assign them."""
     if names == record.switches.merged:
         return
-    weights: dict[int, nn.Parameter] = {}
+    refuse_held_weights(root, "merge or unmerge adapters")
+    weights: dict[int, nn.Parameter | None] = {}
     holders = list(adapted_modules(root))
     for path, module, param, state in holders:
         if state.written:
@@ -87,8 +96,12 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     for _, module, param, state in holders:
         merged = tuple(name for name in names if name in state.slots)
         if merged and not state.merged:
-            state.original = module._parameters[param]
-        module._parameters[param] = weights[id(state)]
+            state.original = module._parameters.get(param)
+        weight = weights[id(state)]
+        if weight is None:
+            module._parameters.pop(param, None)
+        else:
+            module._parameters[param] = weight
     record.switches.merged = names
     for _, _, _, state in holders:
         if not state.merged:
@@ -100,10 +113,12 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
 def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterState) -> None:
     """Add to the base's Parameter what PEFT wrote to the merged one: the difference from a fresh merge."""
     merged, original = module._parameters[param], state.original
-    assert merged is not None and original is not None
+    assert merged is not None
+    if original is None:
+        raise ValueError(f"PEFT merged into {path}, which a parametrization computes, and this cannot be undone")
     fresh = _merged_weight(path, module, param, state, state.merged, safe=False)
-    if not torch.equal(merged, fresh):
-        original.add_((merged.float() - fresh.float()).to(original.dtype))
+    if not torch.equal(merged, fresh):  # type: ignore[arg-type]
+        original.add_((merged.float() - fresh.float()).to(original.dtype))  # type: ignore[union-attr]
     state.written = False
 
 
@@ -111,19 +126,19 @@ def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterSta
 @torch.no_grad()
 def _merged_weight(
     path: str, module: AdaptedModule, param: str, state: ParameterState, names: tuple[str, ...], safe: bool
-) -> nn.Parameter:
-    """The base's Parameter with the named adapters added, at least in float32; unchanged if there are none."""
+) -> nn.Parameter | None:
+    """The base's weight with the named adapters added, at least in float32; the base's own if there are none.
+
+    While merged, a weight that a parametrization computes is hidden by a parameter of its name; None removes that.
+    """
     if module.has_packed_weight:
         raise ValueError(f"{path} is quantised: its packed weight cannot take an update; dequantise the base to merge")
-    if parametrize.is_parametrized(module, param):
-        raise ValueError(f"{path} is computed by a parametrization: remove_parametrizations before inject to merge")
-    base = state.original if state.original is not None else module._parameters[param]
-    assert isinstance(base, nn.Parameter)
     own = [name for name in names if name in state.slots]
+    base = module.frozen_weight(param)
     if not own:
-        return base
+        return base if isinstance(base, nn.Parameter) else None
     exact = base.to(torch.promote_types(base.dtype, torch.float32))
     merged = module.add_updates(param, exact, own).to(base.dtype).contiguous()
-    if safe and not merged.is_meta and not torch.isfinite(merged).all():
+    if safe and not torch.isfinite(merged).all():
         raise ValueError(f"merging {', '.join(own)} into {path} gives non-finite numbers: the adapter is broken")
     return nn.Parameter(merged, requires_grad=base.requires_grad)

@@ -48,11 +48,25 @@ def _in_peft(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__", "")).startswith("peft.")
 
 
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""The only child of a wrapper: of FSDP 1, of checkpointed activations and of `torch.compile`."""
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of PyTorch."""
+    while True:
+        inner = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+        if inner is None:
+            return model
+        model = inner
+
+
 def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) as `named_modules(remove_duplicate=False)`, without PEFT's layers and their parts."""
+    """Yield (path, module) as `named_modules(remove_duplicate=False)`, without wrappers and PEFT's layers."""
     loaded = sys.modules.get("peft.tuners.tuners_utils")
+    model = inside(model)
     while loaded is not None and isinstance(model, loaded.BaseTunerLayer) and hasattr(model, "base_layer"):
-        model = model.base_layer
+        model = inside(model.base_layer)
     yield path, model
     for name, child in model._modules.items():
         if child is not None:
@@ -60,5 +74,5 @@ def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def plain_name(path: str) -> str:
-    """The path that a parameter has without PEFT's wrappers."""
-    return path.replace(".base_layer.", ".")
+    """The path that a parameter has without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in ("base_layer", *_WRAPPERS))

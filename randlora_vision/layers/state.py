@@ -29,6 +29,8 @@ class AdapterSlot:
     dropout: float
     bases: Bases
     trainable: bool
+    start: tuple[float, float]
+    """The values of lambda and gamma before training."""
     compute: str = "auto"
     scale: float = 1.0
     """Run-time factor, 1 unless changed by `set_scale`."""
@@ -63,6 +65,11 @@ class ParameterState:
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters that are merged into the weight."""
         return tuple(name for name in self.switches.merged if name in self.slots)
+
+    @property
+    def is_folded(self) -> bool:
+        """True if adapters are merged into a weight that a parametrization computes."""
+        return bool(self.merged) and self.original is None
 
     def live(self) -> list[str]:
         """Names of the adapters that contribute to the effective weight."""

@@ -30,11 +30,10 @@ from randlora_vision.layers.adapted import (
     AdaptedModule,
     autocast_dtype,
     is_quantized,
-    is_sharded,
-    replaced_message,
 )
 from randlora_vision.layers.peft_around import peft_reader
 from randlora_vision.layers.state import ParameterState
+from randlora_vision.layers.torch_around import is_sharded, is_sharder, replaced_message, wants_parameter
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 """Modules whose forward reads the weight for a matrix product."""
@@ -53,8 +52,9 @@ def restore_module(module: AdaptedModule, param: str) -> None:
 def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
     if isinstance(module, AdaptedModule) and type(module) not in _CLASSES.values():
         raise RuntimeError(
-            f"a parametrization was registered on an adapted {type(module).__name__} after inject: remove it first "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
+            f"the class of an adapted {type(module).__name__} was changed after inject to "
+            f"{type(module).__mro__[1].__name__}: undo that first (torch.nn.utils.parametrize.remove_parametrizations "
+            "for a parametrization; a model in FSDP keeps its adapters)"
         )
     base, quantized = base_class(module), is_quantized(module)
     if states:
@@ -175,7 +175,11 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _weight_property(param: str) -> property:
     def get(self: Any) -> Tensor:
         # Compiled code does not contain the readers in question.
-        peft = None if torch.compiler.is_compiling() else peft_reader()
+        if torch.compiler.is_compiling():
+            return self._effective(param)
+        if wants_parameter():
+            return self.base_weight(param)
+        peft = peft_reader()
         if peft is None:
             return self._effective(param)
         state = self._randlora[param]
@@ -184,7 +188,9 @@ def _weight_property(param: str) -> property:
 
     def set_(self: Any, value: object) -> None:
         # nn.Module registers Parameters itself; only a plain tensor assigned in place of one gets here.
-        raise RuntimeError(replaced_message(type(self).__name__, param))
+        if not is_sharder():
+            raise RuntimeError(replaced_message(type(self).__name__, param))
+        self.__dict__[param] = value
 
     return property(get, set_, doc=f"Effective {param}: the frozen one plus the active adapters' updates.")
 
