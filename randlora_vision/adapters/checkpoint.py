@@ -25,6 +25,7 @@ from randlora_vision.layers.peft_around import plain_modules
 from randlora_vision.layers.torch_around import is_sharded
 from randlora_vision.names import PARTS, listing, parameter_name
 from randlora_vision.report import InjectionReport
+from randlora_vision.torch_internals import is_fsdp_managed
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
@@ -95,7 +96,11 @@ def own_adapter(
                 "within FullyShardedDataParallel.summon_full_params(model), or between model.unshard() and "
                 "model.reshard()"
             )
-    return adapter, tensors, current_saved(model, record, adapter_name)
+    saved = current_saved(model, record, adapter_name)
+    if any(map(is_fsdp_managed, model.modules())):  # FSDP cannot free memory that is used without PyTorch
+        tensors = {name: (lam.detach().clone(), gamma.detach().clone()) for name, (lam, gamma) in tensors.items()}
+        saved = {name: tensor.detach().clone() for name, tensor in saved.items()}
+    return adapter, tensors, saved
 
 
 def load_adapter(

@@ -59,13 +59,12 @@ def refuse_held_adapters(root: nn.Module, what: str) -> None:
         _refuse_sharded(f"{path}.{param}".lstrip("."), tensors, module, what)
 
 
-def refuse_unfit(root: nn.Module, modules: Iterable[nn.Module], what: str) -> None:
-    """Raise ValueError if what holds the weights of these modules in `root` would not treat new adapters rightly."""
+def refuse_unfit(root: nn.Module, what: str) -> None:
+    """Raise ValueError if a host holds weights of `root` in a way that has no place for new parameters."""
     if any(map(_is_grouped, root.modules())):
         refuse_offloaded(root, what)
-    paths = {module: path for path, module in root.named_modules()}
-    for module in modules:
-        _refuse_sharded(paths[module] or type(module).__name__, list(module.parameters()), module, what)
+    for path, module in root.named_modules():
+        _refuse_sharded(path or type(module).__name__, list(module._parameters.values()), module, what)
 
 
 def refuse_offloaded_tensors(root: nn.Module, paths: Iterable[str], what: str) -> None:
@@ -88,12 +87,12 @@ def _refuse_elsewhere(name: str, tensors: Sequence[Tensor], module: nn.Module, w
             )
 
 
-def _refuse_sharded(name: str, tensors: Sequence[Tensor], module: nn.Module, what: str) -> None:
+def _refuse_sharded(name: str, tensors: Sequence[Tensor | None], module: nn.Module, what: str) -> None:
     if any(hasattr(tensor, "ds_id") for tensor in tensors):
         how, before = "partitioned by DeepSpeed ZeRO-3", "deepspeed.initialize, without deepspeed.zero.Init"
     elif is_fsdp_managed(module):
         how, before = "sharded by FSDP", "the model is wrapped (fully_shard, FullyShardedDataParallel)"
-    elif any(is_sharded(tensor) and tensor.ndim > 1 for tensor in tensors):
+    elif any(tensor is not None and is_sharded(tensor) and tensor.ndim > 1 for tensor in tensors):
         how, before = "a DTensor", "the model is distributed"
     else:
         return

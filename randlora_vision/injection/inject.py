@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.injection.candidates import TRANSPOSED, Candidate
-from randlora_vision.injection.held import refuse_held_adapters, refuse_offloaded_tensors, refuse_unfit
+from randlora_vision.injection.held import refuse_held_adapters, refuse_offloaded_tensors
 from randlora_vision.injection.offloaded import hide_new_adapters, offloaded_modules
 from randlora_vision.injection.plan import AdapterPlan, make_plan, master_dtype, weight_of
 from randlora_vision.injection.record import (
@@ -192,8 +192,6 @@ def _check_classes(chosen: Sequence[Candidate]) -> None:
 
 def _check_weights(plan: AdapterPlan, trainable: bool) -> None:
     """Raise ValueError if the weights are held in a way that has no place for new parameters."""
-    modules = [module for candidate in plan.candidates for module, _ in candidate.owners]
-    refuse_unfit(plan.model, modules, "add an adapter")
     refuse_offloaded_tensors(plan.model, plan.saved, "train modules in full (modules_to_save)")
     for candidate in plan.candidates if trainable else ():
         if weight_of(candidate).is_inference():
