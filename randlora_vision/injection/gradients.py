@@ -59,8 +59,6 @@ def check_gradients(model: nn.Module) -> list[str]:
         )
     notes = [f"no gradient at {name} in this step" for names in silent.values() for name in names]
     if zero:
-        notes.append(
-            f"the gradient is zero in this step at {listing(summarise(list(dict.fromkeys(zero))))}, as it is behind a "
-            "residual branch that is initialised to zero"
-        )
+        names = listing(summarise(list(dict.fromkeys(zero))))
+        notes.append(f"the gradient is zero in this step at {names} (a residual branch may start at zero)")
     return notes

@@ -123,7 +123,8 @@ def remove(model: nn.Module) -> None:
         for name in list(record.adapters):
             _drop_slots(root, name)
         for path, parameter in root.named_parameters():
-            parameter.requires_grad = record.requires_grad.get(plain_name(path), parameter.requires_grad)
+            with torch.inference_mode(parameter.is_inference()):  # only there may such a tensor require a gradient
+                parameter.requires_grad = record.requires_grad.get(plain_name(path), parameter.requires_grad)
         for module, param in folded:
             _fold(module, param)
         drop_record(root)
@@ -206,7 +207,12 @@ def _fold(module: nn.Module, param: str) -> None:
     weight = module._parameters.pop(param)
     assert weight is not None
     weight.requires_grad = any(p.requires_grad for p in module.parametrizations[param].parameters())  # type: ignore[index, union-attr, operator]
-    parametrize.remove_parametrizations(module, param)
+    if len(module.parametrizations) == 1:  # type: ignore[arg-type]
+        # Deep copies share the class, from which remove_parametrizations would delete the computed weight.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+    else:
+        parametrize.remove_parametrizations(module, param)
     module._parameters[param] = weight
 
 

@@ -40,9 +40,9 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
             children = ", ".join(name for name, _ in model.named_children())
             what = described(model, name)
             why = (
-                f"{what}, without anything to train"
-                if what
-                else f"matches nothing; the model's top level has: {children}"
+                f"matches nothing; the model's top level has: {children}"
+                if what is None
+                else f"{what}, which is not part of the state dict"
             )
             raise ValueError(f"modules_to_save: {name!r} {why}")
     return found

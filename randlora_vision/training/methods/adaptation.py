@@ -72,6 +72,10 @@ class AdapterSettings(Protocol):
     def target_modules(self) -> tuple[str, ...]:
         """One preset or regular expression, or several name suffixes; empty for the script's preset."""
 
+    @property
+    def exclude_modules(self) -> tuple[str, ...]:
+        """Names of weights, or of modules that contain them, that are never adapted."""
+
 
 def randlora_config(
     adapter: AdapterSettings, seed: int, preset: str, modules_to_save: Iterable[str] = ()
@@ -90,6 +94,7 @@ def randlora_config(
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         target_modules=named or preset,
+        exclude_modules=adapter.exclude_modules,
         bases=adapter.bases,
         init=adapter.init,
         seed=seed,
