@@ -276,3 +276,35 @@ def test_partitioned_weights() -> None:
     for add in (inject, plan):
         with pytest.raises(ValueError, match=r"cannot add an adapter: 0 is partitioned .*before deepspeed.initialize"):
             add(late, CONFIG)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_holds_the_weights(version: int, tmp_path: Path) -> None:
+    """One process; two are in `sharded_cases`."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model, late, plain = adapted(), mlp(), adapted()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped, other = (
+            FullyShardedDataParallel(each, use_orig_params=True, device_id=CPU) if version == 1 else fully_shard(each)
+            for each in (model, late)
+        )
+        for each in (wrapped, plain):
+            each(X).square().sum().backward()
+        assert torch.equal(wrapped(X), plain(X))
+        gradients = [
+            {name: parameter.grad for name, parameter in adapter_parameters(each)} for each in (wrapped, plain)
+        ]
+        for name, gradient in gradients[1].items():
+            ours = gradients[0][name]
+            torch.testing.assert_close(ours.full_tensor() if hasattr(ours, "full_tensor") else ours, gradient)
+        for change in (merge, remove):
+            with pytest.raises(ValueError, match="sharded by FSDP.*before the model is wrapped"):
+                change(wrapped)
+        with pytest.raises(ValueError, match="cannot add an adapter: .* is sharded by FSDP"):
+            inject(other, CONFIG)
+        assert torch.equal(wrapped(X), plain(X))
+    finally:
+        torch.distributed.destroy_process_group()
