@@ -36,7 +36,10 @@ def check_gradients(model: nn.Module) -> list[str]:
         for name in state.live():
             if not state.slots[name].trainable:
                 continue
-            gradients = [t.grad for t in module.adapter_tensors(param, name) if t.grad is not None]
+            held = [tensor for tensor in module.adapter_tensors(param, name) if tensor.numel()]
+            if not held:  # FSDP 1 keeps both on other processes
+                continue
+            gradients = [tensor.grad for tensor in held if tensor.grad is not None]
             full = plain_name(f"{path}.{param}".lstrip("."))
             group = ".".join([name, *("*" if part.isdecimal() else part for part in full.split("."))])
             if not gradients:

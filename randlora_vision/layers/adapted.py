@@ -88,7 +88,7 @@ class AdaptedModule(GuardedParameters):
         base, state = self.base_weight(param), self._randlora[param]
         # FSDP 2 and DeepSpeed read sharded parameters by attribute and must find their own objects.
         live = state.live()
-        if not live or is_sharded(base):
+        if not live or is_sharded(base) or (base.is_meta and not self.adapter_tensors(param, live[0])[0].is_meta):
             return base
         low = autocast_dtype(base)
         terms = self._terms(param, live, low or base.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_packed, is_sharded, is_sharder, replaced_message
-from randlora_vision.names import PARTS, parameter_name
+from randlora_vision.names import PARTS, is_adapter_name, parameter_name
 
 if TYPE_CHECKING:
     _Mixin = nn.Module
@@ -76,15 +76,29 @@ class GuardedParameters(_Mixin):
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module, but a new base weight must fit the adapters."""
-        state = self._randlora.get(name)
-        if state is not None and param is not None:
-            self._check_base(name, state, param)
+        """As in nn.Module, but a new base weight must fit the adapters, and lambda and gamma stay in float32."""
+        state, old = self._randlora.get(name), self._parameters.get(name)
+        if (state is not None or (old is not None and is_adapter_name(name))) and not is_sharder():
+            if param is None:
+                raise RuntimeError(replaced_message(type(self).__name__, name))
+            if state is not None:
+                self._check_base(name, state, param)
+            elif old is not None:
+                param = self._as_master(name, old, param)
         super().register_parameter(name, param)
+
+    def _as_master(self, name: str, old: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
+        """`new` in the place of lambda or gamma, at least in float32."""
+        if new.shape != old.shape:
+            raise RuntimeError(
+                f"{name!r} of an adapted {type(self).__name__} has shape {tuple(old.shape)} and was assigned a tensor of "
+                f"shape {tuple(new.shape)}: delete the adapter and inject another one"
+            )
+        return nn.Parameter(new.float(), new.requires_grad) if new.dtype.itemsize < old.dtype.itemsize else new
 
     def _check_base(self, name: str, state: ParameterState, new: nn.Parameter) -> None:
         """Raise RuntimeError unless `new` can take the place of an adapted parameter."""
-        if is_sharded(new) or is_sharder():
+        if is_sharded(new):
             return
         what = f"{name!r} of an adapted {type(self).__name__}"
         if state.merged:
@@ -101,7 +115,7 @@ class GuardedParameters(_Mixin):
             )
 
     def __delattr__(self, name: str) -> None:
-        if name in self._randlora:
+        if name in self._randlora or (is_adapter_name(name) and name in self._parameters):
             if not is_sharder():
                 raise RuntimeError(replaced_message(type(self).__name__, name))
             if name not in self._parameters:  # nn.Module would look for the property

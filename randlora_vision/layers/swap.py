@@ -116,6 +116,8 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     bias: Any = self.bias
     if is_sharded(weight):
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
+    if weight.is_meta and not input.is_meta:
+        raise RuntimeError("forward of an adapted layer on the meta device got values: load the weight's values first")
     fused, dropped = self._split_dropout()
     dtype = autocast_dtype(weight)
     if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):

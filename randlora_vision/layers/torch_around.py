@@ -15,6 +15,8 @@ from types import FrameType
 
 from torch import Tensor, nn
 
+from randlora_vision.names import is_adapter_name
+
 _DISTRIBUTED = "torch.distributed."
 _HOLDERS = (_DISTRIBUTED, "accelerate.")
 _REWRITERS = {
@@ -68,6 +70,8 @@ def is_packed(weight: Tensor) -> bool:
 
 def replaced_message(type_name: str, param: str) -> str:
     """The error message for an attempt to replace or delete an adapted parameter."""
+    if is_adapter_name(param):
+        return f"{param!r} of an adapted {type_name} cannot be deleted: use delete_adapter or remove"
     return (
         f"{param!r} of an adapted {type_name} cannot be replaced or deleted (weight norm, pruning and "
         "parametrizations do that): apply them before inject, or merge and remove the adapters first"

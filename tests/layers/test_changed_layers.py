@@ -83,6 +83,18 @@ def merged_and_assigned(model: nn.Module) -> None:
         unmerge(model)
 
 
+def without_lambda(model: nn.Module) -> None:
+    del model[0].weight_randlora_lambda_default
+
+
+def lambda_of_another(model: nn.Module) -> None:
+    model[0].weight_randlora_lambda_default = nn.Parameter(torch.zeros(3, 3))
+
+
+def without_weight(model: nn.Module) -> None:
+    model[0].weight = None
+
+
 CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "grow": (grow, r"shape \(20, 8\), which does not fit its adapters of 16 x 8: change layers before inject"),
     "old weight norm": (old_weight_norm, "weight norm .*before inject, or merge and remove"),
@@ -91,6 +103,12 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "pruning": (pruned, "pruning .*before inject, or merge and remove"),
     "global pruning": (pruned_globally, "pruning .*before inject, or merge and remove"),
     "quantised": (quantised, "quantise before inject"),
+    "no weight": (without_weight, "cannot be replaced or deleted .*before inject, or merge and remove"),
+    "no lambda": (
+        without_lambda,
+        "'weight_randlora_lambda_default' .* cannot be deleted: use delete_adapter or remove",
+    ),
+    "another lambda": (lambda_of_another, r"shape \(2, 4\) and was assigned a tensor of shape \(3, 3\): delete"),
     "merged and assigned": (merged_and_assigned, "default is merged into it: .*unmerge, or merge and remove, first"),
 }
 
@@ -152,6 +170,33 @@ def test_tying_parameters_after_inject(tmp_path: Path) -> None:
     torch.testing.assert_close(model[0](X), expected)
     unmerge(model)
     assert model[0].base_weight() is model[2].weight
+
+
+def test_weights_that_accelerate_sets(tmp_path: Path) -> None:
+    from accelerate.utils import set_module_tensor_to_device
+
+    model, other = adapted(), mlp(seed=1)
+    delta = model[0].weight - model[0].base_weight()
+    set_module_tensor_to_device(model, "0.weight", "cpu", value=other[0].weight.detach())
+    torch.testing.assert_close(model[0].weight, other[0].weight + delta)
+    expected = model(X)
+    set_module_tensor_to_device(model, "0.weight", "meta")
+    with pytest.raises(RuntimeError, match="on the meta device got values"):
+        model(X)
+    assert model[0].weight.is_meta
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    set_module_tensor_to_device(model, "0.weight", "cpu", value=other[0].weight.detach())
+    assert torch.equal(model(X), expected)
+
+
+def test_assigned_adapters_stay_in_float32() -> None:
+    model = adapted()
+    half = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
+    model.load_state_dict(half, assign=True)
+    assert model[0].base_weight().dtype == torch.bfloat16
+    for name, parameter in adapter_parameters(model):
+        assert parameter.dtype == torch.float32 and parameter.requires_grad, name
+    model(X.bfloat16()).sum().backward()
 
 
 # Removing and wrapping layers.
