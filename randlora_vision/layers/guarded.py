@@ -91,8 +91,8 @@ class GuardedParameters(_Mixin):
         """`new` in the place of lambda or gamma, at least in float32."""
         if new.shape != old.shape:
             raise RuntimeError(
-                f"{name!r} of an adapted {type(self).__name__} has shape {tuple(old.shape)} and was assigned a tensor of "
-                f"shape {tuple(new.shape)}: delete the adapter and inject another one"
+                f"{name!r} of an adapted {type(self).__name__} has shape {tuple(old.shape)} and was assigned a tensor "
+                f"of shape {tuple(new.shape)}: delete the adapter and inject another one"
             )
         return nn.Parameter(new.float(), new.requires_grad) if new.dtype.itemsize < old.dtype.itemsize else new
 
