@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from randlora_vision.injection.held import refuse_held_weights, refuse_offloaded_tensors
 from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
+from randlora_vision.layers.parametrised import set_computed
 from randlora_vision.layers.state import ParameterState
 
 
@@ -98,8 +100,8 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
         if merged and not state.merged:
             state.original = module._parameters.get(param)
         weight = weights[id(state)]
-        if weight is None:
-            module._parameters.pop(param, None)
+        if parametrize.is_parametrized(module, param):
+            set_computed(module, param, state, weight)
         else:
             module._parameters[param] = weight
     record.switches.merged = names
@@ -129,7 +131,7 @@ def _merged_weight(
 ) -> nn.Parameter | None:
     """The base's weight with the named adapters added, at least in float32; the base's own if there are none.
 
-    While merged, a weight that a parametrization computes is hidden by a parameter of its name; None removes that.
+    None stands for a base's own weight that a parametrization computes.
     """
     if module.has_packed_weight:
         raise ValueError(f"{path} is quantised: its packed weight cannot take an update; dequantise the base to merge")

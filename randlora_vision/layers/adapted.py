@@ -19,6 +19,7 @@ from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import effective_weight, randlora_linear
 from randlora_vision.compute.recompute import Recipe, current_scope
 from randlora_vision.layers.guarded import GuardedParameters
+from randlora_vision.layers.parametrised import computed_without_merging
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_packed, is_sharded
 from randlora_vision.names import PARTS, parameter_name
@@ -58,20 +59,19 @@ class AdaptedModule(GuardedParameters):
     def base_weight(self, param: str = "weight") -> Tensor:
         """The frozen parameter itself; attribute access gives the effective weight instead."""
         own = self._tensor(param)
-        return self._computed(param) if own is None else own
+        if own is not None:
+            return own  # type: ignore[no-any-return]
+        computed = getattr(self._randlora_base, param, None)  # torch.nn.utils.parametrize made it a property
+        if not isinstance(computed, property) or computed.fget is None:
+            raise AttributeError(f"{type(self).__name__} has no parameter {param!r}")
+        return computed.fget(self)  # type: ignore[no-any-return]
 
     def frozen_weight(self, param: str) -> Tensor:
         """The weight without any adapter, not even a merged one: a Parameter unless a parametrization computes it."""
         state = self._randlora[param]
         if state.original is not None:
             return state.original
-        return self._computed(param) if state.merged else self.base_weight(param)
-
-    def _computed(self, param: str) -> Tensor:
-        computed = getattr(self._randlora_base, param, None)  # torch.nn.utils.parametrize made it a property
-        if not isinstance(computed, property) or computed.fget is None:
-            raise AttributeError(f"{type(self).__name__} has no parameter {param!r}")
-        return computed.fget(self)
+        return computed_without_merging(self, param, state) if state.merged else self.base_weight(param)
 
     def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
         """The named adapters' parts of the update, with products in `dtype`."""
@@ -135,6 +135,8 @@ class AdaptedModule(GuardedParameters):
             return result
 
         for state in self._randlora.values():
+            if state.kept is not None:
+                state.kept = {name: fn(tensor) for name, tensor in state.kept.items()}
             if state.original is not None:
                 moved = fn(state.original.detach())
                 if moved.data_ptr() != state.original.data_ptr() or moved.dtype != state.original.dtype:
@@ -145,7 +147,7 @@ class AdaptedModule(GuardedParameters):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in nn.Module, without the parametrizations of merged weights, whose values are those before merging."""
+        """As in nn.Module, without the parametrizations that merged weights hide."""
         found, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         hidden = [f"{prefix}parametrizations.{param}." for param, state in self._randlora.items() if state.is_folded]
         for key in [key for key in found if hidden and key.startswith(tuple(hidden))]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
 from randlora_vision.compute.planner import ANY, PINNED, Plan
@@ -53,6 +53,8 @@ class ParameterState:
     """True if the module stores (I, O), as transformers' Conv1D does: the update applies to the transpose."""
     original: nn.Parameter | None = None
     """The base's own Parameter while `merged` is not empty, which makes unmerging bit-exact."""
+    kept: dict[str, Tensor] | None = None
+    """The values, before merging, of the tensors that a parametrization computes the merged weight from."""
     written: bool = False
     """True if PEFT has merged its own adapters into the merged weight, or unmerged them."""
 
@@ -68,8 +70,8 @@ class ParameterState:
 
     @property
     def is_folded(self) -> bool:
-        """True if adapters are merged into a weight that a parametrization computes."""
-        return bool(self.merged) and self.original is None
+        """True if a parametrization is hidden by the merged weight, which it cannot compute."""
+        return bool(self.merged) and self.original is None and self.kept is None
 
     def live(self) -> list[str]:
         """Names of the adapters that contribute to the effective weight."""

@@ -15,6 +15,7 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from randlora_vision import (
     RandLoRAConfig,
     adapter_parameters,
+    delete_adapter,
     inject,
     load_adapter,
     merge,
@@ -308,19 +309,38 @@ def test_a_parametrised_weight_is_merged(kind: str) -> None:
     report = inject(model, RandLoRAConfig(rank=2, target_modules=["0"]))
     randomize(model)
     trained = model.state_dict()
-    out, keys = model(model.x), set(model.state_dict())
+    out, before = model(model.x), {key: tensor.clone() for key, tensor in trained.items()}
     weight = dense_weights(plain, trained, report)["0.weight"]
     merge(model)
     torch.testing.assert_close(model[0].weight.double(), weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(model.x), out)
-    assert not any("parametrizations" in key for key in model.state_dict())
+    merged = {key: tensor for key, tensor in model.state_dict().items() if "randlora" not in key}
+    if kind in ("linear", "convolution"):  # weight norm can compute any weight
+        other = normed(kind)
+        other.load_state_dict(merged)
+        torch.testing.assert_close(other(other.x), out)
+    else:
+        assert not any("parametrizations" in key for key in merged)
     unmerge(model)
-    assert torch.equal(model(model.x), out) and set(model.state_dict()) == keys
-    merge(model)
+    assert torch.equal(model(model.x), out)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    inject(model, RandLoRAConfig(rank=2, target_modules=["0"], seed=1), "second")
+    randomize(model, "second")
+    both = model(model.x)
+    merge(model, "default")
+    merge(model, "second")
+    torch.testing.assert_close(model(model.x), both)
+    unmerge(model, "second")
+    delete_adapter(model, "second")
+    torch.testing.assert_close(model(model.x), out)
     remove(model)
     torch.testing.assert_close(model(model.x), out)
-    assert type(model[0]) in (nn.Linear, nn.Conv2d) and model[0].weight.requires_grad
-    assert sorted(dict(model.named_parameters())) == ["0.bias", "0.weight"]
+    if kind in ("linear", "convolution"):
+        assert parametrize.is_parametrized(model[0], "weight") and not isinstance(model[0], AdaptedModule)
+    else:
+        assert type(model[0]) is nn.Linear and sorted(dict(model.named_parameters())) == ["0.bias", "0.weight"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(twin(twin.x), twins)  # a copy shares the class that torch.nn.utils.parametrize has made
 
 
