@@ -158,7 +158,7 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[Ten
     record = own_record(model)
     assert record is not None
     modules, offloaded = dict(plain_modules(model)), offloaded_modules(model)
-    found = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for target in record.adapters[adapter_name].targets:
         parent, _, last = target.name.rpartition(".")
         for path, param in ((target.name, "weight"), (parent, last)):
@@ -167,11 +167,10 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[Ten
             if state is None or adapter_name not in state.slots:
                 continue
             assert isinstance(module, AdaptedModule)
-            lam, gamma = module.adapter_tensors(param, adapter_name)
-            if lam.is_meta and module in offloaded:
-                kept = (offloaded[module].value(parameter_name(param, part, adapter_name)) for part in PARTS)
-                lam, gamma = kept  # type: ignore[assignment]
-            found[target.name] = lam, gamma
+            found[target.name] = module.adapter_tensors(param, adapter_name)
+            if found[target.name][0].is_meta and module in offloaded:
+                lam, gamma = (offloaded[module].value(parameter_name(param, part, adapter_name)) for part in PARTS)
+                found[target.name] = lam, gamma
     return found
 
 

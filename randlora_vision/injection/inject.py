@@ -206,7 +206,7 @@ def _fold(module: nn.Module, param: str) -> None:
     """Put the merged weight in the place of the parametrization that computed the weight before."""
     weight = module._parameters.pop(param)
     assert weight is not None
-    weight.requires_grad = any(p.requires_grad for p in module.parametrizations[param].parameters())  # type: ignore[index, union-attr, operator]
+    weight.requires_grad = any(p.requires_grad for p in module.parametrizations[param].parameters())  # type: ignore[index, union-attr]
     if len(module.parametrizations) == 1:  # type: ignore[arg-type]
         # Deep copies share the class, from which remove_parametrizations would delete the computed weight.
         module.__class__ = parametrize.type_before_parametrizations(module)

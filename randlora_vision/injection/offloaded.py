@@ -42,7 +42,7 @@ def offloaded_modules(root: nn.Module) -> dict[nn.Module, Offloaded]:
     """Every module in `root` whose tensors are offloaded between its forward passes."""
     found = {}
     for module in root.modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook: Any = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
             if getattr(each, "offload", False):
                 inner = module.named_modules() if each.place_submodules else [("", module)]

@@ -60,11 +60,11 @@ class AdaptedModule(GuardedParameters):
         """The frozen parameter itself; attribute access gives the effective weight instead."""
         own = self._tensor(param)
         if own is not None:
-            return own  # type: ignore[no-any-return]
+            return own
         computed = getattr(self._randlora_base, param, None)  # torch.nn.utils.parametrize made it a property
         if not isinstance(computed, property) or computed.fget is None:
             raise AttributeError(f"{type(self).__name__} has no parameter {param!r}")
-        return computed.fget(self)  # type: ignore[no-any-return]
+        return computed.fget(self)
 
     def frozen_weight(self, param: str) -> Tensor:
         """The weight without any adapter, not even a merged one: a Parameter unless a parametrization computes it."""
