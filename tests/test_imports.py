@@ -37,7 +37,7 @@ ALLOWED = {
     "layers": ("compute", "bases", "names", "torch_internals"),
     "files": ("bases", "config", "report"),
     "injection": ("layers", "compute", "files", "bases", "config", "report", "names", "torch_internals"),
-    "adapters": ("injection", "layers", "files", "bases", "config", "report", "names"),
+    "adapters": ("injection", "layers", "files", "bases", "config", "report", "names", "torch_internals"),
     "": CORE,
     "integrations": ("", *CORE),
     "cli": (*HOSTS, "versions"),

@@ -50,7 +50,7 @@ def suggest_lr(model: nn.Module, relative_step: float = RELATIVE_STEP, adapter_n
     ratios = [ratio for _, module, param, state in chosen if (ratio := _ratio(module, param, state, adapter_name))]
     if not ratios:
         raise ValueError(
-            f"the weights under adapter {adapter_name!r} are quantised or zero: they give no rate"
+            f"the weights under adapter {adapter_name!r} are quantised, offloaded or zero: they give no rate"
         )
     return relative_step / median(ratios)
 
@@ -63,6 +63,8 @@ def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_nam
     norm = float(torch.linalg.vector_norm(weight.float()))
     if norm == 0:
         return 0.0
+    lam: Tensor
+    gamma: Tensor
     lam, gamma = module.adapter_tensors(param, adapter_name)
     lam, gamma = (lam, _signs(gamma)) if not gamma.any() else (_signs(lam), gamma)
     slot = state.slots[adapter_name]
