@@ -63,3 +63,13 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
             if getattr(hook, "hook", hook) in hooks:
                 for table in (registered, *options):
                     table.pop(key, None)
+
+
+def makes_empty(fn: Callable[[Tensor], Tensor]) -> bool:
+    """True for the function that ``nn.Module.to_empty`` applies: its results have no values."""
+    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+
+
+def is_fsdp_managed(module: nn.Module) -> bool:
+    """True for a module whose parameters FSDP, of either version, shards and gathers."""
+    return getattr(module, "_is_fsdp_managed_module", False)

@@ -113,6 +113,8 @@ def main(work: Path, output: Path) -> None:
     """Run every case as one of two processes; note what this process changed on disk."""
     from torch import distributed
 
+    from tests.sharded_cases import check_sharded_models
+
     changes: list[str] = []
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
@@ -127,6 +129,7 @@ def main(work: Path, output: Path) -> None:
     for case in CASES:
         run_case(case, work, output, 2)
     check_parts_of_unequal_size()
+    check_sharded_models()
     run_case(RESUMED, work, output / "whole", 2)
     distributed.barrier()
     if distributed.get_rank() == 0:

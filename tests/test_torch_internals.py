@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ PRIVATE = (
     "._version",
     "_non_persistent_buffers_set",
     "_state_dict_pre_hooks",
+    "_is_fsdp_managed_module",
+    "Module.to_empty",
 )
 
 
@@ -93,6 +96,34 @@ def test_load_hooks_come_off_again() -> None:
     internals.remove_hooks(module, before, after)
     module.load_state_dict(module.state_dict())
     assert calls == ["before", "after"]
+
+
+def test_emptying_is_told_from_moving() -> None:
+    found: list[bool] = []
+
+    class Layer(nn.Linear):
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+            found.append(internals.makes_empty(fn))
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    layer = nn.Sequential(Layer(2, 2))
+    layer.to("meta").to_empty(device="cpu").half().float()
+    assert found == [False, True, False, False]
+
+
+def test_modules_in_fsdp_are_known(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    first, second = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    assert not internals.is_fsdp_managed(first[0])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.warns(UserWarning, match="NO_SHARD"):
+            FullyShardedDataParallel(first, use_orig_params=True, device_id=torch.device("cpu"))
+        fully_shard(second)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert internals.is_fsdp_managed(first[0]) and internals.is_fsdp_managed(second[0])
 
 
 @pytest.mark.parametrize("folder", ["randlora_vision", "integrations", "train_scripts"])

@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from randlora_vision.files.atomic import replacing, replacing_folder
+from randlora_vision.injection.held import refuse_offloaded
 from randlora_vision.injection.merge import merge, unmerge
 from randlora_vision.injection.record import ModelRecord, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
@@ -30,12 +31,14 @@ def merged_for_saving(model: nn.Module, adapter_name: str | None = None) -> Iter
         adapter_name: Name of the only adapter to merge; None means all merged or active ones.
 
     Raises:
-        ValueError: If there is no such adapter, a weight is quantised, or a merged weight is not finite.
+        ValueError: If there is no such adapter, a weight is quantised, the model is offloaded layer by layer, or a
+            merged weight is not finite.
     """
     model = unwrap(model)
     known = {name for _, _, record in records(model) for name in record.adapters}
     if adapter_name is not None and adapter_name not in known:
         raise ValueError(f"no adapter {adapter_name!r}; this model has: {', '.join(sorted(known))}")
+    refuse_offloaded(model, "save a merged model")
     before = [(root, record, record.switches.merged, record.switches.active) for _, root, record in records(model)]
     hook = model.register_state_dict_post_hook(_drop_adapters)
     try:

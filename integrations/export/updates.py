@@ -18,6 +18,7 @@ from randlora_vision.integrations.pipelines import components as _components
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.peft_around import plain_name
 from randlora_vision.layers.state import ParameterState
+from randlora_vision.layers.torch_around import is_sharded
 
 
 class Update(NamedTuple):
@@ -58,7 +59,13 @@ class Update(NamedTuple):
         if math.prod(shape) != state.out_features * state.in_features:  # packed
             shape = (state.out_features, state.in_features)
         dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
-        zeros = torch.zeros(shape, dtype=dtype, device=base.device)
+        # Of an offloaded layer, the weight has no values here, but its adapters may have.
+        tensors = [tensor for name in self.adapters for tensor in self.module.adapter_tensors(self.param, name)]
+        if any(tensor.is_meta or is_sharded(tensor) for tensor in tensors):
+            raise ValueError(
+                f"the adapters of {self.name} are offloaded, sharded or on the meta device: export before that"
+            )
+        zeros = torch.zeros(shape, dtype=dtype, device=tensors[0].device)
         return self.module.add_updates(self.param, zeros, list(self.adapters))
 
 

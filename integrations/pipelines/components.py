@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from randlora_vision.injection import held
 from randlora_vision.injection.record import ModelRecord, records, unwrap
 
 DENOISERS = ("unet", "transformer")
@@ -86,20 +87,4 @@ def refuse_offloaded(parts: Mapping[str, nn.Module], what: str) -> None:
     tensors would be overwritten.
     """
     for part, model in parts.items():
-        for path, module in model.named_modules():
-            hook = getattr(module, "_hf_hook", None)
-            if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
-                call = "enable_sequential_cpu_offload"
-            elif _group_offloaded(module):
-                call = "enable_group_offload"
-            else:
-                continue
-            raise ValueError(
-                f"cannot {what}: {f'{part}.{path}'.rstrip('.')} is offloaded layer by layer, and its hooks only handle "
-                f"the tensors that existed when they were installed; {what} before {call}"
-            )
-
-
-def _group_offloaded(module: nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None
+        held.refuse_offloaded(model, what, part)

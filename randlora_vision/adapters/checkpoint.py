@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,12 +20,15 @@ from randlora_vision.files.claims import check_digest
 from randlora_vision.files.untrusted import check_finite
 from randlora_vision.injection.changes import holders, lost_message
 from randlora_vision.injection.inject import add_adapter
+from randlora_vision.injection.offloaded import Offloaded, offloaded_modules
 from randlora_vision.injection.plan import AdapterPlan, make_plan
 from randlora_vision.injection.record import AdapterRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.layers.adapted import AdaptedModule
-from randlora_vision.names import PARTS
+from randlora_vision.layers.torch_around import is_sharded
+from randlora_vision.names import PARTS, parameter_name
 from randlora_vision.report import InjectionReport
+from randlora_vision.torch_internals import is_fsdp_managed
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
@@ -65,14 +69,14 @@ def packed(model: nn.Module, adapter_name: str) -> tuple[dict[str, Tensor], dict
 
 def own_adapter(
     model: nn.Module, adapter_name: str
-) -> tuple[AdapterRecord, dict[str, tuple[nn.Parameter, nn.Parameter]], dict[str, Tensor]]:
+) -> tuple[AdapterRecord, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Return an adapter's record, target name -> (lambda, gamma), and its tensors trained in full by path.
 
     Targets that a host has removed from the model are left out, with a warning.
 
     Raises:
-        ValueError: If the model has no such adapter, it was injected into another module, it is on the meta device,
-            all its targets are gone, or it holds NaN or infinity.
+        ValueError: If the model has no such adapter, it was injected into another module, it is on the meta device or
+            sharded, all its targets are gone, or it holds NaN or infinity.
     """
     model = unwrap(model)
     record = own_record(model)
@@ -80,8 +84,11 @@ def own_adapter(
         where = records(model)[0][0]
         raise ValueError(f"the adapters were injected into {where!r}: pass that module to save_adapter")
     check_names(model, adapter_name)
-    found = holders(model, record, adapter_name)
-    tensors = {name: held[0].adapter_tensors(held[1], adapter_name) for name, held in found.items() if held is not None}
+    found, offloaded = holders(model, record, adapter_name), offloaded_modules(model)
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, held in found.items():
+        if held is not None:
+            tensors[name] = _values(*held, adapter_name, offloaded)
     adapter = record.adapters[adapter_name]
     if len(tensors) < len(found):
         lost = lost_message([name for name, held in found.items() if held is None])
@@ -89,12 +96,22 @@ def own_adapter(
             raise ValueError(f"nothing is left of adapter {adapter_name!r}: {lost}")
         warnings.warn(f"{lost}; the other {len(tensors)} targets are saved", stacklevel=4)
         adapter = dataclasses.replace(adapter, targets=tuple(t for t in adapter.targets if t.name in tensors))
-    if any(tensor.is_meta for pair in tensors.values() for tensor in pair):
-        raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
+    for name, pair in tensors.items():
+        if any(tensor.is_meta for tensor in pair):
+            raise ValueError(f"adapter {adapter_name!r} is on the meta device and has no values to save")
+        if any(is_sharded(tensor) for tensor in pair):
+            raise ValueError(
+                f"adapter {adapter_name!r} is sharded at {name}: gather it on all processes to save it, for example "
+                "within FullyShardedDataParallel.summon_full_params(model), or between model.unshard() and "
+                "model.reshard()"
+            )
     saved = current_saved(model, record, adapter_name)
     for name, pair in tensors.items():
         check_finite(f"adapter {adapter_name!r}", {f"{part} of {name}": t for part, t in zip(PARTS, pair, strict=True)})
     check_finite(f"adapter {adapter_name!r}", {n: t for n, t in saved.items() if isinstance(t, nn.Parameter)})
+    if any(map(is_fsdp_managed, model.modules())):  # FSDP cannot free memory that is used without PyTorch
+        tensors = {name: (lam.detach().clone(), gamma.detach().clone()) for name, (lam, gamma) in tensors.items()}
+        saved = {name: tensor.detach().clone() for name, tensor in saved.items()}
     return adapter, tensors, saved
 
 
@@ -150,6 +167,17 @@ def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> Injecti
     return dataclasses.replace(plan.report, warnings=(*plan.report.warnings, *content.notes))
 
 
+def _values(
+    module: AdaptedModule, param: str, adapter_name: str, offloaded: Mapping[nn.Module, Offloaded]
+) -> tuple[Tensor, Tensor]:
+    """Lambda and gamma of an adapter, which may be offloaded."""
+    tensors = module.adapter_tensors(param, adapter_name)
+    if not tensors[0].is_meta or module not in offloaded:
+        return tensors
+    lam, gamma = (offloaded[module].value(parameter_name(param, part, adapter_name)) for part in PARTS)
+    return lam, gamma
+
+
 @printable_errors
 def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> AdapterPlan:
     """Make the plan of an adapter that was read from `path`.
@@ -161,11 +189,13 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
         plan = make_plan(model, content.config, adapter_name, content.stored, content)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
+    offloaded = offloaded_modules(plan.model)
     if any(
         tensor.is_meta
         for candidate in plan.candidates
         for module, _ in candidate.owners
         for tensor in module.parameters()
+        if module not in offloaded
     ):
         raise ValueError(f"{path} cannot be loaded on the meta device, where its values would be lost")
     whole = plan.saved

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.layers.adapted import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized
 from randlora_vision.layers.peft_around import plain_modules
-from randlora_vision.names import is_adapter_name, with_parents
+from randlora_vision.names import is_adapter_name, matches_suffix, with_parents
 
 LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "linear",
@@ -117,6 +117,19 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return found
 
 
+def described(model: nn.Module, name: str) -> str | None:
+    """What the first module, parameter or buffer of this name is ("is of type Embedding"), or None if there is none."""
+    for path, module in plain_modules(model):
+        if path and matches_suffix(name, path):
+            empty = next(module.parameters(), None) is None
+            return f"is of type {type(module).__name__}" + (" and has no parameters" if empty else "")
+        for what, table in (("parameter", _parameters(module)), ("buffer", module._buffers)):
+            for own, tensor in table.items():
+                if tensor is not None and matches_suffix(name, f"{path}.{own}".lstrip(".")):
+                    return f"is a {what} of shape {tuple(tensor.shape)}"
+    return None
+
+
 def _candidate(module: nn.Module, param: str, kind: str, tree: _Tree) -> Candidate:
     raw = _parameters(module).get(param)
     others = [] if raw is None else [use for use in tree.uses[id(raw)] if use != (module, param)]
@@ -154,7 +167,7 @@ def _shape_and_problem(
     tensor = raw
     if tensor is None:
         if not parametrize.is_parametrized(module, param):
-            return None, f"it has no parameter {param!r} (old-style weight_norm or pruning?)"
+            return None, _no_parameter(module, param)
         with torch.no_grad():
             tensor = getattr(module, param)
     assert tensor is not None
@@ -163,6 +176,21 @@ def _shape_and_problem(
     if not tensor.is_floating_point():
         return None, f"its {param} has dtype {tensor.dtype}"
     return (tensor.shape[0], math.prod(tensor.shape[1:])), None
+
+
+def _no_parameter(module: nn.Module, param: str) -> str:
+    """Why a layer does not hold its weight as a parameter."""
+    hooks = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
+    what = next((name for name in ("WeightNorm", "SpectralNorm") if name in hooks), None)
+    if what is not None:
+        modern = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}[what]
+        return (
+            f"old-style {modern} computes its {param} in a hook: use torch.nn.utils.parametrizations.{modern}, or call "
+            f"torch.nn.utils.remove_{modern} first"
+        )
+    if f"{param}_orig" in module._parameters:
+        return f"pruning computes its {param} in a hook: call torch.nn.utils.prune.remove first"
+    return f"it has no parameter {param!r}"
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from randlora_vision.injection.record import ModelRecord
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
-from randlora_vision.layers.peft_around import plain_modules
+from randlora_vision.layers.peft_around import plain_modules, plain_name
 from randlora_vision.names import listing
 from randlora_vision.report import Target
 
@@ -92,7 +92,9 @@ def _holder(modules: Mapping[str, nn.Module], target: Target, adapter_name: str)
 
 def _unused(root: nn.Module, adapter_names: Collection[str]) -> Iterator[str]:
     """Paths of modules with these adapters in an attention whose processor does not use them."""
-    adapted = [path for path, _, _, state in adapted_modules(root) if set(adapter_names) & set(state.live())]
+    adapted = [
+        plain_name(path) for path, _, _, state in adapted_modules(root) if set(adapter_names) & set(state.live())
+    ]
     for path, module in plain_modules(root):
         if hasattr(module, "processor"):
             names = [f"{path}.{part}" for part in replaced_projections(module)]

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from randlora_vision.injection.held import refuse_offloaded_tensors
+from randlora_vision.injection.offloaded import offloaded_modules
 from randlora_vision.injection.record import check_names, count_base, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import adapted_modules
@@ -18,16 +20,24 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> Ite
     """Yield (name, Parameter) of every lambda and gamma once, for all adapters unless one is named.
 
     Raises:
-        ValueError: If the model has no such adapter.
+        ValueError: If the model has no such adapter, or its tensors have been offloaded since it was added.
     """
     model = unwrap(model)
     wanted = check_names(model, adapter_name)
+    offloaded = offloaded_modules(model)
     seen: set[int] = set()
     for path, module, param, state in adapted_modules(model):
         for name in state.slots:
             if name not in wanted:
                 continue
-            for part, tensor in zip(("lambda", "gamma"), module.adapter_tensors(param, name), strict=True):
+            tensors = module.adapter_tensors(param, name)
+            if module in offloaded and tensors[0].is_meta:
+                raise ValueError(
+                    f"lambda and gamma of {path!r} are offloaded (accelerate's cpu_offload, disk_offload or "
+                    "dispatch_model) and cannot be trained or changed: add adapters after offloading, or remove its "
+                    "hooks first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+                )
+            for part, tensor in zip(("lambda", "gamma"), tensors, strict=True):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield f"{path}.{param}.{name}.{part}".lstrip("."), tensor
@@ -47,10 +57,12 @@ def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...
     module of the last named one is used.
 
     Raises:
-        ValueError: If the model has no such adapter.
+        ValueError: If the model has no such adapter, or modules trained in full are offloaded.
     """
     model = unwrap(model)
     wanted = check_names(model, () if not adapter_names else adapter_names)
+    for _, root, record in records(model):
+        refuse_offloaded_tensors(root, record.installed, "switch modules that are trained in full")
     for _, root, record in records(model):
         record.switches.active = tuple(name for name in wanted if name in record.adapters)
         install_saved(root, record)

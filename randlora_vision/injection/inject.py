@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.injection.candidates import TRANSPOSED, Candidate
+from randlora_vision.injection.held import refuse_held_adapters, refuse_offloaded_tensors
 from randlora_vision.injection.host_calls import unwatch_calls, watch_calls
+from randlora_vision.injection.offloaded import hide_new_adapters, offloaded_modules
 from randlora_vision.injection.plan import AdapterPlan, make_plan, master_dtype, weight_of
 from randlora_vision.injection.record import (
     AdapterRecord,
@@ -55,21 +58,25 @@ def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "defaul
 
     Raises:
         ValueError: If the name is taken or malformed, nothing matches (the message lists what the model has), a
-            named layer is narrower than its rank, or `modules_to_save` names something that does not exist. The
-            model is then left unchanged.
+            named layer is narrower than its rank, `modules_to_save` names something that does not exist, or a host
+            holds the weights in a way that has no place for new parameters (FSDP, DeepSpeed ZeRO-3, offloaded groups,
+            inference tensors). The model is then left unchanged.
     """
     plan = make_plan(model, config, adapter_name)
     add_adapter(plan, trainable=True)
     return plan.report
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained later
 def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
     """Carry out a plan, with lambda and gamma frozen unless `trainable`.
 
     Raises:
-        ValueError: If a module's class cannot be extended. The model is then left unchanged.
+        ValueError: If a module's class cannot be extended, or a host holds its weights in a way that has no place for
+            new parameters. The model is then left unchanged.
     """
     _check_classes(plan.candidates)
+    _check_weights(plan, trainable)
     for warning in plan.report.warnings if trainable else ():
         warnings.warn(warning, stacklevel=3)
     model, report = plan.model, plan.report
@@ -80,11 +87,19 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
     for parameter_path, parameter in model.named_parameters():
         if not is_adapter_name(parameter_path) and not _in_training(record, parameter_path):
             parameter.requires_grad = False  # lazy parameters do not support requires_grad_
+    offloaded = offloaded_modules(model)
     for candidate, target in zip(plan.candidates, report.targets, strict=True):
+        start = (0.0, 1 / max(target.bases, target.narrow))
+        if config.init == "gamma-zero":
+            start = (1 / max(target.rank, target.bases), 0.0)
         slot = AdapterSlot(
-            target.rank, target.bases, target.alpha, config.dropout, plan.bases, trainable, config.compute
+            target.rank, target.bases, target.alpha, config.dropout, plan.bases, trainable, start, config.compute
         )
-        _add_slot(candidate, target, slot, config.init, adapter_name, record.switches)
+        hosts = [offloaded[module] for module, _ in candidate.owners if module in offloaded]
+        device = hosts[0].device if hosts else weight_of(candidate).device
+        for host in hosts:
+            hide_new_adapters(host.hook)
+        _add_slot(candidate, target, slot, device, adapter_name, record.switches)
     adapter = record.adapters[adapter_name] = AdapterRecord(config, plan.bases.spec, report.targets, trainable)
     own_saved(record, adapter, plan.saved)
     record.switches.active = (*record.switches.active, adapter_name)
@@ -99,16 +114,23 @@ def remove(model: nn.Module) -> None:
     `remove` leaves a plain model without any trace of this library.
 
     Raises:
-        ValueError: If the model has no adapters.
+        ValueError: If the model has no adapters, or a host holds their tensors (offloaded or sharded).
     """
     model = unwrap(model)
     for _, root, record in records(model):
+        refuse_held_adapters(root, "remove adapters")
+        refuse_offloaded_tensors(root, record.installed, "remove adapters")
+    for _, root, record in records(model):
+        folded = [(module, param) for _, module, param, state in adapted_modules(root) if state.is_folded]
         record.switches.active, record.switches.enabled = (), True
         install_saved(root, record)
         for name in list(record.adapters):
             _drop_slots(root, name)
         for path, parameter in root.named_parameters():
-            parameter.requires_grad = record.requires_grad.get(plain_name(path), parameter.requires_grad)
+            with torch.inference_mode(parameter.is_inference()):  # only there may such a tensor require a gradient
+                parameter.requires_grad = record.requires_grad.get(plain_name(path), parameter.requires_grad)
+        for module, param in folded:
+            _fold(module, param)
         unwatch_calls(root)
         drop_record(root)
 
@@ -117,7 +139,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove one adapter from a model; deleting the last one is equivalent to `remove`.
 
     Raises:
-        ValueError: If there is no such adapter or it is merged.
+        ValueError: If there is no such adapter, it is merged, or a host holds its tensors (offloaded or sharded).
     """
     model = unwrap(model)
     owners = [(root, record) for _, root, record in records(model) if adapter_name in record.adapters]
@@ -127,6 +149,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for root, record in owners:
         if adapter_name in record.switches.merged:
             raise ValueError(f"adapter {adapter_name!r} is merged into the weights: unmerge it first")
+        refuse_held_adapters(root, "delete an adapter")
         if len(record.adapters) == 1:
             remove(root)
             continue
@@ -137,21 +160,23 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def _add_slot(
-    candidate: Candidate, target: Target, slot: AdapterSlot, init: str, adapter_name: str, switches: Switches
+    candidate: Candidate,
+    target: Target,
+    slot: AdapterSlot,
+    device: torch.device,
+    adapter_name: str,
+    switches: Switches,
 ) -> None:
     first, param = candidate.owners[0]
     state = first.adapter_state(param) if isinstance(first, AdaptedModule) else None
     if state is None:
         state = ParameterState(*target.shape, switches, transposed=target.kind == TRANSPOSED)
     state.slots[adapter_name] = slot
-    weight = weight_of(candidate)
-    start = (0.0, 1 / max(target.bases, target.narrow))
-    if init == "gamma-zero":
-        start = (1 / max(target.rank, target.bases), 0.0)
+    dtype = master_dtype(weight_of(candidate))
     shapes = ((target.rank, target.bases), (target.bases, target.narrow))
     tensors = [
-        nn.Parameter(torch.full(shape, value, dtype=master_dtype(weight), device=weight.device), slot.trainable)
-        for shape, value in zip(shapes, start, strict=True)
+        nn.Parameter(torch.full(shape, value, dtype=dtype, device=device), slot.trainable)
+        for shape, value in zip(shapes, slot.start, strict=True)
     ]
     for module, owned in candidate.owners:
         adapt_module(module, owned, state)
@@ -169,6 +194,31 @@ def _check_classes(chosen: Sequence[Candidate]) -> None:
             except TypeError as error:
                 name = type(module).__name__
                 raise ValueError(f"{candidate.name}: its class {name} cannot be extended ({error})") from error
+
+
+def _check_weights(plan: AdapterPlan, trainable: bool) -> None:
+    """Raise ValueError if the weights are held in a way that has no place for new parameters."""
+    refuse_offloaded_tensors(plan.model, plan.saved, "train modules in full (modules_to_save)")
+    for candidate in plan.candidates if trainable else ():
+        if weight_of(candidate).is_inference():
+            raise ValueError(
+                f"cannot train an adapter of {candidate.name}: its weight was created in inference mode, and autograd "
+                "cannot use it; build or load the model outside of torch.inference_mode()"
+            )
+
+
+def _fold(module: nn.Module, param: str) -> None:
+    """Put the merged weight in the place of the parametrization that computed the weight before."""
+    weight = module._parameters.pop(param)
+    assert weight is not None
+    weight.requires_grad = any(p.requires_grad for p in module.parametrizations[param].parameters())  # type: ignore[index, union-attr]
+    if len(module.parametrizations) == 1:  # type: ignore[arg-type]
+        # Deep copies share the class, from which remove_parametrizations would delete the computed weight.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+    else:
+        parametrize.remove_parametrizations(module, param)
+    module._parameters[param] = weight
 
 
 def _drop_slots(root: nn.Module, adapter_name: str) -> None:

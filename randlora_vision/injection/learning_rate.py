@@ -49,7 +49,9 @@ def suggest_lr(model: nn.Module, relative_step: float = RELATIVE_STEP, adapter_n
     chosen = places[:: max(1, len(places) // _LAYERS)]
     ratios = [ratio for _, module, param, state in chosen if (ratio := _ratio(module, param, state, adapter_name))]
     if not ratios:
-        raise ValueError(f"the weights under adapter {adapter_name!r} are quantised or zero: they give no rate")
+        raise ValueError(
+            f"the weights under adapter {adapter_name!r} are quantised, offloaded or zero: they give no rate"
+        )
     return relative_step / median(ratios)
 
 
@@ -61,7 +63,7 @@ def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_nam
     norm = float(torch.linalg.vector_norm(weight.float()))
     if norm == 0:
         return 0.0
-    lam, gamma = map(torch.Tensor.detach, module.adapter_tensors(param, adapter_name))
+    lam, gamma = (tensor.detach() for tensor in module.adapter_tensors(param, adapter_name))
     lam, gamma = (_signs(lam), gamma) if gamma.any() else (lam, _signs(gamma))
     slot = state.slots[adapter_name]
     wide = max(state.out_features, state.in_features)

@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from randlora_vision.injection.changes import refuse_changes
+from randlora_vision.injection.held import refuse_held_weights, refuse_offloaded_tensors
 from randlora_vision.injection.record import ModelRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
+from randlora_vision.layers.parametrised import set_computed
 from randlora_vision.layers.state import ParameterState
 
 
@@ -21,9 +23,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Make the model behave as the base model inside the context.
 
     No adapter has any effect, not even a merged one, and modules trained in full are the base's.
+
+    Raises:
+        ValueError: If adapters are merged into weights that a host keeps elsewhere (see `merge`).
     """
     model = unwrap(model)
     before = [(root, record, record.switches.enabled, record.switches.merged) for _, root, record in records(model)]
+    for root, record, _, merged in before:
+        refuse_offloaded_tensors(root, record.installed, "disable adapters with modules trained in full")
+        if merged:
+            refuse_held_weights(root, "disable merged adapters")
     try:
         for root, record, _, _ in before:
             _set_merged(root, record, (), safe=False)
@@ -49,7 +58,8 @@ def merge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] | N
         safe: If True, refuse to merge if any result is not finite.
 
     Raises:
-        ValueError: If there is no such adapter, a weight is packed (quantised) or computed by a parametrization, an
+        ValueError: If there is no such adapter, a weight is packed (quantised), a host keeps the weights elsewhere
+            (offloaded by accelerate or diffusers, sharded by FSDP or DeepSpeed, on the meta device, in float8), an
             adapted weight was replaced since the injection, or a merged weight is not finite. The model is then left
             unchanged.
     """
@@ -64,7 +74,8 @@ def unmerge(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...] |
     """Unmerge adapters (all unless some are named), restoring the weights bit for bit.
 
     Raises:
-        ValueError: If there is no such adapter, or an adapted weight was replaced since the injection.
+        ValueError: If there is no such adapter, a host keeps the weights elsewhere, or an adapted weight was replaced
+            since the injection.
     """
     model = unwrap(model)
     wanted = check_names(model, adapter_names)
@@ -81,8 +92,9 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     """Make exactly the named adapters merged: compute all weights first, then assign them."""
     if names == record.switches.merged:
         return
+    refuse_held_weights(root, "merge or unmerge adapters", unmerging=set(names) < set(record.switches.merged))
     refuse_changes(root, record, set(names) ^ set(record.switches.merged))
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[int, nn.Parameter | None] = {}
     holders = list(adapted_modules(root))
     for path, module, param, state in holders:
         if state.written:
@@ -92,8 +104,12 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     for _, module, param, state in holders:
         merged = tuple(name for name in names if name in state.slots)
         if merged and not state.merged:
-            state.original = module._parameters[param]
-        module._parameters[param] = weights[id(state)]
+            state.original = module._parameters.get(param)
+        weight = weights[id(state)]
+        if parametrize.is_parametrized(module, param):
+            set_computed(module, param, state, weight)
+        else:
+            module._parameters[param] = weight
     record.switches.merged = names
     for _, module, _, _ in holders:
         module.park_merged()
@@ -108,10 +124,12 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
 def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterState) -> None:
     """Add to the base's Parameter what PEFT wrote to the merged one: the difference from a fresh merge."""
     merged, original = module._parameters[param], state.original
-    assert merged is not None and original is not None
+    assert merged is not None
+    if original is None:
+        raise ValueError(f"PEFT merged into {path}, which a parametrization computes, and this cannot be undone")
     fresh = _merged_weight(path, module, param, state, state.merged, safe=False)
-    if not torch.equal(merged, fresh):
-        original.add_((merged.float() - fresh.float()).to(original.dtype))
+    if not torch.equal(merged, fresh):  # type: ignore[arg-type]
+        original.add_((merged.float() - fresh.float()).to(original.dtype))  # type: ignore[union-attr]
     state.written = False
 
 
@@ -119,19 +137,19 @@ def _take_over(path: str, module: AdaptedModule, param: str, state: ParameterSta
 @torch.no_grad()
 def _merged_weight(
     path: str, module: AdaptedModule, param: str, state: ParameterState, names: tuple[str, ...], safe: bool
-) -> nn.Parameter:
-    """The base's Parameter with the named adapters added, at least in float32; unchanged if there are none."""
+) -> nn.Parameter | None:
+    """The base's weight with the named adapters added, at least in float32; the base's own if there are none.
+
+    None stands for a base's own weight that a parametrization computes.
+    """
     if module.has_packed_weight:
         raise ValueError(f"{path} is quantised: its packed weight cannot take an update; dequantise the base to merge")
-    if parametrize.is_parametrized(module, param):
-        raise ValueError(f"{path} is computed by a parametrization: remove_parametrizations before inject to merge")
-    base = state.original if state.original is not None else module._parameters[param]
-    assert isinstance(base, nn.Parameter)
     own = [name for name in names if name in state.slots]
+    base = module.frozen_weight(param)
     if not own:
-        return base
+        return base if isinstance(base, nn.Parameter) else None
     exact = base.to(torch.promote_types(base.dtype, torch.float32))
     merged = module.add_updates(param, exact, own).to(base.dtype).contiguous()
-    if safe and not merged.is_meta and not torch.isfinite(merged).all():
+    if safe and not torch.isfinite(merged).all():
         raise ValueError(f"merging {', '.join(own)} into {path} gives non-finite numbers: the adapter is broken")
     return nn.Parameter(merged, requires_grad=base.requires_grad)

@@ -13,6 +13,7 @@ from randlora_vision.bases import Bases, get_bases
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.files.adapter_file import AdapterFile, file_bytes
 from randlora_vision.injection.candidates import Candidate
+from randlora_vision.injection.held import refuse_unfit
 from randlora_vision.injection.record import check_root, count_base, own_record, unwrap
 from randlora_vision.injection.selection import select, select_listed
 from randlora_vision.injection.sizing import bases_spec
@@ -61,6 +62,7 @@ def make_plan(
     """
     check_root(model)
     model = unwrap(model)
+    refuse_unfit(model, "add an adapter")
     if not isinstance(config, RandLoRAConfig):
         raise ValueError(f"config must be a RandLoRAConfig, got {type(config).__name__}")
     if not isinstance(adapter_name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora_vision.bases import BasesSpec
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.layers.adapted import AdaptedModule
-from randlora_vision.layers.peft_around import plain_name
+from randlora_vision.layers.peft_around import inside, plain_name
 from randlora_vision.layers.state import Switches
 from randlora_vision.names import is_adapter_name
 from randlora_vision.report import Target
@@ -59,14 +59,10 @@ class ModelRecord:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile` and DistributedDataParallel."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    """The model inside the wrappers of `torch.compile`, DistributedDataParallel and FSDP."""
+    while isinstance(model := inside(model), nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def own_record(model: nn.Module) -> ModelRecord | None:
@@ -96,7 +92,8 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     record = own_record(module)
     assert record is not None
     own = [prefix + name for name, _ in module.named_parameters(remove_duplicate=False) if is_adapter_name(name)]
-    absent = [name for name in own if name not in state_dict]
+    present = {plain_name(name) for name in state_dict}  # FSDP renames the keys of its parts one after another
+    absent = [name for name in own if plain_name(name) not in present]
     record.half_loaded = absent if len(absent) < len(own) else []
 
 
@@ -110,11 +107,8 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
 
 def check_root(model: nn.Module) -> None:
     """Raise ValueError unless adapters may be injected into this module: a model has one root for all of them."""
-    wrapped: object = model
-    while isinstance(wrapped, nn.Module):
-        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-            raise ValueError("inject before wrapping the model in DistributedDataParallel, which registers parameters")
-        wrapped = getattr(wrapped, "_orig_mod", None)
+    if isinstance(inside(model), nn.parallel.DistributedDataParallel):
+        raise ValueError("inject before wrapping the model in DistributedDataParallel, which registers parameters")
     model = unwrap(model)
     inner = [path for path, module in model.named_modules() if path and _KEY in module.__dict__]
     if inner:

@@ -16,6 +16,7 @@ from randlora_vision.injection.candidates import (
     PARAMETER,
     Candidate,
     candidates,
+    described,
 )
 from randlora_vision.names import (
     is_preset,
@@ -54,7 +55,7 @@ def select(
             )
     everything = candidates(model) if everything is None else everything
     wanted, warnings = _wanted(model, everything, config)
-    warnings += _unmatched(everything, config)
+    warnings += _unmatched(model, everything, config)
     chosen, skipped = [], []
     for candidate in everything:
         reason = wanted.get(candidate.name)
@@ -66,7 +67,7 @@ def select(
         else:
             chosen.append(candidate)
     if not chosen:
-        raise ValueError(_nothing(config, everything, skipped))
+        raise ValueError(_nothing(model, config, everything, skipped))
     return chosen, skipped, warnings
 
 
@@ -127,11 +128,11 @@ def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfi
         for suffix in {suffix for path in candidate.paths for suffix in suffixes(path)}:
             if suffix in hits:
                 hits[suffix].append(candidate)
-    warnings = [f"target_modules: {name!r} matches nothing in the model" for name, found in hits.items() if not found]
+    warnings = [f"target_modules: {_why(model, everything, name)}" for name, found in hits.items() if not found]
     return {c.name: "" for found in hits.values() for c in found}, warnings
 
 
-def _unmatched(everything: list[Candidate], config: RandLoRAConfig) -> list[str]:
+def _unmatched(model: nn.Module, everything: list[Candidate], config: RandLoRAConfig) -> list[str]:
     """Warnings about names in the other options that match nothing."""
     excluded = config.exclude_modules
     rules: list[tuple[str, str, str | Sequence[str]]] = (
@@ -144,7 +145,21 @@ def _unmatched(everything: list[Candidate], config: RandLoRAConfig) -> list[str]
     ]
     for option, names in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         unmatched += [(option, name) for name in names if not any(matches_any(name, c.paths) for c in everything)]
-    return [f"{option}: {name!r} matches nothing in the model" for option, name in unmatched]
+    return [f"{option}: {_why(model, everything, name)}" for option, name in unmatched]
+
+
+def _why(model: nn.Module, everything: list[Candidate], name: str) -> str:
+    """Why a name selects nothing: the model has nothing of that name, or it is not a weight that can be adapted."""
+    what = described(model, name)
+    if what is None:
+        return f"{name!r} matches nothing in the model"
+    inside = [candidate.name for candidate in everything if any(f".{name}." in f".{path}." for path in candidate.paths)]
+    if inside:
+        return f"{name!r} {what} and contains other layers: name those instead ({listing(inside, 3)})"
+    return (
+        f"{name!r} {what}, which cannot be adapted; linear layers, convolutions, attention projections and other "
+        "two-dimensional parameters can"
+    )
 
 
 def preset_names(model: nn.Module, preset: str) -> list[str]:
@@ -192,18 +207,23 @@ def _layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def _nothing(config: RandLoRAConfig, everything: list[Candidate], skipped: list[tuple[str, str]]) -> str:
+def _nothing(
+    model: nn.Module, config: RandLoRAConfig, everything: list[Candidate], skipped: list[tuple[str, str]]
+) -> str:
     asked = config.target_modules
     message = f"target_modules={asked if isinstance(asked, str) else list(asked)!r} leaves nothing to adapt"
     if skipped:
         shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         return f"{message}: every match was skipped ({shown}{more})"
+    words = (asked,) if isinstance(asked, str) else asked
+    present = [word for word in words if described(model, word)]
+    if present:
+        return f"{message}: {'; '.join(_why(model, everything, word) for word in present[:3])}"
     groups = summarise([candidate.name for candidate in everything if candidate.kind != PARAMETER])
     if not groups:
         return f"{message}: the model has no linear layer, attention projection or convolution"
     components = {part for group in groups for part in group.split(" ")[0].split(".")}
-    words = (asked,) if isinstance(asked, str) else asked
     close = [c for word in words for c in difflib.get_close_matches(word[-100:].split(".")[-1], components, n=2)]
     hint = f"; did you mean {' or '.join(repr(c) for c in dict.fromkeys(close))}?" if close else ""
     return f"{message}{hint}; the model has: {', '.join(groups[:12])}{', ...' if len(groups) > 12 else ''}"

@@ -11,10 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.injection.record import (
-    AdapterRecord,
-    ModelRecord,
-)
+from randlora_vision.injection.candidates import described
+from randlora_vision.injection.record import AdapterRecord, ModelRecord
 from randlora_vision.names import is_adapter_name, listing, suffixes, with_parents
 from randlora_vision.torch_internals import persistent_names
 
@@ -23,28 +21,32 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Find the parameters and persistent buffers by path that `names` match, with tied tensors listed once.
 
     Raises:
-        ValueError: If a name matches nothing.
+        ValueError: If a name matches nothing that can be trained or saved; the message says what it matches.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     unmatched, wanted = dict.fromkeys(names), set(names)
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for tensor_name in persistent_names(module):
             full = f"{path}.{tensor_name}" if path else tensor_name
             asked = {suffix for part in with_parents((full,)) for suffix in suffixes(part)} & wanted
-            tensor = _get(model, full)
-            if tensor is None or not asked:
+            tensor = None if is_adapter_name(full) or not asked else _get(model, full)
+            if tensor is None:
                 continue
             for name in asked:
                 unmatched.pop(name, None)
             if id(tensor) not in seen:
                 found[full] = tensor
                 seen.add(id(tensor))
-    if unmatched:
+    for name in unmatched:
         children = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(
-            f"modules_to_save: {next(iter(unmatched))!r} matches nothing; the model's top level has: {children}"
+        what = described(model, name)
+        why = (
+            f"matches nothing; the model's top level has: {children}"
+            if what is None
+            else f"{what}, which is not part of the state dict"
         )
+        raise ValueError(f"modules_to_save: {name!r} {why}")
     return found
 
 

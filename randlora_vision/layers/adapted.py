@@ -7,9 +7,8 @@ Shapes: see `randlora_vision.compute.functional`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,12 @@ from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import effective_weight, randlora_linear
 from randlora_vision.compute.recompute import Recipe, current_scope
 from randlora_vision.layers import readers
+from randlora_vision.layers.guarded import GuardedParameters
+from randlora_vision.layers.parametrised import computed_without_merging
 from randlora_vision.layers.state import ParameterState
+from randlora_vision.layers.torch_around import is_packed, is_sharded
 from randlora_vision.names import PARTS, is_adapter_name, parameter_name
+from randlora_vision.torch_internals import makes_empty
 
 ATTENTION_PARAMETERS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 CONVOLUTIONS = (
@@ -34,20 +37,11 @@ CONVOLUTIONS = (
 )
 
 
-if TYPE_CHECKING:
-    _Mixin = nn.Module
-else:  # the adapted class inherits nn.Module from its own base
-    _Mixin = object
-
-
-class AdaptedModule(_Mixin):
+class AdaptedModule(GuardedParameters):
     """The mixin that every adapted module inherits from, in addition to its original class."""
 
     _randlora_base: type[nn.Module]
     """The class before the swap."""
-    _randlora: dict[str, ParameterState]
-    """Adapted parameter names and their adapters."""
-    _randlora_quantized: bool
     _randlora_on_base = False
     """True while the attributes are the base's Parameters, for PEFT to write to."""
 
@@ -74,7 +68,7 @@ class AdaptedModule(_Mixin):
 
     def base_weight(self, param: str = "weight") -> Tensor:
         """The frozen parameter itself; attribute access gives the effective weight instead."""
-        own = self._parameters.get(param)
+        own = self._tensor(param)
         if own is not None:
             return own
         computed = getattr(self._randlora_base, param, None)  # torch.nn.utils.parametrize made it a property
@@ -82,14 +76,12 @@ class AdaptedModule(_Mixin):
             raise AttributeError(f"{type(self).__name__} has no parameter {param!r}")
         return computed.fget(self)
 
-    def adapter_tensors(self, param: str, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Lambda (R, N) and gamma (N, m) of an adapter."""
-        parked = self._randlora[param].parked.get(adapter_name)
-        if parked is not None:
-            return parked
-        lam, gamma = (self._parameters[parameter_name(param, part, adapter_name)] for part in PARTS)
-        assert lam is not None and gamma is not None
-        return lam, gamma
+    def frozen_weight(self, param: str) -> Tensor:
+        """The weight without any adapter, not even a merged one: a Parameter unless a parametrization computes it."""
+        state = self._randlora[param]
+        if state.original is not None:
+            return state.original
+        return computed_without_merging(self, param, state) if state.merged else self.base_weight(param)
 
     def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
         """The named adapters' parts of the update, with products in `dtype`."""
@@ -104,9 +96,9 @@ class AdaptedModule(_Mixin):
 
     def _effective(self, param: str) -> Tensor:
         base, state = self.base_weight(param), self._randlora[param]
-        # FSDP2 reads sharded parameters by attribute and must find its own objects.
+        # FSDP 2 and DeepSpeed read sharded parameters by attribute and must find their own objects.
         live = state.live()
-        if not live or is_sharded(base):
+        if not live or is_sharded(base) or (base.is_meta and not self.adapter_tensors(param, live[0])[0].is_meta):
             return base
         low = autocast_dtype(base)
         terms = self._terms(param, live, low or base.dtype)
@@ -153,43 +145,17 @@ class AdaptedModule(_Mixin):
             return result
 
         for state in self._randlora.values():
+            if state.kept is not None:
+                state.kept = {name: fn(tensor) for name, tensor in state.kept.items()}
             if state.original is not None:
                 moved = fn(state.original.detach())
                 if moved.data_ptr() != state.original.data_ptr() or moved.dtype != state.original.dtype:
                     state.original = nn.Parameter(moved, requires_grad=False)
         with self._all_registered():
-            return super()._apply(keep_precision, recurse)
-
-    def park_merged(self) -> None:
-        """Register lambda and gamma of exactly the adapters that are not merged.
-
-        Those of merged adapters are kept in the state: to its readers, a merged module has its own parameters alone.
-        """
-        for param, state in self._randlora.items():
-            for name in state.slots:
-                tensors = self.adapter_tensors(param, name)
-                names = [parameter_name(param, part, name) for part in PARTS]
-                for registered in names:
-                    self._parameters.pop(registered, None)
-                if name in state.merged:
-                    state.parked[name] = tensors
-                else:
-                    self._parameters.update(zip(names, tensors, strict=True))
-
-    @contextlib.contextmanager
-    def _all_registered(self) -> Iterator[None]:
-        """Register the parked tensors within the context, so that nn.Module moves and converts them."""
-        parked = [(param, state, name) for param, state in self._randlora.items() for name in state.parked]
-        for param, state, name in parked:
-            for part, tensor in zip(PARTS, state.parked[name], strict=True):
-                self._parameters[parameter_name(param, part, name)] = tensor
-        try:
-            yield
-        finally:
-            for param, state, name in parked:
-                lam, gamma = (self._parameters.pop(parameter_name(param, part, name)) for part in PARTS)
-                assert lam is not None and gamma is not None
-                state.parked[name] = lam, gamma
+            super()._apply(keep_precision, recurse)
+        if makes_empty(fn):
+            self._restart()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As in nn.Module, but readers that would end up with the base model are told so (see `readers`)."""
@@ -202,6 +168,14 @@ class AdaptedModule(_Mixin):
         if readers.is_copied():
             for name in [name for name in self._parameters if is_adapter_name(name)]:
                 del destination[prefix + name]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in nn.Module, without the parametrizations that merged weights hide."""
+        found, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
+        hidden = [f"{prefix}parametrizations.{param}." for param, state in self._randlora.items() if state.is_folded]
+        for key in [key for key in found if hidden and key.startswith(tuple(hidden))]:
+            del found[key]
+        return found
 
     def _load_from_state_dict(
         self,
@@ -230,11 +204,7 @@ class AdaptedModule(_Mixin):
         )
         if not any(key in state_dict for key in own):
             missing_keys[:] = [key for key in missing_keys if key not in own]
-
-    def __delattr__(self, name: str) -> None:
-        if name in self._randlora:
-            raise RuntimeError(replaced_message(type(self).__name__, name))
-        super().__delattr__(name)
+            self._materialize()
 
     def extra_repr(self) -> str:
         """The base class's text, followed by one entry per adapter."""
@@ -263,9 +233,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str,
 def is_quantized(module: nn.Module) -> bool:
     """True for a linear layer with a packed weight: integers, or a tensor subclass of a quantisation library."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or is_sharded(weight):
-        return False
-    return not weight.is_floating_point() or type(weight.detach()) is not Tensor
+    return weight is not None and is_packed(weight)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -274,16 +242,3 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
-
-
-def replaced_message(type_name: str, param: str) -> str:
-    """The error message for an attempt to replace or delete an adapted parameter."""
-    return (
-        f"{param!r} of an adapted {type_name} cannot be replaced or deleted (weight norm, pruning and "
-        "parametrizations do that): apply them before inject, or merge and remove the adapters first"
-    )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor; this does not import torch.distributed."""
-    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")

@@ -96,17 +96,25 @@ def _adapted_in(module: nn.Module | None) -> list[AdaptedModule]:
     return [] if module is None else [part for part in module.modules() if isinstance(part, AdaptedModule)]
 
 
-def _inside(module: nn.Module) -> nn.Module:
-    """The layer that PEFT's layers wrap; any other module itself."""
-    tuner_layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    while tuner_layer is not None and isinstance(module, tuner_layer) and hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""The only child of a wrapper: of FSDP 1, of checkpointed activations and of `torch.compile`."""
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of PyTorch."""
+    while True:
+        inner = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+        if inner is None:
+            return model
+        model = inner
 
 
 def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) as `named_modules(remove_duplicate=False)`, without PEFT's layers and their parts."""
-    model = _inside(model)
+    """Yield (path, module) as `named_modules(remove_duplicate=False)`, without wrappers, PEFT's layers and parts."""
+    tuner_layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    model = inside(model)
+    while tuner_layer is not None and isinstance(model, tuner_layer) and hasattr(model, "base_layer"):
+        model = inside(model.base_layer)
     yield path, model
     for name, child in model._modules.items():
         if child is not None:
@@ -114,5 +122,5 @@ def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def plain_name(path: str) -> str:
-    """The path that a parameter has without PEFT's wrappers."""
-    return path.replace(".base_layer.", ".")
+    """The path that a parameter has without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in ("base_layer", *_WRAPPERS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
 from randlora_vision.compute.planner import ANY, PINNED, Plan
@@ -31,6 +31,8 @@ class AdapterSlot:
     dropout: float
     bases: Bases
     trainable: bool
+    start: tuple[float, float]
+    """The values of lambda and gamma before training."""
     compute: str = "auto"
     scale: float = 1.0
     """Run-time factor, 1 unless changed by `set_scale`."""
@@ -54,6 +56,8 @@ class ParameterState:
     """The base's own Parameter while `merged` is not empty, which makes unmerging bit-exact."""
     parked: dict[str, tuple[nn.Parameter, nn.Parameter]] = dataclasses.field(default_factory=dict)
     """Merged adapter -> its lambda and gamma, which are then not among the module's parameters."""
+    kept: dict[str, Tensor] | None = None
+    """The values, before merging, of the tensors that a parametrization computes the merged weight from."""
     written: bool = False
     """True if PEFT has merged its own adapters into the merged weight, or unmerged them."""
 
@@ -66,6 +70,11 @@ class ParameterState:
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters that are merged into the weight."""
         return tuple(name for name in self.switches.merged if name in self.slots)
+
+    @property
+    def is_folded(self) -> bool:
+        """True if a parametrization is hidden by the merged weight, which it cannot compute."""
+        return bool(self.merged) and self.original is None and self.kept is None
 
     def live(self) -> list[str]:
         """Names of the adapters that contribute to the effective weight."""

@@ -30,11 +30,10 @@ from randlora_vision.layers.adapted import (
     AdaptedModule,
     autocast_dtype,
     is_quantized,
-    is_sharded,
-    replaced_message,
 )
 from randlora_vision.layers.peft_around import watch_hosts
 from randlora_vision.layers.state import ParameterState
+from randlora_vision.layers.torch_around import is_sharded, is_sharder, replaced_message, wants_parameter
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 """Modules whose forward reads the weight for a matrix product."""
@@ -54,8 +53,9 @@ def restore_module(module: AdaptedModule, param: str) -> None:
 def _set_states(module: nn.Module, states: dict[str, ParameterState]) -> None:
     if isinstance(module, AdaptedModule) and type(module) not in _CLASSES.values():
         raise RuntimeError(
-            f"a parametrization was registered on an adapted {type(module).__name__} after inject: remove it first "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
+            f"the class of an adapted {type(module).__name__} was changed after inject to "
+            f"{type(module).__mro__[1].__name__}: undo that first (torch.nn.utils.parametrize.remove_parametrizations "
+            "for a parametrization; a model in FSDP keeps its adapters)"
         )
     base, quantized = base_class(module), is_quantized(module)
     if states:
@@ -117,6 +117,8 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     bias: Any = self.bias
     if is_sharded(weight):
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
+    if weight.is_meta and not input.is_meta:
+        raise RuntimeError("forward of an adapted layer on the meta device got values: load the weight's values first")
     fused, dropped = self._split_dropout()
     dtype = autocast_dtype(weight)
     if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):
@@ -175,11 +177,17 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _weight_property(param: str) -> property:
     def get(self: Any) -> Tensor:
-        return self.base_weight(param) if self._randlora_on_base else self._effective(param)
+        if self._randlora_on_base:
+            return self.base_weight(param)
+        # Compiled code does not contain the readers that `wants_parameter` looks for.
+        wanted = not torch.compiler.is_compiling() and wants_parameter()
+        return self.base_weight(param) if wanted else self._effective(param)
 
     def set_(self: Any, value: object) -> None:
         # nn.Module registers Parameters itself; only a plain tensor assigned in place of one gets here.
-        raise RuntimeError(replaced_message(type(self).__name__, param))
+        if not is_sharder():
+            raise RuntimeError(replaced_message(type(self).__name__, param))
+        self.__dict__[param] = value
 
     return property(get, set_, doc=f"Effective {param}: the frozen one plus the active adapters' updates.")
 

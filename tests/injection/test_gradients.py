@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+from timm.models.nfnet import NfCfg, NormFreeNet
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, check_gradients, inject, load_adapter, merge, save_adapter, set_active
+from randlora_vision.names import listing, summarise
 from tests.helpers import IMAGES, mlp, vit
 
 X = torch.linspace(-2, 2, 24).reshape(3, 8)
@@ -79,11 +82,81 @@ def test_a_gradient_that_is_not_finite_is_an_error(value: float) -> None:
         check_gradients(model)
 
 
-def test_zero_gradients_everywhere_are_an_error() -> None:
+def test_zero_gradients_are_a_note() -> None:
     model = mlp()
     inject(model, CONFIG)
     (model(X) * 0).sum().backward()
-    with pytest.raises(ValueError, match="0.weight, 2.weight"):
+    assert check_gradients(model) == [
+        "the gradient is zero in this step at *.weight (x2) (a residual branch may start at zero)"
+    ]
+
+
+def resnet() -> nn.Module:
+    return timm.create_model("resnet18")
+
+
+def regnet() -> nn.Module:
+    return timm.create_model("regnety_002")
+
+
+def nfnet() -> nn.Module:
+    config = NfCfg(
+        depths=(1, 1, 1, 1), channels=(16, 16, 32, 32), stem_chs=16, attn_layer="se", attn_kwargs={}, skipinit=True
+    )
+    return NormFreeNet(config, num_classes=5)
+
+
+@pytest.mark.parametrize("make", [resnet, regnet, nfnet])
+def test_branches_that_start_at_zero_do_not_stop_training(make: Callable[[], nn.Module]) -> None:
+    """The truth is the base: the weights that have a gradient there, and those whose gradient is zero."""
+    torch.manual_seed(0)
+    model, base = make().eval(), make().eval()
+    base.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    names = [target.name for target in inject(model, RandLoRAConfig(rank=2, target_modules="timm:conv")).targets]
+    step(model, x)
+    (note,) = check_gradients(model)
+    step(base, x)
+    gradients = {name: base.get_submodule(name).weight.grad for name in names}
+    assert all(gradient is not None for gradient in gradients.values())
+    zero = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert zero and zero != set(names)
+    silent = listing(summarise([f"{name}.weight" for name in names if name in zero]))
+    assert note == f"the gradient is zero in this step at {silent} (a residual branch may start at zero)"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any() and not parameter.requires_grad and parameter.ndim < 2:
+                parameter.fill_(0.5)  # the branches open
+    model.zero_grad()
+    step(model, x)
+    assert check_gradients(model) == []
+
+
+class Tower(nn.Module):
+    """A vision tower whose last layer and pooling head are not used, as in models of vision and language."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.pooler = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        self.pooler(states[-1])
+        return states[-2]
+
+
+def test_what_the_loss_cannot_reach_is_named() -> None:
+    model = Tower()
+    inject(model, RandLoRAConfig(rank=2, exclude_modules=["pooler"]))
+    step(model)
+    assert check_gradients(model) == ["no gradient at layers.2.weight in this step"]
+    model = Tower()
+    inject(model, RandLoRAConfig(rank=2))
+    step(model)
+    with pytest.raises(ValueError, match="no gradient reaches the adapters of pooler.weight: .*exclude_modules"):
         check_gradients(model)
 
 

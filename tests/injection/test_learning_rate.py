@@ -60,5 +60,5 @@ def test_what_has_no_norm_to_go_by_is_an_error() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     inject(model, RandLoRAConfig(rank=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="quantised or zero"):
+    with pytest.raises(ValueError, match="quantised, offloaded or zero"):
         suggest_lr(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, adapter_parameters, inject, merge, plan, remove
 from randlora_vision.integrations import diffusers as integration
@@ -91,6 +91,21 @@ def test_adapted_layers_of_an_ip_adapter_go_with_it(tmp_path: Path) -> None:
     integration.delete_adapter(pipe, "default")
     sample(pipe, **image_embeds())
     assert file.exists()
+
+
+def test_unused_projections_are_named_in_wrappers_too() -> None:
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    attention = Attention(8, heads=2, dim_head=4)
+    attention.fuse_projections()
+    attention.set_processor(FusedAttnProcessor2_0())
+    model = nn.Sequential(nn.Sequential(attention))
+    inject(model, RandLoRAConfig(rank=2, target_modules=["to_qkv"]))
+    model[0] = checkpoint_wrapper(model[0])
+    attention.set_processor(AttnProcessor2_0())
+    with pytest.raises(ValueError, match="adapters of 0.0.to_qkv have no effect: the attention processor"):
+        merge(model)
 
 
 UNFUSED = {"sd15": "have no effect: the attention processor", "flux": "to_qkv.* removed from the model or replaced"}

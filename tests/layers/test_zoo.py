@@ -260,11 +260,6 @@ def test_merge(entry: Entry) -> None:
     with torch.no_grad():
         fast = entry.run(model)
     before = snapshot(model)
-    if entry.unmergeable:
-        with pytest.raises(ValueError, match=entry.unmergeable):
-            merge(model)
-        assert_same(snapshot(model), before)
-        return
     merge(model)
     with torch.no_grad():
         merged = entry.run(model)
@@ -296,9 +291,8 @@ def test_remove_restores_every_bit(entry: Entry) -> None:
     inject(model, config(entry))
     draw(model)
     assert difference(entry.run(model), reference) > MOVED
-    if not entry.unmergeable:
-        merge(model)
-        unmerge(model)
+    merge(model)
+    unmerge(model)
     remove(model)
     assert_same(snapshot(model), before)
     assert torch.equal(entry.run(model), reference)

@@ -24,7 +24,6 @@ class Entry:
     `build` gives the same model, in eval mode, at every call. `run` gives one floating tensor that depends on all
     of the model; its inputs are fixed, and in the model's precision. `target` is the `target_modules` to adapt.
     `unreachable` lists regular expressions of parameter names whose parameters cannot change `run`'s output.
-    `unmergeable` is what `merge` must say where it has to refuse.
     `float32_inside` marks a host that computes a part in float32 whatever the model's precision.
     """
 
@@ -35,7 +34,6 @@ class Entry:
     slow: bool = False
     unreachable: tuple[str, ...] = ()
     rank: int = 4
-    unmergeable: str = ""
     float32_inside: bool = False
 
 

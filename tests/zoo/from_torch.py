@@ -185,7 +185,7 @@ ENTRIES = [
     module("shared_module", SharedModule, feed(ROWS)),
     module("experts", Experts, feed(ROWS), unreachable=(r"^experts\.4\.weight",)),
     module("conv_net", conv_net, feed((2, 3, 11, 11)), target="all"),
-    module("weight_norm", weight_norm, feed(ROWS), unmergeable="parametrization"),
+    module("weight_norm", weight_norm, feed(ROWS)),
     module("old_weight_norm", old_weight_norm, feed(ROWS)),
     module("vision_vit", vision_vit, feed(IMAGE), VIT),
     module("vision_swinv2", vision_swin, feed(IMAGE)),

@@ -52,6 +52,8 @@ class AdapterOptions:
     target_modules: tuple[str, ...] = ()
     """Which weights are adapted: one preset or regular expression, or several name suffixes.
     Default: the attention and MLP weights of the chosen towers."""
+    exclude_modules: tuple[str, ...] = ()
+    """Names of weights, or of modules that contain them, that are never adapted."""
 
     def __post_init__(self) -> None:
         _require(self.rank is None or self.rank >= 1, "--rank must be 1 or more", self.rank)
@@ -62,6 +64,8 @@ class AdapterOptions:
             raise ValueError(f"--budget chooses the rank of --method lora, not of --method {self.method}")
         if self.budget is not None and self.rank is not None:
             raise ValueError("--budget and --rank both choose LoRA's rank: give only one")
+        if self.exclude_modules and self.method in ("full", "linear-probe"):
+            raise ValueError(f"--exclude-modules: --method {self.method} adapts no weights, leave it out")
         if self.dropout and self.method != "randlora":
             raise ValueError(f"--dropout needs --method randlora; --method {self.method} has no dropout")
 

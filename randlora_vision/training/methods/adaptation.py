@@ -67,6 +67,7 @@ def randlora_config(
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         target_modules=named or preset,
+        exclude_modules=adapter.exclude_modules,
         bases=adapter.bases,
         init=adapter.init,
         seed=seed,

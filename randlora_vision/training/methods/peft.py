@@ -27,8 +27,8 @@ _SETTINGS = {
 }
 _LAYER = re.compile(r"base_model\.model\.(.+)\.(?:lora_A\.weight|vera_lambda_d)")  # has as many rows as the rank
 _COPIES = ".modules_to_save"  # suffix of the modules that PEFT trains in full
-# The tensors of PEFT with a nonzero gradient at the first step; the others follow once these have changed.
-_FIRST_TO_LEARN = re.compile(r"\.(lora_B|vera_lambda_b)\.")
+# The tensors of PEFT that start at zero: one of every adapter.
+_STARTS_AT_ZERO = re.compile(r"\.(lora_B|vera_lambda_b)\.")
 
 
 class Peft:
@@ -62,8 +62,8 @@ class Peft:
 
     def check_gradients(self) -> list[str]:
         """Require a gradient on every adapter: a model that reads a wrapped layer's weight bypasses PEFT."""
-        first = [(name, p.grad) for name, p in self.parameters() if _FIRST_TO_LEARN.search(name)]
-        dead = [_FIRST_TO_LEARN.split(name)[0] for name, grad in first if grad is None or not grad.any()]
+        first = [(name, p.grad) for name, p in self.parameters() if _STARTS_AT_ZERO.search(name)]
+        dead = [_STARTS_AT_ZERO.split(name)[0] for name, grad in first if grad is None]
         if dead:
             names = [name.removeprefix("base_model.model.") for name in dead]
             raise ValueError(
