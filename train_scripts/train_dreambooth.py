@@ -22,7 +22,8 @@ from randlora_vision.demos.subject import demo_subject, measure
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations.hub import push_to_hub
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
-from randlora_vision.training.dreambooth.defaults import resolve
+from randlora_vision.training.dreambooth.defaults import HELP_DEFAULTS, note_on_rank, resolve
+from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
 from randlora_vision.training.dreambooth.families import Family, load_family
 from randlora_vision.training.dreambooth.methods import (
     PipelineAdaptation,
@@ -38,6 +39,7 @@ from randlora_vision.training.dreambooth.subject import read_subject
 from randlora_vision.training.dreambooth.task import TrainingSet, make_task
 from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -47,15 +49,14 @@ from randlora_vision.training.harness.trackers import report_pictures
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(DreamBoothOptions, argv, __doc__ or ""))
+    train(parse(DreamBoothOptions, argv, __doc__ or "", DIFFUSERS, HELP_DEFAULTS))
 
 
 def train(options: DreamBoothOptions) -> dict[str, Any]:
     """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
     settings = resolve(options)
-    training = settings.training
     # Some adapters get no gradient: text queries in a last block, layers of text encoders after the one that is used.
-    accelerator = make_accelerator(training, unused_parameters=True)
+    accelerator = make_accelerator(settings.training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
     settings, run, resume = open_run(settings, "dreambooth", accelerator)
     subject = demo_subject(settings.subject) if settings.embedded else read_subject(settings.subject)
@@ -66,11 +67,12 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         settings.subject.resolution or family.default_resolution,
         family.size_multiple,
     )
-    set_seed(training.seed)
+    set_seed(settings.training.seed)
     sampler = make_sampler(family, settings, buckets[0], accelerator.autocast)
     folder = Path(settings.subject.class_data_dir or run.class_images)
     images = class_images(settings.subject, folder, sampler, accelerator)
     data = TrainingSet(subject, images, settings.subject.class_prompt, buckets)
+    settings = in_steps(settings, max(len(subject.images), len(images)), accelerator.num_processes)
     say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}")
 
     shares = {"before": shares_of(sampler, settings)} if settings.embedded else {}
@@ -79,7 +81,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     if pictures and resume is None:
         write_base_pictures(run, gallery)
     adaptation = adapt(family, settings)
-    say(f"\n{adaptation.report}\n")
+    say(f"\n{adaptation.report}\n{note_on_rank(options)}")
     task = make_task(
         family, adaptation, data, settings, accelerator.num_processes, run.adapter if run.writing else None
     )

@@ -49,9 +49,7 @@ def suggest_lr(model: nn.Module, relative_step: float = RELATIVE_STEP, adapter_n
     chosen = places[:: max(1, len(places) // _LAYERS)]
     ratios = [ratio for _, module, param, state in chosen if (ratio := _ratio(module, param, state, adapter_name))]
     if not ratios:
-        raise ValueError(
-            f"the weights under adapter {adapter_name!r} are quantised or zero: they give no rate"
-        )
+        raise ValueError(f"the weights under adapter {adapter_name!r} are quantised or zero: they give no rate")
     return relative_step / median(ratios)
 
 

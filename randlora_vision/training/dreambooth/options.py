@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.harness.options import (
@@ -12,7 +12,7 @@ from randlora_vision.training.harness.options import (
     RunOptions,
     Training,
     TrainingOptions,
-    also,
+    require_digits_cache,
 )
 
 DemoFamily = Literal["unet", "flow"]
@@ -43,6 +43,7 @@ class PipelineOptions:
     """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
+        require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             raise ValueError("--text-encoder-lr needs --train-text-encoder")
         _above("--text-encoder-lr", self.text_encoder_lr)
@@ -154,9 +155,9 @@ class DreamBoothAdapterOptions(AdapterOptions):
 class DreamBoothTrainingOptions(TrainingOptions):
     """How it is trained."""
 
-    batch_size: Annotated[int, also("--train-batch-size")] = 4
+    batch_size: int = 4
     """Instance images per forward call and process; with prior preservation, as many class images are added."""
-    eval_every: Annotated[int, also("--validation-steps")] = 100
+    eval_every: int = 100
     """Steps between evaluations, which include pictures if there is a --validation-prompt. The model is always
     evaluated before the first and after the last step."""
     best_metric: str = "loss"
