@@ -107,7 +107,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         code = adaptation.loading_code(run.adapter)
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
         say(closing_words(run, before, after, summary, code, same))
-        if settings.hub.hub_model_id is not None:
+        if settings.hub.push_to_hub:
             say(f"uploaded: {upload(settings, run, summary)}")
     finish(run, accelerator, speed.steps)
     return summary
@@ -162,8 +162,8 @@ def shares_of(sampler: Sampler, settings: DreamBoothSettings) -> Shares:
 
 def upload(settings: DreamBoothSettings, run: RunFolder, summary: Mapping[str, Any]) -> str:
     """Upload the adapter to the Hugging Face Hub; return its address."""
-    name, base = settings.hub.hub_model_id, settings.pipeline.pretrained_model_name_or_path
-    assert name is not None and base is not None
+    name, base = settings.hub.hub_model_id or run.path.name, settings.pipeline.pretrained_model_name_or_path
+    assert base is not None
     return push_to_hub(run.adapter, name, base_model=base, library="diffusers", metrics=summary["after"])
 
 

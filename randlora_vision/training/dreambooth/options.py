@@ -128,11 +128,11 @@ class HubOptions:
     push_to_hub: bool = False
     """Upload the adapter with a model card after training; requires a login (hf auth login, or HF_TOKEN)."""
     hub_model_id: str | None = None
-    """The repository to upload to: OWNER/NAME."""
+    """The repository to upload to: OWNER/NAME, or NAME for your own. Default: the name of the run folder."""
 
     def __post_init__(self) -> None:
-        if self.push_to_hub != (self.hub_model_id is not None):
-            raise ValueError("--push-to-hub and --hub-model-id OWNER/NAME go together")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("--hub-model-id needs --push-to-hub")
 
 
 @dataclass(frozen=True)

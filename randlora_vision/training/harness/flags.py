@@ -85,10 +85,12 @@ class _Word:
 
     flag: str
     values: list[str] = field(default_factory=list)
+    joined: bool = False  # --flag=value
 
     def words(self) -> list[str]:
         """Return it as given, with hyphens."""
-        return [self.flag, *self.values] if self.flag else self.values
+        first = [f"{self.flag}={self.values[0]}", *self.values[1:]] if self.joined else [self.flag, *self.values]
+        return first if self.flag else self.values
 
 
 def translate(words: Sequence[str], options: type, table: Table) -> list[str]:
@@ -145,7 +147,7 @@ def _split(words: Sequence[str], counts: Mapping[str, int | None], positional: b
             if current.words():
                 yield current
             flag, equals, value = word.partition("=")
-            current = _Word(flag.replace("_", "-"), [value] if equals else [])
+            current = _Word(flag.replace("_", "-"), [value] if equals else [], bool(equals))
             wanted = counts.get(current.flag)
         elif positional and wanted is not None and len(current.values) >= wanted:
             yield _Word("", [word])

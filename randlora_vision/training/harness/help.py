@@ -21,14 +21,16 @@ _RARE = frozenset(
     "checkpoint_epochs force_image_size aug_cfg train_logit_scale logit_scale_lr prompts eval_scales val_fraction "
     "split_seed strict_data data_root retention_class_names revision variant max_sequence_length logit_mean logit_std "
     "mode_scale guidance_scale sample_batch_size aspect_ratio_buckets prior_loss_weight num_class_images head_lr "
-    "validation_guidance_scale num_inference_steps cache_latents train_fraction overwrite".split()
+    "validation_guidance_scale num_inference_steps cache_latents train_fraction overwrite "
+    "dropout run_name retention_data checkpoints_total_limit workers snr_gamma weighting_scheme class_data_dir "
+    "label_column center_crop".split()
 )
 """Options that only --help-all describes."""
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 def help_text(options: type, description: str, table: Table, defaults: Mapping[str, str], everything: bool) -> str:
-    """Return the help, with the first sentence on each common option, or with everything on all of them."""
+    """Return the help, with the first clause on each common option, or with everything on all of them."""
     width = max(40, min(shutil.get_terminal_size().columns, 100) - 1)
     aliases = aliases_of(table)
     paragraphs = [textwrap.fill(one_line(part), width, break_on_hyphens=False) for part in description.split("\n\n")]
@@ -83,7 +85,7 @@ def _entry(
     head = f"{', '.join(names)}{' ' if metavar else ''}{metavar}  (default: {default})"
     yield from _wrap(head, width, "  ", "    ")
     if not everything:
-        text = re.split(r"(?<=[.;:]) (?=[A-Z])", text, maxsplit=1)[0]
+        text = f"{re.split(r'[.;] ', text, maxsplit=1)[0].rstrip('.')}."
     if others and everything:
         text += f" Also: {', '.join(others)}."
     yield from _wrap(text, width, " " * 6, " " * 6)

@@ -23,10 +23,10 @@ class AdapterOptions:
     method: Method = "randlora"
     """How the model is trained."""
     rank: int | None = None
-    """RandLoRA: the rank of one random base; a LARGER rank means FEWER trained numbers, the opposite of
-    LoRA. Default: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
+    """RandLoRA: the rank of one random base, of which a LARGER one means FEWER trained numbers, the opposite of
+    LoRA."""
     alpha: float | None = None
-    """Numerator of the scale alpha / rank. Default: 20 * rank for RandLoRA, 2 * rank for LoRA."""
+    """Numerator of the scale alpha / rank."""
     budget: int | None = None
     """LoRA: choose the rank whose number of trained parameters is closest to this, instead of --rank."""
     dropout: float = 0.0
@@ -217,8 +217,8 @@ class CheckpointOptions:
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: str | None = None
     """Resume from 'latest' (of --output-dir) or from the path of a checkpoint. The result is exactly that of an
-    uninterrupted run. The settings must be those of that run, except for the checkpoint options, --output-dir,
-    --overwrite, --report-to, --log-every, --workers, --eval-scales and --retention-data."""
+    uninterrupted run. The settings must be those of that run, except where they do not change the result, such as
+    --output-dir, --workers and the checkpoint options."""
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def test_a_documented_command_is_accepted_or_refused_for_a_flag(script: str, com
         parsed(script, *shlex.split(command))
     except ValueError as refusal:
         reason = str(refusal)
-        assert reason.startswith("-") and "\n" not in reason
+        assert re.match("(Error parsing )?--?[a-z]", reason) and "\n" not in reason
         assert " ".join(reason.split()) == reason
 
 
@@ -113,17 +114,33 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
     ("script", "words", "expected"),
     [
         ("train_dreambooth", "--max_train_steps=5 --learning-rate 1e-3", {"training.steps": 5, "training.lr": 1e-3}),
-        ("train_dreambooth", "--num_train_epochs 3 --lr_warmup_steps=2", {"training.epochs": 3, "training.warmup_steps": 2}),
+        (
+            "train_dreambooth",
+            "--num_train_epochs 3 --lr_warmup_steps=2",
+            {"training.epochs": 3, "training.warmup_steps": 2},
+        ),
         ("train_dreambooth", "--validation_epochs=50", {"training.eval_epochs": 50}),
         ("train_dreambooth", "--lr_scheduler constant_with_warmup", {"training.schedule": "constant"}),
-        ("train_dreambooth", "--optimizer AdamW --adam_beta2 0.9", {"training.optimizer": "adamw", "training.beta2": 0.9}),
+        (
+            "train_dreambooth",
+            "--optimizer AdamW --adam_beta2 0.9",
+            {"training.optimizer": "adamw", "training.beta2": 0.9},
+        ),
         ("train_dreambooth", "--repeats=1 --logging_dir logs --local_rank 0", {}),
-        ("train_clip", "--train-data x --csv-img-key a --csv-caption-key b", {"images.data": "x", "images.image_column": "a"}),
+        (
+            "train_clip",
+            "--train-data x --csv-img-key a --csv-caption-key b",
+            {"images.data": "x", "images.image_column": "a"},
+        ),
         ("train_clip", "--precision amp_bf16 --siglip", {"training.mixed_precision": "bf16", "loss.loss": "siglip"}),
         ("train_clip", "--siglip --epochs 2", {"training.epochs": 2, "loss.loss": "siglip"}),
         ("train_clip", "--lock-image", {"clip.towers": "text"}),
         ("train_clip", "--lock_text --wd=0.5", {"clip.towers": "vision", "training.weight_decay": 0.5}),
-        ("train_clip", "--imagenet-val d", {"images.data": "d", "images.class_names": "imagenet", "evaluation.eval_only": True}),
+        (
+            "train_clip",
+            "--imagenet-val d",
+            {"images.data": "d", "images.class_names": "imagenet", "evaluation.eval_only": True},
+        ),
         (
             "train_clip",
             "--imagenet-val d --train-data x",
@@ -131,18 +148,34 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
         ),
         ("train_clip", "--logs a --name b --resume latest", {"run.runs_dir": "a", "run.run_name": "b"}),
         ("train_clip", "--report-to wandb,tensorboard", {"run.report_to": ("wandb", "tensorboard")}),
-        ("train_clip", "--model m --aug-cfg scale=(0.4,1.0) use_timm=True", {"clip.augmentation": {"scale": (0.4, 1.0), "use_timm": True}}),
-        ("train_classifier", "folder -b 4 -j 0", {"data.data": "folder", "training.batch_size": 4, "training.workers": 0}),
+        (
+            "train_clip",
+            "--model m --aug-cfg scale=(0.4,1.0) use_timm=True",
+            {"clip.augmentation": {"scale": (0.4, 1.0), "use_timm": True}},
+        ),
+        (
+            "train_classifier",
+            "folder -b 4 -j 0",
+            {"data.data": "folder", "training.batch_size": 4, "training.workers": 0},
+        ),
         ("train_classifier", "-b 4 --model m --amp folder", {"data.data": "folder", "model.model": "m"}),
-        ("train_classifier", "--dataset torch/cifar10 root", {"data.data": "timm:torch/cifar10", "data.data_root": "root"}),
+        (
+            "train_classifier",
+            "--dataset torch/cifar10 root",
+            {"data.data": "timm:torch/cifar10", "data.data_root": "root"},
+        ),
         ("train_classifier", "--amp-dtype bfloat16 --amp", {"training.mixed_precision": "bf16"}),
         ("train_classifier", "--amp", {"training.mixed_precision": "fp16"}),
-        ("train_classifier", "--opt-betas 0.8 0.9 --opt_eps 1e-6", {"training.beta1": 0.8, "training.beta2": 0.9, "training.eps": 1e-6}),
+        (
+            "train_classifier",
+            "--opt-betas 0.8 0.9 --opt_eps 1e-6",
+            {"training.beta1": 0.8, "training.beta2": 0.9, "training.eps": 1e-6},
+        ),
         ("train_classifier", "--model-ema-decay 0.9 --model-ema", {"training.ema_decay": 0.9}),
         ("train_classifier", "--smoothing 0.2 --bce-loss", {"augment.label_smoothing": 0.2, "augment.bce_loss": True}),
         ("train_classifier", "--sched none", {"training.schedule": "constant", "training.warmup_steps": 0}),
     ],
-)  # fmt: skip
+)
 def test_a_peers_flags_mean_the_same_here(script: str, words: str, expected: dict[str, Any]) -> None:
     options = parsed(script, *words.split())
     for path, value in expected.items():
