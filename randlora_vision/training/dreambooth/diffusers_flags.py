@@ -12,7 +12,7 @@ DIFFUSERS: Table = {
         "save the pipeline with that VAE (save_pretrained) and give its folder as --pretrained-model-name-or-path"
     ),
     "--tokenizer-name": _BY_PIPELINE,
-    "--tokenizer-max-length": _BY_PIPELINE,
+    "--tokenizer-max-length": {"77": "", "*": _BY_PIPELINE},
     "--text-encoder-use-attention-mask": _BY_PIPELINE,
     "--dataset-config-name": Refused("save that configuration with save_to_disk and give its folder as --dataset-name"),
     "--repeats": {"1": "", "*": Refused("images are drawn again and again: give more --steps or --epochs")},

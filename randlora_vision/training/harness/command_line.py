@@ -87,6 +87,10 @@ def _one_line_complaint(box: str, table: Table) -> str:
         del sections[0]
     what, *rest = sections
     what = re.sub(r"^Error parsing (?!--)\S+: ", "", what).rstrip(".")  # an option group's name does not help
+    no_type = (
+        r"Error parsing (--[\w-]+): no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
+    )
+    what = re.sub(no_type, r"\1 must be \2, got \3", what)
     similar = {
         flag
         for section in rest

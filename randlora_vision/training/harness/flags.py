@@ -71,11 +71,15 @@ def aliases_of(table: Table) -> dict[str, list[Alias]]:
     """Return the flags of other scripts that set an option, by its flag."""
     found: dict[str, list[Alias]] = {}
     for flag, meaning in table.items():
-        each = meaning.items() if isinstance(meaning, Mapping) else [("", meaning)]
-        for value, template in each:
-            if isinstance(template, str) and not isinstance(template, Refused):
-                for target in re.findall(r"--[\w-]+", template):
-                    found.setdefault(target, []).append(Alias(flag, template, value))
+        meaning = meaning({}) if callable(meaning) else meaning
+        for value, template in meaning.items() if isinstance(meaning, Mapping) else [("", meaning)]:
+            if isinstance(template, Refused) or not flag:
+                continue
+            for target in re.findall(r"--[\w-]+", template):
+                same = template in (f"{target} {value}", f"{target} {{}}")
+                found.setdefault(target, []).append(
+                    Alias(flag, f"{target} {{}}" if same else template, value * (not same))
+                )
     return found
 
 

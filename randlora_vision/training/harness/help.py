@@ -77,7 +77,7 @@ def _default(member: "Field[Any]", text: str, known: str | None) -> tuple[str, s
 def _entry(
     flag: str, kind: Any, default: str, text: str, aliases: list[Alias], width: int, everything: bool
 ) -> Iterator[str]:
-    names = [flag, *dict.fromkeys(str(alias) for alias in aliases if alias.exact and not alias.value)]
+    names = list(dict.fromkeys([flag, *(str(alias) for alias in aliases if alias.exact and not alias.value)]))
     others = list(dict.fromkeys(str(alias) for alias in aliases if not alias.exact or alias.value))
     if kind is bool and default == "on":
         names.append(f"--no-{flag[2:]}")

@@ -23,8 +23,7 @@ class AdapterOptions:
     method: Method = "randlora"
     """How the model is trained."""
     rank: int | None = None
-    """RandLoRA: the rank of one random base, of which a LARGER one means FEWER trained numbers, the opposite of
-    LoRA."""
+    """RandLoRA: the rank of one random base: a LARGER rank means FEWER trained numbers, the opposite of LoRA."""
     alpha: float | None = None
     """Numerator of the scale alpha / rank."""
     budget: int | None = None

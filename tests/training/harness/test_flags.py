@@ -25,6 +25,13 @@ SCRIPTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+NOT_HERE = (  # what the documented commands that are refused have in common
+    *("--enable_xformers", "--scale_lr", "--text_encoder_use_attention_mask", "--pretrained_vae", "prodigy"),
+    *("--cond_image_column", "--coca", "--val-num-samples", "--audio", "--force-patch-dropout", "4e8", "RN101"),
+    *("--dataset-resampled", "--square-resize-only", "--wandb-project-name", "--sched step", "--jsd", "--model-kwargs"),
+)
+
+
 def sections(name: str) -> list[tuple[str, str]]:
     """Return the lines of a file with the script that each belongs to."""
     script, found = "", []
@@ -53,21 +60,10 @@ def test_a_documented_command_is_accepted_or_refused_for_a_flag(script: str, com
     try:
         parsed(script, *shlex.split(command))
     except ValueError as refusal:
+        assert any(word in command for word in NOT_HERE)
         reason = str(refusal)
         assert re.match("(Error parsing )?--?[a-z]", reason) and "\n" not in reason
         assert " ".join(reason.split()) == reason
-
-
-def test_most_documented_commands_are_accepted() -> None:
-    accepted = dict.fromkeys(SCRIPTS, 0)
-    for script, command in sections("peer_commands.txt"):
-        try:
-            parsed(script, *shlex.split(command))
-        except ValueError as reason:
-            print(script, reason)
-            continue
-        accepted[script] += 1
-    assert accepted == {"train_dreambooth": 0, "train_clip": 0, "train_classifier": 0}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -101,8 +97,8 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
     assert short.count("\n") < 150
     for text in (short, full):
         assert max(map(len, text.splitlines())) < 80
-        assert not any(mark in text for mark in ("None", "{}", "options.", "Default:", "(default: )"))
-    assert "--batch-size, --train-batch-size" in short and "--batch-size, --train-batch-size" in full
+        assert not any(mark in text for mark in ("None", " options:", "Default:", "(default: )"))
+    assert "--batch-size, --train-batch-size" in short and "--schedule, --lr-scheduler" in full
     words = full.replace(",", " ").replace("(", " ").split()
     for aliases in aliases_of(table).values():
         assert all(alias.flag in words for alias in aliases if alias.flag)
@@ -191,6 +187,7 @@ def test_a_peers_flags_mean_the_same_here(script: str, words: str, expected: dic
         ("train_dreambooth", "--lr_scheduler cosin", "--lr-scheduler must be one of cosine, .*got cosin"),
         ("train_dreambooth", "--max-train-steps 5 --num-train-epochs 3", "--steps and --epochs set the same thing"),
         ("train_dreambooth", "--max-train-steps", "--steps"),
+        ("train_dreambooth", "--max-train-steps=4e8", "--steps must be INT, got 4e8"),
         ("train_dreambooth", "--lerning-rate 3", "Perhaps you meant .*--learning-rate"),
         ("train_clip", "--lock-image --lock-text", "both towers are locked"),
         ("train_clip", "--coca-caption-loss-weight 2", "CoCa's loss is not implemented"),
