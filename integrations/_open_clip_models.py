@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -35,8 +35,16 @@ class LoadedClip:
         return Compose([augment, self.eval_transform]) if augment else self.train_transform
 
 
-def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
+def load_clip(
+    name: str,
+    pretrained: str | None,
+    seed: int,
+    image_size: int | None = None,
+    augmentation: Mapping[str, Any] | None = None,
+) -> LoadedClip:
     """Load a frozen open_clip model by name, `hf-hub:`, `local-dir:` or configuration file.
+
+    `image_size` (pixels) replaces that of the model, and `augmentation` open_clip's augmentation settings.
 
     Without pretrained weights, the model is initialised randomly from `seed`, so the same call gives the
     same model. Raises ValueError for an unknown model or tag, with close matches, and for weights that
@@ -55,7 +63,11 @@ def load_clip(name: str, pretrained: str | None, seed: int) -> LoadedClip:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, train, evaluate = open_clip.create_model_and_transforms(
-                known, pretrained=pretrained, device=torch.get_default_device()
+                known,
+                pretrained=pretrained,
+                device=torch.get_default_device(),
+                force_image_size=image_size,
+                aug_cfg=dict(augmentation or {}),
             )
             tokenize = open_clip.get_tokenizer(known)
     except Exception as error:  # from any library that reads the file or accesses the network

@@ -62,7 +62,7 @@ def load_adapter(
 
     Args:
         model: The base model.
-        repository: ``"owner/name"``.
+        repository: ``"owner/name"``, or ``"name"`` for a repository of the current login.
         adapter_name: Name of the adapter in this model.
         trainable: True to train the adapter further.
         name: The file in the repository.
@@ -91,7 +91,7 @@ def push_to_hub(
 
     Args:
         source: An adapter file, a model, or a diffusers pipeline with adapters.
-        repository: ``"owner/name"``.
+        repository: ``"owner/name"``, or ``"name"`` for a repository of the current login.
         base_model: The model that the adapter was trained on, as its library names it, for the card.
         library: ``timm``, ``open_clip`` or ``diffusers``: determines the loading instructions on the card.
         license: The adapter's licence, as the Hub abbreviates it (``apache-2.0``).
@@ -120,9 +120,11 @@ def push_to_hub(
             from randlora_vision.integrations import diffusers
 
             diffusers.save_adapter(source, file, adapter_name)
+        api = hub.HfApi(token=token)
+        if "/" not in repository:
+            repository = f"{api.whoami()['name']}/{repository}"
         card = model_card(file, repository, base_model, library, license, metrics)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-        api = hub.HfApi(token=token)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="RandLoRA adapter")

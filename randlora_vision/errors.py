@@ -1,8 +1,10 @@
 """How user errors are reported: one printable line, on stderr in a command, with exit code 2."""
 
 import functools
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -49,10 +51,23 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
         except (ValueError, OSError) as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
-            print(f"error: {printable(one_line(_own_words(str(error))))}", file=sys.stderr)
+            line = f"error: {printable(one_line(_own_words(str(error))))}"
+            print(line, file=sys.stderr)
+            _tell_torchrun(line)
             raise SystemExit(2) from None
 
     return wrapper
+
+
+def _tell_torchrun(line: str) -> None:
+    """Write the line where torchrun, and accelerate launch with several processes, read the cause of a failure.
+
+    They end with a summary of it, in which there is otherwise only a link.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
 def _own_words(message: str) -> str:

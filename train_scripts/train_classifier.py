@@ -18,16 +18,18 @@ from accelerate.utils import set_seed
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
 from randlora_vision.training.classifier.data import read_images
-from randlora_vision.training.classifier.defaults import resolve
+from randlora_vision.training.classifier.defaults import HELP_DEFAULTS, note_on_rank, resolve
 from randlora_vision.training.classifier.evaluation import Exam, evaluate, write_results
 from randlora_vision.training.classifier.loss import ClassifierLoss
 from randlora_vision.training.classifier.methods import adapt, head_parameters, own_rates
 from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
+from randlora_vision.training.classifier.timm_flags import TIMM
 from randlora_vision.training.data.batches import evaluation_batches, training_batches
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.results import Answers, check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import checkpoint_activations, placed
 from randlora_vision.training.harness.options import parse, without
@@ -35,13 +37,11 @@ from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.adaptation import Adaptation
 from randlora_vision.training.methods.task import AdaptedTask
 
-REPLACED = {"--dataset": "--data timm:{}", "--dataset-download": "--download"}
-
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(ClassifierOptions, argv, __doc__ or "", REPLACED))
+    train(parse(ClassifierOptions, argv, __doc__ or "", TIMM, HELP_DEFAULTS))
 
 
 def train(options: ClassifierOptions) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         chosen = choose_model(options)
         loaded = load_classifier(chosen, len(splits.class_names), options.training.seed)
     model = placed(loaded.model, accelerator.device, options.speed.channels_last)
-    settings = resolve(options, chosen, model)
+    settings = in_steps(resolve(options, chosen, model), len(splits.images["train"]), accelerator.num_processes)
     training = settings.training
     say(f"model: {chosen.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {splits}{skipped}")
@@ -69,7 +69,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     if settings.speed.gradient_checkpointing:
         checkpoint_activations(model, "the backbone")
     adaptation = adapt(model, settings)
-    say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n")
+    say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n{note_on_rank(options)}")
 
     train = splits.select("train", loaded.training_transform(splits, settings.augment), skipped)
     val = evaluation_batches(

@@ -21,10 +21,11 @@ from accelerate.utils import set_seed
 from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
-from randlora_vision.training.clip.defaults import resolve
+from randlora_vision.training.clip.defaults import HELP_DEFAULTS, note_on_rank, resolve
 from randlora_vision.training.clip.evaluation import ClipAnswers, Exam, Splits
 from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
+from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
 from randlora_vision.training.clip.tasks import loss_of, training_data, validation
@@ -37,6 +38,7 @@ from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.evaluation.results import Results, check_equal, closing_words, task_name
 from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse, without
@@ -47,7 +49,7 @@ from randlora_vision.training.methods.task import AdaptedTask
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(ClipOptions, argv, __doc__ or ""))
+    train(parse(ClipOptions, argv, __doc__ or "", OPEN_CLIP, HELP_DEFAULTS))
 
 
 def train(options: ClipOptions) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
         chosen = choose_model(options)
         clip = load(chosen, options, accelerator.device)
     settings = resolve(options, chosen, clip.model, captions=class_names is None)
+    settings = in_steps(settings, len(data.images["train"]), accelerator.num_processes)
     training = settings.training
     say(f"model: {chosen.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {data}{skipped}")
@@ -79,7 +82,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     if settings.speed.gradient_checkpointing:
         checkpoint_towers(clip.model, settings)
     classifier, adaptation = adapt(clip, class_names, settings)
-    say(f"zero-shot: {before}\n\n{adaptation.report}\n")
+    say(f"zero-shot: {before}\n\n{adaptation.report}\n{note_on_rank(options)}")
     images = training_data(clip, data, settings, skipped)
     batches = training.batches(accelerator.num_processes)
     task = AdaptedTask(
@@ -146,7 +149,7 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
         tests["original"] = digits.read_digits(digits.KNOWN_DIGITS)
     if options.evaluation.retention_data is not None:
         images = replace(options.images, data=options.evaluation.retention_data, val_data=None, test_data=None)
-        tests["retention"] = read_evaluation(images, skipped, wanted=images.eval_split)
+        tests["retention"] = read_evaluation(images, skipped, options.evaluation.retention_class_names, images.eval_split)
         if isinstance(tests["retention"], ImageSplits):
             require_words(tests["retention"], images.data)
     return tests
@@ -165,7 +168,9 @@ def choose_model(options: ClipOptions) -> ClipModel:
 
 def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> LoadedClip:
     """Load the base model; a linear probe on adapted features also loads the given adapter."""
-    clip = load_clip(chosen.model, chosen.pretrained, options.training.seed)
+    clip = load_clip(
+        chosen.model, chosen.pretrained, options.training.seed, chosen.force_image_size, chosen.augmentation
+    )
     placed(clip.model, device, options.speed.channels_last)
     adapter = options.evaluation.adapter
     if adapter is not None and not options.evaluation.eval_only and load_trained(clip.model, adapter) is not None:

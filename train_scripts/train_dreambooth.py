@@ -24,7 +24,8 @@ from randlora_vision.integrations.hub import push_to_hub
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
-from randlora_vision.training.dreambooth.defaults import resolve
+from randlora_vision.training.dreambooth.defaults import HELP_DEFAULTS, note_on_rank, resolve
+from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
 from randlora_vision.training.dreambooth.families import Family, load_family
 from randlora_vision.training.dreambooth.methods import (
     PipelineAdaptation,
@@ -40,6 +41,7 @@ from randlora_vision.training.dreambooth.subject import read_subject
 from randlora_vision.training.dreambooth.task import TrainingSet, make_task
 from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -49,15 +51,14 @@ from randlora_vision.training.harness.trackers import report_pictures
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(DreamBoothOptions, argv, __doc__ or ""))
+    train(parse(DreamBoothOptions, argv, __doc__ or "", DIFFUSERS, HELP_DEFAULTS))
 
 
 def train(options: DreamBoothOptions) -> dict[str, Any]:
     """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
     settings = resolve(options)
-    training = settings.training
     # Some adapters get no gradient: text queries in a last block, layers of text encoders after the one that is used.
-    accelerator = make_accelerator(training, unused_parameters=True)
+    accelerator = make_accelerator(settings.training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
     settings, run, resume = open_run(settings, "dreambooth", accelerator)
     skipped = SkipList(run.skipped if run.writing else None)
@@ -69,11 +70,12 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         settings.subject.resolution or family.default_resolution,
         family.size_multiple,
     )
-    set_seed(training.seed)
+    set_seed(settings.training.seed)
     sampler = make_sampler(family, settings, buckets[0], accelerator.autocast)
     folder = Path(settings.subject.class_data_dir or run.class_images)
     images = class_images(settings.subject, folder, sampler, accelerator)
     data = TrainingSet(subject, images, settings.subject.class_prompt, buckets)
+    settings = in_steps(settings, max(len(subject.images), len(images)), accelerator.num_processes)
     say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}{skipped}")
 
     shares = {"before": shares_of(sampler, settings)} if settings.embedded else {}
@@ -82,7 +84,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     if pictures and resume is None:
         write_base_pictures(run, gallery)
     adaptation = adapt(family, settings)
-    say(f"\n{adaptation.report}\n")
+    say(f"\n{adaptation.report}\n{note_on_rank(options)}")
     task = make_task(
         family, adaptation, data, settings, accelerator.num_processes, run.adapter if run.writing else None
     )
@@ -115,7 +117,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         code = adaptation.loading_code(run.adapter)
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
         say(closing_words(run, before, after, summary, code, same))
-        if settings.hub.hub_model_id is not None:
+        if settings.hub.push_to_hub:
             say(f"uploaded: {upload(settings, run, summary)}")
     finish(run, accelerator, speed.steps)
     return summary
@@ -170,8 +172,8 @@ def shares_of(sampler: Sampler, settings: DreamBoothSettings) -> Shares:
 
 def upload(settings: DreamBoothSettings, run: RunFolder, summary: Mapping[str, Any]) -> str:
     """Upload the adapter to the Hugging Face Hub; return its address."""
-    name, base = settings.hub.hub_model_id, settings.pipeline.pretrained_model_name_or_path
-    assert name is not None and base is not None
+    name, base = settings.hub.hub_model_id or run.path.name, settings.pipeline.pretrained_model_name_or_path
+    assert base is not None
     return push_to_hub(run.adapter, name, base_model=base, library="diffusers", metrics=summary["after"])
 
 

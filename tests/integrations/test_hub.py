@@ -147,6 +147,15 @@ def test_a_file_is_pushed_as_it_is(server: Hub, tmp_path: Path) -> None:
     assert server.files["me/flowers/adapter.safetensors"] == path.read_bytes()
 
 
+def test_a_name_alone_is_a_repository_of_the_login(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
+    path = save_adapter(adapted(), tmp_path / "any.safetensors")
+    assert "/me/flowers/" in hub.push_to_hub(path, "flowers", base_model="vit_tiny")
+    assert b"me/flowers" in server.files["me/flowers/README.md"]
+
+
 def test_a_pipeline_finds_it(server: Hub) -> None:
     from randlora_vision.integrations import diffusers
     from tests.tiny_pipelines import PIPELINES, sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import load_adapter
+from randlora_vision.train_scripts import train_classifier
 from randlora_vision.training.data.sources import digits
 from tests.train_scripts.test_train_clip import RUN_FILES
 from tests.training_helpers import draw_nothing, run_script, write_class_folders, write_tiny_vit
@@ -49,6 +51,23 @@ def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_timm_command_trains(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
+    how = "-b 4 -j 0 --epochs 2 --warmup-epochs 1 --val-interval 1 --opt adamw --opt-betas 0.8 0.9 --min-lr 1e-5"
+    what = "--pretrained --drop-path 0.1 --bce-loss --smoothing 0.1 --remode pixel --reprob 0.2 --experiment a"
+    argv = [str(images), "--model", f"local-dir:{tiny}", *how.split(), *what.split(), f"--output={tmp_path}"]
+    train_classifier.main(argv)
+    training = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["training"]
+    size = json.loads((tmp_path / "a" / "split.json").read_text())["sizes"]["train"]
+    assert training["steps"] == math.ceil(2 * size / 4) == summary(tmp_path / "a")["steps"]
+    assert (training["epochs"], training["warmup_steps"], training["eval_every"]) == (
+        None,
+        round(size / 4),
+        round(size / 4),
+    )
+    assert (training["beta1"], training["min_lr"]) == (0.8, 1e-5)
 
 
 def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

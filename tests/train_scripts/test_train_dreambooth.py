@@ -331,7 +331,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "text encoder lr": (["--text-encoder-lr", "1"], "--text-encoder-lr needs --train-text-encoder"),
     "gamma": (["--snr-gamma", "0"], "--snr-gamma must be above 0"),
     "two optimisers": (["--use_8bit_adam", "--optimizer", "lion"], "--use-8bit-adam and --optimizer"),
-    "hub": (["--push-to-hub"], "--push-to-hub and --hub-model-id"),
+    "hub": (["--hub-model-id", "a/b"], "--hub-model-id needs --push-to-hub"),
     "hub, LoRA": (["--push-to-hub", "--hub-model-id", "a/b", "--method", "lora"], "is for RandLoRA"),
     "a target": (["--target-modules", "no_such_layer"], "no_such_layer"),
     "diverged": (["--lr", "1e30", "--max-grad-norm", "0", "--steps", "9"], "training stopped after step"),

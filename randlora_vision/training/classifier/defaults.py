@@ -14,7 +14,7 @@ from randlora_vision.training.classifier.options import (
 )
 from randlora_vision.training.harness.options import Training, without
 from randlora_vision.training.methods.adaptation import suggested_lr
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, rank_of
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, help_defaults, rank_note, rank_of
 
 # The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones,
 # but for RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for its head.
@@ -34,6 +34,9 @@ _OWN: Table = {
 }
 _DEMO_HEAD_LR = 6e-3  # of RandLoRA
 
+_STEPS = (1000, 300)  # for your own data, for the digits
+HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
+
 
 def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Module) -> ClassifierSettings:
     """Return the options with every default filled in, given the model's name and the loaded model."""
@@ -46,7 +49,7 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
         training=Training(
             **without(training, "lr", "steps"),
             lr=training.lr or defaults.lr,
-            steps=training.steps or (300 if embedded else 1000),
+            steps=training.steps or _STEPS[embedded],
         ),
     )
     if embedded or training.lr is not None or settings.adapter.method != "randlora":
@@ -56,6 +59,11 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
     return replace(
         settings, training=replace(settings.training, lr=lr), adapter=replace(settings.adapter, head_lr=head_lr)
     )
+
+
+def note_on_rank(options: ClassifierOptions) -> str:
+    """Return a note for a rank below the default, or nothing."""
+    return rank_note(options.adapter, (_DEMO if options.embedded else _OWN)["randlora"].rank)
 
 
 def _with_rank(options: ClassifierOptions, default: int, model: nn.Module) -> RankedAdapter | PlainAdapter:

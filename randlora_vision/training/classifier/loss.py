@@ -7,12 +7,12 @@ from randlora_vision.training.data.labelled import Batch
 
 
 class ClassifierLoss(nn.Module):
-    """Cross entropy of the logits of a model, with Mixup, CutMix and label smoothing from timm."""
+    """Cross entropy of the logits of a model, or binary, with Mixup, CutMix and label smoothing from timm."""
 
     def __init__(self, model: nn.Module, classes: int, augment: AugmentOptions) -> None:
         super().__init__()
         from timm.data import Mixup
-        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+        from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
         self.model = model
         self.mixup: Mixup | None = None
@@ -24,6 +24,8 @@ class ClassifierLoss(nn.Module):
             self.criterion = SoftTargetCrossEntropy()
         elif not augment.label_smoothing:
             self.criterion = nn.CrossEntropyLoss()
+        if augment.bce_loss:  # mixed targets are already smooth
+            self.criterion = BinaryCrossEntropy(0.0 if self.mixup else augment.label_smoothing)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, a scalar."""

@@ -66,7 +66,17 @@ class LoadedClassifier:
         config = {name: value for name, value in self._colour_config.items() if name not in ("crop_pct", "crop_mode")}
         try:
             transform: Transform = create_transform(
-                **config, is_training=True, auto_augment=augment.auto_augment, re_prob=augment.random_erasing
+                **config,
+                is_training=True,
+                scale=augment.scale,
+                ratio=augment.ratio,
+                hflip=augment.hflip,
+                vflip=augment.vflip,
+                color_jitter=augment.color_jitter,
+                auto_augment=augment.auto_augment,
+                re_prob=augment.random_erasing,
+                re_mode=augment.erasing_mode,
+                re_count=augment.erasing_count,
             )
         except Exception as error:  # assertions and others, for a string that timm cannot parse
             raise ValueError(f"timm cannot create the --auto-augment {augment.auto_augment!r}: {error}") from error
@@ -113,7 +123,8 @@ def load_classifier(options: ClassifierModel, classes: int, seed: int) -> Loaded
     code = ["import timm, torch", f"model = timm.create_model({options.model!r}{words})"]
     if not (options.pretrained or options.initial_checkpoint):
         code.insert(1, f"torch.manual_seed({seed})  # random weights")
-    model = _create(options.model, arguments, seed)
+    rates = {"drop_rate": options.drop, "drop_path_rate": options.drop_path}
+    model = _create(options.model, arguments | {name: rate for name, rate in rates.items() if rate}, seed)
     if headless:
         code.append(f"timm.models.load_checkpoint(model, {options.initial_checkpoint!r}, strict=False)")
         _load_backbone(model, options.initial_checkpoint or "")

@@ -15,6 +15,7 @@ from randlora_vision.training.harness.options import (
     SpeedOptions,
     Training,
     TrainingOptions,
+    require_digits_cache,
 )
 
 
@@ -36,12 +37,19 @@ class ModelOptions:
     """Image size in pixels (one side). Default: that of the model."""
     num_classes: int | None = None
     """Number of classes. Default: that of the data, so it can always be left out."""
+    drop: float = 0.0
+    """Dropout rate before the classifier (timm's drop_rate)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth, for models that have it."""
     cache_dir: str | None = None
     """Folder that caches the digits ViT. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("--pretrained and --initial-checkpoint both choose the weights: give only one")
+        for name in ("drop", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
         for name in ("img_size", "num_classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -54,8 +62,24 @@ class AugmentOptions:
 
     auto_augment: str | None = None
     """A timm augmentation string, such as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or original."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest part of the image's area in a random crop."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio of a random crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    vflip: float = 0.0
+    """Probability of a vertical flip."""
+    color_jitter: float = 0.4
+    """Strength of random changes of brightness, contrast and saturation, without --auto-augment."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle of an image."""
+    erasing_mode: Literal["const", "rand", "pixel"] = "const"
+    """Erase with black, a random colour, or random pixels."""
+    erasing_count: int = 1
+    """Rectangles that are erased at most."""
+    bce_loss: bool = False
+    """Minimise the binary cross entropy of every class instead of the cross entropy over all classes."""
     label_smoothing: float = 0.0
     """Fraction of the target that is spread over all classes."""
     mixup: float = 0.0
@@ -64,6 +88,15 @@ class AugmentOptions:
     """Alpha of CutMix; 0 disables it. If both are enabled, each batch uses one or the other."""
 
     def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "scale" and high > 1):
+                raise ValueError(f"--{name} must be two numbers above 0 in ascending order, got {low} {high}")
+        for name in ("hflip", "vflip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.color_jitter < 0 or self.erasing_count < 1:
+            raise ValueError("--color-jitter must be 0 or more, and --erasing-count 1 or more")
         for name in ("random_erasing", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
@@ -107,8 +140,12 @@ class ClassifierOptions:
         if self.adapter.alpha is not None and self.adapter.method == "vera":
             raise ValueError("--alpha: VeRA has no alpha, leave it out")
         model = self.model
+        if model.model is None and (model.drop or model.drop_path):
+            raise ValueError("--drop and --drop-path need --model")
         if model.model is None and (model.pretrained or model.initial_checkpoint or model.img_size):
             raise ValueError("--pretrained, --initial-checkpoint and --img-size need --model")
+
+        require_digits_cache(model.cache_dir, model.model)
 
     @property
     def embedded(self) -> bool:

@@ -18,7 +18,7 @@ from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import Training, TrainingOptions, without
 from randlora_vision.training.methods.adaptation import suggested_lr
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, rank_of
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, help_defaults, rank_note, rank_of
 
 # The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
 # of two or less. The others are the usual ones for pretrained CLIP models, but for
@@ -35,6 +35,9 @@ _OWN: Table = {
     "full": Defaults(1e-5),
     "linear-probe": Defaults(1e-3),
 }
+
+_STEPS = (1000, 250)  # for your own data, for the digits
+HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
 
 
 def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions: bool) -> ClipSettings:
@@ -69,14 +72,17 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
         images=replace(images, templates=read_templates(images.templates or usual)),
         loss=ChosenLoss(loss=loss),
         adapter=_with_rank(options, defaults, model),
-        training=Training(
-            **without(training, "lr", "steps"), lr=lr, steps=training.steps or (250 if embedded else 1000)
-        ),
+        training=Training(**without(training, "lr", "steps"), lr=lr, steps=training.steps or _STEPS[embedded]),
     )
     if embedded or training.lr is not None or settings.adapter.method != "randlora":
         return settings
     suggested = suggested_lr(model, config_of(settings, settings.adapter.rank))
     return replace(settings, training=replace(settings.training, lr=suggested))
+
+
+def note_on_rank(options: ClipOptions) -> str:
+    """Return a note for a rank below the default, or nothing."""
+    return rank_note(options.adapter, (_DEMO if options.images.embedded else _OWN)["randlora"].rank)
 
 
 def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> RankedAdapter | PlainAdapter:

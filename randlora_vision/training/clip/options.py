@@ -1,8 +1,10 @@
 """The options of train_clip.py, as given and with the defaults filled in."""
 
+import ast
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from randlora_vision.names import short_name
 from randlora_vision.training.data.options import ImageOptions
@@ -15,11 +17,29 @@ from randlora_vision.training.harness.options import (
     SpeedOptions,
     Training,
     TrainingOptions,
+    require_digits_cache,
 )
 
 Towers = Literal["vision", "text", "both"]
 ClipMethod = Literal["randlora", "lora", "full", "linear-probe"]
 Loss = Literal["class-prompts", "clip", "siglip"]
+
+
+def parse_augmentation(words: Sequence[str]) -> dict[str, Any]:
+    """Return open_clip's augmentation settings, written as KEY=VALUE; raise ValueError for one that it lacks."""
+    from open_clip.transform import AugmentationCfg
+
+    known = [member.name for member in fields(AugmentationCfg)]
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise ValueError(f"--aug-cfg {word}: expected NAME=VALUE with a name from {', '.join(known)}")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"--aug-cfg {word}: {value!r} is not a number, True, False or (a, b)") from error
+    return settings
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,10 @@ class ModelOptions:
     Default: the tiny digits CLIP, or ViT-B-32 if --data is given."""
     pretrained: str | None = None
     """The pretrained weights: an open_clip tag, or the path of a checkpoint."""
+    force_image_size: int | None = None
+    """Image size in pixels (one side); position embeddings are interpolated. Default: that of the model."""
+    aug_cfg: tuple[str, ...] = ()
+    """open_clip's augmentation settings, such as scale=(0.4,1.0) color_jitter=0.3. Default: those of the model."""
     towers: Towers = "both"
     """Which towers to adapt. If the text tower is frozen, its features are computed once."""
     train_logit_scale: bool = False
@@ -41,7 +65,18 @@ class ModelOptions:
     cache_dir: str | None = None
     """Folder that caches the digits CLIP. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """The augmentation settings by name. Raises ValueError for one that open_clip does not have."""
+        return parse_augmentation(self.aug_cfg) if self.aug_cfg else {}
+
     def __post_init__(self) -> None:
+        require_digits_cache(self.cache_dir, self.model)
+        if self.model is None and (self.force_image_size or self.aug_cfg):
+            raise ValueError("--force-image-size and --aug-cfg need --model")
+        if self.force_image_size is not None and self.force_image_size < 1:
+            raise ValueError(f"--force-image-size must be 1 or more, got {self.force_image_size}")
+        _ = self.augmentation  # raises for a wrong one
         if self.logit_scale_lr is not None and not self.train_logit_scale:
             raise ValueError("--logit-scale-lr needs --train-logit-scale")
         if self.logit_scale_lr is not None and not self.logit_scale_lr > 0:
@@ -74,6 +109,8 @@ class EvaluationOptions:
 
     retention_data: str | None = field(default=None, metadata=FREE)
     """Data on which to measure forgetting, in any form that --data takes, with the same templates: see --eval-split."""
+    retention_class_names: str | None = None
+    """Class names of --retention-data, in any form that --class-names takes."""
     eval_only: bool = False
     """Do not train: evaluate the model, and also the model with --adapter if given."""
     adapter: str | None = None
@@ -84,6 +121,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         scales = self.scales
+        if self.retention_class_names and not self.retention_data:
+            raise ValueError("--retention-class-names needs --retention-data")
         if not all(math.isfinite(scale) for scale in scales):
             raise ValueError(f"--eval-scales must be finite numbers, got {', '.join(self.eval_scales)}")
         if scales and self.eval_only and self.adapter is None:

@@ -129,6 +129,7 @@ def loading_code(run: RunFolder, settings: ClipSettings, adaptation: Adaptation)
         lines.append(f"open_clip.add_model_config({name!r})")
         name = settings.clip.title
     weights = f", pretrained={pretrained!r}" if pretrained else ""
+    weights += f", force_image_size={size}" if (size := settings.clip.force_image_size) else ""
     lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}{weights})")
     if settings.evaluation.adapter is not None:
         lines.append("from randlora_vision.training.clip.load import load_trained")

@@ -14,10 +14,13 @@ from randlora_vision.training.dreambooth.options import (
     ValidationOptions,
 )
 from randlora_vision.training.harness.options import without
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, help_defaults, rank_note
 
 _DEMO: Table = {"randlora": Defaults(1e-3, 8), "lora": Defaults(3e-3, 4), "full": Defaults(5e-4)}
 _OWN: Table = {"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)}
+
+_STEPS = (500, 300)  # for your own data, for the digits
+HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
 
 
 def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
@@ -45,10 +48,15 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
         ),
         adapter=_with_rank(adapter, defaults.rank),
         training=DreamBoothTraining(
-            **without(training, "lr", "steps"), lr=lr, steps=training.steps or (300 if embedded else 500)
+            **without(training, "lr", "steps"), lr=lr, steps=training.steps or _STEPS[embedded]
         ),
         validation=validation,
     )
+
+
+def note_on_rank(options: DreamBoothOptions) -> str:
+    """Return a note for a rank below the default, or nothing."""
+    return rank_note(options.adapter, (_DEMO if options.embedded else _OWN)["randlora"].rank)
 
 
 def _with_rank(adapter: DreamBoothAdapterOptions, default: int) -> RankedAdapter | PlainAdapter:

@@ -1,7 +1,7 @@
 """The options of train_dreambooth.py, as given and with the defaults filled in."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 from randlora_vision.names import short_name
 from randlora_vision.training.data.decode import parse_colour
@@ -13,7 +13,7 @@ from randlora_vision.training.harness.options import (
     RunOptions,
     Training,
     TrainingOptions,
-    also,
+    require_digits_cache,
 )
 
 DemoFamily = Literal["unet", "flow"]
@@ -44,6 +44,7 @@ class PipelineOptions:
     """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
+        require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             raise ValueError("--text-encoder-lr needs --train-text-encoder")
         _above("--text-encoder-lr", self.text_encoder_lr)
@@ -143,11 +144,11 @@ class HubOptions:
     push_to_hub: bool = False
     """Upload the adapter with a model card after training; requires a login (hf auth login, or HF_TOKEN)."""
     hub_model_id: str | None = None
-    """The repository to upload to: OWNER/NAME."""
+    """The repository to upload to: OWNER/NAME, or NAME for your own. Default: the name of the run folder."""
 
     def __post_init__(self) -> None:
-        if self.push_to_hub != (self.hub_model_id is not None):
-            raise ValueError("--push-to-hub and --hub-model-id OWNER/NAME go together")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("--hub-model-id needs --push-to-hub")
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ class DreamBoothAdapterOptions(AdapterOptions):
 class DreamBoothTrainingOptions(TrainingOptions):
     """How it is trained."""
 
-    batch_size: Annotated[int, also("--train-batch-size")] = 4
+    batch_size: int = 4
     """Instance images per forward call and process; with prior preservation, as many class images are added."""
-    eval_every: Annotated[int, also("--validation-steps")] = 100
+    eval_every: int = 100
     """Steps between evaluations, which include pictures if there is a --validation-prompt. The model is always
     evaluated before the first and after the last step."""
     best_metric: str = "loss"

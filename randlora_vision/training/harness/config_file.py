@@ -20,15 +20,15 @@ class ConfigFile:
     config: str | None = None
     """A YAML file with any of these options, grouped as in a run folder's config.yaml (training: lr: 0.001).
     Flags override the file; options in neither have their defaults. The config.yaml of a run repeats that run
-    with another --output-dir; it also holds the resolved defaults, such as --alpha and --lr."""
+    with another --output-dir; it also holds the resolved defaults, such as --lr."""
 
 
-def expand_config(argv: Sequence[str], options: type, replaced: Collection[str] = ()) -> list[str]:
-    """Return `argv`, preceded by the options of its `--config` file as flags if it names one.
+def config_words(argv: Sequence[str], options: type, foreign: Collection[str] = ()) -> list[str]:
+    """Return the options of the `--config` file that `argv` names, as flags; none if it names no file.
 
-    `options` is a dataclass of option groups. `replaced` are flags that are no longer options, which the caller
-    refuses; one without a value is ignored. Raises ValueError for a file that cannot be read, and
-    for an unknown group, an unknown option or a value of the wrong kind.
+    `options` is a dataclass of option groups. `foreign` are flags of other scripts, which any group may contain; one
+    without a value is ignored. Raises ValueError for a file that cannot be read, and for an unknown group, an unknown
+    option or a value of the wrong kind.
     """
     path: str | None = None
     for place, word in enumerate(argv):
@@ -36,10 +36,10 @@ def expand_config(argv: Sequence[str], options: type, replaced: Collection[str] 
             path = argv[place + 1]
         elif word.startswith("--config="):
             path = word.partition("=")[2]
-    return [*(_read(Path(path), options, replaced) if path is not None else []), *argv]
+    return _read(Path(path), options, foreign) if path is not None else []
 
 
-def _read(path: Path, options: type, replaced: Collection[str]) -> list[str]:
+def _read(path: Path, options: type, foreign: Collection[str]) -> list[str]:
     import yaml
 
     try:
@@ -47,12 +47,12 @@ def _read(path: Path, options: type, replaced: Collection[str]) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     try:
-        return _flags(content or {}, options, replaced)
+        return _flags(content or {}, options, foreign)
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
 
 
-def _flags(content: Any, options: type, replaced: Collection[str]) -> list[str]:
+def _flags(content: Any, options: type, foreign: Collection[str]) -> list[str]:
     groups = {name: get_type_hints(group) for name, group in get_type_hints(options).items()}
     homes = {name: group for group, names in groups.items() for name in names}
     if not isinstance(content, Mapping):
@@ -65,7 +65,7 @@ def _flags(content: Any, options: type, replaced: Collection[str]) -> list[str]:
         if not isinstance(values, Mapping):
             raise ValueError(f"{group}: expected options ({', '.join(groups[group])}), found {values!r}")
         for name, value in values.items():
-            if f"--{name}".replace("_", "-") in replaced:
+            if f"--{name}".replace("_", "-") in foreign:
                 flags += _flag(name, value or None, isinstance(value, bool))
             elif name not in groups[group]:
                 hint = f"{name} belongs under {homes[name]}:" if name in homes else _close(name, groups[group])

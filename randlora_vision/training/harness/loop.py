@@ -63,15 +63,18 @@ class Trainer:
         self.checkpoints = checkpoints
         prepare_sharding(accelerator, task.loss, options, bool(resume or (checkpoints and checkpoints.every)))
         trained = [parameter for parameter in task.loss.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(options.optimizer, trained, options.lr, options.weight_decay, task.own_lr)
+        betas = options.beta1, options.beta2
+        optimizer = make_optimizer(
+            options.optimizer, trained, options.lr, options.weight_decay, task.own_lr, betas, options.eps
+        )
         batches = seeded_items(task.batches, options.seed)
         self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
         # Only now, because FSDP replaces the parameters of the model.
         self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         # Not prepared: accelerate would step it once per process.
-        warmup = round(options.warmup_fraction * options.steps)
-        self.schedule = warmup_schedule(optimizer, options.steps, warmup, options.schedule)
+        floor = options.min_lr / options.lr
+        self.schedule = warmup_schedule(optimizer, options.steps, options.warmup, options.schedule, floor)
         self.ema = Ema({name: p for p, name in self.names.items()}, options.ema_decay) if options.ema_decay else None
         self.images_per_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
         self.step = 0

@@ -8,6 +8,7 @@ learns nothing, and PyTorch's chained schedulers multiply rounded rates. The gro
 are for a whole model, not for the parameters that an adapter trains.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -45,11 +46,13 @@ def make_optimizer(
     lr: float,
     weight_decay: float,
     own_lr: Mapping[nn.Parameter, float] | None = None,
+    betas: tuple[float | None, float | None] = (None, None),
+    eps: float | None = None,
 ) -> torch.optim.Optimizer:
     """Return timm's optimiser of that name over the trainable parameters in `parameters`.
 
-    `own_lr` gives individual peak learning rates. Raises ValueError when the optimiser needs a package or a
-    device that is not available.
+    `own_lr` gives individual peak learning rates; `betas` and `eps` replace those of the optimiser. Raises ValueError
+    when the optimiser needs a package or a device that is not available, or does not have two betas.
     """
     from timm.optim import create_optimizer_v2
 
@@ -62,9 +65,26 @@ def make_optimizer(
         chosen = [parameter for parameter in everything if own_lr.get(parameter) == rate]
         groups += [{**group, "lr": rate} for group in decay_groups(chosen, weight_decay)]
     try:
-        return create_optimizer_v2(groups, opt=name, lr=lr, **_fused(name, everything))
+        numbers = {**_fused(name, everything), **_numbers(name, betas, eps)}
+        return create_optimizer_v2(groups, opt=name, lr=lr, **numbers)
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # from packages that are not installed
         raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error
+
+
+def _numbers(name: str, betas: tuple[float | None, float | None], eps: float | None) -> dict[str, Any]:
+    """Return the betas, those not given from the optimiser's own defaults, and epsilon, as keywords."""
+    from timm.optim import get_optimizer_class
+
+    numbers: dict[str, Any] = {} if eps is None else {"eps": eps}
+    if betas != (None, None):
+        defaults = inspect.signature(get_optimizer_class(name.removeprefix("lookahead_"), bind_defaults=False))
+        own = defaults.parameters.get("betas")
+        if own is None or len(own.default) != 2:
+            raise ValueError(f"--optimizer {name} does not have two betas: leave --beta1 and --beta2 out")
+        numbers["betas"] = tuple(
+            usual if beta is None else beta for beta, usual in zip(betas, own.default, strict=True)
+        )
+    return numbers
 
 
 def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
@@ -92,23 +112,26 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     return [group for group in groups if group["params"]]
 
 
-def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosine") -> float:
+def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosine", floor: float = 0.0) -> float:
     """Return the factor on the learning rate at `step` of `steps`, counted from 0.
 
     It rises linearly over the first `warmup` steps (starting above zero, so that step 0 learns too), then
-    falls along a half cosine or a line that would reach zero at `steps`, or stays constant.
+    falls along a half cosine or a line that would reach `floor` at `steps`, or stays constant.
     """
     if step < warmup:
         return (step + 1) / warmup
     part = (step - warmup) / max(1, steps - warmup)
-    if shape == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * part))
-    return 1 - part if shape == "linear" else 1.0
+    if shape == "constant":
+        return 1.0
+    fallen = 0.5 * (1 + math.cos(math.pi * part)) if shape == "cosine" else 1 - part
+    return floor + (1 - floor) * fallen
 
 
-def warmup_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int, shape: Schedule = "cosine") -> LambdaLR:
+def warmup_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int, shape: Schedule = "cosine", floor: float = 0.0
+) -> LambdaLR:
     """Return a scheduler that applies `schedule_factor`; call its `step()` once per optimiser step."""
-    return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape))
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape, floor))
 
 
 AS_THE_ONE_BEFORE = (99999,)  # timm's marker for this

@@ -1,33 +1,19 @@
-"""The options that every training script shares, and the parser that builds them from a command line.
+"""The options that every training script shares.
 
 Each group is a frozen dataclass, validated on construction; its field docstrings are the help texts.
-A script nests the groups that it needs in its own dataclass and calls `parse`.
+A script nests the groups that it needs in its own dataclass and calls `parse`. The first line of a group is its title
+in the help.
 """
 
-import contextlib
-import io
-import itertools
-import re
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-import tyro
-
-from randlora_vision.errors import one_line
-from randlora_vision.training.harness.config_file import ConfigFile, expand_config
+from randlora_vision.training.harness.command_line import parse as parse
 from randlora_vision.training.harness.optim import Schedule, check_optimizer_name
 
 Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]  # each script has a subset
-_Options = TypeVar("_Options")
 FREE = {"free": True}
 """Metadata of settings, or groups of settings, that may differ on resuming: they do not change what is learned."""
-
-
-def also(*flags: str) -> Any:
-    """Return the annotation that adds aliases to an option, for example those of diffusers' training scripts."""
-    return tyro.conf.arg(aliases=flags)
 
 
 @dataclass(frozen=True)
@@ -37,13 +23,12 @@ class AdapterOptions:
     method: Method = "randlora"
     """How the model is trained."""
     rank: int | None = None
-    """RandLoRA: the rank of one random base; a LARGER rank means FEWER trained numbers, the opposite of
-    LoRA. Default: 32 (16 on the embedded digits) for RandLoRA, 8 for LoRA."""
-    alpha: Annotated[float | None, also("--lora-alpha")] = None
-    """Numerator of the scale alpha / rank. Default: 20 * rank for RandLoRA, 2 * rank for LoRA."""
+    """RandLoRA: the rank of one random base: a LARGER rank means FEWER trained numbers, the opposite of LoRA."""
+    alpha: float | None = None
+    """Numerator of the scale alpha / rank."""
     budget: int | None = None
     """LoRA: choose the rank whose number of trained parameters is closest to this, instead of --rank."""
-    dropout: Annotated[float, also("--lora-dropout")] = 0.0
+    dropout: float = 0.0
     """RandLoRA: dropout on the adapter's input."""
     bases: Literal["uniform", "normal", "sparse", "very_sparse", "structured"] = "uniform"
     """RandLoRA: the distribution of the random bases. Structured bases train at about the cost of LoRA."""
@@ -70,28 +55,46 @@ class AdapterOptions:
             raise ValueError(f"--dropout needs --method randlora; --method {self.method} has no dropout")
 
 
+_WARMUP_FRACTION = 0.1
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """The training loop."""
 
-    steps: Annotated[int | None, also("--max-steps", "--max-train-steps")] = None
-    """Optimiser steps. Default: 1000 (fewer on the embedded digits; see config.yaml after the start)."""
-    batch_size: Annotated[int, also("--train-batch-size")] = 64
+    steps: int | None = None
+    """Optimiser steps."""
+    epochs: float | None = None
+    """Passes over the training images, instead of --steps. The steps are rounded up."""
+    epoch_images: int | None = None
+    """Images that make up an epoch. Default: all training images."""
+    batch_size: int = 64
     """Images per forward pass and process; an optimiser step uses this number times the accumulation steps
     times the number of processes."""
     gradient_accumulation_steps: int = 1
     """Forward passes whose gradients are averaged into one optimiser step."""
     optimizer: str = "adamw"
     """A timm optimiser (see timm.optim.list_optimizers()), optionally with the prefix lookahead_."""
-    lr: Annotated[float | None, also("--learning-rate")] = None
-    """Peak learning rate. Default: depends on the method, chosen for AdamW (see config.yaml after the start); RandLoRA
-    on your own model or data takes the rate at which one step changes an adapted weight by 1%."""
-    weight_decay: Annotated[float, also("--adam-weight-decay")] = 0.01
-    """Weight decay of matrices and convolutions, including lambda and gamma; vectors and scalars (biases, norm
-    scales, class tokens, the logit scale) are never decayed."""
-    warmup_fraction: float = 0.1
-    """Fraction of the steps over which the learning rate warms up linearly."""
-    schedule: Annotated[Schedule, also("--lr-scheduler")] = "cosine"
+    lr: float | None = None
+    """Peak learning rate. The defaults are for AdamW; RandLoRA on your own model or data takes the rate at which one
+    step changes an adapted weight by 1%."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule. Other peak rates end at the same fraction of their peak."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices and convolutions, including lambda and gamma. Vectors and scalars are never decayed."""
+    beta1: float | None = None
+    """First beta of an optimiser of the Adam family. Default: that of the optimiser."""
+    beta2: float | None = None
+    """Second beta of an optimiser of the Adam family. Default: that of the optimiser."""
+    eps: float | None = None
+    """Epsilon of the optimiser. Default: that of the optimiser."""
+    warmup_fraction: float | None = None
+    """Fraction of the steps over which the learning rate warms up linearly. Default: 0.1."""
+    warmup_steps: int | None = None
+    """Steps over which it warms up, instead of a fraction."""
+    warmup_epochs: float | None = None
+    """Epochs over which it warms up, instead of a fraction."""
+    schedule: Schedule = "cosine"
     """The learning rate after the warmup: falling to zero along a half cosine or a line, or constant."""
     ema_decay: float = 0.0
     """Decay of a moving average of the trained parameters, which is evaluated and saved in their place (0: off).
@@ -102,16 +105,18 @@ class TrainingOptions:
     """Precision of the forward and backward passes; trained parameters stay in float32."""
     seed: int = 0
     """Seed of the bases, the order of the images, augmentation and dropout."""
-    eval_every: Annotated[int, also("--validation-steps")] = 25
+    eval_every: int = 25
     """Steps between evaluations on the validation split; there is always one before the first step and one
     after the last."""
+    eval_epochs: float | None = None
+    """Epochs between evaluations, instead of --eval-every."""
     best_metric: str = "top1"
     """The validation metric by which the best state is chosen."""
     early_stopping_patience: int = 0
     """Stop after this many evaluations without an improvement of --best-metric; 0: never."""
     log_every: int = field(default=5, metadata=FREE)
     """Steps between lines of training values in metrics.jsonl."""
-    workers: Annotated[int | None, also("--dataloader-num-workers")] = field(default=None, metadata=FREE)
+    workers: int | None = field(default=None, metadata=FREE)
     """Worker processes that load images (0: the training process loads them itself). Default: 4, or fewer if
     there are not enough free cores; 0 for the embedded digits, which are already decoded."""
 
@@ -123,8 +128,17 @@ class TrainingOptions:
         for name in ("weight_decay", "max_grad_norm", "seed", "early_stopping_patience"):
             _require(getattr(self, name) >= 0, f"{_flag(name)} must be 0 or more", getattr(self, name))
         _require(self.workers is None or self.workers >= 0, "--workers must be 0 or more", self.workers)
-        warmup = self.warmup_fraction
-        _require(0 <= warmup < 1, "--warmup-fraction must be at least 0 and below 1", warmup)
+        for name in ("epochs", "epoch_images", "eval_epochs"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{_flag(name)} must be above 0", value)
+        for name in ("warmup_steps", "warmup_epochs"):
+            _require((getattr(self, name) or 0) >= 0, f"{_flag(name)} must be 0 or more", getattr(self, name))
+        for name in ("warmup_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, f"{_flag(name)} must be at least 0 and below 1", value)
+        _require(self.eps is None or self.eps > 0, "--eps must be above 0", self.eps)
+        _require(self.min_lr >= 0, "--min-lr must be 0 or more", self.min_lr)
+        _require(self.lr is None or self.min_lr <= self.lr, f"--min-lr must be at most --lr {self.lr}", self.min_lr)
         _require(0 <= self.ema_decay < 1, "--ema-decay must be at least 0 and below 1", self.ema_decay)
         check_optimizer_name(self.optimizer)
 
@@ -139,6 +153,13 @@ class Training(TrainingOptions):
     def batches(self, processes: int) -> int:
         """Return how many batches all processes together take from the loader."""
         return self.steps * self.gradient_accumulation_steps * processes
+
+    @property
+    def warmup(self) -> int:
+        """The number of steps over which the learning rate warms up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((_WARMUP_FRACTION if self.warmup_fraction is None else self.warmup_fraction) * self.steps)
 
 
 @dataclass(frozen=True)
@@ -170,7 +191,11 @@ class RunOptions:
     """Where the results go."""
 
     output_dir: str | None = None
-    """The run folder. Default: runs/<script>-<date and time>."""
+    """The run folder. Default: <--runs-dir>/<--run-name>."""
+    runs_dir: str = "runs"
+    """The folder of the run folder, without --output-dir."""
+    run_name: str | None = None
+    """The name of the run folder, without --output-dir. Default: <script>-<date and time>."""
     overwrite: bool = False
     """Replace a run that the folder already holds (only files written by a run); otherwise that is an error."""
     report_to: tuple[str, ...] = ()
@@ -188,17 +213,21 @@ class RunOptions:
 class CheckpointOptions:
     """Checkpoints, and resuming from them."""
 
-    checkpoint_every: Annotated[int, also("--checkpointing-steps")] = 0
+    checkpoint_every: int = 0
     """Steps between checkpoints, written to the run folder's checkpoints/; 0: none."""
+    checkpoint_epochs: float | None = None
+    """Epochs between checkpoints, instead of --checkpoint-every."""
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
-    resume: Annotated[str | None, also("--resume-from-checkpoint")] = None
+    resume: str | None = None
     """Resume from 'latest' (of --output-dir) or from the path of a checkpoint. The result is exactly that of an
-    uninterrupted run. The settings must be those of that run, except for the checkpoint options, --output-dir,
-    --overwrite, --report-to, --log-every, --workers, --eval-scales and --retention-data."""
+    uninterrupted run. The settings must be those of that run, except where they do not change the result, such as
+    --output-dir, --workers and the checkpoint options."""
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
+        every = self.checkpoint_epochs
+        _require(every is None or every > 0, "--checkpoint-epochs must be above 0", every)
         limit = self.checkpoints_total_limit
         _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
 
@@ -218,6 +247,12 @@ def free_settings(options: Any) -> list[str]:
     return free
 
 
+def require_digits_cache(cache_dir: str | None, model: str | None) -> None:
+    """Raise ValueError when a cache is given with a model that is downloaded: other scripts cache it there."""
+    if cache_dir and model:
+        raise ValueError("--cache-dir is for the digits only: set the environment variable HF_HOME for downloads")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -225,52 +260,3 @@ def _flag(name: str) -> str:
 def _require(condition: bool, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{expected}, got {got}")
-
-
-def parse(
-    options: type[_Options], argv: Sequence[str] | None, description: str, replaced: Mapping[str, str] | None = None
-) -> _Options:
-    """Build `options` (a dataclass of option groups) from a command line and the file that `--config` names.
-
-    A mistake in either raises ValueError with a one-line message; `--help` prints and exits. The names of the
-    groups are not part of the flags: `training.lr` is `--lr`. `replaced` maps flags of earlier versions to what to
-    give instead, with {} for the value.
-    """
-    replaced = replaced or {}
-    command_line = make_dataclass(
-        "CommandLine",
-        [("options", options, field(default_factory=options)), ("file", ConfigFile, field(default_factory=ConfigFile))],
-    )
-    words = expand_config(sys.argv[1:] if argv is None else argv, options, replaced)
-    for word, after in itertools.pairwise([*words, ""]):
-        flag, _, value = word.partition("=")
-        if (flag := flag.replace("_", "-")) in replaced:
-            raise ValueError(f"{flag} is no longer an option: give {replaced[flag].format(value or after or 'NAME')}")
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            settings = (tyro.conf.OmitArgPrefixes,)
-            return tyro.cli(command_line, args=words, description=description, config=settings).options
-    except SystemExit as error:
-        if error.code:
-            raise ValueError(_one_line_complaint(complaint.getvalue())) from None
-        raise
-
-
-def _one_line_complaint(box: str) -> str:
-    """Turn tyro's framed message into one line: what is wrong, then similar flags."""
-    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    sections = [one_line(section) for section in re.split("(?:─|-){10,}", "\n".join(lines))]
-    if "╭" not in box:  # without UTF-8, tyro draws no frame: the title is a section
-        del sections[0]
-    what, *rest = sections
-    what = re.sub(r"^Error parsing (?!--)\S+: ", "", what).rstrip(".")  # an option group's name does not help
-    similar = [
-        flag
-        for section in rest
-        if section.startswith(("Perhaps you meant", "Arguments similar to"))
-        for flag in re.findall(r"(?<= )--(?!no-)[\w-]+", section.partition(":")[2])
-    ]
-    suggestion = f" Perhaps you meant {' or '.join(sorted(set(similar)))}." if similar else ""
-    return f"{what}.{suggestion} (--help lists every option)"

@@ -120,7 +120,7 @@ def open_run_folder(options: RunOptions, script: str, writing: bool = True, resu
     A folder holds a run once it has metrics, so a run that stopped earlier because of invalid input does not
     count. Overwriting removes only the files that a run writes; resuming keeps them.
     """
-    default = Path("runs") / f"{script}-{datetime.now():%Y%m%d-%H%M%S}"
+    default = Path(options.runs_dir) / (options.run_name or f"{script}-{datetime.now():%Y%m%d-%H%M%S}")
     run = RunFolder(Path(options.output_dir) if options.output_dir else default, writing)
     if not writing or resuming:
         return run

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ def test_the_plain_loss_is_cross_entropy(tiny: Path) -> None:
     smoothed = ClassifierLoss(model, 7, AugmentOptions(label_smoothing=0.1))
     expected = F.cross_entropy(model(IMAGES), LABELS, label_smoothing=0.1)
     assert smoothed(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_binary_loss_is_that_of_every_class(tiny: Path) -> None:
+    model = load_classifier(model_of(tiny), 7, seed=0).model.eval()
+    loss = ClassifierLoss(model, 7, AugmentOptions(bce_loss=True))
+    expected = F.binary_cross_entropy_with_logits(model(IMAGES), F.one_hot(LABELS, 7).float())
+    assert loss({"images": IMAGES, "labels": LABELS}).item() == pytest.approx(expected.item(), rel=1e-6)
+    mixed = ClassifierLoss(model, 7, AugmentOptions(bce_loss=True, mixup=0.5))
+    assert mixed({"images": IMAGES, "labels": LABELS}).isfinite()
+
+
+def test_drop_rates_are_those_of_training_alone(tiny: Path) -> None:
+    plain, dropped = (
+        load_classifier(replace(model_of(tiny), drop_path=rate, drop=rate), 5, seed=0) for rate in (0.0, 0.5)
+    )
+    assert torch.equal(plain.model.eval()(IMAGES), dropped.model.eval()(IMAGES)) and plain.code == dropped.code
+    assert not torch.equal(plain.model.train()(IMAGES), dropped.model.train()(IMAGES))
 
 
 @pytest.mark.parametrize("augment", [AugmentOptions(mixup=0.8), AugmentOptions(cutmix=1.0, label_smoothing=0.1)])

@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -327,3 +328,11 @@ def test_where_demo_models_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANDLORA_CACHE", "/variable")
     assert cache_root() == Path("/variable")
     assert cache_root("/flag") == Path("/flag")
+
+
+def test_the_image_size_and_the_augmentation_can_be_set(tmp_path: Path) -> None:
+    folder = write_tiny_clip(tmp_path / "clip")
+    clip = load_clip(f"local-dir:{folder}", None, 0, 32, {"scale": (0.25, 0.5)})
+    picture = Image.new("RGB", (50, 40))
+    assert clip.eval_transform(picture).shape == clip.train_transform(picture).shape == (3, 32, 32)
+    assert "scale=(0.25, 0.5)" in str(clip.train_transform)

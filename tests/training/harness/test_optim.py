@@ -101,6 +101,19 @@ def test_an_optimiser_that_lacks_its_package_is_an_error(monkeypatch: pytest.Mon
         make_optimizer("fusedadam", network().parameters(), 0.1, 0.0)
 
 
+def test_betas_and_epsilon_replace_those_of_the_optimiser() -> None:
+    def groups(name: str, *given: Any) -> dict[str, Any]:
+        return make_optimizer(name, network().parameters(), 0.1, 0.0, None, *given).param_groups[0]
+
+    assert groups("adamw")["betas"] == (0.9, 0.999)
+    assert groups("adamw", (None, 0.95), 1e-3)["betas"] == (0.9, 0.95)
+    assert groups("adamw", (None, None), 1e-3)["eps"] == 1e-3
+    assert groups("lion", (0.5, None))["betas"] == (0.5, 0.99)
+    for name in ("sgd", "adan"):
+        with pytest.raises(ValueError, match=f"--optimizer {name} does not have two betas"):
+            groups(name, (0.5, None))
+
+
 def test_the_default_is_pytorchs_adamw() -> None:
     first, second = network(), network()
     train(first, make_optimizer("adamw", first.parameters(), 0.01, 0.1), range(5))
@@ -135,6 +148,8 @@ def test_parameters_with_a_rate_of_their_own() -> None:
 def test_schedules_share_their_warmup_and_end_differently() -> None:
     linear = [schedule_factor(step, 100, 10, "linear") for step in range(100)]
     constant = [schedule_factor(step, 100, 10, "constant") for step in range(100)]
+    floor = [schedule_factor(step, 100, 10, "linear", 0.25) for step in (9, 10, 55, 100)]
+    assert floor == pytest.approx([1, 1, 0.625, 0.25])
     assert linear[:10] == constant[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert linear[55] == pytest.approx(0.5) and linear[99] == pytest.approx(1 / 90)
     assert set(constant[10:]) == {1.0}

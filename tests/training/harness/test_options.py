@@ -3,17 +3,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from randlora_vision.errors import DEBUG_VARIABLE, user_errors
 from randlora_vision.train_scripts import train_classifier
 from randlora_vision.train_scripts.train_clip import choose_model
-from randlora_vision.training.classifier.options import ClassifierOptions
+from randlora_vision.training.classifier.defaults import note_on_rank
+from randlora_vision.training.classifier.options import ClassifierAdapterOptions, ClassifierOptions
 from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, LossOptions, ModelOptions
-from randlora_vision.training.data.options import ImageOptions
+from randlora_vision.training.data.options import DataOptions, ImageOptions
 from randlora_vision.training.dreambooth.options import DreamBoothOptions
 from randlora_vision.training.harness.options import RunOptions, TrainingOptions, parse
 from randlora_vision.training.harness.run_folder import plain_settings
@@ -117,40 +119,43 @@ def test_the_demo_model_takes_no_other_weights() -> None:
         ClipOptions(clip=ModelOptions(pretrained="openai"))
 
 
-@pytest.mark.parametrize("options", [ClipOptions, ClassifierOptions, DreamBoothOptions])
-def test_help_texts_name_a_default_in_one_way(options: type, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(options, ["--help"], "A test.")
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "Default: " in text and "Defaults to" not in text
-    methods = get_args(get_type_hints(get_type_hints(options)["adapter"])["method"])
-    assert f"--method {{{','.join(methods)}}}" in text
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--dataset", "torch/cifar10"], "--dataset is no longer an option: give --data timm:torch/cifar10"),
-        (["--steps", "3", "--dataset=hfds/a/b"], "give --data timm:hfds/a/b"),
-        (["--dataset"], "give --data timm:NAME"),
-        (["--dataset_download", "--dataset", "x"], "--dataset-download is no longer an option: give --download"),
-        ({"dataset": "torch/cifar10", "dataset_download": True}, "give --data timm:torch/cifar10"),
-        ({"dataset_download": True}, "give --download"),
+        (["--dataset", "torch/cifar10"], {"data": "timm:torch/cifar10"}),
+        (["--steps", "3", "--dataset=hfds/a/b"], {"data": "timm:hfds/a/b"}),
+        (["--dataset_download", "--dataset", "x"], {"data": "timm:x", "download": True}),
+        ({"dataset": "torch/cifar10", "dataset_download": True}, {"data": "timm:torch/cifar10", "download": True}),
+        ({"dataset": None, "dataset_download": False}, {}),
     ],
 )
-def test_an_option_of_an_earlier_version_names_its_successor(words: Any, expected: str, tmp_path: Path) -> None:
+def test_options_of_an_earlier_version_are_understood(words: Any, expected: dict[str, Any], tmp_path: Path) -> None:
     if isinstance(words, dict):
         (tmp_path / "old.yaml").write_text(yaml.safe_dump({"data": words}))
         words = ["--config", str(tmp_path / "old.yaml")]
-    with pytest.raises(ValueError) as mistake:
-        parse(ClassifierOptions, words, "A test.", train_classifier.REPLACED)
-    assert str(mistake.value).endswith(expected)
+    assert parse(ClassifierOptions, words, "A test.", train_classifier.TIMM).data == DataOptions(**expected)
 
 
-def test_an_earlier_versions_option_that_was_not_set_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / "old.yaml").write_text("data: {dataset: null, dataset_download: false}\ntraining: {steps: 3}\n")
-    words = ["--config", str(tmp_path / "old.yaml")]
-    assert parse(ClassifierOptions, words, "A test.", train_classifier.REPLACED).training.steps == 3
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help-all"])
+def test_help_is_printed_and_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(DreamBoothOptions, ["--steps", "3", flag], "A test.")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--method {randlora,lora,full}  (default: randlora)" in text
+    assert ("  --logit-mean FLOAT  (default: 0.0)" in text) == (flag == "--help-all")
+
+
+def test_a_rank_below_the_default_is_noted() -> None:
+    given = {"data": DataOptions("folder")}
+    small = ClassifierOptions(**given, adapter=ClassifierAdapterOptions(rank=8))
+    assert "--rank 8 trains MORE numbers than the usual 32" in note_on_rank(small)
+    for adapter in (
+        ClassifierAdapterOptions(),
+        ClassifierAdapterOptions(rank=32),
+        ClassifierAdapterOptions(method="lora", rank=4),
+    ):
+        assert note_on_rank(ClassifierOptions(**given, adapter=adapter)) == ""
 
 
 @pytest.mark.parametrize("error", [ValueError("no\n  good"), FileNotFoundError("no good")])
@@ -176,6 +181,18 @@ def test_a_loader_processs_traceback_is_left_out(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "error: cannot read the image a.png: broken\n"
+
+
+def test_torchruns_summary_has_the_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @user_errors
+    def main() -> None:
+        raise ValueError("no good")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        main()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert "error: no good" in str(ChildFailedError("main", {0: failure}))
 
 
 def test_bugs_keep_their_traceback_and_so_do_user_errors_when_debugging(monkeypatch: pytest.MonkeyPatch) -> None:

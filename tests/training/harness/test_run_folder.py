@@ -47,6 +47,7 @@ def test_the_default_folder_is_named_by_script_and_date(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     run = open_run_folder(RunOptions(), "clip")
     assert run.path.parent == Path("runs") and run.path.name.startswith("clip-20")
+    assert open_run_folder(RunOptions(runs_dir="a", run_name="b"), "clip").path == Path("a/b")
 
 
 def test_metrics_are_one_object_a_line_on_disk_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""The flags of timm's train.py, and what they mean for train_classifier.py."""
+
+from randlora_vision.training.harness.flags import Given, Refused, Table
+
+
+def _folder(given: Given) -> str:
+    return "--data-root {}" if "--dataset" in given else "--data {}"
+
+
+def _only(*usual: str, otherwise: str) -> dict[str, str]:
+    """Return the meaning of a flag for which only the usual values are supported."""
+    return {**dict.fromkeys(usual, ""), "*": Refused(otherwise)}
+
+
+_BY_MODEL = Refused("images are prepared as the model's own configuration says: leave it out")
+_ONE_CYCLE = Refused("the schedules are a warmup and cosine, linear or constant: see --schedule and --min-lr")
+_FROZEN = Refused("batch normalisation keeps the base model's statistics: leave it out")
+_NO_DISTILLATION = Refused("there is no distillation here: leave it out")
+_ONE_SIZE = Refused("every image has the size of --img-size: leave it out")
+_NO_JSD = Refused("the JSD loss is not implemented: leave it out; --auto-augment augmix-m3-w3 augments without it")
+_LAUNCHER = Refused("devices and processes are chosen by accelerate launch: see accelerate launch --help")
+_TIMM_FILE = Refused("give --config FILE, in the form of a run folder's config.yaml")
+
+TIMM: Table = {
+    "": _folder,
+    "--data-dir": _folder,
+    "--dataset": "--data timm:{}",
+    "--dataset-download": "--download",
+    "--input-key": "--image-column {}",
+    "--target-key": "--label-column {}",
+    "--input-img-mode": _only("RGB", otherwise="images are read in RGB: leave it out"),
+    "--train-num-samples": "--epoch-images {}",
+    "--train-split": Refused("name the training data with --data, for example --data hf:NAME@SPLIT"),
+    "--val-split": Refused("name the validation data with --val-data, for example --val-data hf:NAME@SPLIT"),
+    "--val-num-samples": Refused("the validation images are counted: leave it out"),
+    "--class-map": Refused("the classes are the names of the folders or those in --label-column: leave it out"),
+    "--dataset-trust-remote-code": Refused("code of a dataset is never run: use a dataset without code"),
+    "-c": _TIMM_FILE,
+    "--pretrained-path": "--initial-checkpoint {}",
+    "--no-resume-opt": Refused("resuming restores the optimiser: leave --resume out to start anew"),
+    **dict.fromkeys(
+        ("--gp", "--head-init-scale", "--head-init-bias", "--model-kwargs", "--fast-norm"),
+        Refused("the model is built with timm's settings: choose another --model"),
+    ),
+    **dict.fromkeys(("--in-chans", "--input-size", "--crop-pct", "--mean", "--std", "--interpolation"), _BY_MODEL),
+    **dict.fromkeys(("--train-interpolation", "--train-crop-mode"), _BY_MODEL),
+    "-b": "--batch-size {}",
+    "-vb": Refused("evaluation uses --batch-size: leave it out"),
+    "--validation-batch-size": Refused("evaluation uses --batch-size: leave it out"),
+    "--grad-accum-steps": "--gradient-accumulation-steps {}",
+    "--grad-checkpointing": "--gradient-checkpointing",
+    "--torchcompile": {"": "--torch-compile", "inductor": "--torch-compile", "*": Refused("give --torch-compile")},
+    "--torchcompile-mode": Refused("--torch-compile uses PyTorch's default mode: leave it out"),
+    "--torchscript": Refused("give --torch-compile"),
+    "--fuser": Refused("give --torch-compile"),
+    "--amp": "--mixed-precision fp16",
+    "--amp-dtype": {"float16": "--mixed-precision fp16", "bfloat16": "--mixed-precision bf16"},
+    "--model-dtype": Refused("trained parameters stay in float32: give --mixed-precision bf16"),
+    "--device": {"cuda": "", "*": _LAUNCHER},
+    "--local-rank": {"*": ""},
+    **dict.fromkeys(("--device-modules", "--no-ddp-bb", "--synchronize-step"), _LAUNCHER),
+    "--opt": "--optimizer {}",
+    "--opt-eps": "--eps {}",
+    "--opt-betas": "--beta1 {} --beta2 {}",
+    "--opt-kwargs": Refused("give --beta1, --beta2 or --eps; other settings are timm's"),
+    "--momentum": _only("0.9", otherwise="the momentum is timm's 0.9: leave it out"),
+    "--clip-grad": "--max-grad-norm {}",
+    "--clip-mode": _only("norm", otherwise="gradients are clipped by their norm: leave it out"),
+    "--layer-decay-min-scale": _only("0", "0.0", otherwise="give a --layer-decay closer to 1"),
+    "--layer-decay-no-opt-scale": Refused("all layers are trained: leave it out"),
+    "--sched": {
+        "cosine": "--schedule cosine",
+        "none": "--schedule constant --warmup-steps 0",
+        "*": _ONE_CYCLE,
+    },
+    "--sched-on-updates": "",
+    "--lr-base": Refused("give --lr: it is not scaled with the batch size"),
+    "--lr-base-size": Refused("give --lr: it is not scaled with the batch size"),
+    "--lr-base-scale": Refused("give --lr: it is not scaled with the batch size"),
+    **dict.fromkeys(
+        (
+            *("--lr-noise", "--lr-noise-pct", "--lr-noise-std", "--lr-cycle-mul", "--lr-cycle-decay"),
+            *("--lr-cycle-limit", "--lr-k-decay", "--decay-milestones", "--decay-epochs", "--decay-rate", "--dr"),
+            *("--patience-epochs", "--cooldown-epochs", "--warmup-prefix"),
+        ),
+        _ONE_CYCLE,
+    ),
+    "--warmup-lr": Refused("the warmup starts at --lr divided by its number of steps: leave it out"),
+    "--epoch-repeats": Refused("give more --epochs"),
+    "--start-epoch": Refused("--resume goes on where the checkpoint was written: leave it out"),
+    "--train-batches-per-epoch": Refused("give --epoch-images, or --steps for the whole training"),
+    "--train-steps-per-epoch": Refused("give --epoch-images, or --steps for the whole training"),
+    "--no-aug": Refused("give --scale 1 1 --ratio 1 1 --hflip 0 --color-jitter 0"),
+    "--aa": "--auto-augment {}",
+    "--reprob": "--random-erasing {}",
+    "--remode": "--erasing-mode {}",
+    "--recount": "--erasing-count {}",
+    **dict.fromkeys(
+        ("--color-jitter-prob", "--grayscale-prob", "--gaussian-blur-prob"),
+        Refused("colours are changed by --color-jitter or --auto-augment"),
+    ),
+    "--aug-repeats": _only("0", "0.0", otherwise="images are not repeated in a batch: leave it out"),
+    **dict.fromkeys(("--aug-splits", "--resplit", "--split-bn", "--jsd-loss", "--jsd"), _NO_JSD),
+    **dict.fromkeys(("--bce-sum", "--bce-target-thresh", "--bce-pos-weight"), Refused("give --bce-loss alone")),
+    "--cutmix-minmax": Refused("give --cutmix"),
+    "--mixup-prob": _only("1", "1.0", otherwise="every batch is mixed: leave it out"),
+    "--mixup-switch-prob": _only("0.5", otherwise="each batch uses Mixup or CutMix with equal chances: leave it out"),
+    "--mixup-mode": _only("batch", otherwise="a batch is mixed as a whole: leave it out"),
+    "--mixup-off-epoch": _only("0", otherwise="Mixup stays on to the end: leave it out"),
+    "--smoothing": "--label-smoothing {}",
+    "--drop-connect": "--drop-path {}",
+    "--drop-block": Refused("give --drop-path or --drop"),
+    **dict.fromkeys(("--bn-momentum", "--bn-eps", "--sync-bn"), _FROZEN),
+    "--dist-bn": {"*": ""},
+    "--model-ema": "--ema-decay 0.9998",
+    "--model-ema-decay": "--ema-decay {}",
+    "--model-ema-warmup": "",
+    "--model-ema-force-cpu": Refused("the average is small and stays on the device: leave it out"),
+    "--worker-seeding": {"*": ""},
+    "--log-interval": "--log-every {}",
+    "--val-interval": "--eval-epochs {}",
+    "--recovery-interval": "--checkpoint-every {}",
+    "--checkpoint-hist": "--checkpoints-total-limit {}",
+    "-j": "--workers {}",
+    "--pin-mem": "",
+    "--no-prefetcher": "",
+    "--use-multi-epochs-loader": "",
+    "--save-images": Refused("predictions.png in the run folder shows images: leave it out"),
+    "--output": "--runs-dir {}",
+    "--experiment": "--run-name {}",
+    "--eval-metric": "--best-metric {}",
+    "--tta": _only("0", otherwise="images are evaluated once: leave it out"),
+    "--log-wandb": "--report-to wandb",
+    "--wandb-project": Refused("set the environment variable WANDB_PROJECT"),
+    "--wandb-tags": Refused("set the environment variable WANDB_TAGS"),
+    "--wandb-resume-id": Refused("set the environment variable WANDB_RUN_ID"),
+    **dict.fromkeys(
+        (
+            *("--train-img-sizes", "--train-batch-sizes", "--train-size-probs", "--train-size-schedule"),
+            *("--train-size-schedule-spread", "--train-size-random-mix", "--variable-batch-loss-scale"),
+            *("--naflex-loader", "--naflex-train-seq-lens", "--naflex-max-seq-len", "--naflex-patch-sizes"),
+            *("--naflex-patch-size-probs", "--naflex-loss-scale", "--naflex-patchify-channels-first"),
+        ),
+        _ONE_SIZE,
+    ),
+    **dict.fromkeys(
+        (
+            *("--kd-model-name", "--kd-distill-type", "--kd-loss-type", "--kd-temperature", "--distill-loss-weight"),
+            *("--task-loss-weight", "--kd-student-feature-dim", "--kd-teacher-feature-dim", "--kd-token-distill-type"),
+        ),
+        _NO_DISTILLATION,
+    ),
+}

@@ -1,0 +1,159 @@
+"""The flags of open_clip's training script, and what they mean for train_clip.py."""
+
+from typing import Any
+
+from randlora_vision.training.harness.flags import HUGGING_FACE, Given, Refused, Table
+
+
+def _lock(other: str, towers: str) -> Any:
+    """Return the meaning of a switch that freezes one tower."""
+    both = Refused("both towers are locked, so there is nothing to train: lock one")
+    return lambda given: both if other in given else f"--towers {towers}"
+
+
+def _imagenet(given: Given) -> str:
+    if "--train-data" in given or "--data" in given:
+        return "--retention-data {} --retention-class-names imagenet"
+    return "--eval-only --class-names imagenet --data {}"
+
+
+_LAUNCHER = Refused("devices and processes are chosen by accelerate launch: see accelerate launch --help")
+_SHARDING = Refused("sharding is configured in accelerate: see accelerate launch --use_fsdp")
+_PARTS = Refused("--target-modules chooses what is adapted")
+_FIXED = Refused("the model is used as it was pretrained: leave it out, or change a configuration (--model FILE.json)")
+_PREPROCESS = Refused("images are prepared as the model's configuration says: leave it out")
+_NO_AUDIO = Refused("audio models are not supported: leave it out")
+_NO_NAFLEX = Refused("images have one size, see --force-image-size: leave it out")
+_NO_COCA = Refused("CoCa's loss is not implemented: see --loss for those that are")
+_NO_DISTILLATION = Refused("there is no distillation here: leave it out")
+_PURE = Refused("trained parameters stay in float32: give amp_bf16")
+_LOCAL = Refused("the run folder is on disk: copy it after the run")
+_COOLDOWN = Refused("there is no cooldown: give --min-lr with --schedule cosine or linear")
+
+OPEN_CLIP: Table = {
+    "--train-data": "--data {}",
+    "--train-num-samples": "--epoch-images {}",
+    "--train-data-upsampling-factors": Refused("give the shards in the proportions that you want"),
+    "--val-num-samples": Refused("the validation images are counted: leave it out"),
+    "--dataset-type": {
+        **dict.fromkeys(("csv", "webdataset", "auto"), ""),
+        "synthetic": Refused("leave --train-data out to try the script on the embedded digits"),
+        "*": _NO_AUDIO,
+    },
+    "--dataset-resampled": Refused("the images of all shards are shuffled together: leave it out"),
+    "--csv-separator": {
+        **dict.fromkeys(("\t", "\\t", ","), ""),
+        "*": Refused("columns are separated by commas or tabs, which are recognised: convert the file"),
+    },
+    "--csv-img-key": "--image-column {}",
+    "--csv-caption-key": "--caption-column {}",
+    "--image-key": Refused("the images of shards are found by their file extensions: leave it out"),
+    "--text-key": {"txt": "", "*": Refused("give --caption-column for a key of the .json files")},
+    "--json-text-key": "--caption-column {}",
+    "--json-text-key-probs": Refused("give one --caption-column"),
+    "--max-image-pixels": Refused("Pillow's own limit applies: leave it out"),
+    "--imagenet-val": _imagenet,
+    "--imagenet-v2": Refused("give --retention-data FOLDER --retention-class-names imagenet"),
+    "--logs": "--runs-dir {}",
+    "--name": "--run-name {}",
+    "--log-local": "",
+    "--wd": "--weight-decay {}",
+    "--momentum": Refused("the momentum is timm's 0.9: leave it out"),
+    "--warmup": "--warmup-steps {}",
+    "--opt": "--optimizer {}",
+    "--opt-kwargs": Refused("give --beta1, --beta2 or --eps; other settings are timm's"),
+    "--opt-fallback-list": Refused("one optimiser trains everything: leave it out"),
+    "--text-layer-decay": Refused("give --layer-decay, which applies to each tower separately"),
+    "--image-layer-decay": Refused("give --layer-decay, which applies to each tower separately"),
+    "--visual-layer-decay": Refused("give --layer-decay, which applies to each tower separately"),
+    "--wd-exclude": Refused("vectors and scalars are never decayed, matrices always: leave it out"),
+    "--text-pooler-own-group": Refused("see --layer-decay: leave it out"),
+    "--skip-scheduler": "--schedule constant --warmup-steps 0",
+    "--lr-scheduler": {
+        **dict(HUGGING_FACE["--lr-scheduler"]),  # type: ignore[arg-type]
+        "const": "--schedule constant",
+        "const-cooldown": _COOLDOWN,
+    },
+    **dict.fromkeys(("--epochs-cooldown", "--lr-cooldown-end", "--lr-cooldown-power"), _COOLDOWN),
+    "--save-frequency": "--checkpoint-epochs {}",
+    "--save-most-recent": "--checkpoints-total-limit 1",
+    "--delete-previous-checkpoint": "--checkpoints-total-limit 1",
+    "--zeroshot-frequency": "--eval-epochs {}",
+    "--val-frequency": "--eval-epochs {}",
+    "--val-retrieval-chunk-size": Refused("retrieval needs no chunks here: leave it out"),
+    "--val-retrieval-precision": {"fp32": "", "*": Refused("similarities are computed in float32: leave it out")},
+    "--precision": {
+        "amp": "--mixed-precision fp16",
+        "amp_bf16": "--mixed-precision bf16",
+        "amp_bfloat16": "--mixed-precision bf16",
+        "fp32": "--mixed-precision no",
+        **dict.fromkeys(("bf16", "fp16", "pure_bf16", "pure_fp16"), _PURE),
+    },
+    "--pretrained-image": Refused("give the weights of the whole model with --pretrained"),
+    "--lock-image": _lock("--lock-text", "text"),
+    "--lock-text": _lock("--lock-image", "vision"),
+    **dict.fromkeys(("--lock-image-unlocked-groups", "--lock-text-unlocked-layers"), _PARTS),
+    "--lock-image-freeze-bn-stats": "",
+    "--lock-text-freeze-layer-norm": "",
+    "--use-bn-sync": Refused("batch normalisation keeps the base model's statistics: leave it out"),
+    **dict.fromkeys(
+        ("--image-mean", "--image-std", "--image-interpolation", "--image-resize-mode", "--interpolation"), _PREPROCESS
+    ),
+    "--square-resize-only": _PREPROCESS,
+    "--grad-checkpointing": "--gradient-checkpointing",
+    "--accum-freq": "--gradient-accumulation-steps {}",
+    "--siglip": "--loss siglip",
+    **dict.fromkeys(("--local-loss", "--gather-with-grad", "--ddp-static-graph"), ""),
+    "--loss-dist-impl": Refused("features are gathered from all processes: leave it out"),
+    **dict.fromkeys(("--force-context-length", "--force-patch-dropout", "--force-custom-text"), _FIXED),
+    "--force-quick-gelu": Refused("choose the model whose name ends in -quickgelu"),
+    "--torchcompile": "--torch-compile",
+    **dict.fromkeys(
+        ("--torchcompile-strategy", "--torchcompile-backend", "--torchcompile-mode"),
+        Refused("give --torch-compile, which has PyTorch's default mode"),
+    ),
+    "--device": {"cuda": "", "*": _LAUNCHER},
+    **dict.fromkeys(("--dist-url", "--dist-backend", "--no-set-device-rank"), _LAUNCHER),
+    **dict.fromkeys(
+        ("--fsdp", "--fsdp-no-reshard-after-forward", "--fsdp-offload-cpu", "--fsdp-checkpoint"), _SHARDING
+    ),
+    "--report-to": {
+        "": "",
+        "all": Refused("name the trackers, such as --report-to tensorboard wandb"),
+        "wandb,tensorboard": "--report-to wandb tensorboard",
+        "tensorboard,wandb": "--report-to wandb tensorboard",
+        "*": "--report-to {}",
+    },
+    "--wandb-notes": Refused("set the environment variable WANDB_NOTES"),
+    "--wandb-project-name": Refused("set the environment variable WANDB_PROJECT"),
+    "--debug": Refused("set the environment variable RANDLORA_DEBUG=1 to see tracebacks"),
+    "--copy-codebase": Refused("environment.json in the run folder records the command and the versions"),
+    "--grad-clip-norm": "--max-grad-norm {}",
+    "--log-every-n-steps": "--log-every {}",
+    "--log-metric-every-n-steps": "--log-every {}",
+    "--train-loss-ema-samples": Refused("metrics.jsonl has the mean loss since its last line: leave it out"),
+    **dict.fromkeys(("--coca-caption-loss-weight", "--coca-contrastive-loss-weight"), _NO_COCA),
+    **dict.fromkeys(("--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"), _LOCAL),
+    **dict.fromkeys(("--distill-model", "--distill-pretrained"), _NO_DISTILLATION),
+    "--use-bnb-linear": Refused("layers quantised by bitsandbytes are adapted by the library, not by this script"),
+    **dict.fromkeys(
+        (
+            *("--use-naflex", "--force-naflex-vision", "--naflex-num-train-image-tokens", "--naflex-patch-sizes"),
+            *("--naflex-patch-size-probs", "--naflex-seq-lens", "--naflex-seq-len-probs", "--naflex-max-text-tokens"),
+            *("--naflex-max-tokens-per-batch", "--naflex-batch-divisor", "--naflex-loss-scale", "--length-bucketing"),
+            *("--bucket-pool", "--bucket-chunk", "--bucket-prefetch-pools", "--naflex-pad-multiple"),
+            "--text-pad-multiple",
+        ),
+        _NO_NAFLEX,
+    ),
+    **dict.fromkeys(
+        (
+            *("--audio-ext", "--pretrained-audio", "--audio-fill", "--audio-trunc", "--audio-fusion"),
+            *("--audio-int16-normalize", "--audio-zeroshot-dataset", "--audio-zeroshot-split"),
+            *("--audio-zeroshot-audio-key", "--audio-zeroshot-target-key", "--audio-zeroshot-class-key"),
+            *("--audio-zeroshot-template", "--audio-zeroshot-workers", "--audio-zeroshot-multiprocessing-context"),
+            *("--audio-multiprocessing-context", "--audio-layer-decay"),
+        ),
+        _NO_AUDIO,
+    ),
+}

@@ -1,0 +1,65 @@
+"""The flags of diffusers' DreamBooth LoRA scripts, and what they mean for train_dreambooth.py."""
+
+from randlora_vision.training.harness.flags import Refused, Table
+
+_NO_PRODIGY = Refused("timm has no Prodigy: give --optimizer adamw and leave --learning-rate out")
+_BY_PIPELINE = Refused("the pipeline's own tokenizers and masks are used: leave it out")
+_DEEPFLOYD = Refused("DeepFloyd's pipelines are not supported: leave it out")
+_EDM = Refused("EDM training is not implemented: choose a pipeline that predicts noise or flow")
+
+DIFFUSERS: Table = {
+    "--pretrained-vae-model-name-or-path": Refused(
+        "save the pipeline with that VAE (save_pretrained) and give its folder as --pretrained-model-name-or-path"
+    ),
+    "--tokenizer-name": _BY_PIPELINE,
+    "--tokenizer-max-length": {"77": "", "*": _BY_PIPELINE},
+    "--text-encoder-use-attention-mask": _BY_PIPELINE,
+    "--dataset-config-name": Refused("save that configuration with save_to_disk and give its folder as --dataset-name"),
+    "--repeats": {"1": "", "*": Refused("images are drawn again and again: give more --steps or --epochs")},
+    "--validation-epochs": "--eval-epochs {}",
+    "--validation-images": Refused("only pictures made from text are drawn: give --validation-prompt"),
+    "--validation-scheduler": Refused("pictures are drawn with the pipeline's own scheduler: leave it out"),
+    "--class-labels-conditioning": _DEEPFLOYD,
+    "--skip-save-text-encoder": "",
+    "--random-flip": Refused("images are cropped but not flipped: add flipped copies to the folder"),
+    "--image-interpolation-mode": {
+        "lanczos": "",
+        "*": Refused("images are resized with Lanczos: leave it out"),
+    },
+    "--cond-image-column": Refused("Kontext pipelines are not supported: leave it out"),
+    "--prior-generation-precision": Refused("class images are generated in --mixed-precision: leave it out"),
+    "--pre-compute-text-embeddings": "",
+    "--set-grads-to-none": "",
+    "--scale-lr": Refused(
+        "give --lr as it should be: --scale-lr would multiply it by the images of a step, "
+        "--batch-size x --gradient-accumulation-steps x processes"
+    ),
+    "--lr-num-cycles": {"1": "", "*": Refused("there are no restarts: leave it out")},
+    "--lr-power": {"1": "", "1.0": "", "*": Refused("there is no polynomial: give --schedule linear")},
+    "--optimizer": {
+        "AdamW": "--optimizer adamw",
+        "prodigy": _NO_PRODIGY,
+        "Prodigy": _NO_PRODIGY,
+        "*": "--optimizer {}",
+    },
+    **dict.fromkeys(
+        ("--prodigy-beta3", "--prodigy-decouple", "--prodigy-use-bias-correction", "--prodigy-safeguard-warmup"),
+        _NO_PRODIGY,
+    ),
+    "--adam-weight-decay-text-encoder": Refused("--weight-decay is for everything that is trained"),
+    "--hub-token": Refused("set the environment variable HF_TOKEN, or log in with hf auth login"),
+    "--logging-dir": {"logs": "", "*": Refused("trackers write to logs/ in the run folder: leave it out")},
+    "--local-rank": {"*": ""},
+    "--allow-tf32": Refused("set the environment variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1"),
+    "--upcast-before-saving": "",
+    "--lora-layers": Refused("give --target-modules with the names separated by spaces"),
+    "--lora-blocks": Refused("give --target-modules with a regular expression that names the blocks"),
+    "--use-dora": Refused("DoRA is not implemented: give --method randlora or lora"),
+    "--output-kohya-format": Refused("the adapter is written for this library, LoRA for diffusers: leave it out"),
+    "--do-edm-style-training": _EDM,
+    "--precondition-outputs": _EDM,
+    "--enable-xformers-memory-efficient-attention": Refused(
+        "PyTorch's own memory-efficient attention is used: leave it out"
+    ),
+    "--enable-npu-flash-attention": Refused("PyTorch's own memory-efficient attention is used: leave it out"),
+}

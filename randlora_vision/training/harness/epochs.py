@@ -1,0 +1,51 @@
+"""Epochs converted to optimiser steps, once the size of the data is known."""
+
+import math
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+from randlora_vision.training.harness.options import CheckpointOptions, Training
+
+
+class _Settings(Protocol):
+    @property
+    def training(self) -> Training: ...
+
+    @property
+    def checkpoints(self) -> CheckpointOptions: ...
+
+
+_S = TypeVar("_S", bound=_Settings)
+
+
+def in_steps(settings: _S, images: int, processes: int) -> _S:
+    """Return the settings with epochs as steps, so that config.yaml repeats the run on any data.
+
+    An epoch is one pass over `images` training images. Each step takes the batches of all processes and accumulation
+    steps, and the passes follow each other without a break, so an epoch need not be a whole number of steps: the
+    total is rounded up, and the intervals to the nearest step, but at least one.
+    """
+    training, checkpoints = settings.training, settings.checkpoints
+    per_step = training.batch_size * training.gradient_accumulation_steps * processes
+    per_epoch = (training.epoch_images or images) / per_step
+    steps, warmup, eval_every = training.steps, training.warmup_steps, training.eval_every
+    if training.epochs is not None:
+        steps = max(1, math.ceil(round(training.epochs * per_epoch, 6)))
+    if training.warmup_epochs is not None:
+        warmup = round(training.warmup_epochs * per_epoch)
+    if training.eval_epochs is not None:
+        eval_every = max(1, round(training.eval_epochs * per_epoch))
+    every = checkpoints.checkpoint_every
+    if checkpoints.checkpoint_epochs is not None:
+        every = max(1, round(checkpoints.checkpoint_epochs * per_epoch))
+    return replace(  # type: ignore[type-var]  # a dataclass
+        settings,
+        training=replace(
+            training,
+            steps=steps,
+            warmup_steps=warmup,
+            eval_every=eval_every,
+            **dict.fromkeys(("epochs", "epoch_images", "warmup_epochs", "eval_epochs")),
+        ),
+        checkpoints=replace(checkpoints, checkpoint_every=every, checkpoint_epochs=None),
+    )

@@ -1,0 +1,184 @@
+"""Flags of other training scripts, rewritten as those of this package from one table per script.
+
+A table maps a flag to what it means here: a template of flags ("--weight-decay {}"; one {} per value that it takes,
+none for a switch, and nothing at all for what happens here anyway), a template per value, a function that chooses a
+template from all flags given, or the reason why there is no such option.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from randlora_vision.training.harness.config_file import ConfigFile
+
+
+class Refused(str):
+    """Why a flag has no meaning here, and what to give instead."""
+
+
+Given = Mapping[str, Sequence[str]]  # flag -> its values
+Meaning = str | Mapping[str, str] | Callable[[Given], str]
+Table = Mapping[str, Meaning]
+
+HUGGING_FACE: Table = {
+    "--max-steps": "--steps {}",
+    "--max-train-steps": "--steps {}",
+    "--num-train-epochs": "--epochs {}",
+    "--train-batch-size": "--batch-size {}",
+    "--learning-rate": "--lr {}",
+    "--adam-weight-decay": "--weight-decay {}",
+    "--adam-beta1": "--beta1 {}",
+    "--adam-beta2": "--beta2 {}",
+    "--adam-epsilon": "--eps {}",
+    "--lr-warmup-steps": "--warmup-steps {}",
+    "--lr-scheduler": {
+        **{name: f"--schedule {name}" for name in ("cosine", "linear", "constant")},
+        "constant_with_warmup": "--schedule constant",
+        "cosine_with_restarts": Refused("there are no restarts: give --schedule cosine"),
+        "polynomial": Refused("give --schedule linear, which is the polynomial of power 1"),
+        "piecewise_constant": Refused("give --schedule constant, linear or cosine"),
+    },
+    "--validation-steps": "--eval-every {}",
+    "--dataloader-num-workers": "--workers {}",
+    "--checkpointing-steps": "--checkpoint-every {}",
+    "--resume-from-checkpoint": "--resume {}",
+    "--lora-alpha": "--alpha {}",
+    "--lora-dropout": "--dropout {}",
+}
+"""Names of the Hugging Face libraries, which every script knows."""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A flag of another script, as the help shows it."""
+
+    flag: str
+    template: str
+    value: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is just another name of an option."""
+        return re.fullmatch(r"--[\w-]+ \{\}", self.template) is not None or self.template.count(" ") == 0
+
+    def __str__(self) -> str:
+        words = self.template.replace(" {}", "")
+        return self.flag if self.exact and not self.value else f"{' '.join((self.flag, self.value)).strip()} ({words})"
+
+
+def aliases_of(table: Table) -> dict[str, list[Alias]]:
+    """Return the flags of other scripts that set an option, by its flag."""
+    found: dict[str, list[Alias]] = {}
+    for flag, meaning in table.items():
+        meaning = meaning({}) if callable(meaning) else meaning
+        for value, template in meaning.items() if isinstance(meaning, Mapping) else [("", meaning)]:
+            if isinstance(template, Refused) or not flag:
+                continue
+            for target in re.findall(r"--[\w-]+", template):
+                same = template in (f"{target} {value}", f"{target} {{}}")
+                found.setdefault(target, []).append(
+                    Alias(flag, f"{target} {{}}" if same else template, value * (not same))
+                )
+    return found
+
+
+@dataclass
+class _Word:
+    """A flag with the words that follow it; the flag is empty for words before the first one."""
+
+    flag: str
+    values: list[str] = field(default_factory=list)
+    joined: bool = False  # --flag=value
+
+    def words(self) -> list[str]:
+        """Return it as given, with hyphens."""
+        first = [f"{self.flag}={self.values[0]}", *self.values[1:]] if self.joined else [self.flag, *self.values]
+        return first if self.flag else self.values
+
+
+def translate(words: Sequence[str], options: type, table: Table) -> list[str]:
+    """Return a command line with the flags in `table` replaced by what they mean.
+
+    A flag that is just another name stays in its place. The others come first, in the order of the table, so that
+    the result does not depend on the order in which they were given. Words that belong to no flag are given to the
+    entry "" of the table, if it has one. Raises ValueError with the reason for a flag that has no meaning here.
+    """
+    counts = {**_value_counts(options), **{flag: _value_count(meaning) for flag, meaning in table.items()}}
+    parsed = list(_split(words, counts, positional="" in table))
+    given = {word.flag: word.values for word in parsed}
+    front: dict[str, list[str]] = {}
+    rest: list[str] = []
+    for word in parsed:
+        if word.flag not in table:
+            rest += word.words()
+            continue
+        meaning = table[word.flag]
+        template = _template(word, meaning, given)
+        if isinstance(template, Refused):
+            name = word.flag if not isinstance(meaning, Mapping) else " ".join([word.flag, *word.values])
+            raise ValueError(f"{name or word.values[0]}: {template}")
+        used = [] if isinstance(meaning, Mapping) and "{}" not in template else word.values
+        (rest if "{}" in template else front.setdefault(word.flag, [])).extend(_fill(template, used))
+    return [new for flag in table for new in front.get(flag, [])] + rest
+
+
+def _value_counts(options: type) -> dict[str, int | None]:
+    """Return how many values each flag takes; None: as many as follow."""
+    counts: dict[str, int | None] = {"--config": 1}
+    for group in (*get_type_hints(options).values(), ConfigFile):
+        hints = get_type_hints(group)
+        for member in fields(group):
+            kind, flag = hints[member.name], "--" + member.name.replace("_", "-")
+            several = any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
+            counts[flag] = None if several else int(kind is not bool)
+            counts[f"--no-{flag[2:]}"] = 0
+    return counts
+
+
+def _value_count(meaning: Any) -> int | None:
+    if isinstance(meaning, Refused):
+        return None
+    if isinstance(meaning, Mapping):
+        return 1
+    return (meaning if isinstance(meaning, str) else meaning({})).count("{}")
+
+
+def _split(words: Sequence[str], counts: Mapping[str, int | None], positional: bool) -> Iterator[_Word]:
+    current, wanted = _Word(""), 0
+    for word in words:
+        if re.match(r"-(?![\d.])", word):
+            if current.words():
+                yield current
+            flag, equals, value = word.partition("=")
+            current = _Word(flag.replace("_", "-"), [value] if equals else [], bool(equals))
+            wanted = counts.get(current.flag)
+        elif positional and wanted is not None and len(current.values) >= wanted:
+            yield _Word("", [word])
+        else:
+            current.values.append(word)
+    if current.words():
+        yield current
+
+
+def _template(word: _Word, meaning: Meaning, given: Given) -> str:
+    if isinstance(meaning, Mapping):
+        value = word.values[0] if word.values else ""
+        if value in meaning:
+            return meaning[value]
+        if "*" in meaning:
+            return meaning["*"]
+        known = [name for name, template in meaning.items() if not isinstance(template, Refused)]
+        raise ValueError(f"{word.flag} must be one of {', '.join(known)}, got {value or 'nothing'}")
+    return meaning if isinstance(meaning, str) else meaning(given)
+
+
+def _fill(template: str, given: Sequence[str]) -> Iterator[str]:
+    """Yield the words of a template; a flag whose value is missing stays without it, for the parser to complain."""
+    values = iter(given)
+    for flag, words in re.findall(r"(--[\w-]+)((?: (?!--)\S+)*)", template):
+        filled = [
+            word.replace("{}", text) for word in words.split() if (text := next(values, "") if "{}" in word else word)
+        ]
+        yield from [f"{flag}={filled[0]}"] if len(filled) == 1 else [flag, *filled]
+    yield from values

@@ -1,0 +1,222 @@
+"""The flags of diffusers, open_clip and timm: every documented command, every flag, and what the aliases mean."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from randlora_vision.train_scripts import train_classifier, train_clip, train_dreambooth
+from randlora_vision.training.classifier.options import ClassifierOptions
+from randlora_vision.training.clip.options import ClipOptions
+from randlora_vision.training.dreambooth.options import DreamBoothOptions
+from randlora_vision.training.harness.flags import HUGGING_FACE, Refused, aliases_of, translate
+from randlora_vision.training.harness.help import help_text
+from randlora_vision.training.harness.options import parse
+
+HERE = Path(__file__).parent
+SCRIPTS: dict[str, tuple[Any, ...]] = {
+    "train_dreambooth": (DreamBoothOptions, train_dreambooth.DIFFUSERS, train_dreambooth),
+    "train_clip": (ClipOptions, train_clip.OPEN_CLIP, train_clip),
+    "train_classifier": (ClassifierOptions, train_classifier.TIMM, train_classifier),
+}
+
+
+NOT_HERE = (  # what the documented commands that are refused have in common
+    *("--enable_xformers", "--scale_lr", "--text_encoder_use_attention_mask", "--pretrained_vae", "prodigy"),
+    *("--cond_image_column", "--coca", "--val-num-samples", "--audio", "--force-patch-dropout", "4e8", "RN101"),
+    *("--dataset-resampled", "--square-resize-only", "--wandb-project-name", "--sched step", "--jsd", "--model-kwargs"),
+)
+
+
+def sections(name: str) -> list[tuple[str, str]]:
+    """Return the lines of a file with the script that each belongs to."""
+    script, found = "", []
+    for line in (HERE / name).read_text().splitlines():
+        if line.startswith("["):
+            script = line.strip("[]")
+        else:
+            found.append((script, line))
+    return found
+
+
+def parsed(script: str, *argv: str) -> Any:
+    options, table, _ = SCRIPTS[script]
+    return parse(options, argv, "A test.", table)
+
+
+@pytest.fixture(autouse=True)
+def every_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "randlora_vision.training.harness.trackers.get_available_trackers", lambda: ["tensorboard", "wandb"]
+    )
+
+
+@pytest.mark.parametrize(("script", "command"), sections("peer_commands.txt"))
+def test_a_documented_command_is_accepted_or_refused_for_a_flag(script: str, command: str) -> None:
+    try:
+        parsed(script, *shlex.split(command))
+    except ValueError as refusal:
+        assert any(word in command for word in NOT_HERE)
+        reason = str(refusal)
+        assert re.match("(Error parsing )?--?[a-z]", reason) and "\n" not in reason
+        assert " ".join(reason.split()) == reason
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_the_peer_is_known(script: str) -> None:
+    options, table, _ = SCRIPTS[script]
+    everything = help_text(options, "A test.", {}, {}, everything=True)
+    own = {word.strip(",") for word in everything.split() if word.startswith("--")} | {"--config", "--no-cache-latents"}
+    flags = [
+        flag.replace("_", "-") for name, line in sections("peer_flags.txt") for flag in line.split() if name == script
+    ]
+    assert len(flags) > 60
+    assert [flag for flag in flags if flag not in own | {*table, *HUGGING_FACE}] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_table_names_only_options_of_its_script(script: str) -> None:
+    options, table, _ = SCRIPTS[script]
+    everything = help_text(options, "A test.", {}, {}, everything=True)
+    assert [target for target in aliases_of({**HUGGING_FACE, **table}) if f"  {target}" not in everything] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options, table, module = SCRIPTS[script]
+    table = {**HUGGING_FACE, **table}
+    short, full = (
+        help_text(options, module.__doc__, table, module.HELP_DEFAULTS, everything=everything)
+        for everything in (False, True)
+    )
+    assert short.count("\n") < 150
+    for text in (short, full):
+        assert max(map(len, text.splitlines())) < 80
+        assert not any(mark in text for mark in ("None", " options:", "Default:", "(default: )"))
+    assert "--batch-size, --train-batch-size" in short and "--schedule, --lr-scheduler" in full
+    words = full.replace(",", " ").replace("(", " ").split()
+    for aliases in aliases_of(table).values():
+        assert all(alias.flag in words for alias in aliases if alias.flag)
+    for name in options.__dataclass_fields__:
+        assert f"\n{name} options" not in full
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("train_dreambooth", "--max_train_steps=5 --learning-rate 1e-3", {"training.steps": 5, "training.lr": 1e-3}),
+        (
+            "train_dreambooth",
+            "--num_train_epochs 3 --lr_warmup_steps=2",
+            {"training.epochs": 3, "training.warmup_steps": 2},
+        ),
+        ("train_dreambooth", "--validation_epochs=50", {"training.eval_epochs": 50}),
+        ("train_dreambooth", "--lr_scheduler constant_with_warmup", {"training.schedule": "constant"}),
+        (
+            "train_dreambooth",
+            "--optimizer AdamW --adam_beta2 0.9",
+            {"training.optimizer": "adamw", "training.beta2": 0.9},
+        ),
+        ("train_dreambooth", "--repeats=1 --logging_dir logs --local_rank 0", {}),
+        (
+            "train_clip",
+            "--train-data x --csv-img-key a --csv-caption-key b",
+            {"images.data": "x", "images.image_column": "a"},
+        ),
+        ("train_clip", "--precision amp_bf16 --siglip", {"training.mixed_precision": "bf16", "loss.loss": "siglip"}),
+        ("train_clip", "--siglip --epochs 2", {"training.epochs": 2, "loss.loss": "siglip"}),
+        ("train_clip", "--lock-image", {"clip.towers": "text"}),
+        ("train_clip", "--lock_text --wd=0.5", {"clip.towers": "vision", "training.weight_decay": 0.5}),
+        (
+            "train_clip",
+            "--imagenet-val d",
+            {"images.data": "d", "images.class_names": "imagenet", "evaluation.eval_only": True},
+        ),
+        (
+            "train_clip",
+            "--imagenet-val d --train-data x",
+            {"images.data": "x", "evaluation.retention_data": "d", "evaluation.retention_class_names": "imagenet"},
+        ),
+        ("train_clip", "--logs a --name b --resume latest", {"run.runs_dir": "a", "run.run_name": "b"}),
+        ("train_clip", "--report-to wandb,tensorboard", {"run.report_to": ("wandb", "tensorboard")}),
+        (
+            "train_clip",
+            "--model m --aug-cfg scale=(0.4,1.0) use_timm=True",
+            {"clip.augmentation": {"scale": (0.4, 1.0), "use_timm": True}},
+        ),
+        (
+            "train_classifier",
+            "folder -b 4 -j 0",
+            {"data.data": "folder", "training.batch_size": 4, "training.workers": 0},
+        ),
+        ("train_classifier", "-b 4 --model m --amp folder", {"data.data": "folder", "model.model": "m"}),
+        (
+            "train_classifier",
+            "--dataset torch/cifar10 root",
+            {"data.data": "timm:torch/cifar10", "data.data_root": "root"},
+        ),
+        ("train_classifier", "--amp-dtype bfloat16 --amp", {"training.mixed_precision": "bf16"}),
+        ("train_classifier", "--amp", {"training.mixed_precision": "fp16"}),
+        (
+            "train_classifier",
+            "--opt-betas 0.8 0.9 --opt_eps 1e-6",
+            {"training.beta1": 0.8, "training.beta2": 0.9, "training.eps": 1e-6},
+        ),
+        ("train_classifier", "--model-ema-decay 0.9 --model-ema", {"training.ema_decay": 0.9}),
+        ("train_classifier", "--smoothing 0.2 --bce-loss", {"augment.label_smoothing": 0.2, "augment.bce_loss": True}),
+        ("train_classifier", "--sched none", {"training.schedule": "constant", "training.warmup_steps": 0}),
+    ],
+)
+def test_a_peers_flags_mean_the_same_here(script: str, words: str, expected: dict[str, Any]) -> None:
+    options = parsed(script, *words.split())
+    for path, value in expected.items():
+        group, _, name = path.partition(".")
+        assert getattr(getattr(options, group), name) == value, path
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("train_dreambooth", "--scale_lr", "--scale-lr: give --lr as it should be"),
+        ("train_dreambooth", "--optimizer=prodigy", "--optimizer prodigy: timm has no Prodigy"),
+        ("train_dreambooth", "--lr_scheduler cosin", "--lr-scheduler must be one of cosine, .*got cosin"),
+        ("train_dreambooth", "--max-train-steps 5 --num-train-epochs 3", "--steps and --epochs set the same thing"),
+        ("train_dreambooth", "--max-train-steps", "--steps"),
+        ("train_dreambooth", "--max-train-steps=4e8", "--steps must be INT, got 4e8"),
+        ("train_dreambooth", "--lerning-rate 3", "Perhaps you meant .*--learning-rate"),
+        ("train_clip", "--lock-image --lock-text", "both towers are locked"),
+        ("train_clip", "--coca-caption-loss-weight 2", "CoCa's loss is not implemented"),
+        ("train_clip", "--warmup 3 --warmup-fraction 0.1", "--warmup-fraction and --warmup-steps set the same"),
+        ("train_clip", "folder", "Unrecognized options: folder"),
+        ("train_clip", "--model m --aug-cfg scal=3", "expected NAME=VALUE with a name from scale"),
+        ("train_clip", "--model m --cache-dir x", "set the environment variable HF_HOME"),
+        ("train_classifier", "--sched step", "--sched step: the schedules are"),
+        ("train_classifier", "--momentum 0.5", "--momentum 0.5: the momentum is timm's 0.9"),
+        ("train_classifier", "--min-lr 1 --lr 0.1", "--min-lr must be at most --lr 0.1, got 1.0"),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused_in_one_line(script: str, words: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected) as refusal:
+        parsed(script, *words.split())
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_flag_replaces_its_rivals_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("training: {steps: 5, warmup_steps: 2, eval_every: 3, lr: 0.5}\n")
+    words = ["--config", str(tmp_path / "old.yaml"), "--epochs", "2", "--warmup-fraction", "0.2"]
+    training = parsed("train_classifier", *words).training
+    assert (training.steps, training.epochs) == (None, 2)
+    assert (training.warmup_steps, training.warmup_fraction) == (None, 0.2)
+    assert (training.eval_every, training.lr) == (3, 0.5)
+
+
+def test_negative_numbers_and_prompts_are_values() -> None:
+    table = {"--mean": "--logit-mean {}", "--no": Refused("no")}
+    assert translate(["--mean", "-0.5"], DreamBoothOptions, table) == ["--logit-mean=-0.5"]
+    words = ["--validation_prompt", "a b", "c", "--seed", "3"]
+    assert translate(words, DreamBoothOptions, table) == ["--validation-prompt", "a b", "c", "--seed", "3"]
