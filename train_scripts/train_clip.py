@@ -40,6 +40,7 @@ from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.methods.adaptation import start
 from randlora_vision.training.methods.task import AdaptedTask
 
 
@@ -76,6 +77,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     if settings.speed.gradient_checkpointing:
         checkpoint_towers(clip.model, settings)
     classifier, adaptation = adapt(clip, class_names, settings)
+    start(adaptation, settings.adapter, resume is not None)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n")
     images = training_data(clip, data, settings, skipped)
     batches = training.batches(accelerator.num_processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -163,8 +164,9 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
     whole = plan.saved
     saved = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     stored = {name: tuple(tensor.shape) for name, tensor in content.saved.items()}
-    for present, expected in ((have, want), (saved, stored)):
-        _compare(present, expected, f"{path} does not fit this {type(model).__name__}")  # type: ignore[arg-type]
+    pairs: list[tuple[Mapping[str, object], Mapping[str, object]]] = [(have, want), (saved, stored)]
+    for present, expected in pairs:
+        compare(present, expected, f"{path} does not fit this {type(model).__name__}")
     for name, tensor in whole.items():
         if tensor.is_floating_point() != content.saved[name].is_floating_point():
             raise ValueError(f"{path}: {name} is {content.saved[name].dtype}, in the model {tensor.dtype}")
@@ -182,7 +184,8 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
     return plan
 
 
-def _compare(have: dict[str, object], want: dict[str, object], prefix: str) -> None:
+def compare(have: Mapping[str, object], want: Mapping[str, object], prefix: str) -> None:
+    """Raise ValueError, starting with `prefix`, unless a model has exactly what a file holds."""
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     if missing or extra:
         parts = [

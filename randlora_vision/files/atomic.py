@@ -1,4 +1,9 @@
-"""Atomic file writes: write under a temporary name, then rename, so that a reader never sees a partial file."""
+"""Atomic writes: under a temporary name, then renamed, so that a reader never sees a part of a file or folder.
+
+The temporary names are unique, so that threads and processes may write to one path: the last to finish wins. What is
+written has the permissions that `open` gives: those of the file that is replaced, or else the usual ones (0o666 without
+the umask), even if the library that wrote it chose others.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
@@ -16,16 +26,79 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block succeeds, the file is renamed to `path`.
 
     The suffix is kept because writers such as matplotlib choose the format by it. Missing folders are created.
+
+    Raises:
+        OSError: If the file cannot be written; the message names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = _beside(path, path.suffix)
+    with write_errors(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _new_file(temporary)
+        try:
+            yield temporary
+            with contextlib.suppress(FileNotFoundError):
+                mode = stat.S_IMODE(path.stat().st_mode)
+            _finish(temporary, mode)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside `path`; when the block succeeds, it is renamed to `path`.
+
+    Args:
+        path: Must not exist at the end, or be an empty folder, unless `overwrite`.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        OSError: If the folder cannot be written; the message names `path`.
+    """
+    temporary, old = _beside(path), _beside(path)
+    with write_errors(path, temporary):
+        temporary.mkdir(parents=True)
+        mode = _new_file(temporary / old.name)
+        (temporary / old.name).unlink()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _finish(file, mode)
+            while True:
+                if overwrite:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(path, old)
+                try:
+                    os.replace(temporary, path)
+                    break
+                except OSError:
+                    if not overwrite or not path.exists():
+                        raise  # otherwise another writer has put its own there since
+                finally:
+                    shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; it is renamed first, so that no part of it stays behind under its name."""
+    hidden = _beside(path)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn failures to write, such as a full disk, into an OSError whose message names `path`."""
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        inside = isinstance(error, OSError) and error.filename in (None, str(temporary), str(path))
+        reason = inside and getattr(error, "strerror", None) or str(error).replace(str(temporary), str(path))
+        number = getattr(error, "errno", None)
+        message = f"cannot write {path}: {reason}"
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,3 +116,24 @@ def fingerprint(value: Any, length: int = 12) -> str:
     """Return a short hash of a JSON-serialisable value; equal values give equal hashes everywhere."""
     canonical = json.dumps(value, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def _beside(path: Path, suffix: str = "") -> Path:
+    """A hidden name in the same folder that nothing else uses."""
+    return path.with_name(f".{path.stem[:20]}.{secrets.token_hex(8)}{suffix}")
+
+
+def _new_file(path: Path) -> int:
+    """Create an empty file and return its permissions, which are those that the umask leaves."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Give a file its permissions, and wait until it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.chmod(mode)

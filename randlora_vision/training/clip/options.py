@@ -126,6 +126,8 @@ class ClipOptions:
         evaluation = self.evaluation
         if evaluation.adapter and not evaluation.eval_only and self.adapter.method != "linear-probe":
             raise ValueError("--adapter needs --eval-only, or --method linear-probe to train on its features")
+        if evaluation.eval_only and self.adapter.init_adapter is not None:
+            raise ValueError("--eval-only does not train: give --adapter instead of --init-adapter")
         if evaluation.eval_only and self.checkpoints.resume is not None:
             raise ValueError("--eval-only does not train: leave --resume out")
         if self.loss.loss in ("clip", "siglip") and self.adapter.method == "linear-probe":

@@ -9,17 +9,19 @@ training/methods/lora.py computes every adapted weight in full, so it does not s
 costs as much as in full fine-tuning.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from randlora_vision.files.atomic import replacing
-from randlora_vision.training.methods.adaptation import finite_gradients, values_restored
+from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, values_restored
 
 _ADAPTER = "default"
 
@@ -80,6 +82,19 @@ class LoRAInPipeline:
         for name, config in self.configs.items():
             inject_adapter_in_model(config, getattr(model, name), _ADAPTER)
         self._copy_in(model, path)
+
+    def start_from(self, path: Path) -> None:
+        """Copy the tensors of a file of the same alpha."""
+        from peft import get_peft_model_state_dict
+
+        with safe_open(path, framework="pt") as file:
+            theirs = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        for name, config in self.configs.items():
+            if (alpha := theirs.get(f"{name}.lora_alpha")) != config.lora_alpha:
+                raise ValueError(f"{path} holds a LoRA of alpha {alpha} for {name}, trained is {config.lora_alpha:g}")
+        held = {name: get_peft_model_state_dict(part, adapter_name=_ADAPTER) for name, part in self.parts.items()}
+        own = {f"{name}.{key}": tensor for name, tensors in held.items() for key, tensor in tensors.items()}
+        copy_tensors(own, load_file(path), path)
 
     def with_saved(self, path: Path) -> AbstractContextManager[None]:
         """Temporarily replace the trained tensors by those of the file."""

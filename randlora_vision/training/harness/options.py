@@ -18,11 +18,12 @@ import tyro
 from randlora_vision.errors import one_line
 from randlora_vision.training.harness.config_file import ConfigFile, expand_config
 from randlora_vision.training.harness.optim import Schedule, check_optimizer_name
+from randlora_vision.training.harness.stopping import seconds_of
 
 Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]  # each script has a subset
 _Options = TypeVar("_Options")
 FREE = {"free": True}
-"""Metadata of settings, or groups of settings, that may differ on resuming: they do not change what is learned."""
+"""Metadata of settings, or groups of settings, that may differ on resuming."""
 
 
 def also(*flags: str) -> Any:
@@ -52,6 +53,9 @@ class AdapterOptions:
     target_modules: tuple[str, ...] = ()
     """Which weights are adapted: one preset or regular expression, or several name suffixes.
     Default: the attention and MLP weights of the chosen towers."""
+    init_adapter: str | None = None
+    """Start from the values in this file, which the same script wrote with the same method, rank, alpha, bases, seed
+    and targets. A resumed run does not read it again."""
 
     def __post_init__(self) -> None:
         _require(self.rank is None or self.rank >= 1, "--rank must be 1 or more", self.rank)
@@ -70,7 +74,7 @@ class AdapterOptions:
 class TrainingOptions:
     """The training loop."""
 
-    steps: Annotated[int | None, also("--max-steps", "--max-train-steps")] = None
+    steps: Annotated[int | None, also("--max-steps", "--max-train-steps")] = field(default=None, metadata=FREE)
     """Optimiser steps. Default: 1000 (fewer on the embedded digits; see config.yaml after the start)."""
     batch_size: Annotated[int, also("--train-batch-size")] = 64
     """Images per forward pass and process; an optimiser step uses this number times the accumulation steps
@@ -128,7 +132,7 @@ class TrainingOptions:
 class Training(TrainingOptions):
     """`TrainingOptions` with the defaults filled in."""
 
-    steps: int
+    steps: int = field(metadata=FREE)
     lr: float
 
     def batches(self, processes: int) -> int:
@@ -188,14 +192,18 @@ class CheckpointOptions:
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: Annotated[str | None, also("--resume-from-checkpoint")] = None
-    """Resume from 'latest' (of --output-dir) or from the path of a checkpoint. The result is exactly that of an
-    uninterrupted run. The settings must be those of that run, except for the checkpoint options, --output-dir,
-    --overwrite, --report-to, --log-every, --workers, --eval-scales and --retention-data."""
+    """Resume from 'latest' (of --output-dir; without a checkpoint, the run starts) or from the path of a checkpoint.
+    The result is exactly that of an uninterrupted run. A setting that may not change is refused, with a list of those
+    that may, such as --steps."""
+    time_limit: str | None = None
+    """Stop before this time is over, with a checkpoint and exit code 124: minutes, H:M:S or D-H:M:S."""
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
         limit = self.checkpoints_total_limit
         _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
 
 
 def without(options: Any, *names: str) -> dict[str, Any]:

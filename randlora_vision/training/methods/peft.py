@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from randlora_vision.files.atomic import replacing
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.training.methods.adaptation import finite_gradients, quiet
+from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, quiet
 
 _METADATA = "randlora_vision.peft"  # a single key: safetensors does not fix the order of several
+_SCALES = ("peft_type", "r", "lora_alpha", "projection_prng_key")  # what the meaning of the tensors depends on
 _COPIES = ".modules_to_save"  # suffix of the modules that PEFT trains in full
 # The tensors of PEFT with a nonzero gradient at the first step; the others follow once these have changed.
 _FIRST_TO_LEARN = re.compile(r"\.(lora_B|vera_lambda_b)\.")
@@ -74,6 +75,18 @@ class Peft:
     def load(self, model: nn.Module, path: Path) -> None:
         """Load the file."""
         load_peft(model, path)
+
+    def start_from(self, path: Path) -> None:
+        """Copy the tensors of a file with the same settings."""
+        from peft import get_peft_model_state_dict
+
+        with safe_open(path, framework="pt") as file:
+            theirs = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+        ours = self.model.peft_config["default"].to_dict()
+        differing = [key for key in _SCALES if theirs.get(key) != ours.get(key)]
+        if differing:
+            raise ValueError(f"{path} does not hold this PEFT adapter: {', '.join(differing)} differ")
+        copy_tensors(get_peft_model_state_dict(self.model), load_file(path), path)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the call of `load_peft`."""
