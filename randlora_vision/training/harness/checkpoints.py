@@ -64,14 +64,15 @@ class Checkpoint:
                 f"{_changes(shares, then, now)}: the steps have the same images as before, but random draws in the "
                 "model, such as dropout, are others"
             )
-        may = [name for name in {**then, **now} if any(name == part or name.startswith(f"{part}.") for part in free)]
+        may = {name for name in {**then, **now} if any(name == part or name.startswith(f"{part}.") for part in free)}
         refused = [name for name in differing if name not in may]
         if refused:
             hint = f" ({images} images in a step, now {images_now})" if shares and images != images_now else ""
+            allowed = ", ".join(sorted(_flag(name) for name in may if name in now))
             raise ValueError(
                 f"cannot resume {self.path} with other settings: {_changes(refused, then, now)}{hint}; these may "
-                f"change: {', '.join(sorted(map(_flag, now.keys() & may)))}, and --batch-size, --gradient-accumulation-steps and "
-                "the number of processes if a step has as many images"
+                f"change: {allowed}, and --batch-size, --gradient-accumulation-steps and the number of processes if a "
+                "step has as many images"
             )
         steps = now.get(_STEPS)
         if steps is not None and steps < self.state.step:
