@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -27,7 +26,8 @@ from randlora_vision.training.harness.checkpoints import (
 )
 from randlora_vision.training.harness.distributed import largest
 from randlora_vision.training.harness.ema import Ema
-from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
+from randlora_vision.training.harness.modes import train_mode
+from randlora_vision.training.harness.optim import current_rates, make_optimizer, warmup_schedule
 from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
@@ -100,7 +100,9 @@ class Trainer:
         with tqdm(total=self.options.steps, initial=self.step, unit="step", disable=silent) as bar:
             while self.step < self.options.steps and not self._exhausted():
                 started = time.perf_counter()
-                rates = self._rates()
+                rates = current_rates(
+                    self.optimizer.optimizer, self.options.lr * self.schedule.lr_lambdas[0](self.step)
+                )
                 loss, grad_norm = self._optimise(batches)
                 seconds = time.perf_counter() - started
                 self.step += 1
@@ -158,13 +160,6 @@ class Trainer:
         options, optimizer = self.options, self.optimizer.optimizer  # accelerate's would step it once per process
         warmup = round(options.warmup_fraction * options.steps)
         return warmup_schedule(optimizer, options.steps, warmup, options.schedule, done)
-
-    def _rates(self) -> dict[str, float]:
-        """Return the learning rate of the next step, "lr", and those of groups with their own, "lr_<name>"."""
-        groups = self.optimizer.optimizer.param_groups
-        factor = self.schedule.lr_lambdas[0](self.step)
-        own = {f"lr_{group['name']}": float(group["lr"]) for group in groups if "name" in group}
-        return {"lr": self.options.lr * factor, **own}
 
     def _exhausted(self) -> bool:
         patience = self.options.early_stopping_patience
@@ -306,14 +301,3 @@ class Trainer:
         raise ValueError(
             f"training stopped after step {self.step}: {reason}; a lower --lr usually helps ({self.saved})"
         )
-
-
-def train_mode(module: nn.Module) -> None:
-    """Put a module in training mode, except for batch normalisations, which keep the base's running statistics.
-
-    Adapter files do not contain these statistics, so the adapter would be loaded into a different base model.
-    """
-    module.train()
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()

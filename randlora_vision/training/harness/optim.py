@@ -132,6 +132,12 @@ def warmup_schedule(
     return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape), last_epoch=done - 1)
 
 
+def current_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
+    """Return `lr`, the common learning rate, as "lr", and those of groups with a name as "lr_<name>"."""
+    own = {f"lr_{group['name']}": float(group["lr"]) for group in optimizer.param_groups if "name" in group}
+    return {"lr": lr, **own}
+
+
 AS_THE_ONE_BEFORE = (99999,)  # timm's marker for this
 Layers = Mapping[str, int]  # parameter name -> layer, counted from 0
 
