@@ -1,4 +1,4 @@
-"""How user errors are reported: one printable line, on stderr in a command, with exit code 2."""
+"""How user errors and requests to stop are reported: one printable line on stderr and an exit code."""
 
 import functools
 import json
@@ -13,6 +13,14 @@ from randlora_vision.names import printable
 DEBUG_VARIABLE = "RANDLORA_DEBUG"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class Stopped(Exception):
+    """A program that was asked to stop has done so; it ends with this message, if any, and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def one_line(text: str) -> str:
@@ -41,13 +49,23 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
 
     The library raises these two for wrong input, including missing files; any other exception is a
     bug in the library and keeps its traceback. If the environment variable RANDLORA_DEBUG is set,
-    every exception keeps its traceback.
+    these exceptions keep their tracebacks too. `Stopped` ends with its message and code, Ctrl-C with one
+    line and code 130.
     """
 
     @functools.wraps(main)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return main(*args, **kwargs)
+        except Stopped as stopped:
+            if str(stopped):
+                print(stopped, file=sys.stderr)
+            raise SystemExit(stopped.code) from None
+        except KeyboardInterrupt:
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            print("stopped by Ctrl-C", file=sys.stderr)
+            raise SystemExit(130) from None
         except (ValueError, OSError) as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise

@@ -5,9 +5,12 @@ With arguments, WORK FOLDER, it runs all cases in this process pair: one start f
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +66,8 @@ RESUMED = clip(
     "resumed", "--loss", "clip", "--dropout", "0.2", "--lr", "0.02", "--checkpoint-every", "2", accumulation=2
 )
 
+STOPPED = clip("stopped", "--loss", "clip", "--lr", "0.02")
+
 
 def forget_accelerator() -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -74,6 +79,28 @@ def forget_accelerator() -> None:
 def run_case(case: Case, work: Path, output: Path, processes: int, *more: str) -> None:
     forget_accelerator()
     script(case.script).main([*case.argv(work, output, processes), *more])
+
+
+def check_stopped(work: Path, output: Path) -> None:
+    """A signal to the second process alone stops both after the same step, with one checkpoint and one message."""
+    from torch import distributed
+
+    from randlora_vision.training.clip.contrastive import ContrastiveLoss
+
+    forward, calls = ContrastiveLoss.forward, iter(range(100))
+
+    def interrupted(self: ContrastiveLoss, batch: Any) -> Any:
+        if next(calls) == 1 and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    error = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error), pytest.raises(SystemExit) as ended:
+        patch.setattr(ContrastiveLoss, "forward", interrupted)
+        run_case(STOPPED, work, output, 2)
+    assert ended.value.code == 143
+    message = "stopped by SIGTERM after step 2 of 3: "
+    assert (message in error.getvalue()) == (distributed.get_rank() == 0), error.getvalue()
 
 
 def check_parts_of_unequal_size() -> None:
@@ -130,6 +157,7 @@ def main(work: Path, output: Path) -> None:
         run_case(case, work, output, 2)
     check_parts_of_unequal_size()
     check_sharded_models()
+    check_stopped(work, output)
     run_case(RESUMED, work, output / "whole", 2)
     distributed.barrier()
     if distributed.get_rank() == 0:

@@ -36,6 +36,10 @@ SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 QUICK = ("--steps", "3", "--batch-size", "8", "--eval-every", "2", "--log-every", "1", "--workers", "0")
 
 
+class Killed(Exception):
+    """Ends a run as a kill does: nothing handles it."""
+
+
 def write_class_folders(root: Path, per_class: int = 6, classes: Sequence[int] = (0, 1, 2)) -> Path:
     """Write `root/<class name>/<number>.png`, real digits."""
     splits = digits.read_digits(classes)

@@ -34,7 +34,7 @@ from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import checkpoint_activations, placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
-from randlora_vision.training.methods.adaptation import Adaptation
+from randlora_vision.training.methods.adaptation import Adaptation, start
 from randlora_vision.training.methods.task import AdaptedTask
 
 
@@ -69,6 +69,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     if settings.speed.gradient_checkpointing:
         checkpoint_activations(model, "the backbone")
     adaptation = adapt(model, settings)
+    start(adaptation, settings.adapter, resume is not None)
     say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n{note_on_rank(options)}")
 
     train = splits.select("train", loaded.training_transform(splits, settings.augment), skipped)

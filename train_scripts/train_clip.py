@@ -43,6 +43,7 @@ from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.methods.adaptation import start
 from randlora_vision.training.methods.task import AdaptedTask
 
 
@@ -82,6 +83,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
     if settings.speed.gradient_checkpointing:
         checkpoint_towers(clip.model, settings)
     classifier, adaptation = adapt(clip, class_names, settings)
+    start(adaptation, settings.adapter, resume is not None)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n{note_on_rank(options)}")
     images = training_data(clip, data, settings, skipped)
     batches = training.batches(accelerator.num_processes)
@@ -149,7 +151,9 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
         tests["original"] = digits.read_digits(digits.KNOWN_DIGITS)
     if options.evaluation.retention_data is not None:
         images = replace(options.images, data=options.evaluation.retention_data, val_data=None, test_data=None)
-        tests["retention"] = read_evaluation(images, skipped, options.evaluation.retention_class_names, images.eval_split)
+        tests["retention"] = read_evaluation(
+            images, skipped, options.evaluation.retention_class_names, images.eval_split
+        )
         if isinstance(tests["retention"], ImageSplits):
             require_words(tests["retention"], images.data)
     return tests

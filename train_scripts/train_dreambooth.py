@@ -46,6 +46,7 @@ from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.trackers import report_pictures
+from randlora_vision.training.methods.adaptation import start
 
 
 @user_errors
@@ -84,6 +85,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     if pictures and resume is None:
         write_base_pictures(run, gallery)
     adaptation = adapt(family, settings)
+    start(adaptation, settings.adapter, resume is not None)
     say(f"\n{adaptation.report}\n{note_on_rank(options)}")
     task = make_task(
         family, adaptation, data, settings, accelerator.num_processes, run.adapter if run.writing else None

@@ -81,6 +81,13 @@ def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder; it is renamed first, so that no part of it stays behind under its name."""
+    hidden = _beside(path)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Turn failures to write, such as a full disk, into an OSError whose message names `path`."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed_cases import CASES, RESUMED, Case, forget_accelerator, run_case
+from tests.distributed_cases import CASES, RESUMED, STOPPED, Case, forget_accelerator, run_case
 from tests.training_helpers import TINY_CONFIG, write_class_folders, write_tiny_clip, write_tiny_vit
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,7 @@ def test_two_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -
     for case in CASES:
         check_case(case, work, two)
     check_resumed(two)
+    check_resumed_on_one(work, two)
     check_writers(work)
 
 
@@ -83,6 +84,15 @@ def check_resumed(two: Path) -> None:
     whole, resumed = two / "whole" / RESUMED.name, two / "resumed" / RESUMED.name
     assert (resumed / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
     assert metrics(resumed) == metrics(whole)
+
+
+def check_resumed_on_one(work: Path, two: Path) -> None:
+    """What two processes have begun, one goes on with to the result of one alone."""
+    assert [path.name for path in (two / STOPPED.name / "checkpoints").iterdir()] == ["step-000002"]
+    for folder, more in ((two, ["--resume", "latest"]), (work / "one", [])):
+        run_case(STOPPED, work, folder, 1, *more)
+    resumed, whole = (load_file(folder / STOPPED.name / "adapter.safetensors") for folder in (two, work / "one"))
+    torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-6)
 
 
 def check_writers(work: Path) -> None:

@@ -23,6 +23,7 @@ from randlora_vision.training.evaluation.accuracy import Scores
 from tests.training_helpers import (
     QUICK,
     SCRIPTS,
+    Killed,
     draw_nothing,
     run_script,
     script,
@@ -146,12 +147,12 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     def killed(self: ClipClassifier, batches: Any) -> Scores:
         checkpoints = [path.name for path in (tmp_path / "killed").glob("checkpoints/*")]
         if "step-000006" in checkpoints:  # i.e. in the evaluation at step 8
-            raise KeyboardInterrupt
+            raise Killed
         return scores(self, batches)
 
     monkeypatch.setattr(ClipClassifier, "scores", killed)
     folder = tmp_path / "killed"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(*flags, "--output-dir", str(folder))
     monkeypatch.undo()
     with (folder / "metrics.jsonl").open("a") as file:
@@ -161,7 +162,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     with pytest.raises(SystemExit):
         changed = ["--lr", "0.5", "--layer-decay", "0.9", "--workers", "1", "--eval-scales", "0,1"]
         train(*flags, "--output-dir", str(folder), "--resume", "latest", *changed, "--report-to", "none")
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1].partition("; these may change: ")[0]
     assert "with other settings: --lr was 0.00032, is now 0.5" in error and "workers" not in error
     assert "--layer-decay was 1.0, is now 0.9" in error and "report" not in error and "scales" not in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -177,6 +178,67 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     # A finished run can also be resumed from any of its checkpoints.
     train(*flags, "--output-dir", str(folder), "--resume", str(folder / "checkpoints" / "step-000009"))
     assert numbers(folder) == numbers(straight)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--method", "randlora", "--train-logit-scale"],
+        ["--method", "lora"],
+        ["--method", "full"],
+        ["--method", "linear-probe"],
+    ],
+    ids=lambda argv: argv[1],
+)
+def test_a_run_starts_from_an_adapter(
+    method: list[str], train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate of almost zero, the file stays as it was."""
+    first = tmp_path / "first" / "adapter.safetensors"
+    train(*method, "--output-dir", str(first.parent), "--lr", "0.01")
+    start = [*method, "--init-adapter", str(first)]
+    train(*start, "--lr", "1e-30", "--weight-decay", "0", "--steps", "1")
+    one, other = load_file(first), load_file(tmp_path / "run" / "adapter.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-20)
+    assert numbers(tmp_path / "run")[0]["loss"] == pytest.approx(numbers(first.parent)[-3]["loss"])
+    capsys.readouterr()
+    if method[1] in ("randlora", "lora"):
+        with pytest.raises(SystemExit):
+            train(*start, "--rank", "2", "--overwrite")
+        assert "error: --init-adapter: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train("--method", "full" if method[1] != "full" else "randlora", *start[2:], "--overwrite")
+    assert "error: --init-adapter: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["class-prompts", "clip"])
+@pytest.mark.parametrize("limit", [100.0, 1.0])
+def test_the_logit_scale_stays_in_open_clips_bounds(
+    loss: str, limit: float, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate that throws it far beyond the bound, in both directions."""
+    step = torch.optim.AdamW.step
+
+    def far(self: Any, closure: Any = None) -> None:
+        step(self, closure)
+        for group in self.param_groups:
+            if group.get("name") == "logit_scale":
+                group["params"][0].data.fill_(99.0 if limit == 100 else -99.0)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", far)
+    folder = train("--loss", loss, "--train-logit-scale", "--logit-scale-lr", "0.1")
+    saved = load_file(folder / "adapter.safetensors")["saved.logit_scale"]
+    assert saved.exp().item() == pytest.approx(limit)
+
+
+def test_every_rate_is_logged_by_name(train: Any) -> None:
+    folder = train("--train-logit-scale", "--logit-scale-lr", "0.25", "--layer-decay", "0.5", "--lr", "0.01")
+    line = next(line for line in numbers(folder) if line["split"] == "train")
+    assert {name for name in line if name.startswith("lr")} == {"lr", "lr_logit_scale", "lr_layer_-2", "lr_layer_-3"}
+    factor = line["lr"] / 0.01
+    assert line["lr_logit_scale"] == pytest.approx(0.25 * factor)
+    assert line["lr_layer_-3"] == pytest.approx(0.0025 * factor)
 
 
 def test_a_runs_own_config_repeats_it(train: Any, tmp_path: Path) -> None:
@@ -384,7 +446,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "retention data that is missing": (["--retention-data", "{tmp}/nowhere"], "nowhere"),
     "unknown metric": (["--best-metric", "top3"], "--best-metric top3 is not measured; choose one of top1, top5, loss"),
     "unknown key in the file": (["--config", "{tmp}/typo.yaml"], "no option training: stepz; close matches: steps"),
-    "no checkpoint": (["--output-dir", "{tmp}/old", "--resume", "latest"], "holds no checkpoint"),
     "missing checkpoint": (["--resume", "{tmp}/old/checkpoints/step-000010"], "there is no checkpoint"),
     "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),
 }

@@ -26,7 +26,7 @@ from randlora_vision.training.dreambooth.options import DreamBoothOptions, HubOp
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.task import AdaptedTask
 from tests.tiny_pipelines import PIPELINES, sample
-from tests.training_helpers import SCRIPTS, script
+from tests.training_helpers import SCRIPTS, Killed, script
 
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
 PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
@@ -273,12 +273,12 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
 
     def killed(*arguments: Any) -> dict[str, float]:
         if (tmp_path / "killed/checkpoints/step-000004").exists():
-            raise KeyboardInterrupt
+            raise Killed
         return evaluate(*arguments)
 
     monkeypatch.setattr(dreambooth_task, "fixed_losses", killed)
     folder = tmp_path / "killed"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(*flags, "--output-dir", str(folder))
     monkeypatch.undo()
     train(*flags, "--output-dir", str(folder), "--resume_from_checkpoint", "latest")
@@ -286,6 +286,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     assert numbers(folder) == numbers(straight)
     for name in ("adapter.safetensors", "samples.png", "samples/step-000003/0-0.png", "samples/step-000006/0-0.png"):
         assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "texts"),
+    [("randlora", []), *((name, ["--train-text-encoder"]) for name in ("randlora", "lora", "full"))],
+)
+def test_a_run_starts_from_an_adapter(
+    method: str, texts: list[str], train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--method", method, *texts, "--steps", "1"]
+    first = train(*argv, "--output-dir", str(tmp_path / "first")) / "adapter.safetensors"
+    rates = ["--lr", "1e-30", *([*texts, "--text-encoder-lr", "1e-30"] if texts else [])]
+    start = ["--method", method, *rates, "--init-adapter", str(first)]
+    folder = train(*start, "--weight-decay", "0", "--steps", "1")
+    one, other = load_file(first), load_file(folder / "adapter.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-20)
+    assert one.keys() == other.keys()
+    (line,) = (line for line in numbers(folder) if line["split"] == "train")
+    assert ("lr_text_encoder" in line) == bool(texts)
+    if method != "full":
+        with pytest.raises(SystemExit):
+            train(*start, "--rank", "2", "--overwrite")
+        assert "error: --init-adapter: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -310,7 +335,6 @@ def test_two_processes(models: Path, images: Path, tmp_path: Path) -> None:
 # Wrong input
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "no checkpoint": (["--resume", "latest", "--output-dir", "{tmp}/empty"], "holds no checkpoint"),
     "missing checkpoint": (["--resume_from_checkpoint", "{tmp}/run/checkpoints/step-000100"], "there is no checkpoint"),
     "unknown flag": (["--instance-promt", "x"], "Perhaps you meant --instance-prompt"),
     "no images": (["--instance-data-dir", "{tmp}/empty"], "contains no images"),

@@ -9,7 +9,7 @@ from torch import nn
 from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations.timm import head_modules, load_adapter
 from randlora_vision.training.classifier.options import ClassifierOptions, ClassifierSettings
-from randlora_vision.training.harness.optim import layer_rates, timm_layers
+from randlora_vision.training.harness.optim import Rate, layer_rates, timm_layers
 from randlora_vision.training.methods.adaptation import (
     Adaptation,
     RandLoRA,
@@ -90,5 +90,5 @@ def own_rates(model: nn.Module, settings: ClassifierSettings) -> dict[nn.Paramet
     decay, head_lr = settings.rates.layer_decay, settings.adapter.head_lr
     rates = layer_rates(model, [timm_layers(model)], settings.training.lr, decay) if decay != 1 else {}
     if head_lr is not None:
-        rates |= {p: head_lr for _, p in head_parameters(model) if p.requires_grad}
+        rates |= {p: Rate(head_lr, "head") for _, p in head_parameters(model) if p.requires_grad}
     return rates

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from randlora_vision.integrations._open_clip_models import LoadedClip
+from randlora_vision.training.clip.contrastive import clamp_logit_scale
 from randlora_vision.training.data.labelled import Batch
 from randlora_vision.training.evaluation.accuracy import Scores, measure
 
@@ -106,6 +107,10 @@ class ClassPromptLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, a scalar."""
         return F.cross_entropy(self.classifier(batch["images"]), batch["labels"])
+
+    def clamp(self) -> None:
+        """Keep a trained logit scale in its bounds."""
+        clamp_logit_scale(self.classifier.clip)
 
 
 def text_tower_learns(model: nn.Module) -> bool:

@@ -66,6 +66,13 @@ class Replay:
     batches: int  # number of batches in the joint loss
 
 
+@torch.no_grad()
+def clamp_logit_scale(model: Any) -> None:
+    """Move a trained logit scale into [0, ln 100], as the training of open_clip does after every step."""
+    if model.logit_scale.requires_grad:
+        model.logit_scale.clamp_(0, math.log(100))
+
+
 class ContrastiveLoss(nn.Module):
     """The mean contrastive loss over the pairs of all processes.
 
@@ -132,6 +139,10 @@ class ContrastiveLoss(nn.Module):
         at_images, at_texts, *others = torch.autograd.grad(loss, [images, texts, *self.trained_scalars()])
         parts = zip(batches, at_images.split(sizes), at_texts.split(sizes), strict=True)
         return [Replay(*part, others, loss.detach(), len(batches)) for part in parts]
+
+    def clamp(self) -> None:
+        """Keep a trained logit scale in its bounds."""
+        clamp_logit_scale(self.clip)
 
     def trained_scalars(self) -> list[nn.Parameter]:
         """Return the logit scale and, for the SigLIP loss, the logit bias, if they are trained."""

@@ -14,6 +14,7 @@ from randlora_vision.training.harness.memory import checkpoint_activations
 from randlora_vision.training.harness.optim import (
     AS_THE_ONE_BEFORE,
     Layers,
+    Rate,
     layer_rates,
     layers_by,
     matcher,
@@ -100,10 +101,9 @@ def own_rates(model: Any, settings: ClipSettings) -> dict[nn.Parameter, float]:
     """Return the learning rates that differ from the default, by parameter of an open_clip model."""
     decay, scale_lr = settings.rates.layer_decay, settings.clip.logit_scale_lr
     rates = layer_rates(model, clip_layers(model), settings.training.lr, decay) if decay != 1 else {}
-    return {
-        **rates,
-        **({model.get_parameter(name): scale_lr for name in _scalars(model, settings)} if scale_lr else {}),
-    }
+    if scale_lr is not None:
+        rates |= {model.get_parameter(name): Rate(scale_lr, "logit_scale") for name in _scalars(model, settings)}
+    return rates
 
 
 def _scalars(model: nn.Module, settings: ClipSettings) -> list[str]:

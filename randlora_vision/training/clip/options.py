@@ -167,6 +167,8 @@ class ClipOptions:
             raise ValueError("--adapter needs --eval-only, or --method linear-probe to train on its features")
         if self.images.eval_split and not (evaluation.eval_only or evaluation.retention_data):
             raise ValueError("--eval-split needs --eval-only or --retention-data")
+        if evaluation.eval_only and self.adapter.init_adapter is not None:
+            raise ValueError("--eval-only does not train: give --adapter instead of --init-adapter")
         if evaluation.eval_only and self.checkpoints.resume is not None:
             raise ValueError("--eval-only does not train: leave --resume out")
         if self.loss.loss in ("clip", "siglip") and self.adapter.method == "linear-probe":

@@ -19,7 +19,8 @@ from torch import nn
 
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
-from randlora_vision.training.methods.adaptation import finite_gradients, values_restored
+from randlora_vision.json_values import check_type, parse_json
+from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, values_restored
 
 _ADAPTER = "default"
 
@@ -80,6 +81,20 @@ class LoRAInPipeline:
         for name, config in self.configs.items():
             inject_adapter_in_model(config, getattr(model, name), _ADAPTER)
         self._copy_in(model, path)
+
+    def start_from(self, path: Path) -> None:
+        """Copy the tensors of a file of the same alpha."""
+        from peft import get_peft_model_state_dict
+
+        tensors, metadata = read_tensors(path)
+        key = "lora_adapter_metadata"
+        theirs = check_type(parse_json(metadata.get(key, "{}"), path), dict, path, key)
+        for name, config in self.configs.items():
+            if (alpha := theirs.get(f"{name}.lora_alpha")) != config.lora_alpha:
+                raise ValueError(f"{path} holds a LoRA of alpha {alpha} for {name}, trained is {config.lora_alpha:g}")
+        held = {name: get_peft_model_state_dict(part, adapter_name=_ADAPTER) for name, part in self.parts.items()}
+        own = {f"{name}.{key}": tensor for name, tensors in held.items() for key, tensor in tensors.items()}
+        copy_tensors(own, tensors, path)
 
     def with_saved(self, path: Path) -> AbstractContextManager[None]:
         """Temporarily replace the trained tensors by those of the file."""

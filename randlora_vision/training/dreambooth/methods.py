@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, set_active
+from randlora_vision.adapters.refill import refill
+from randlora_vision.files import bundle
 from randlora_vision.integrations import diffusers as pipelines
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.lora import LoRAInPipeline
@@ -61,6 +63,16 @@ class RandLoRAInPipeline:
     def save(self, path: Path) -> None:
         """Write the adapter file."""
         pipelines.save_adapter(self.pipe, path, _TRAINED)
+
+    def start_from(self, path: Path) -> None:
+        """Copy the values of an adapter file."""
+        contents = bundle.read(path)
+        if set(contents) == {""} and len(self.parts) == 1:  # a file of the denoiser alone names no component
+            contents = dict(zip(self.parts, contents.values(), strict=True))
+        if set(contents) != set(self.parts):
+            raise ValueError(f"{path} holds adapters for {', '.join(contents)}, trained are {', '.join(self.parts)}")
+        for name, part in self.parts.items():
+            refill(part, contents[name], path, _TRAINED)
 
     def load(self, model: Any, path: Path) -> None:
         """Load the adapter file."""

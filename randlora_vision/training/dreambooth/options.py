@@ -243,7 +243,7 @@ class PlainAdapter(DreamBoothAdapterOptions):
 class DreamBoothTraining(DreamBoothTrainingOptions, Training):
     """How it is trained, with the defaults filled in."""
 
-    steps: int
+    steps: int = field(metadata=FREE)
     lr: float
 
 

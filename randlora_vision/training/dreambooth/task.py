@@ -25,6 +25,7 @@ from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation, trained_components
 from randlora_vision.training.dreambooth.options import DreamBoothSettings
 from randlora_vision.training.dreambooth.subject import Subject, make_items
+from randlora_vision.training.harness.optim import Rate
 from randlora_vision.training.harness.seeding import seed_everything
 from randlora_vision.training.methods.task import AdaptedTask
 
@@ -71,13 +72,14 @@ def make_task(
     prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder)
     loss = DiffusionLoss(family, parts, prompts, settings.subject.prior_loss_weight, cached)
     batches = training.batches(processes)
+    text_lr = None if text_encoder_lr is None else Rate(text_encoder_lr, "text_encoder")
     texts_learn = [p for name, part in parts.items() if name != family.denoiser_name for p in part.parameters()]
     return AdaptedTask(
         adaptation,
         loss,
         batches=diffusion_batches(data, training.batch_size, batches, training.seed, training.workers),
         evaluate=partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed),
-        own_lr={p: text_encoder_lr for p in texts_learn if p.requires_grad and text_encoder_lr is not None},
+        own_lr={p: text_lr for p in texts_learn if p.requires_grad and text_lr is not None},
         path=path,
         measured="training-image",  # a few images of the subject cannot be split
     )

@@ -5,8 +5,10 @@ By hand, because accelerate and PyTorch pickle the state of an optimiser.
 
 import hashlib
 import json
+import math
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from randlora_vision.files.atomic import replacing_folder
+from randlora_vision.files.atomic import remove_folder, replacing_folder
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing, printable
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
@@ -25,6 +27,8 @@ FOLDER = "checkpoints"
 _FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _NUMBERS = (Tensor, bool, int, float)
+_STEPS = "training.steps"
+_SHARES = ("training.batch_size", "training.gradient_accumulation_steps", "processes")
 _TENSOR = "__tensor__"  # marks the name of a tensor in JSON
 _CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
 
@@ -56,19 +60,40 @@ class Checkpoint:
     settings: dict[str, Any]
     state: State
 
-    def check(self, settings: Mapping[str, Any], free: Sequence[str]) -> None:
-        """Raise ValueError, listing the differences, unless the checkpoint was written with `settings`.
+    def check(self, settings: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+        """Return notes on changes that change the result; raise ValueError, listing the others, for other settings.
 
-        `free` names the settings, or groups of settings, that may differ ("run", "training.workers").
+        `free` names the settings, or groups of settings, that may differ ("run", "training.workers"). The number of
+        processes, the batch size and the accumulation steps may differ if their product, the images of a step, is the
+        same: the steps then consist of the same images.
         """
         then, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
-        differing = [
-            f"{_flag(name)} was {then.get(name)!r}, is now {now.get(name)!r}"
-            for name in {**then, **now}
-            if then.get(name) != now.get(name) and not any(name == part or name.startswith(f"{part}.") for part in free)
-        ]
-        if differing:
-            raise ValueError(f"cannot resume {self.path} with other settings: {'; '.join(differing)}")
+        differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        notes = []
+        shares = [name for name in _SHARES if name in differing]
+        images, images_now = (math.prod(values.get(name) or 1 for name in _SHARES) for values in (then, now))
+        if shares and images == images_now:
+            free = [*free, *_SHARES]
+            notes.append(
+                f"{_changes(shares, then, now)}: the steps have the same images as before, but random draws in the "
+                "model, such as dropout, are others"
+            )
+        may = {name for name in {**then, **now} if any(name == part or name.startswith(f"{part}.") for part in free)}
+        refused = [name for name in differing if name not in may]
+        if refused:
+            hint = f" ({images} images in a step, now {images_now})" if shares and images != images_now else ""
+            allowed = ", ".join(sorted(_flag(name) for name in may if name in now))
+            raise ValueError(
+                f"cannot resume {self.path} with other settings: {_changes(refused, then, now)}{hint}; these may "
+                f"change: {allowed}, and --batch-size, --gradient-accumulation-steps and the number of processes if a "
+                "step has as many images"
+            )
+        steps = now.get(_STEPS)
+        if steps is not None and steps < self.state.step:
+            raise ValueError(f"{self.path} is after step {self.state.step}: give --steps {self.state.step} or more")
+        if _STEPS in differing:
+            notes.append(f"{_changes([_STEPS], then, now)}: from here on, the learning rate follows the new schedule")
+        return notes
 
 
 class Checkpoints:
@@ -114,13 +139,17 @@ class Checkpoints:
         found = list_checkpoints(self.folder)
         past = [path for number, path in found if number <= step]
         for path in [*past[: -self.limit], *(path for number, path in found if number > step)]:
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
-def find_checkpoint(options: CheckpointOptions, run: RunOptions) -> tuple[Checkpoint | None, RunOptions]:
+def find_checkpoint(
+    options: CheckpointOptions, run: RunOptions, say: Callable[[str], None] = print
+) -> tuple[Checkpoint | None, RunOptions]:
     """Read the checkpoint that `--resume` names; return it, and `run` with its run folder as output folder.
 
-    Raises ValueError when there is no checkpoint, when it is damaged, or when --output-dir is another folder.
+    The latest is the newest whole one, or None in a folder without any, so that one command both starts and resumes
+    a run; `say` receives a line about either. Raises ValueError when all are damaged, when the one that was named is
+    missing or damaged, or when --output-dir is another folder.
     """
     if options.resume is None:
         return None, run
@@ -129,10 +158,7 @@ def find_checkpoint(options: CheckpointOptions, run: RunOptions) -> tuple[Checkp
     if options.resume == "latest":
         if run.output_dir is None:
             raise ValueError("--resume latest needs --output-dir, the run folder whose latest checkpoint is used")
-        found = list_checkpoints(Path(run.output_dir) / FOLDER)
-        if not found:
-            raise ValueError(f"--resume latest: {run.output_dir} holds no checkpoint (--checkpoint-every writes them)")
-        return read_checkpoint(found[-1][1]), run
+        return _newest_whole(Path(run.output_dir) / FOLDER, say), run
     path = Path(options.resume)
     checkpoint = read_checkpoint(path)
     home = path.absolute().parent.parent
@@ -143,9 +169,28 @@ def find_checkpoint(options: CheckpointOptions, run: RunOptions) -> tuple[Checkp
     return checkpoint, replace(run, output_dir=run.output_dir or str(path.parent.parent))
 
 
+def _newest_whole(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    found = list_checkpoints(folder)
+    if not found:
+        say(f"note: --resume latest: {folder.parent} holds no checkpoint, so the run starts anew")
+        return None
+    damages = []
+    for _, path in reversed(found):
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as error:
+            damages.append(str(error))
+        else:
+            for damage in damages:
+                say(f"note: {damage}; an earlier one is used")
+            return checkpoint
+    raise ValueError(f"--resume latest: {'; '.join(damages)} (remove {folder} to start anew)")
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return the step and path of every complete checkpoint in a folder, oldest first."""
-    return sorted((int(path.name.removeprefix("step-")), path) for path in folder.glob("step-[0-9]*"))
+    """Return the step and path of every checkpoint in a folder, oldest first."""
+    names = ((re.fullmatch(r"step-(\d+)", path.name, re.ASCII), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in names if match)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -260,6 +305,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def _changes(names: Iterable[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return "; ".join(f"{_flag(name)} was {then.get(name)!r}, is now {now.get(name)!r}" for name in names)
 
 
 def _flag(name: str) -> str:

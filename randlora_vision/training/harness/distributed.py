@@ -22,6 +22,15 @@ def process_and_processes() -> tuple[int, int]:
     return 0, 1
 
 
+def largest(value: int, device: torch.device) -> int:
+    """Return the largest of the values of all processes; every process must call it."""
+    if process_and_processes()[1] == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    return int(shared)
+
+
 def row_counts(rows: int, device: torch.device) -> list[int]:
     """Return how many rows each process has, in the order of the processes (P); every process must call it."""
     if process_and_processes()[1] == 1:

@@ -8,11 +8,14 @@ from typing import Any, Protocol, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from randlora_vision.errors import Stopped
 from randlora_vision.files.atomic import fingerprint
 from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints, find_checkpoint
+from randlora_vision.training.harness.lock import unlock_folder
 from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training, free_settings
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
+from randlora_vision.training.harness.stopping import StopRequests, seconds_of
 from randlora_vision.training.harness.task import Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
 
@@ -61,10 +64,11 @@ def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[
     Returns the options with the folder set and with `resume` cleared, so that config.yaml can be used again
     to start a new run. Raises ValueError as `find_checkpoint` and `open_run_folder` do.
     """
-    resume, run_options = find_checkpoint(options.checkpoints, options.run)
+    resume, run_options = find_checkpoint(options.checkpoints, options.run, accelerator.print)
+    anew = options.checkpoints.resume is not None and resume is None
     checkpoints = replace(options.checkpoints, resume=None)
     options = replace(options, run=run_options, checkpoints=checkpoints)  # type: ignore[type-var]  # a dataclass
-    run = open_run_folder(options.run, script, accelerator.is_main_process, resuming=resume is not None)
+    run = open_run_folder(options.run, script, accelerator.is_main_process, resume is not None, anew)
     (path,) = broadcast_object_list([str(run.path)])  # the default name contains the first process's time
     if not run.writing:
         run = RunFolder(Path(path), writing=False)
@@ -82,13 +86,33 @@ def fit(
 ) -> Speed:
     """Write the settings to the run folder and train, starting from a checkpoint if one is given.
 
-    Raises ValueError when the checkpoint was written with other settings or images, and as `Trainer.run` does.
+    Raises ValueError when the checkpoint was written with other settings or images, and as `Trainer.run` does. Raises
+    Stopped after a checkpoint when a signal or --time-limit asks for it. In both cases, the folder is unlocked.
     """
+    try:
+        return _fit(task, options, data, run, accelerator, resume, after_save)
+    except BaseException as error:
+        if isinstance(error, Stopped):
+            accelerator.end_training()
+        unlock_folder(run.path)
+        raise
+
+
+def _fit(
+    task: Task,
+    options: Settings,
+    data: Data,
+    run: RunFolder,
+    accelerator: Accelerator,
+    resume: Checkpoint | None,
+    after_save: Callable[[int], None] | None,
+) -> Speed:
     record = data.record()
     processes = accelerator.num_processes
     settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
     if resume:
-        resume.check(settings, free_settings(options))
+        for note in resume.check(settings, free_settings(options)):
+            accelerator.print(f"note: {note}")
         run.keep_metrics(resume.state.step)
         accelerator.print(f"resumed from {resume.path}")
     step = resume.state.step if resume else 0
@@ -96,17 +120,20 @@ def fit(
     run.write_config(options)
     run.write(run.split, record)
     checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
-    trainer = Trainer(
-        task,
-        options.training,
-        accelerator,
-        run.log,
-        checkpoints,
-        resume,
-        keep_best=run.keep_best,
-        after_save=after_save,
-    )
-    speed = trainer.run()
+    limit = options.checkpoints.time_limit
+    with StopRequests(seconds_of(limit) if limit else None, run.opened) as stop:
+        trainer = Trainer(
+            task,
+            options.training,
+            accelerator,
+            run.log,
+            checkpoints,
+            resume,
+            keep_best=run.keep_best,
+            after_save=after_save,
+            stop=stop,
+        )
+        speed = trainer.run()
     if trainer.best:
         metric, best = options.training.best_metric, trainer.best
         accelerator.print(f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
@@ -114,8 +141,9 @@ def fit(
 
 
 def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:
-    """Report the run's pictures to the trackers at `step`, and close what accelerate has opened."""
+    """Report the run's pictures to the trackers at `step`, close what accelerate has opened, and unlock the folder."""
     if run.writing:
         report_pictures(accelerator, step, run.pictures())
     accelerator.end_training()
     accelerator.free_memory()
+    unlock_folder(run.path)

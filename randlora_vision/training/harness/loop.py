@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from randlora_vision.json_values import check_object
+from randlora_vision.errors import Stopped
 from randlora_vision.training.harness.accelerators import prepare_sharding, require_all_gradients
 from randlora_vision.training.harness.checkpoints import (
     Checkpoint,
@@ -25,12 +25,15 @@ from randlora_vision.training.harness.checkpoints import (
     restore_optimizer,
     to_cpu,
 )
+from randlora_vision.training.harness.distributed import largest
 from randlora_vision.training.harness.ema import Ema
-from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
+from randlora_vision.training.harness.modes import train_mode
+from randlora_vision.training.harness.optim import current_rates, make_optimizer, warmup_schedule
 from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
-from randlora_vision.training.harness.task import JointLoss, Speed, Task
+from randlora_vision.training.harness.stopping import StopRequests, reason
+from randlora_vision.training.harness.task import BoundedLoss, JointLoss, Speed, Task
 
 
 class Trainer:
@@ -55,6 +58,7 @@ class Trainer:
         resume: Checkpoint | None = None,
         keep_best: Callable[[], None] | None = None,
         after_save: Callable[[int], None] | None = None,
+        stop: StopRequests | None = None,
     ) -> None:
         self.task = task
         self.options = options
@@ -72,9 +76,7 @@ class Trainer:
         # Only now, because FSDP replaces the parameters of the model.
         self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
-        # Not prepared: accelerate would step it once per process.
-        floor = options.min_lr / options.lr
-        self.schedule = warmup_schedule(optimizer, options.steps, options.warmup, options.schedule, floor)
+        self.schedule = self._schedule()
         self.ema = Ema({name: p for p, name in self.names.items()}, options.ema_decay) if options.ema_decay else None
         self.images_per_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
         self.step = 0
@@ -84,6 +86,7 @@ class Trainer:
         self.recent = Mean()
         self.keep_best = keep_best
         self.after_save = after_save
+        self.stop = stop or StopRequests()
         self.best: Best | None = None
         if resume is not None:
             self._restore(resume.state)
@@ -91,7 +94,7 @@ class Trainer:
     def run(self) -> Speed:
         """Train to the last step, or until early stopping.
 
-        Raises ValueError when the loss, a gradient or a metric is not finite.
+        Raises ValueError when the loss, a gradient or a metric is not finite; Stopped when asked to stop.
         """
         if self.step == 0:
             self._evaluate()
@@ -101,7 +104,9 @@ class Trainer:
         with tqdm(total=self.options.steps, initial=self.step, unit="step", disable=silent) as bar:
             while self.step < self.options.steps and not self._exhausted():
                 started = time.perf_counter()
-                lr = float(self.schedule.get_last_lr()[0])
+                rates = current_rates(
+                    self.optimizer.optimizer, self.options.lr * self.schedule.lr_lambdas[0](self.step)
+                )
                 loss, grad_norm = self._optimise(batches)
                 seconds = time.perf_counter() - started
                 self.step += 1
@@ -113,15 +118,19 @@ class Trainer:
                 if self.step % self.options.log_every == 0 or self.step == self.options.steps:
                     means = self.recent.take()
                     rate = self.images_per_step / means.pop("seconds")
-                    self.log(self.step, "train", {**means, "lr": lr, "images_per_second": rate})
+                    self.log(self.step, "train", {**means, **rates, "images_per_second": rate})
                     bar.set_postfix_str(
-                        f"loss {means['loss']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {peak_memory():.1f} GB"
+                        f"loss {means['loss']:.3f}, lr {rates['lr']:.1e}, {rate:.0f} images/s, {peak_memory():.1f} GB"
                     )
                 if self.step % self.options.eval_every == 0 or self.step == self.options.steps:
                     self._evaluate()
-                if self.checkpoints is not None and self.checkpoints.due(self.step):
+                code = largest(self.stop.poll(), self.accelerator.device)
+                if self.checkpoints is not None and (self.checkpoints.due(self.step) or code) and not self._sharded():
                     self.checkpoints.write(self._state())
                     self.accelerator.wait_for_everyone()
+                if code:
+                    self._close(loader, batches)
+                    raise Stopped(self._farewell(code), code)
         self._close(loader, batches)
         if self.ema:
             self.ema.put_into_model()
@@ -137,6 +146,24 @@ class Trainer:
         elif loader in self.accelerator.gradient_state.dataloader_references:
             batches.close()
             loader.end()
+
+    def _sharded(self) -> bool:
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def _farewell(self, code: int) -> str:
+        """Return the line that says where a stopped run goes on; it is empty for all processes but the first."""
+        if not self.accelerator.is_main_process:
+            return ""
+        where = self.saved
+        if self.checkpoints is not None and not self._sharded():
+            where = f"its checkpoint is in {self.checkpoints.folder}, --resume latest goes on from it"
+        return f"stopped by {reason(code)} after step {self.step} of {self.options.steps}: {where}"
+
+    def _schedule(self, done: int = 0) -> LambdaLR:
+        """Return the schedule of the learning rates after `done` steps, and set the rates."""
+        options, optimizer = self.options, self.optimizer.optimizer  # accelerate's would step it once per process
+        floor = options.min_lr / options.lr
+        return warmup_schedule(optimizer, options.steps, options.warmup, options.schedule, floor, done)
 
     def _exhausted(self) -> bool:
         patience = self.options.early_stopping_patience
@@ -157,6 +184,8 @@ class Trainer:
                     measured = self._clip(loss)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        if isinstance(self.task.loss, BoundedLoss):
+            self.task.loss.clamp()
         self.schedule.step()
         return measured
 
@@ -242,7 +271,6 @@ class Trainer:
         scaler = self.accelerator.scaler
         values = {
             "optimizer": optimizer.values,
-            "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "recent": self.recent.state(),
             "seconds": self.seconds,
@@ -259,9 +287,8 @@ class Trainer:
             for name, parameter in parameters.items():
                 parameter.copy_(state.tensors[f"parameters/{name}"])
         restore_optimizer(self.optimizer.optimizer, self.names, State(state.step, values["optimizer"], state.tensors))
-        kinds = {key: list if isinstance(v, tuple) else type(v) for key, v in self.schedule.state_dict().items()}
-        where = f"the checkpoint of step {state.step}, schedule"
-        self.schedule.load_state_dict(check_object(values["schedule"], kinds, where))
+        # The rates follow from the step, so that a run may go on for more steps than it first asked for.
+        self.schedule = self._schedule(state.step)
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.ema:
@@ -275,14 +302,3 @@ class Trainer:
         raise ValueError(
             f"training stopped after step {self.step}: {reason}; a lower --lr usually helps ({self.saved})"
         )
-
-
-def train_mode(module: nn.Module) -> None:
-    """Put a module in training mode, except for batch normalisations, which keep the base's running statistics.
-
-    Adapter files do not contain these statistics, so the adapter would be loaded into a different base model.
-    """
-    module.train()
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()

@@ -25,6 +25,18 @@ _UNFIT = {"adahessian"}
 _WITH_FUSED_KERNEL = {"adam", "adamw"}  # PyTorch's optimisers of these names
 
 
+class Rate(float):
+    """A peak learning rate and the name under which it is logged, for example head (as lr_head)."""
+
+    name: str
+
+    def __new__(cls, value: float, name: str) -> "Rate":
+        """Return a number that is equal to `value`."""
+        rate = super().__new__(cls, value)
+        rate.name = name
+        return rate
+
+
 def check_optimizer_name(name: str) -> None:
     """Raise ValueError, with close matches, for a name that is not one of timm's optimisers.
 
@@ -51,8 +63,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return timm's optimiser of that name over the trainable parameters in `parameters`.
 
-    `own_lr` gives individual peak learning rates; `betas` and `eps` replace those of the optimiser. Raises ValueError
-    when the optimiser needs a package or a device that is not available, or does not have two betas.
+    `own_lr` gives individual peak learning rates; the groups of a `Rate` have its name as "name". `betas` and `eps`
+    replace those of the optimiser. Raises ValueError when the optimiser needs a package or a device that is not
+    available, or does not have two betas.
     """
     from timm.optim import create_optimizer_v2
 
@@ -61,9 +74,13 @@ def make_optimizer(
     everything = [parameter for parameter in parameters if parameter.requires_grad]
     common = [parameter for parameter in everything if parameter not in own_lr]
     groups = decay_groups(common, weight_decay) if common or not own_lr else []
-    for rate in dict.fromkeys(own_lr.values()):
-        chosen = [parameter for parameter in everything if own_lr.get(parameter) == rate]
-        groups += [{**group, "lr": rate} for group in decay_groups(chosen, weight_decay)]
+    named: dict[tuple[float, str | None], list[nn.Parameter]] = {}
+    for parameter in everything:
+        if (rate := own_lr.get(parameter)) is not None:
+            named.setdefault((float(rate), getattr(rate, "name", None)), []).append(parameter)
+    for (rate, label), chosen in named.items():
+        own = {"lr": rate, "name": label} if label else {"lr": rate}
+        groups += [{**group, **own} for group in decay_groups(chosen, weight_decay)]
     try:
         numbers = {**_fused(name, everything), **_numbers(name, betas, eps)}
         return create_optimizer_v2(groups, opt=name, lr=lr, **numbers)
@@ -128,10 +145,24 @@ def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosin
 
 
 def warmup_schedule(
-    optimizer: torch.optim.Optimizer, steps: int, warmup: int, shape: Schedule = "cosine", floor: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    warmup: int,
+    shape: Schedule = "cosine",
+    floor: float = 0.0,
+    done: int = 0,
 ) -> LambdaLR:
-    """Return a scheduler that applies `schedule_factor`; call its `step()` once per optimiser step."""
-    return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape, floor))
+    """Return a scheduler that applies `schedule_factor`; call its `step()` once per optimiser step.
+
+    After `done` steps, the groups of the optimiser must hold their "initial_lr".
+    """
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape, floor), last_epoch=done - 1)
+
+
+def current_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
+    """Return `lr`, the common learning rate, as "lr", and those of groups with a name as "lr_<name>"."""
+    own = {f"lr_{group['name']}": float(group["lr"]) for group in optimizer.param_groups if "name" in group}
+    return {"lr": lr, **own}
 
 
 AS_THE_ONE_BEFORE = (99999,)  # timm's marker for this
@@ -139,14 +170,18 @@ Layers = Mapping[str, int]  # parameter name -> layer, counted from 0
 
 
 def layer_rates(model: nn.Module, parts: Iterable[Layers], lr: float, decay: float) -> dict[nn.Parameter, float]:
-    """Return lr * decay ** (last layer - layer) for every trained parameter of the parts of a model."""
+    """Return lr * decay ** (last layer - layer) for every trained parameter of the parts of a model.
+
+    The rates are named by the layer counted from the end, from "layer_-2"; that of the last layers is `lr` itself.
+    """
     parameters = dict(model.named_parameters())
     rates = {}
     for layers in parts:
         last = max(layers.values())
         for name, layer in layers.items():
+            before = last - layer
             if parameters[name].requires_grad:
-                rates[parameters[name]] = lr * decay ** (last - layer)
+                rates[parameters[name]] = Rate(lr * decay**before, f"layer_{-1 - before}") if before else lr
     return rates
 
 

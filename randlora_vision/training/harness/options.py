@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from randlora_vision.training.harness.command_line import parse as parse
 from randlora_vision.training.harness.optim import Schedule, check_optimizer_name
+from randlora_vision.training.harness.stopping import seconds_of
 
 Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]  # each script has a subset
 FREE = {"free": True}
-"""Metadata of settings, or groups of settings, that may differ on resuming: they do not change what is learned."""
+"""Metadata of settings, or groups of settings, that may differ on resuming."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class AdapterOptions:
     Default: the attention and MLP weights of the chosen towers."""
     exclude_modules: tuple[str, ...] = ()
     """Names of weights, or of modules that contain them, that are never adapted."""
+    init_adapter: str | None = None
+    """Start from the values in this file, which the same script wrote with the same method, rank, alpha, bases, seed
+    and targets. A resumed run does not read it again."""
 
     def __post_init__(self) -> None:
         _require(self.rank is None or self.rank >= 1, "--rank must be 1 or more", self.rank)
@@ -62,9 +66,9 @@ _WARMUP_FRACTION = 0.1
 class TrainingOptions:
     """The training loop."""
 
-    steps: int | None = None
+    steps: int | None = field(default=None, metadata=FREE)
     """Optimiser steps."""
-    epochs: float | None = None
+    epochs: float | None = field(default=None, metadata=FREE)
     """Passes over the training images, instead of --steps. The steps are rounded up."""
     epoch_images: int | None = None
     """Images that make up an epoch. Default: all training images."""
@@ -147,7 +151,7 @@ class TrainingOptions:
 class Training(TrainingOptions):
     """`TrainingOptions` with the defaults filled in."""
 
-    steps: int
+    steps: int = field(metadata=FREE)
     lr: float
 
     def batches(self, processes: int) -> int:
@@ -220,9 +224,11 @@ class CheckpointOptions:
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: str | None = None
-    """Resume from 'latest' (of --output-dir) or from the path of a checkpoint. The result is exactly that of an
-    uninterrupted run. The settings must be those of that run, except where they do not change the result, such as
-    --output-dir, --workers and the checkpoint options."""
+    """Resume from 'latest' (of --output-dir; without a checkpoint, the run starts) or from the path of a checkpoint.
+    The result is exactly that of an uninterrupted run. A setting that may not change is refused, with a list of those
+    that may, such as --steps."""
+    time_limit: str | None = None
+    """Stop before this time is over, with a checkpoint and exit code 124: minutes, H:M:S or D-H:M:S."""
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
@@ -230,6 +236,8 @@ class CheckpointOptions:
         _require(every is None or every > 0, "--checkpoint-epochs must be above 0", every)
         limit = self.checkpoints_total_limit
         _require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
 
 
 def without(options: Any, *names: str) -> dict[str, Any]:

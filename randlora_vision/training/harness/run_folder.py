@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import Any
 from randlora_vision.files.atomic import replacing, write_errors, write_json, write_text
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.training.harness.checkpoints import FOLDER, list_checkpoints
+from randlora_vision.training.harness.lock import lock_folder, unlock_folder
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.versions import versions
 
@@ -27,6 +29,7 @@ class RunFolder:
     def __init__(self, path: Path, writing: bool = True) -> None:
         self.path = path
         self.writing = writing
+        self.opened = time.monotonic()
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
@@ -114,19 +117,28 @@ def plain_settings(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options)))
 
 
-def open_run_folder(options: RunOptions, script: str, writing: bool = True, resuming: bool = False) -> RunFolder:
-    """Create the run folder, or raise ValueError when it holds a run and `--overwrite` was not given.
+def open_run_folder(
+    options: RunOptions, script: str, writing: bool = True, resuming: bool = False, anew: bool = False
+) -> RunFolder:
+    """Create and lock the run folder; raise ValueError when it holds a run and `--overwrite` was not given.
 
     A folder holds a run once it has metrics, so a run that stopped earlier because of invalid input does not
-    count. Overwriting removes only the files that a run writes; resuming keeps them.
+    count. Overwriting removes only the files that a run writes; resuming keeps them. `anew` also overwrites, but
+    only a run that did not finish. Raises ValueError, too, when another process has locked the folder.
     """
     default = Path(options.runs_dir) / (options.run_name or f"{script}-{datetime.now():%Y%m%d-%H%M%S}")
     run = RunFolder(Path(options.output_dir) if options.output_dir else default, writing)
-    if not writing or resuming:
+    if not writing:
         return run
-    if run.metrics.exists() and not options.overwrite:
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock_folder(run.path)
+    if resuming:
+        return run
+    finished = run.summary.exists()
+    if run.metrics.exists() and not options.overwrite and (finished or not anew):
+        unlock_folder(run.path)
         raise ValueError(
-            f"{run.path} already holds a run ({run.metrics.name}): "
+            f"{run.path} already holds a {'finished run' if finished else 'run'} ({run.metrics.name}): "
             "choose another --output-dir, or pass --overwrite to replace it"
         )
     for path in run.files():
@@ -138,7 +150,6 @@ def open_run_folder(options: RunOptions, script: str, writing: bool = True, resu
             picture.unlink()
     for _, checkpoint in list_checkpoints(run.path / FOLDER):
         shutil.rmtree(checkpoint)
-    run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.environment, environment())
     return run
 

@@ -48,6 +48,14 @@ class JointLoss(Protocol):
         """
 
 
+@runtime_checkable
+class BoundedLoss(Protocol):
+    """A loss with trained parameters that have bounds, such as the logit scale of CLIP."""
+
+    def clamp(self) -> None:
+        """Move these parameters into their bounds; called after every step."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """The number of steps, their duration without evaluation, and the memory that they used."""

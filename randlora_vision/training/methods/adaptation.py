@@ -22,6 +22,8 @@ from randlora_vision import (
     save_adapter,
     suggest_lr,
 )
+from randlora_vision.adapters.refill import refill
+from randlora_vision.files import adapter_file
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.names import listing
@@ -44,6 +46,9 @@ class Adaptation(Protocol):
 
     def load(self, model: nn.Module, path: Path) -> None:
         """Load a saved file into a fresh base model."""
+
+    def start_from(self, path: Path) -> None:
+        """Copy a saved file into the trained parameters; raise ValueError unless it holds exactly these."""
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the lines of Python that do the same for a model in the variable `model`."""
@@ -121,6 +126,10 @@ class RandLoRA:
         with quiet():
             load_adapter(model, path)
 
+    def start_from(self, path: Path) -> None:
+        """Copy the values of an adapter file."""
+        refill(self.model, adapter_file.read(path), path)
+
     def loading_code(self, path: Path) -> list[str]:
         """Return the call of `load_adapter`."""
         return ["from randlora_vision import load_adapter", f"load_adapter(model, {str(path)!r})"]
@@ -160,6 +169,10 @@ class TrainedTensors:
         with replacing(path) as temporary:
             save_file({name: p.detach().contiguous() for name, p in self.parameters()}, temporary)
 
+    def start_from(self, path: Path) -> None:
+        """Copy the parameters in the file."""
+        copy_tensors(dict(self.parameters()), read_tensors(path)[0], path)
+
     def load(self, model: nn.Module, path: Path) -> None:
         """Copy the parameters in the file into the model."""
         tensors, _ = read_tensors(path)
@@ -168,6 +181,39 @@ class TrainedTensors:
     def loading_code(self, path: Path) -> list[str]:
         """Return plain safetensors and PyTorch calls."""
         return [line.format(path=str(path)) for line in self.code]
+
+
+def start(adaptation: Adaptation, options: AdapterOptions, resuming: bool) -> None:
+    """Start from the file that `--init-adapter` names, if any, unless a checkpoint is going to be restored.
+
+    Raises ValueError for a file that is missing or does not hold what is trained.
+    """
+    if options.init_adapter is None or resuming:
+        return
+    path = Path(options.init_adapter)
+    if not path.is_file():
+        raise ValueError(f"--init-adapter: there is no file {path}")
+    try:
+        adaptation.start_from(path)
+    except ValueError as error:
+        raise ValueError(
+            f"--init-adapter: {error}; it needs a file that this script wrote with the same --method, --rank, --alpha, "
+            "--bases, --seed and targets"
+        ) from error
+
+
+@torch.no_grad()
+def copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `tensors`, which were read from `path`, into those of the same names; raise ValueError if they differ."""
+    shapes, found = ({name: tuple(tensor.shape) for name, tensor in held.items()} for held in (own, tensors))
+    wrong = sorted(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"{path} does not hold what is trained here: {listing(wrong, 3)} {'is' if len(wrong) == 1 else 'are'} "
+            "missing on one side, or of another shape"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing
-from randlora_vision.training.methods.adaptation import finite_gradients
+from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients
 
 FORMAT = "randlora_vision.lora"
 
@@ -87,13 +87,15 @@ def rank_for_budget(model: nn.Module, targets: Iterable[str], budget: int) -> in
 
 def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:
     """Write the trained tensors, and what is needed to load them, to one safetensors file."""
-    tensors = {}
-    for target, part in added.items():
-        tensors[f"{target}.lora_A"] = part.down.detach().contiguous()
-        tensors[f"{target}.lora_B"] = part.up.detach().contiguous()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(added).items()}
     metadata = {"format": FORMAT, "rank": str(rank), "alpha": str(alpha), "targets": json.dumps(list(added))}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def _tensors(added: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
+    """Return the factors by their names in a file."""
+    return {f"{t}.{name}": p for t, part in added.items() for name, p in (("lora_A", part.down), ("lora_B", part.up))}
 
 
 @printable_errors
@@ -150,6 +152,13 @@ class LoRA:
     def load(self, model: nn.Module, path: Path) -> None:
         """Load the factors."""
         load_lora(model, path)
+
+    def start_from(self, path: Path) -> None:
+        """Copy the factors of a file of the same alpha."""
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT or metadata.get("alpha") != str(self.alpha):
+            raise ValueError(f"{path} is not a LoRA file of alpha {self.alpha:g} written by this package")
+        copy_tensors(_tensors(self.added), tensors, path)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the call of `load_lora`."""

@@ -13,9 +13,9 @@ from randlora_vision.errors import printable_errors
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.json_values import check_object, parse_json
+from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing
-from randlora_vision.training.methods.adaptation import finite_gradients, quiet
+from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, quiet
 
 _METADATA = "randlora_vision.peft"  # a single key: safetensors does not fix the order of several
 _SETTINGS = {
@@ -85,6 +85,19 @@ class Peft:
     def load(self, model: nn.Module, path: Path) -> None:
         """Load the file."""
         load_peft(model, path)
+
+    def start_from(self, path: Path) -> None:
+        """Copy the tensors of a file with the same settings."""
+        from peft import get_peft_model_state_dict
+
+        tensors, metadata = read_tensors(path)
+        theirs = check_type(parse_json(metadata.get(_METADATA, "{}"), path), dict, path, _METADATA)
+        ours = self.model.peft_config["default"].to_dict()
+        scales = _SETTINGS.keys() - {"modules_to_save"}  # what the meaning of the tensors depends on
+        differing = sorted(key for key in scales if theirs.get(key) != ours.get(key))
+        if differing:
+            raise ValueError(f"{path} does not hold this PEFT adapter: {', '.join(differing)} differ")
+        copy_tensors(get_peft_model_state_dict(self.model), tensors, path)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the call of `load_peft`."""

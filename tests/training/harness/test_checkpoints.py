@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +199,6 @@ def test_latest_and_a_path_find_their_checkpoint_and_folder(tmp_path: Path) -> N
     ("resume", "run", "expected"),
     [
         ("latest", {}, "--resume latest needs --output-dir"),
-        ("latest", {"output_dir": "{tmp}/none"}, "none holds no checkpoint"),
         ("{tmp}/checkpoints/step-000009", {}, "there is no checkpoint"),
         ("{tmp}/checkpoints/step-000001", {"output_dir": "{tmp}/other"}, "--output-dir is .*other: omit --output-dir"),
         ("{tmp}/checkpoints/step-000001", {"overwrite": True}, "--overwrite would remove"),
@@ -234,8 +237,49 @@ def remove_tensors(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_an_error(spoil: Any, tmp_path: Path) -> None:
     checkpoints(tmp_path).write(state(1))
     spoil(tmp_path / "checkpoints" / "step-000001")
-    with pytest.raises(ValueError, match="the checkpoint .*step-000001 is damaged: "):
+    with pytest.raises(ValueError, match="the checkpoint .*step-000001 is damaged: .*remove .*checkpoints to start"):
         found("latest", output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="the checkpoint .*step-000001 is damaged: "):
+        found(str(tmp_path / "checkpoints" / "step-000001"))
+
+
+def remove_everything(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_tensors, remove_tensors, remove_everything, shutil.rmtree])
+def test_the_latest_is_the_newest_whole_one(spoil: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2, 3):
+        checkpoints(tmp_path, limit=3).write(state(step))
+    (tmp_path / "checkpoints" / "step-000004 copy").mkdir()
+    spoil(tmp_path / "checkpoints" / "step-000003")
+    latest, _ = found("latest", output_dir=str(tmp_path))
+    assert latest is not None and latest.state.step == 2
+    printed = capsys.readouterr().out
+    assert ("step-000003 is damaged" in printed and "an earlier one is used" in printed) or spoil is shutil.rmtree
+
+
+def test_without_a_checkpoint_the_latest_is_a_new_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found("latest", output_dir=str(tmp_path / "none")) == (None, RunOptions(output_dir=str(tmp_path / "none")))
+    assert "none holds no checkpoint, so the run starts anew" in capsys.readouterr().out
+
+
+def test_a_kill_while_pruning_leaves_no_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        checkpoints(tmp_path, limit=2).write(state(step))
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "state.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints(tmp_path, limit=1)._prune(1)  # a resumed run that went back removes the newest
+    monkeypatch.undo()
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [1]
+    checkpoints(tmp_path)  # the next run clears the rest away
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
@@ -243,9 +287,110 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000001")
     free = ("run", "training.workers")
     changed = {**SETTINGS, "training": {"lr": 0.1, "workers": 4}, "run": {"output_dir": "b"}}
-    checkpoint.check(changed, free)
-    with pytest.raises(ValueError, match=r"other settings: --lr was 0.1, is now 0.2; processes was 1, is now 2$"):
-        checkpoint.check({"training": {"lr": 0.2, "workers": 0}, "run": {}, "processes": 2}, free)
+    assert checkpoint.check(changed, free) == []
+    with pytest.raises(
+        ValueError, match=r"other settings: --lr was 0.1, is now 0.2; processes was 1, is now 2 \("
+    ) as no:
+        checkpoint.check({"training": {"lr": 0.2, "workers": 0}, "run": {"report_to": ""}, "processes": 2}, free)
+    assert "(1 images in a step, now 2); these may change: --report-to, --workers, and --batch-size" in str(no.value)
+
+
+def test_a_step_of_the_same_images_may_be_divided_in_another_way(tmp_path: Path) -> None:
+    def settings(batch: int, accumulation: int, processes: int) -> dict[str, Any]:
+        training = {"batch_size": batch, "gradient_accumulation_steps": accumulation}
+        return {"training": training, "processes": processes}
+
+    Checkpoints(tmp_path, CheckpointOptions(1), settings(8, 2, 1)).write(state(1))
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000001")
+    assert checkpoint.check(settings(8, 2, 1), ()) == []
+    for other in (settings(8, 1, 2), settings(4, 1, 4), settings(16, 1, 1)):
+        (note,) = checkpoint.check(other, ())
+        assert "the steps have the same images as before" in note
+    with pytest.raises(ValueError, match=r"processes was 1, is now 2 \(16 images in a step, now 32\)"):
+        checkpoint.check(settings(8, 2, 2), ())
+
+
+def test_a_run_goes_on_for_more_steps_but_not_for_fewer_than_it_did(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, CheckpointOptions(1), {"training": {"steps": 8}}).write(state(6))
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000006")
+    (note,) = checkpoint.check({"training": {"steps": 12}}, ["training.steps"])
+    assert "--steps was 8, is now 12" in note
+    with pytest.raises(ValueError, match="is after step 6: give --steps 6 or more"):
+        checkpoint.check({"training": {"steps": 5}}, ["training.steps"])
+
+
+def test_more_steps_follow_the_new_schedule(tmp_path: Path) -> None:
+    train(FitTask(6), tmp_path, steps=6, schedule="linear", log_every=1, warmup_fraction=0.0)
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000006")
+    lines, _ = train(FitTask(12), resume=checkpoint, schedule="linear", log_every=1, warmup_fraction=0.0)
+    rates = [values["lr"] for _, split, values in lines if split == "train"]
+    assert rates == pytest.approx([0.01 * (1 - step / 12) for step in range(6, 12)])
+
+
+def test_a_constant_rate_makes_more_steps_the_longer_run(tmp_path: Path) -> None:
+    constant = {"schedule": "constant", "warmup_fraction": 0.0}
+    _, straight = train(FitTask(12), **constant)
+    train(FitTask(6), tmp_path, steps=6, **constant)
+    _, resumed = train(FitTask(12), resume=read_checkpoint(tmp_path / "checkpoints" / "step-000006"), **constant)
+    assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
+
+
+def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoints(tmp_path: Path) -> None:
+    """The limit on the size of files is real: safetensors reports it as its own kind of error."""
+    checkpoints(tmp_path, limit=1).write(state(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*step-000002.*File too large"):
+            checkpoints(tmp_path, limit=1).write(State(2, {}, {"x": torch.zeros(1000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    read_checkpoint(tmp_path / "checkpoints" / "step-000001")
+
+
+class Small8Bit(torch.optim.Optimizer):
+    """Keeps its state as 8-bit optimisers do: bytes with their scale, a table, and a step that is not a tensor."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                held = self.state[p]
+                if not held:
+                    held.update(step=0, state1=torch.zeros_like(p, dtype=torch.uint8), absmax1=torch.ones(()))
+                    held["qmap1"] = torch.linspace(-1, 1, 256)
+                moment = held["qmap1"][held["state1"].long()] * held["absmax1"] * 0.9 + 0.1 * p.grad
+                held["absmax1"] = moment.abs().max() + 1e-12
+                held["state1"] = ((moment / held["absmax1"] + 1) * 127.5).round().to(torch.uint8)
+                held["step"] += 1
+                p.sub_(group["lr"] * moment)
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**126])  # the second overflows, so that the first steps are skipped
+def test_half_precision_with_an_8_bit_optimiser_resumes(
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from randlora_vision.training.harness import loop
+
+    monkeypatch.setattr(loop, "make_optimizer", lambda name, parameters, *_: Small8Bit(parameters))
+    make = make_accelerator
+
+    def scaled(options: Any) -> Any:
+        accelerator = make(options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(sys.modules[__name__], "make_accelerator", scaled)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call|Seems like", UserWarning)
+        lines, straight = train(FitTask(12), tmp_path, every=2)
+        again, resumed = train(FitTask(12), resume=read_checkpoint(tmp_path / "checkpoints" / "step-000010"))
+    assert again == [line for line in lines if line[0] > 10]
+    assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
 
 
 def test_other_parameters_are_refused(tmp_path: Path) -> None:

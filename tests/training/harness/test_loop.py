@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from randlora_vision.training.harness.accelerators import make_accelerator
-from randlora_vision.training.harness.loop import Trainer, train_mode
+from randlora_vision.training.harness.loop import Trainer
+from randlora_vision.training.harness.modes import train_mode
 from randlora_vision.training.harness.optim import decay_groups, schedule_factor
 from randlora_vision.training.harness.options import Training
 

@@ -1,0 +1,66 @@
+"""The lock of a run folder, which keeps a second run out.
+
+It is a lock of the operating system on a file, so that it dies with its process. POSIX locks, not flock's: NFS has
+them, and the workers of a loader do not inherit them. They do not keep the process itself out.
+"""
+
+import atexit
+import errno
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import IO
+
+NAME = ".lock"
+_held: dict[tuple[int, Path], IO[str]] = {}
+
+
+def lock_folder(folder: Path) -> None:
+    """Lock a folder until `unlock_folder` or the end of this process; it may be locked already by this process.
+
+    Raises ValueError when another process has locked it. Warns where the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    path = folder.resolve() / NAME
+    while (os.getpid(), path) not in _held:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{folder} is in use by {holder}: wait until that run has ended, or choose another --output-dir"
+                ) from None
+            path.unlink(missing_ok=True)
+            warnings.warn(f"{folder} cannot be locked ({error}): make sure that no other run uses it", stacklevel=2)
+            return
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            _held[os.getpid(), path] = file
+        else:  # the run that had it has just ended and removed it
+            file.close()
+
+
+def unlock_folder(folder: Path) -> None:
+    """Give a lock of this process back, if it has one."""
+    path = folder.resolve() / NAME
+    file = _held.pop((os.getpid(), path), None)
+    if file is not None:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@atexit.register
+def _unlock_all() -> None:
+    for process, path in list(_held):
+        if process == os.getpid():
+            unlock_folder(path.parent)

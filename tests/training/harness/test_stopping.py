@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.data import DataLoader, Dataset
+
+from randlora_vision.errors import Stopped, user_errors
+from randlora_vision.training.harness import stopping
+from randlora_vision.training.harness.accelerators import make_accelerator
+from randlora_vision.training.harness.checkpoints import Checkpoints, list_checkpoints, read_checkpoint
+from randlora_vision.training.harness.loop import Trainer
+from randlora_vision.training.harness.options import CheckpointOptions, Training
+from randlora_vision.training.harness.stopping import TIMED_OUT, StopRequests, reason, seconds_of
+from tests.training.harness.test_checkpoints import FitTask, train
+
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGHUP": 129}
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400),
+        ("0:30", 30),
+        ("90:15", 5415),
+        ("1:30:00", 5400),
+        ("001:00:01", 3601),
+        ("2-12", 60 * 3600),
+        ("1-02:03", 26 * 3600 + 180),
+        ("1-02:03:04", 26 * 3600 + 184),
+        (" 5 ", 300),
+    ],
+)
+def test_times_are_slurms(limit: str, seconds: int) -> None:
+    """The examples of `man sbatch`: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+    assert seconds_of(limit) == seconds
+    assert CheckpointOptions(time_limit=limit).time_limit == limit
+
+
+@pytest.mark.parametrize(
+    "limit", ["", "0", "0:00", "-5", "1.5", "1:2:3:4", "1-", "-1:00", "1h", "infinite", "٣", "1-2-3"]
+)
+def test_other_times_are_refused(limit: str) -> None:
+    with pytest.raises(ValueError, match="--time-limit must be"):
+        CheckpointOptions(time_limit=limit)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_signal_is_noted_and_the_handlers_come_back(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with StopRequests() as stop:
+        assert stop.poll() == 0
+        os.kill(os.getpid(), number)
+        assert stop.poll() == CODES[name]
+        os.kill(os.getpid(), signal.SIGTERM)  # at the end of Slurm's warning: the first one counts
+        assert stop.poll() == CODES[name]
+    assert signal.getsignal(number) == before
+    assert reason(CODES[name]) == ("Ctrl-C" if name == "SIGINT" else name)
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # that of the launcher, at once
+        assert stop.poll() == 130
+        monkeypatch.setattr(stopping, "_PATIENCE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_time_is_up_before_the_next_step_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with StopRequests(limit=600.0, started=900.0) as stop:
+        codes = []
+        for seconds in (10, 50, 10, 300, 10):  # until 1010, 1060, 1070, 1370, 1380; the limit is 1500
+            now[0] += seconds
+            codes.append(stop.poll())
+    assert codes == [0, 0, 0, TIMED_OUT, TIMED_OUT]
+
+
+class Slow(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.05)
+        return index
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("name", CODES)
+def test_the_workers_of_a_loader_survive_a_signal_to_all_processes(name: str) -> None:
+    with StopRequests() as stop:
+        items = iter(DataLoader(Slow(), batch_size=1, num_workers=1))
+        seen = [next(items)]
+        for worker in items._workers:  # type: ignore[attr-defined]
+            os.kill(worker.pid, getattr(signal, name))
+        seen += items
+        assert len(seen) == 8 and stop.poll() == 0
+
+
+def interrupted(task: FitTask, run: Path, stop: StopRequests, every: int = 0) -> str:
+    """Train until the request to stop; return the message."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    settings = Training(lr=0.01, steps=12, batch_size=4, log_every=2, eval_every=4, seed=5)
+    checkpoints = Checkpoints(run, CheckpointOptions(checkpoint_every=every), {})
+    with stop, pytest.raises(Stopped) as stopped:
+        Trainer(task, settings, make_accelerator(settings), lambda *_: None, checkpoints, stop=stop).run()
+    assert stopped.value.code == 143
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize(("during", "every"), [("step", 0), ("step", 5), ("evaluation", 0)])
+def test_a_stopped_run_goes_on_bit_for_bit(during: str, every: int, tmp_path: Path) -> None:
+    lines, parameters = train(FitTask(12))
+    task = FitTask(12)
+    calls, forward, evaluate = iter(range(100)), task.loss.forward, task.evaluate
+    evaluations = iter(range(100))
+
+    def forwarded(batch: Any) -> Any:
+        if during == "step" and next(calls) == 4:  # the fifth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(batch)
+
+    def evaluated() -> dict[str, float]:
+        if during == "evaluation" and next(evaluations) == 1:  # after step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate()
+
+    task.loss.forward, task.evaluate = forwarded, evaluated  # type: ignore[method-assign,assignment]
+    message = interrupted(task, tmp_path, StopRequests(), every)
+    done = 5 if during == "step" else 4
+    folder = tmp_path / "checkpoints"
+    assert message == (
+        f"stopped by SIGTERM after step {done} of 12: its checkpoint is in {folder}, --resume latest goes on from it"
+    )
+    assert [step for step, _ in list_checkpoints(folder)] == [done]
+    again, resumed = train(FitTask(12), resume=read_checkpoint(list_checkpoints(folder)[-1][1]))
+    assert again == [line for line in lines if line[0] > done]
+    assert all(torch.equal(one, other) for one, other in zip(parameters, resumed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"), [(Stopped("a line", 143), 143, "a line\n"), (Stopped("", 9), 9, "")]
+)
+def test_a_request_to_stop_ends_with_one_line_and_its_code(
+    error: Stopped, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @user_errors
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code and capsys.readouterr().err == line
+
+
+def test_ctrl_c_outside_training_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @user_errors
+    def main() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
