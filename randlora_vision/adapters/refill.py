@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from randlora_vision.adapters.checkpoint import compare, own_adapter
+from randlora_vision.adapters.checkpoint import own_adapter
 from randlora_vision.bases import get_bases
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.names import listing
 
 
 def refill(model: nn.Module, content: AdapterFile, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -25,8 +27,8 @@ def refill(model: nn.Module, content: AdapterFile, path: str | os.PathLike[str],
         {target.name: (target.shape, target.rank, target.alpha) for target in targets}
         for targets in (adapter.targets, content.targets)
     )
-    compare(have, want, where)
-    compare(*({name: tuple(t.shape) for name, t in held.items()} for held in (saved, content.saved)), where)
+    _compare(have, want, where)
+    _compare(*({name: tuple(t.shape) for name, t in held.items()} for held in (saved, content.saved)), where)
     if content.spec != adapter.spec or content.bases_sha256 != get_bases(adapter.spec).sha256:
         raise ValueError(f"{where}: its bases are {content.spec}, those of the adapter {adapter.spec}")
     with torch.no_grad():
@@ -35,3 +37,15 @@ def refill(model: nn.Module, content: AdapterFile, path: str | os.PathLike[str],
                 tensor.copy_(value)
         for name, whole in saved.items():
             whole.copy_(content.saved[name])
+
+
+def _compare(have: Mapping[str, object], want: Mapping[str, object], where: str) -> None:
+    """Raise ValueError, starting with `where`, unless an adapter has exactly what a file holds."""
+    for only, what in ((want.keys() - have.keys(), "file's"), (have.keys() - want.keys(), "adapter's")):
+        if only:
+            raise ValueError(
+                f"{where}: {len(only)} of the {what} targets are not in the other ({listing(sorted(only), 3)})"
+            )
+    for name, expected in want.items():
+        if have[name] != expected:
+            raise ValueError(f"{where}: {name} is {have[name]} in the adapter and {expected} in the file")

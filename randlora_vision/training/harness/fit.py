@@ -99,7 +99,7 @@ def fit(
 
 
 def _fit(
-    task: Task,
+    task: MeasuredTask,
     options: Settings,
     data: Data,
     run: RunFolder,
