@@ -32,7 +32,7 @@ ALLOWED = {
     "versions": (),
     "config": ("names",),
     "report": ("config", "names"),
-    "bases": (),
+    "bases": ("torch_internals",),
     "compute": ("bases", "torch_internals"),
     "layers": ("compute", "bases", "names", "torch_internals"),
     "files": ("bases", "config", "report"),

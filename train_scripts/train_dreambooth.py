@@ -80,6 +80,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         family.drop_text_encoders()  # all prompts are already encoded
     if options.pipeline.gradient_checkpointing:
         checkpoint_activations(task.loss.parts.values())
+    if options.pipeline.torch_compile:
+        task.loss.compile()
     album = Album(run, gallery, adaptation, lambda step, paths: report_pictures(accelerator, step, paths))
     speed = fit(task, options, data, run, accelerator, resume, after_save=album.show if pictures else None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora_vision.bases.base import Bases, BasesSpec, adopt, sha256_of
+from randlora_vision.bases.base import Bases, BasesSpec, adopt, outside_modes, sha256_of
 from randlora_vision.bases.dense import DenseBases
 
 STORED = "stored"
@@ -50,11 +50,16 @@ def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
     for name, tensor in (("A", a), ("B", b)):
         if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
             raise ValueError(f"base {name} must be a matrix of floats, got {tensor.dtype} {tuple(tensor.shape)}")
-    with torch.inference_mode(False):
-        a, b = (tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for tensor in (a, b))
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("the stored bases hold numbers that are not finite")
-    spec = StoredSpec(STORED, 0, a.shape[0], a.shape[1], b.shape[0], b.shape[1], sha256_of(a, b))
-    bases = adopt(StoredBases(spec, a, b))
+
+    def copied() -> StoredBases:
+        given = [tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for tensor in (a, b)]
+        # Autograd cannot save tensors that were read in inference mode.
+        own_a, own_b = (tensor.clone() if tensor.is_inference() else tensor for tensor in given)
+        if not (own_a.isfinite().all() and own_b.isfinite().all()):
+            raise ValueError("the stored bases hold numbers that are not finite")
+        spec = StoredSpec(STORED, 0, *own_a.shape, *own_b.shape, sha256_of(own_a, own_b))
+        return StoredBases(spec, own_a, own_b)
+
+    bases = adopt(outside_modes(copied))
     assert isinstance(bases, StoredBases)
     return bases

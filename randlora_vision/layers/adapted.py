@@ -85,7 +85,8 @@ class AdaptedModule(_Mixin):
         for name in names:
             slot = state.slots[name]
             lam, gamma = self.adapter_tensors(param, name)
-            terms.append(slot.bases.term(lam, gamma, wide, slot.factor, dtype))
+            scaled, factor = slot.scaled(lam)
+            terms.append(slot.bases.term(scaled, gamma, wide, factor, dtype))
         return tuple(terms)
 
     def _effective(self, param: str) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
 from randlora_vision.compute.planner import ANY, PINNED, Plan
@@ -33,10 +34,25 @@ class AdapterSlot:
     scale: float = 1.0
     """Run-time factor, 1 unless changed by `set_scale`."""
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "scale":
+            with torch.inference_mode(False):
+                self.factor_input = torch.tensor(self.factor, dtype=torch.float32, device="cpu")
+
     @property
     def factor(self) -> float:
         """The scale s: alpha / rank times the run-time scale."""
         return self.alpha / self.rank * self.scale
+
+    def scaled(self, lam: Tensor) -> tuple[Tensor, float]:
+        """Lambda, and the scale s of its update.
+
+        Compiled code multiplies lambda by s, as an input: a number would be a constant of the graph.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return lam * self.factor_input, 1.0
+        return lam, self.factor
 
 
 @dataclasses.dataclass
@@ -69,5 +85,7 @@ class ParameterState:
         switches, slots = self.switches, self.slots
         if not switches.enabled:
             return []
-        active = (name for name in switches.active if name in slots and name not in switches.merged)
+        active = [name for name in switches.active if name in slots and name not in switches.merged]
+        if torch.compiler.is_dynamo_compiling():  # the scale is an input of the graph
+            return active
         return [name for name in active if slots[name].scale != 0]

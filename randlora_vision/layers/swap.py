@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
@@ -35,6 +36,7 @@ from randlora_vision.layers.adapted import (
 )
 from randlora_vision.layers.peft_around import peft_reader
 from randlora_vision.layers.state import ParameterState
+from randlora_vision.layers.tracing import traced_call, traced_weight
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 """Modules whose forward reads the weight for a matrix product."""
@@ -112,6 +114,8 @@ def _make_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool)
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
     if not isinstance(self, AdaptedModule):  # a hook kept this method, and the adapters were removed
         return F.linear(input, self.weight, self.bias)
+    if isinstance(input, Proxy):
+        return traced_call(self, input)  # type: ignore[return-value]
     weight: Tensor = self.base_weight()
     bias: Any = self.bias
     if is_sharded(weight):
@@ -146,6 +150,8 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The unchanged base layer plus the adapters' branch; the packed weight is never modified."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(input, Proxy):
+            return traced_call(self, input, *args, **kwargs)  # type: ignore[return-value]
         out = base.forward(self, input, *args, **kwargs)
         if not isinstance(self, AdaptedModule):  # as in `_linear_forward`
             return out
@@ -174,11 +180,15 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _weight_property(param: str) -> property:
     def get(self: Any) -> Tensor:
-        # Compiled code does not contain the readers in question.
-        peft = None if torch.compiler.is_compiling() else peft_reader()
-        if peft is None:
+        if torch.compiler.is_compiling():  # compiled code does not contain the readers below
             return self._effective(param)
         state = self._randlora[param]
+        proxy = traced_weight(self, param, next(iter(state.slots)))
+        if proxy is not None:
+            return proxy
+        peft = peft_reader()
+        if peft is None:
+            return self._effective(param)
         state.written = state.written or bool(state.merged) and peft in ("merge", "unmerge")
         return self.base_weight(param)
 
