@@ -56,9 +56,12 @@ def assumed_constant(function: _Function) -> _Function:
 
 
 def is_exporting() -> bool:
-    """True during torch.export; False in versions of PyTorch that cannot tell (2.6)."""
+    """True while torch.jit or torch.export traces, whose graphs are used at other sizes and hold operators alone.
+
+    PyTorch 2.6 cannot tell for torch.export.
+    """
     check = getattr(torch.compiler, "is_exporting", None)
-    return check is not None and check()
+    return bool(torch.jit.is_tracing() or (check is not None and check()))  # type: ignore[attr-defined]
 
 
 def persistent_names(module: nn.Module) -> list[str]:

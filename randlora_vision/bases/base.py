@@ -123,7 +123,7 @@ class Bases:
     def _beside(self, key: Hashable, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The tensors of a key for products with `like`: those of `kept`, or fake ones."""
         if torch.compiler.is_dynamo_compiling():
-            return getattr(self._inputs, self._input(key, like.device, dtype))  # type: ignore[no-any-return]
+            return getattr(self._inputs, self._input(key, like.device, dtype))
         fake_mode = fake_mode_of(like)
         if fake_mode is None:
             return self.kept(key, like.device, dtype)

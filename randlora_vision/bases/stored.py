@@ -57,7 +57,8 @@ def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
         own_a, own_b = (tensor.clone() if tensor.is_inference() else tensor for tensor in given)
         if not (own_a.isfinite().all() and own_b.isfinite().all()):
             raise ValueError("the stored bases hold numbers that are not finite")
-        spec = StoredSpec(STORED, 0, *own_a.shape, *own_b.shape, sha256_of(own_a, own_b))
+        (rank, narrow), (wide, columns) = own_a.shape, own_b.shape
+        spec = StoredSpec(STORED, 0, rank, narrow, wide, columns, sha256_of(own_a, own_b))
         return StoredBases(spec, own_a, own_b)
 
     bases = adopt(outside_modes(copied))

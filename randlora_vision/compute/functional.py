@@ -54,7 +54,7 @@ def randlora_linear(
     x = x.to(x.dtype if dtype is None else dtype)
     frozen = [tensor for term in terms for tensor in term.frozen]
     trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
-    if _is_exported():  # exact for any number of tokens, and never much dearer than another order
+    if is_exporting():  # exact for any number of tokens, and never much dearer than another order
         return _forward(x, weight, bias, terms, out_features, PINNED["factored"])
     tall = _is_tall(out_features, terms)
     tokens = x.numel() // (terms[0].gamma.shape[1] if tall else terms[0].wide)
@@ -80,7 +80,7 @@ def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype
     """
     dtype = weight.dtype if dtype is None else dtype
     trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
-    if _is_exported() or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *trained))):
+    if is_exporting() or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *trained))):
         return _built(weight, terms, dtype)
     call = (_blank(terms), dtype)
     frozen = [tensor for term in terms for tensor in term.frozen]
@@ -146,7 +146,7 @@ _remembered_variants = functools.lru_cache(maxsize=4096)(variants)
 @assumed_constant
 def _variants(problem: tuple[Any, ...], costs: tuple[int, ...], pinned: tuple[str | None, ...], *needed: bool) -> Any:
     """`variants` of plain tuples, which torch.compile calls while it traces."""
-    return _remembered_variants(Problem(0, *problem, Costs(*costs)), *needed, Plan(*pinned))
+    return _remembered_variants(Problem._make((0, *problem, Costs(*costs))), *needed, Plan(*pinned))
 
 
 def _cheapest(problem: Problem, for_input: bool, for_adapter: bool, for_weight: bool, pinned: Plan) -> Plan:
@@ -162,14 +162,9 @@ def _cheapest(problem: Problem, for_input: bool, for_adapter: bool, for_weight: 
         return choose(problem, for_input, for_adapter, for_weight, pinned)
 
 
-def _is_exported() -> bool:
-    """True while torch.export or torch.jit traces: their graphs hold operators alone, for any sizes."""
-    return torch.jit.is_tracing() or is_exporting()
-
-
-def _own(out: Tensor, leading: torch.Size) -> Tensor:
-    """Return `out` as (*leading, O), not as a view: autograd forbids in-place writes to a view from a Function."""
-    return reshaped_as_own(out.contiguous(), [*leading, out.shape[-1]])
+def _own(out: Tensor) -> Tensor:
+    """Return `out` as a tensor that is not a view: autograd forbids in-place writes to a view from a Function."""
+    return reshaped_as_own(out.contiguous(), out.shape)
 
 
 def _needed(x: Tensor, weight: Tensor | None, trained: list[Tensor]) -> tuple[bool, bool, bool]:
@@ -201,7 +196,7 @@ def _forward(
     base = None if weight is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if plan.forward == "dense":
-        return _own(F.linear(x, _updated(base, terms, tall), bias), x.shape[:-1])
+        return F.linear(x, _updated(base, terms, tall), bias)
     flat = x.reshape(-1, x.shape[-1])
     out = None if base is None else F.linear(flat, base, bias)
     for i, term in enumerate(terms):
@@ -210,7 +205,7 @@ def _forward(
         else:
             out = term.times_af(out, kept[i] if kept else term.times_b(flat))
     assert out is not None
-    return _own(out, x.shape[:-1])
+    return out.reshape([*x.shape[:-1], out.shape[-1]])
 
 
 class _RandLoRALinear(torch.autograd.Function):
@@ -224,7 +219,7 @@ class _RandLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, *tensors: Tensor) -> Tensor:
         kept, terms = tensors[: call.kept], _filled(call.terms, tensors[call.kept :])
-        return _forward(x, weight, bias, terms, call.out_features, call.plan, kept)
+        return _own(_forward(x, weight, bias, terms, call.out_features, call.plan, kept))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

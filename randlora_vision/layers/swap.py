@@ -37,6 +37,7 @@ from randlora_vision.layers.adapted import (
 from randlora_vision.layers.peft_around import peft_reader
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.tracing import traced_call, traced_weight
+from randlora_vision.torch_internals import is_exporting
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 """Modules whose forward reads the weight for a matrix product."""
@@ -115,7 +116,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     if not isinstance(self, AdaptedModule):  # a hook kept this method, and the adapters were removed
         return F.linear(input, self.weight, self.bias)
     if isinstance(input, Proxy):
-        return traced_call(self, input)  # type: ignore[return-value]
+        return traced_call(self, input)
     weight: Tensor = self.base_weight()
     bias: Any = self.bias
     if is_sharded(weight):
@@ -151,7 +152,7 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(input, Proxy):
-            return traced_call(self, input, *args, **kwargs)  # type: ignore[return-value]
+            return traced_call(self, input, *args, **kwargs)
         out = base.forward(self, input, *args, **kwargs)
         if not isinstance(self, AdaptedModule):  # as in `_linear_forward`
             return out
@@ -170,7 +171,7 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The base's forward, for modules that read their weights and pass them to a matrix product."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler itself decides what to save
+        if torch.compiler.is_compiling() or is_exporting():  # the compiler itself decides what to save
             return base.forward(self, *args, **kwargs)
         with scope():
             return base.forward(self, *args, **kwargs)
@@ -179,7 +180,7 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _weight_property(param: str) -> property:
-    def get(self: Any) -> Tensor:
+    def get(self: Any) -> Any:
         if torch.compiler.is_compiling():  # compiled code does not contain the readers below
             return self._effective(param)
         state = self._randlora[param]

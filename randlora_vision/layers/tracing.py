@@ -28,7 +28,7 @@ def traced_weight(module: nn.Module, param: str, adapter_name: str) -> Proxy | N
         read.graph.erase_node(read)
         read.meta["erased"] = True  # the tracer returns the same proxy again
     owner = lam.tracer.create_proxy("get_attr", _path(lam, module), (), {})
-    return getattr(owner, param)  # type: ignore[no-any-return]
+    return getattr(owner, param)
 
 
 def traced_call(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:

@@ -88,6 +88,7 @@ def test_training_from_cold(kind: str) -> None:
     assert compiler.compilations == 1
 
 
+@pytest.mark.slow
 def test_a_vit_in_training_with_dropout_and_two_adapters() -> None:
     compiler, model = Counting(), cold(vit(depth=1).train(), rank=4, dropout=0.3)
     cold(model, "other", bases="structured", alpha=3.0)
@@ -144,6 +145,7 @@ def test_all_sizes_symbolic() -> None:
     assert compiler.compilations == 1
 
 
+@pytest.mark.slow
 def test_switching_adapters_and_modes_is_noticed() -> None:
     compiler, model, x = Counting(), cold(cold(mlp(), dropout=0.5), "other"), torch.randn(5, 8)
     compiled = compiler(model)
@@ -173,6 +175,7 @@ def test_other_bases_are_compiled_again() -> None:
     torch.testing.assert_close(compiled(x.double()), model(x.double()))
 
 
+@pytest.mark.slow
 def test_models_of_other_sizes_share_the_compiled_code() -> None:
     for rank, alpha, width in ((2, 4.0, 16), (3, 9.0, 24), (2, 1.0, 16)):
         model = cold(nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 6)), rank=rank, alpha=alpha)
