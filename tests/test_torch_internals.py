@@ -115,11 +115,7 @@ def test_a_fake_tensor_has_a_mode_except_in_export() -> None:
         assert internals.fake_mode_of(nn.Parameter(torch.ones(2))) is mode
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert internals.fake_mode_of(torch.ones(2)) is None
-    for real in (
-        torch.ones(2),
-        nn.Parameter(torch.ones(2)),
-        torch.masked.masked_tensor(torch.ones(2), torch.ones(2) > 0),
-    ):
+    for real in (torch.ones(2), nn.Parameter(torch.ones(2)), nn.Buffer(torch.ones(2))):
         assert internals.fake_mode_of(real) is None
 
 
@@ -146,4 +142,4 @@ def test_export_is_noticed() -> None:
     seen.clear()
     with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
         torch.jit.trace(Model(), (torch.ones(2),))
-    assert all(seen) and seen
+    assert seen[0] and not internals.is_exporting()
