@@ -6,10 +6,12 @@ An update of torch that changes one of these fails in `tests/test_torch_internal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -37,6 +39,29 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
 def reshaped_as_own(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A contiguous tensor in another shape that autograd does not treat as a view."""
     return torch.ops.aten._unsafe_view(tensor, list(shape))
+
+
+def fake_mode_of(tensor: Tensor) -> Any:
+    """The mode of a fake tensor whose products need fake tensors too; None for other tensors and in torch.export."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return None
+    mode = getattr(tensor, "fake_mode", None)
+    return None if mode is None or mode.allow_non_fake_inputs else mode
+
+
+def assumed_constant(function: _Function) -> _Function:
+    """As ``torch.compiler.assume_constant_result``, which imports the compiler, a matter of seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_exporting() -> bool:
+    """True while torch.jit or torch.export traces, whose graphs are used at other sizes and hold operators alone.
+
+    PyTorch 2.6 cannot tell for torch.export.
+    """
+    check = getattr(torch.compiler, "is_exporting", None)
+    return bool(torch.jit.is_tracing() or (check is not None and check()))  # type: ignore[attr-defined]
 
 
 def persistent_names(module: nn.Module) -> list[str]:

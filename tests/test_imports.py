@@ -34,7 +34,7 @@ ALLOWED = {
     "versions": (),
     "config": ("names", "json_values"),
     "report": ("config", "names"),
-    "bases": (),
+    "bases": ("torch_internals",),
     "compute": ("bases", "torch_internals"),
     "layers": ("compute", "bases", "names", "torch_internals"),
     "files": ("bases", "config", "report", "names", "json_values", "errors"),

@@ -71,7 +71,9 @@ def check_contents(site: Path) -> None:
         ours |= {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
     assert ours == {path.relative_to(site / "randlora_vision") for path in (site / "randlora_vision").rglob("*.py")}
     script = (
-        "import randlora_vision, randlora_vision.integrations.open_clip, randlora_vision.training\n"
+        "import sys, randlora_vision\n"
+        "assert 'torch._dynamo' not in sys.modules, 'importing the package imports the compiler: seconds'\n"
+        "import randlora_vision.integrations.open_clip, randlora_vision.training\n"
         "print(randlora_vision.__file__)\n"
         "import importlib.util\n"
         "assert importlib.util.find_spec('integrations') is None\n"

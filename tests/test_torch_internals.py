@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from randlora_vision import torch_internals as internals
 
@@ -20,6 +22,10 @@ PRIVATE = (
     "_state_dict_pre_hooks",
     "_is_fsdp_managed_module",
     "Module.to_empty",
+    "torch._dynamo",
+    "_dynamo_marked_constant",
+    ".fake_mode",
+    "allow_non_fake_inputs",
 )
 
 
@@ -132,3 +138,39 @@ def test_nothing_else_uses_them(folder: str) -> None:
         if path.name != "torch_internals.py":
             found = [name for name in PRIVATE if name in path.read_text()]
             assert not found, f"{path}: {found}"
+
+
+def test_a_fake_tensor_has_a_mode_except_in_export() -> None:
+    with FakeTensorMode() as mode:
+        assert internals.fake_mode_of(torch.ones(2)) is mode
+        assert internals.fake_mode_of(nn.Parameter(torch.ones(2))) is mode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert internals.fake_mode_of(torch.ones(2)) is None
+    for real in (torch.ones(2), nn.Parameter(torch.ones(2)), nn.Buffer(torch.ones(2))):
+        assert internals.fake_mode_of(real) is None
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    def marked() -> None: ...
+
+    def expected() -> None: ...
+
+    internals.assumed_constant(marked)
+    torch.compiler.assume_constant_result(expected)
+    assert vars(marked) == vars(expected) != {}
+
+
+def test_export_is_noticed() -> None:
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(internals.is_exporting())
+            return x
+
+    torch.export.export(Model(), (torch.ones(2),))
+    assert any(seen) == hasattr(torch.compiler, "is_exporting") and not internals.is_exporting()
+    seen.clear()
+    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
+        torch.jit.trace(Model(), (torch.ones(2),))
+    assert seen[0] and not internals.is_exporting()

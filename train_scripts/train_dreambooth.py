@@ -94,6 +94,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         family.drop_text_encoders()  # all prompts are already encoded
     if settings.pipeline.gradient_checkpointing:
         checkpoint_activations(getattr(family.pipe, name) for name in trained_components(family, settings))
+    if settings.pipeline.torch_compile:
+        task.loss.compile()
     album = Album(
         run,
         subject.images,

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randlora_vision.bases.products import Term
+from randlora_vision.torch_internals import assumed_constant, fake_mode_of
 
 A, B = 0, 1
+_Made = TypeVar("_Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +66,19 @@ class Bases:
 
     def __init__(self, spec: BasesSpec) -> None:
         self.spec = spec
-        self._tensors: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._tensors: dict[tuple[Hashable, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
         self._sha256: str | None = None
         self._drawn: dict[int, Tensor] = {}
         """Matrices drawn for the checksum, kept until they are converted to the dtype of the products."""
+        self._inputs = _Inputs()
 
     def a(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A (rank, narrow) on `device`, rounded to `dtype`."""
-        return self._get(A, device, dtype)
+        return self.kept(A, device, dtype)[0]
 
     def b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """B (wide, columns) on `device`, rounded to `dtype`."""
-        return self._get(B, device, dtype)
+        return self.kept(B, device, dtype)[0]
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> Term:
         """The update of one adapter on one parameter.
@@ -101,20 +106,61 @@ class Bases:
         """
         raise NotImplementedError
 
-    def _get(self, matrix: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        tensor = self._tensors.get((matrix, device, dtype))
-        return self._make(matrix, device, dtype) if tensor is None else tensor
+    def kept(self, key: Hashable, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The tensors of a key on `device` in `dtype`, drawn on first use.
 
-    @torch.compiler.disable
-    def _make(self, matrix: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        # Under inference_mode the result would be a tensor that autograd cannot save later.
-        with torch.inference_mode(False):
-            if device.type == "meta":
-                tensor = torch.empty(self._shape(matrix), dtype=dtype, device=device)
-            else:
-                tensor = self._draw(matrix, dtype).to(device=device, dtype=dtype)
-        self._tensors[(matrix, device, dtype)] = tensor
-        return tensor
+        Args:
+            key: `A` or `B`, or what a term needs, such as the part of a matrix that a layer of some size uses.
+            device: Where the tensors are.
+            dtype: Their dtype.
+
+        Raises:
+            RuntimeError: On first use while a CUDA graph is captured.
+        """
+        tensors = self._tensors.get((key, device, dtype))
+        return self._keep(key, device, dtype) if tensors is None else tensors
+
+    def _beside(self, key: Hashable, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The tensors of a key for products with `like`: those of `kept`, or fake ones."""
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(self._inputs, self._input(key, like.device, dtype))
+        fake_mode = fake_mode_of(like)
+        if fake_mode is None:
+            return self.kept(key, like.device, dtype)
+        sizes = [tensor.shape for tensor in self.kept(key, torch.device("meta"), dtype)]
+
+        def make() -> tuple[Tensor, ...]:
+            with fake_mode:
+                return tuple([torch.empty(size, dtype=dtype, device=like.device) for size in sizes])
+
+        return outside_modes(make)
+
+    @assumed_constant
+    def _input(self, key: Hashable, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of an attribute of `_inputs` with the tensors; torch.compile calls this while it traces."""
+        name = re.sub(r"\W+", "_", f"kept {key} {device} {dtype}")
+        setattr(self._inputs, name, self.kept(key, device, dtype))
+        return name
+
+    def _keep(self, key: Hashable, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the random bases of an adapter are drawn in the first forward pass on a device, which cannot be "
+                "captured in a CUDA graph: run the model once before the capture"
+            )
+
+        def make() -> tuple[Tensor, ...]:
+            # torch.compile never makes the sizes of Parameters symbolic.
+            return tuple([nn.Parameter(made, requires_grad=False) for made in self._made(key, device, dtype)])
+
+        self._tensors[(key, device, dtype)] = tensors = outside_modes(make)
+        return tensors
+
+    def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
+        """The tensors that `kept` keeps."""
+        if device.type == "meta":
+            return (torch.empty(self._shape(key), dtype=dtype, device=device),)
+        return (self._draw(key, dtype).to(device=device, dtype=dtype),)
 
     def _draw(self, matrix: int, dtype: torch.dtype) -> Tensor:
         """The matrix in the dtype from which it is best converted to `dtype`."""
@@ -122,7 +168,7 @@ class Bases:
 
     def _source(self, matrix: int) -> Tensor:
         """The matrix in float32: an existing copy if there is one, otherwise a newly drawn one."""
-        for (which, device, dtype), tensor in self._tensors.items():
+        for (which, device, dtype), (tensor, *_) in self._tensors.items():
             if which == matrix and dtype == torch.float32 and device.type != "meta":
                 return tensor
         return self._drawn.pop(matrix) if matrix in self._drawn else self._numbers(matrix)
@@ -141,10 +187,13 @@ class Bases:
     def sha256(self) -> str:
         """SHA-256 of A, then B, as little-endian float32, row by row."""
         if self._sha256 is None:
-            drawn = {matrix: self._source(matrix) for matrix in (A, B)}
-            self._sha256 = sha256_of(drawn[A], drawn[B])
-            self._drawn = {matrix: tensor for matrix, tensor in drawn.items() if self._is_awaited(matrix)}
+            self._sha256 = outside_modes(self._digest)
         return self._sha256
+
+    def _digest(self) -> str:
+        drawn = {matrix: self._source(matrix) for matrix in (A, B)}
+        self._drawn = {matrix: tensor for matrix, tensor in drawn.items() if self._is_awaited(matrix)}
+        return sha256_of(drawn[A], drawn[B])
 
     def _is_awaited(self, matrix: int) -> bool:
         """True until products use the matrix; after that, a drawn copy would only take memory."""
@@ -170,6 +219,26 @@ class Bases:
 
 
 _LIVE: weakref.WeakValueDictionary[BasesSpec, Bases] = weakref.WeakValueDictionary()
+
+
+class _Inputs:
+    """Tensors under names: compiled code takes attributes as inputs, also those that were set during its tracing."""
+
+
+def outside_modes(make: Callable[[], _Made]) -> _Made:
+    """Call `make` where no mode of PyTorch is on: fake tensors, tracing, torch.func, inference, a default device.
+
+    What it returns may be kept for the whole process: whoever needs it first does not shape it. Modes belong to a
+    thread, so a new thread has none of them.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(make).result()
+
+
+def sizes_of(lam: Tensor, gamma: Tensor) -> tuple[int, int, int]:
+    """R, N and m as numbers, which sizes are not while torch.jit traces."""
+    rank, bases = lam.shape
+    return int(rank), int(bases), int(gamma.shape[1])
 
 
 def sha256_of(a: Tensor, b: Tensor) -> str:

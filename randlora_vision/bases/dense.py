@@ -5,14 +5,14 @@ Shapes and products: see `randlora_vision.bases.products`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from randlora_vision.bases.base import Bases
+from randlora_vision.bases.base import A, B, Bases, sizes_of
 from randlora_vision.bases.products import Costs, add_product, diagonal_gradients, range_power, scaled_a
 from randlora_vision.bases.random import normal, uniform, words
 
@@ -22,9 +22,16 @@ class DenseBases(Bases, kinds=("uniform", "normal")):
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
         """As `Bases.term`."""
-        a = self.a(lam.device, lam.dtype)[: lam.shape[0], : gamma.shape[1]]
-        b = self.b(lam.device, dtype)[:wide, : lam.numel()]
+        rank, bases, narrow = sizes_of(lam, gamma)
+        (a,) = self._beside((A, rank, narrow), lam, lam.dtype)
+        (b,) = self._beside((B, wide, rank * bases), lam, dtype)
         return DenseTerm(a, b, lam, gamma, scale)
+
+    def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
+        if not isinstance(key, tuple):
+            return super()._made(key, device, dtype)
+        matrix, rows, columns = key
+        return (self.kept(matrix, device, dtype)[0][:rows, :columns],)
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
@@ -66,6 +73,11 @@ class DenseTerm(NamedTuple):
         """The same term with its tensors replaced by these, or by None."""
         a, b = frozen
         return DenseTerm(a, b, lam, gamma, self.scale, self.unit, self.dtype)
+
+    @property
+    def wide(self) -> int:
+        """M."""
+        return self.b.shape[0]
 
     @property
     def product_dtype(self) -> torch.dtype:

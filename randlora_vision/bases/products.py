@@ -62,6 +62,10 @@ class Term(Protocol):
         """The scale s: alpha / rank times the run-time scale."""
 
     @property
+    def wide(self) -> int:
+        """The wide side M."""
+
+    @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora_vision.bases.base import Bases, BasesSpec, adopt, sha256_of
+from randlora_vision.bases.base import Bases, BasesSpec, adopt, outside_modes, sha256_of
 from randlora_vision.bases.dense import DenseBases
 
 STORED = "stored"
@@ -50,11 +50,16 @@ def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
     for name, tensor in (("A", a), ("B", b)):
         if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
             raise ValueError(f"base {name} must be a matrix of floats, got {tensor.dtype} {tuple(tensor.shape)}")
-    with torch.inference_mode(False):
-        a, b = (tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for tensor in (a, b))
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("the stored bases hold numbers that are not finite")
-    spec = StoredSpec(STORED, 0, a.shape[0], a.shape[1], b.shape[0], b.shape[1], sha256_of(a, b))
-    bases = adopt(StoredBases(spec, a.clone(), b.clone()))  # tensors of a file change when the file does
+
+    def copied() -> StoredBases:
+        given = [tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for tensor in (a, b)]
+        own_a, own_b = (tensor.clone() for tensor in given)  # tensors of a file change when the file does
+        if not (own_a.isfinite().all() and own_b.isfinite().all()):
+            raise ValueError("the stored bases hold numbers that are not finite")
+        (rank, narrow), (wide, columns) = own_a.shape, own_b.shape
+        spec = StoredSpec(STORED, 0, rank, narrow, wide, columns, sha256_of(own_a, own_b))
+        return StoredBases(spec, own_a, own_b)
+
+    bases = adopt(outside_modes(copied))
     assert isinstance(bases, StoredBases)
     return bases

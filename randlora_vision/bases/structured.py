@@ -6,7 +6,7 @@ largest sizes. Shapes and factors: see `randlora_vision.bases.hadamard`; product
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora_vision.bases import hadamard
-from randlora_vision.bases.base import Bases, BasesSpec
+from randlora_vision.bases.base import Bases, sizes_of
 from randlora_vision.bases.products import Costs, add_product, diagonal_gradients, range_power, scaled_a
 
 STRUCTURED = "structured"
@@ -24,15 +24,10 @@ STRUCTURED = "structured"
 class StructuredBases(Bases, kinds=(STRUCTURED,)):
     """Bases that are stored as small factors, created once per shape, device and dtype."""
 
-    def __init__(self, spec: BasesSpec) -> None:
-        super().__init__(spec)
-        self._factors: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
-
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> StructuredTerm:
         """As `Bases.term`."""
-        key = (lam.shape[0], gamma.shape[1], wide, lam.numel(), lam.device, dtype)
-        factors = self._factors.get(key)
-        q, own, right, left = self._make_factors(key) if factors is None else factors
+        rank, bases, narrow = sizes_of(lam, gamma)
+        q, own, right, left = self._beside((rank, narrow, wide, rank * bases), lam, dtype)
         return StructuredTerm(q, own, right, left, lam, gamma, scale, wide)
 
     @staticmethod
@@ -40,15 +35,11 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
         """As `Bases.generate`."""
         return hadamard.dense(seed, matrix, rows, columns)
 
-    @torch.compiler.disable
-    def _make_factors(self, key: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        rank, narrow, wide, columns, device, dtype = key
+    def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
+        rank, narrow, wide, columns = key
         seed = self.spec.seed
         arrays = (*hadamard.a_factors(seed, rank, narrow), *hadamard.b_factors(seed, wide, columns))
-        with torch.inference_mode(False):
-            factors = tuple(torch.from_numpy(array).to(device=device, dtype=dtype) for array in arrays)
-        self._factors[key] = factors
-        return factors
+        return [torch.from_numpy(array).to(device=device, dtype=dtype) for array in arrays]
 
     def _is_awaited(self, matrix: int) -> bool:
         return False  # products use the factors: the matrices are written out for the checksum alone

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from randlora_vision.bases.base import B
+from randlora_vision.bases.base import B, BasesSpec
 from randlora_vision.bases.dense import DenseBases, DenseTerm
 from randlora_vision.bases.random import halves, words
 
@@ -16,24 +16,22 @@ from randlora_vision.bases.random import halves, words
 class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
     """Bases with the values -c, 0 and +c; B is stored as int8."""
 
+    def __init__(self, spec: BasesSpec) -> None:
+        super().__init__(spec)
+        self._unit = ternary_unit(spec.kind, spec.narrow)
+
     def b(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """B (wide, columns) on `device`, rounded to `dtype`; it is not cached."""
-        return self._get(B, device, torch.int8).to(dtype) * self._unit
+        return self.kept(B, device, torch.int8)[0].to(dtype) * self._unit
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
         """As `Bases.term`."""
-        a = self.a(lam.device, lam.dtype)[: lam.shape[0], : gamma.shape[1]]
-        b = self._get(B, lam.device, torch.int8)[:wide, : lam.numel()]
-        return DenseTerm(a, b, lam, gamma, scale, self._unit, dtype)
+        return super().term(lam, gamma, wide, scale, torch.int8)._replace(unit=self._unit, dtype=dtype)
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
         """As `Bases.generate`."""
         return ternary(kind, seed, matrix, rows, columns, narrow) * np.float32(ternary_unit(kind, narrow))
-
-    @property
-    def _unit(self) -> float:
-        return ternary_unit(self.spec.kind, self.spec.narrow)
 
     def _draw(self, matrix: int, dtype: torch.dtype) -> Tensor:
         if dtype != torch.int8:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.functional import pays_to_build
@@ -95,8 +95,9 @@ def _constants(term: Term) -> tuple[Any, ...]:
 
 
 def _is_special(tensor: Tensor) -> bool:
-    """True for tensors without numbers or version counters, and inside torch.func."""
-    return tensor.is_meta or tensor.is_inference() or is_functorch_wrapped(tensor)
+    """True for tensors without numbers or version counters, and inside torch.func, torch.export and fake modes."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return not plain or tensor.is_meta or tensor.is_inference() or is_functorch_wrapped(tensor)
 
 
 class _Current(threading.local):

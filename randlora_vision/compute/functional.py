@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora_vision.bases.products import Term
-from randlora_vision.compute.planner import ANY, Plan, Problem, choose
-from randlora_vision.torch_internals import reshaped_as_own
+from randlora_vision.bases.products import Costs, Term
+from randlora_vision.compute.planner import ANY, PINNED, Plan, Problem, choose, variants
+from randlora_vision.torch_internals import assumed_constant, is_exporting, reshaped_as_own
 
 
 def randlora_linear(
@@ -54,10 +54,17 @@ def randlora_linear(
     x = x.to(x.dtype if dtype is None else dtype)
     frozen = [tensor for term in terms for tensor in term.frozen]
     trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
-    problem = _problem(x.shape[:-1].numel(), x.shape[-1], out_features, terms, weight is None)
-    plan = _cheapest(problem, *_needed(x, weight, trained), pinned)
+    if is_exporting():  # exact for any number of tokens, and never much dearer than another order
+        return _forward(x, weight, bias, terms, out_features, PINNED["factored"])
+    tall = _is_tall(out_features, terms)
+    tokens = x.numel() // (terms[0].gamma.shape[1] if tall else terms[0].wide)
+    problem = _problem(tokens, out_features, terms, weight is None)
+    needed = _needed(x, weight, trained)
+    plan = _cheapest(problem, *needed, pinned)
+    if not (any(needed) or (bias is not None and torch.is_grad_enabled() and bias.requires_grad)):
+        return _forward(x, weight, bias, terms, out_features, plan)
     kept = []
-    if plan.grad_adapter == "tokens" and not problem.tall:  # all that this gradient needs of x, and smaller
+    if plan.grad_adapter == "tokens" and not tall:  # all that this gradient needs of x, and smaller
         kept = [term.times_b(x.reshape(-1, x.shape[-1])) for term in terms]
     call = _Call(x.dtype, out_features, _blank(terms), plan, pinned, len(kept))
     return _RandLoRALinear.apply(x, weight, bias, call, *kept, *frozen, *trained)
@@ -71,15 +78,18 @@ def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype
         terms: The active adapters' parts; their bases may have a lower precision than W (autocast).
         dtype: The dtype of the result; None means W's.
     """
-    call = (_blank(terms), weight.dtype if dtype is None else dtype)
-    frozen = [tensor for term in terms for tensor in term.frozen]
+    dtype = weight.dtype if dtype is None else dtype
     trained = [tensor for term in terms for tensor in (term.lam, term.gamma)]
+    if is_exporting() or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *trained))):
+        return _built(weight, terms, dtype)
+    call = (_blank(terms), dtype)
+    frozen = [tensor for term in terms for tensor in term.frozen]
     return _EffectiveWeight.apply(weight, call, *frozen, *trained)
 
 
 def pays_to_build(tokens: int, weight: Tensor, terms: tuple[Term, ...]) -> bool:
     """True if, for this many tokens, building the effective weight (O, I) and using it is cheaper."""
-    return choose(_problem(tokens, weight.shape[1], weight.shape[0], terms, branch=False)).forward == "dense"
+    return choose(_problem(tokens, weight.shape[0], terms, branch=False)).forward == "dense"
 
 
 class _Call(NamedTuple):
@@ -102,10 +112,12 @@ def _blank(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 
 def _filled(blank: tuple[Term, ...], tensors: Sequence[Tensor]) -> tuple[Term, ...]:
     # The frozen tensors of every term come first, then lambda and gamma of every term.
-    given, trained, terms = iter(tensors), iter(tensors[_count_frozen(blank) :]), []
-    for term in blank:
-        frozen = [next(given) for _ in term.frozen]
-        terms.append(term.with_tensors(frozen, next(trained), next(trained)))
+    start, trained, terms = 0, _count_frozen(blank), []
+    for i, term in enumerate(blank):
+        end = start + len(term.frozen)
+        lam, gamma = tensors[trained + 2 * i : trained + 2 * i + 2]
+        terms.append(term.with_tensors(tensors[start:end], lam, gamma))
+        start = end
     return tuple(terms)
 
 
@@ -113,28 +125,46 @@ def _count_frozen(terms: tuple[Term, ...]) -> int:
     return sum(len(term.frozen) for term in terms)
 
 
-def _problem(tokens: int, in_features: int, out_features: int, terms: tuple[Term, ...], branch: bool) -> Problem:
-    narrow, wide = sorted((in_features, out_features))
+def _problem(tokens: int, out_features: int, terms: tuple[Term, ...], branch: bool) -> Problem:
+    # These sizes are numbers even where torch.compile has symbols for those of the input.
     costs = terms[0].costs()
     for term in terms[1:]:
         costs = costs.plus(term.costs())
-    inner = sum(term.lam.numel() for term in terms)
-    return Problem(tokens, wide, narrow, inner, out_features >= in_features, branch, costs)
+    inner = sum([term.lam.numel() for term in terms])
+    narrow, wide = terms[0].gamma.shape[1], terms[0].wide
+    return Problem(tokens, wide, narrow, inner, _is_tall(out_features, terms), branch, costs)
+
+
+def _is_tall(out_features: int, terms: tuple[Term, ...]) -> bool:
+    return out_features == terms[0].wide
 
 
 _remembered = functools.lru_cache(maxsize=4096)(choose)
+_remembered_variants = functools.lru_cache(maxsize=4096)(variants)
 
 
-def _cheapest(problem: Problem, *rest: Any) -> Plan:
-    """`choose` with a cache, as all blocks of a model have the same problem; symbolic sizes cannot be looked up."""
-    if torch.compiler.is_compiling() or not isinstance(problem.tokens, int):
-        return choose(problem, *rest)
-    return _remembered(problem, *rest)
+@assumed_constant
+def _variants(problem: tuple[Any, ...], costs: tuple[int, ...], pinned: tuple[str | None, ...], *needed: bool) -> Any:
+    """`variants` of plain tuples, which torch.compile calls while it traces."""
+    return _remembered_variants(Problem._make((0, *problem, Costs(*costs))), *needed, Plan(*pinned))
 
 
-def _own(out: Tensor, leading: torch.Size) -> Tensor:
-    """Return `out` as (*leading, O), not as a view: autograd forbids in-place writes to a view from a Function."""
-    return reshaped_as_own(out.contiguous(), [*leading, out.shape[-1]])
+def _cheapest(problem: Problem, for_input: bool, for_adapter: bool, for_weight: bool, pinned: Plan) -> Plan:
+    """`choose` with a cache, as all blocks of a model have the same problem."""
+    if torch.compiler.is_dynamo_compiling():
+        fixed = tuple(problem)[1:-1]
+        for start, plan in _variants(fixed, tuple(problem.costs), tuple(pinned), for_input, for_adapter, for_weight):
+            if problem.tokens >= start:
+                return Plan(*plan)
+    try:
+        return _remembered(problem, for_input, for_adapter, for_weight, pinned)
+    except TypeError:  # symbolic sizes cannot be looked up
+        return choose(problem, for_input, for_adapter, for_weight, pinned)
+
+
+def _own(out: Tensor) -> Tensor:
+    """Return `out` as a tensor that is not a view: autograd forbids in-place writes to a view from a Function."""
+    return reshaped_as_own(out.contiguous(), out.shape)
 
 
 def _needed(x: Tensor, weight: Tensor | None, trained: list[Tensor]) -> tuple[bool, bool, bool]:
@@ -152,6 +182,32 @@ def _updated(weight: Tensor | None, terms: tuple[Term, ...], tall: bool) -> Tens
     return weight
 
 
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    terms: tuple[Term, ...],
+    out_features: int,
+    plan: Plan,
+    kept: Sequence[Tensor] = (),
+) -> Tensor:
+    """The output, in x's dtype, from x B of every term if that is known."""
+    tall = _is_tall(out_features, terms)
+    base = None if weight is None else weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if plan.forward == "dense":
+        return F.linear(x, _updated(base, terms, tall), bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out = None if base is None else F.linear(flat, base, bias)
+    for i, term in enumerate(terms):
+        if tall:
+            out = term.times_b_t(out, term.times_af_t(flat))
+        else:
+            out = term.times_af(out, kept[i] if kept else term.times_b(flat))
+    assert out is not None
+    return out.reshape([*x.shape[:-1], out.shape[-1]])
+
+
 class _RandLoRALinear(torch.autograd.Function):
     """See `randlora_linear`. Arguments: x, weight, bias, call, x B of every term if kept, bases, lambdas and gammas.
 
@@ -163,20 +219,7 @@ class _RandLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call, *tensors: Tensor) -> Tensor:
         kept, terms = tensors[: call.kept], _filled(call.terms, tensors[call.kept :])
-        tall = call.out_features >= x.shape[-1]
-        base = None if weight is None else weight.to(call.dtype)
-        bias = None if bias is None else bias.to(call.dtype)
-        if call.plan.forward == "dense":
-            return _own(F.linear(x, _updated(base, terms, tall), bias), x.shape[:-1])
-        flat = x.reshape(-1, x.shape[-1])
-        out = None if base is None else F.linear(flat, base, bias)
-        for i, term in enumerate(terms):
-            if tall:
-                out = term.times_b_t(out, term.times_af_t(flat))
-            else:
-                out = term.times_af(out, kept[i] if kept else term.times_b(flat))
-        assert out is not None
-        return _own(out, x.shape[:-1])
+        return _own(_forward(x, weight, bias, terms, call.out_features, call.plan, kept))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -199,7 +242,7 @@ class _RandLoRALinear(torch.autograd.Function):
         g = grad.reshape(-1, call.out_features)
         flat = None if x is None else x.reshape(-1, ctx.shape[-1])
         base = None if weight is None else weight.to(call.dtype)
-        problem = _problem(g.shape[0], ctx.shape[-1], call.out_features, terms, weight is None)
+        problem = _problem(g.shape[0], call.out_features, terms, weight is None)
         fixed = Plan(call.plan.forward, call.pinned.grad_input, "tokens" if kept else call.pinned.grad_adapter)
         plan = _cheapest(problem, need_x, ctx.need_terms, need_weight, fixed)
 
@@ -265,6 +308,11 @@ def _adapter_gradients(
     return gradients
 
 
+def _built(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype) -> Tensor:
+    flat = weight.reshape(weight.shape[0], -1).to(dtype)
+    return _updated(flat, terms, flat.shape[0] >= flat.shape[1]).reshape(weight.shape)
+
+
 class _EffectiveWeight(torch.autograd.Function):
     """See `effective_weight`. Arguments: weight, (terms without tensors, dtype), the bases, every lambda and gamma."""
 
@@ -273,9 +321,7 @@ class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, call: tuple[tuple[Term, ...], torch.dtype], *tensors: Tensor) -> Tensor:
         blank, dtype = call
-        flat = weight.reshape(weight.shape[0], -1).to(dtype)
-        terms = _filled(blank, tensors)
-        return _updated(flat, terms, flat.shape[0] >= flat.shape[1]).reshape(weight.shape)
+        return _built(weight, _filled(blank, tensors), dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

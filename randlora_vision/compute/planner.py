@@ -11,7 +11,7 @@ The cost is measured in FLOPs on every device. A device on which products are me
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from randlora_vision.bases.products import Costs
 
@@ -107,6 +107,23 @@ def choose(
 ) -> Plan:
     """The cheapest plan for a whole step; its orders are chosen together because the products share work."""
     return min(plans(grad_input, grad_adapter, pinned), key=lambda plan: _cost(problem, plan, weight_grad))
+
+
+def variants(problem: Problem, *rest: Any) -> tuple[tuple[int, Plan], ...]:
+    """The plans of compiled code, whose number of tokens may not be known: (least number of tokens, plan), downwards.
+
+    Plans change only at powers of four, the same ones for all layers, so that a model is compiled for few ranges.
+
+    Args:
+        problem: The call; its number of tokens is ignored.
+        rest: As for `choose`.
+    """
+    found: list[tuple[int, Plan]] = []
+    for start in (0, *(4**power for power in range(1, 16))):
+        plan = choose(problem._replace(tokens=max(2 * start, 1)), *rest)
+        if not found or found[-1][1] != plan:
+            found.append((start, plan))
+    return tuple(reversed(found))
 
 
 def _cost(problem: Problem, plan: Plan, weight_grad: bool) -> tuple[int, int]:

@@ -91,7 +91,8 @@ class AdaptedModule(GuardedParameters):
         for name in names:
             slot = state.slots[name]
             lam, gamma = self.adapter_tensors(param, name)
-            terms.append(slot.bases.term(lam, gamma, wide, slot.factor(state.switches.call_scale), dtype))
+            scaled, factor = slot.scaled(lam, state.switches.call_scale)
+            terms.append(slot.bases.term(scaled, gamma, wide, factor, dtype))
         return tuple(terms)
 
     def _effective(self, param: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
@@ -37,9 +38,24 @@ class AdapterSlot:
     scale: float = 1.0
     """Run-time factor, 1 unless changed by `set_scale`."""
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "scale":
+            with torch.inference_mode(False):
+                self.factor_input = torch.tensor(self.factor(1.0), dtype=torch.float32, device="cpu")
+
     def factor(self, call_scale: float) -> float:
         """The scale s: alpha / rank times the run-time scale and that of this call."""
         return self.alpha / self.rank * (self.scale * call_scale)
+
+    def scaled(self, lam: Tensor, call_scale: float) -> tuple[Tensor, float]:
+        """Lambda, and the scale s of its update.
+
+        Compiled code multiplies lambda by s, as an input: a number would be a constant of the graph.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return lam * self.factor_input, call_scale
+        return lam, self.factor(call_scale)
 
 
 @dataclasses.dataclass
@@ -81,5 +97,7 @@ class ParameterState:
         switches, slots = self.switches, self.slots
         if not switches.enabled or switches.call_scale == 0:
             return []
-        active = (name for name in switches.active if name in slots and name not in switches.merged)
+        active = [name for name in switches.active if name in slots and name not in switches.merged]
+        if torch.compiler.is_dynamo_compiling():  # the scale is an input of the graph
+            return active
         return [name for name in active if slots[name].scale != 0]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
@@ -34,6 +35,8 @@ from randlora_vision.layers.adapted import (
 from randlora_vision.layers.peft_around import watch_hosts
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_sharded, is_sharder, replaced_message, wants_parameter
+from randlora_vision.layers.tracing import traced_call, traced_weight
+from randlora_vision.torch_internals import is_exporting
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 """Modules whose forward reads the weight for a matrix product."""
@@ -113,6 +116,8 @@ def _make_class(base: type[nn.Module], params: tuple[str, ...], quantized: bool)
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
     if not isinstance(self, AdaptedModule):  # a hook kept this method, and the adapters were removed
         return F.linear(input, self.weight, self.bias)
+    if isinstance(input, Proxy):
+        return traced_call(self, input)
     weight: Tensor = self.base_weight()
     bias: Any = self.bias
     if is_sharded(weight):
@@ -149,6 +154,8 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The unchanged base layer plus the adapters' branch; the packed weight is never modified."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(input, Proxy):
+            return traced_call(self, input, *args, **kwargs)
         out = base.forward(self, input, *args, **kwargs)
         if not isinstance(self, AdaptedModule):  # as in `_linear_forward`
             return out
@@ -167,7 +174,7 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The base's forward, for modules that read their weights and pass them to a matrix product."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler itself decides what to save
+        if torch.compiler.is_compiling() or is_exporting():  # the compiler itself decides what to save
             return base.forward(self, *args, **kwargs)
         with scope():
             return base.forward(self, *args, **kwargs)
@@ -176,12 +183,15 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _weight_property(param: str) -> property:
-    def get(self: Any) -> Tensor:
+    def get(self: Any) -> Any:
         if self._randlora_on_base:
             return self.base_weight(param)
-        # Compiled code does not contain the readers that `wants_parameter` looks for.
-        wanted = not torch.compiler.is_compiling() and wants_parameter()
-        return self.base_weight(param) if wanted else self._effective(param)
+        if torch.compiler.is_compiling():  # compiled code does not contain the readers below
+            return self._effective(param)
+        proxy = traced_weight(self, param, next(iter(self._randlora[param].slots)))
+        if proxy is not None:
+            return proxy
+        return self.base_weight(param) if wants_parameter() else self._effective(param)
 
     def set_(self: Any, value: object) -> None:
         # nn.Module registers Parameters itself; only a plain tensor assigned in place of one gets here.

@@ -166,8 +166,7 @@ def test_half_precision_keeps_the_adapter_in_float32(loaded: str, adapter: Path,
 
 
 @pytest.mark.slow
-@orders
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("loaded", "in_place"), [("before", False), ("after", True)])
 def test_compiled_denoisers(loaded: str, in_place: bool, adapter: Path, image: Tensor, base: Tensor) -> None:
     def compile_it(pipe: Any) -> None:
         if in_place:

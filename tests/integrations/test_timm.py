@@ -354,15 +354,15 @@ def test_peft_loses_the_weights_that_are_read() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "beit", "swin", "convnext"])
-def test_compiled(name: str) -> None:
-    family = FAMILY[name]
+def test_compiled() -> None:
+    """A model that reads its weights and has windows; the layers themselves are compiled in tests/layers."""
+    family = FAMILY["swinv2"]
     model = trained(family)
     reading(run(family, model)).backward()
     expected = {name: parameter.grad.clone() for name, parameter in adapter_parameters(model)}
     twin = copy.deepcopy(model)
     twin.zero_grad()
-    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
     reading(compiled(images(family, model))).backward()
     for name, parameter in adapter_parameters(twin):
         assert difference(parameter.grad, expected[name]) < 1e-4, name

@@ -207,6 +207,27 @@ def test_options_reach_the_run(train: Any, model: str, argv: list[str]) -> None:
     assert summary["reload_difference"] <= (2 / 255 if "bf16" in argv else 0)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, graphs = torch.compile, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend=backend, fullgraph=True))
+    monkeypatch.setattr(DreamBoothTask, "evaluate", lambda task: {"loss": 0.0})  # it would be compiled too
+    few = ["--target-modules", "attn.to_q", "ff.net.2", "--steps", "1"]
+    plain = train(*few, "--output-dir", str(tmp_path / "plain"), model="flux")
+    assert not graphs
+    compiled = train(*few, "--torch-compile", "--output-dir", str(tmp_path / "compiled"), model="flux")
+    assert len(graphs) == 1
+    one, other = (load_file(folder / "adapter.safetensors") for folder in (plain, compiled))
+    assert one.keys() == other.keys() and one
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+
+
 def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
     flags = ["--max_train_steps", "3", "--learning_rate", "1e-3", "--lr_scheduler", "constant", "--lora_dropout", "0.1"]
     flags += ["--validation_steps", "2", "--checkpointing_steps", "3", "--adam_weight_decay", "0.1"]

@@ -1,6 +1,7 @@
 """The loss of every family: the squared error of the prediction, for the subject and for prior preservation."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ class DiffusionLoss(nn.Module):
         self.prompts = prompts
         self.prior_loss_weight = prior_loss_weight
         self.cached_latents = cached_latents
+        self.predict = family.predict
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the prediction but not the noise, whose random numbers would differ, and not the captions."""
+        self.predict = torch.compile(self.predict, *args, **kwargs)
 
     def forward(self, batch: DiffusionBatch) -> Tensor:
         """Return the loss of a batch, a scalar."""
@@ -46,6 +52,6 @@ class DiffusionLoss(nn.Module):
         dtype = next(family.denoiser.parameters()).dtype
         prompt = {name: tensor.to(dtype) for name, tensor in self.prompts(batch["captions"]).items()}
         sizes = batch["sizes"].to(family.device)
-        answer = family.predict(noised.latents.to(dtype), noised.timesteps, prompt, sizes)
+        answer = self.predict(noised.latents.to(dtype), noised.timesteps, prompt, sizes)
         squared = (answer.float() - noised.target).square().flatten(1).mean(1)
         return noised.weight.to(torch.float32) * squared

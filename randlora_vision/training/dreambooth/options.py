@@ -40,6 +40,8 @@ class PipelineOptions:
     """Maximum prompt length for T5, in tokens (Stable Diffusion 3, Flux). Default: that of the pipeline."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and more time."""
+    torch_compile: bool = False
+    """Compile the forward and backward passes of the denoiser with torch.compile; pictures are sampled without it."""
     cache_dir: str | None = None
     """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
