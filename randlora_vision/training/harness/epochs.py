@@ -45,7 +45,10 @@ def in_steps(settings: _S, images: int, processes: int) -> _S:
             steps=steps,
             warmup_steps=warmup,
             eval_every=eval_every,
-            **dict.fromkeys(("epochs", "epoch_images", "warmup_epochs", "eval_epochs")),
+            epochs=None,
+            epoch_images=None,
+            warmup_epochs=None,
+            eval_epochs=None,
         ),
         checkpoints=replace(checkpoints, checkpoint_every=every, checkpoint_epochs=None),
     )

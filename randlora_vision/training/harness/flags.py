@@ -145,7 +145,8 @@ def _value_count(meaning: Any) -> int | None:
 
 
 def _split(words: Sequence[str], counts: Mapping[str, int | None], positional: bool) -> Iterator[_Word]:
-    current, wanted = _Word(""), 0
+    current = _Word("")
+    wanted: int | None = 0
     for word in words:
         if re.match(r"-(?![\d.])", word):
             if current.words():
