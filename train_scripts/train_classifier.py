@@ -1,8 +1,8 @@
 """Adapt a timm image classifier to your images with RandLoRA.
 
-accelerate launch train_scripts/train_classifier.py
+accelerate launch --quiet train_scripts/train_classifier.py
 
-accelerate launch train_scripts/train_classifier.py --data FOLDER --model vit_base_patch16_224 --pretrained
+accelerate launch --quiet train_scripts/train_classifier.py --data FOLDER --model vit_base_patch16_224 --pretrained
 
 Without arguments, it trains on handwritten digits that need no download. Adapters are added to the backbone, the
 classifier head is trained in full, and both are saved in one file. The run folder contains that file, the metrics,

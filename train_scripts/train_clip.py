@@ -1,8 +1,8 @@
 """Adapt a CLIP model to classes of images, or to images with captions, with RandLoRA.
 
-accelerate launch train_scripts/train_clip.py
+accelerate launch --quiet train_scripts/train_clip.py
 
-accelerate launch train_scripts/train_clip.py --data FOLDER --model ViT-B-32 --pretrained laion2b_s34b_b79k
+accelerate launch --quiet train_scripts/train_clip.py --data FOLDER --model ViT-B-32 --pretrained laion2b_s34b_b79k
 
 Without arguments, it trains on handwritten digits that need no download. For data with classes, the text features
 of the class prompts are the classifier weights and the loss is the cross entropy of its logits. For data with

@@ -1,8 +1,8 @@
 """Teach a diffusion pipeline a subject or a style from a few images, with RandLoRA.
 
-accelerate launch train_scripts/train_dreambooth.py
+accelerate launch --quiet train_scripts/train_dreambooth.py
 
-accelerate launch train_scripts/train_dreambooth.py --pretrained-model-name-or-path FOLDER_OR_HUB_NAME
+accelerate launch --quiet train_scripts/train_dreambooth.py --pretrained-model-name-or-path FOLDER_OR_HUB_NAME
 --instance-data-dir IMAGES --instance-prompt "a photo of sks dog" --validation-prompt "a photo of sks dog on a beach"
 
 Supports Stable Diffusion 1.5, 2 and XL (noise prediction), and Stable Diffusion 3 and Flux (flow matching). Without

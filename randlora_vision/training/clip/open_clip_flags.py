@@ -117,13 +117,6 @@ OPEN_CLIP: Table = {
     **dict.fromkeys(
         ("--fsdp", "--fsdp-no-reshard-after-forward", "--fsdp-offload-cpu", "--fsdp-checkpoint"), _SHARDING
     ),
-    "--report-to": {
-        "": "",
-        "all": Refused("name the trackers, such as --report-to tensorboard wandb"),
-        "wandb,tensorboard": "--report-to wandb tensorboard",
-        "tensorboard,wandb": "--report-to wandb tensorboard",
-        "*": "--report-to {}",
-    },
     "--wandb-notes": Refused("set the environment variable WANDB_NOTES"),
     "--wandb-project-name": Refused("set the environment variable WANDB_PROJECT"),
     "--debug": Refused("set the environment variable RANDLORA_DEBUG=1 to see tracebacks"),

@@ -65,7 +65,7 @@ def _flags(content: Any, options: type, foreign: Collection[str]) -> list[str]:
         if not isinstance(values, Mapping):
             raise ValueError(f"{group}: expected options ({', '.join(groups[group])}), found {values!r}")
         for name, value in values.items():
-            if f"--{name}".replace("_", "-") in foreign:
+            if name not in homes and f"--{name}".replace("_", "-") in foreign:
                 flags += _flag(name, value or None, isinstance(value, bool))
             elif name not in groups[group]:
                 hint = f"{name} belongs under {homes[name]}:" if name in homes else _close(name, groups[group])

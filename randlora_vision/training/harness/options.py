@@ -207,10 +207,12 @@ class RunOptions:
     and others that accelerate supports, or none. Default: tensorboard, if it is installed."""
 
     def __post_init__(self) -> None:
-        if self.report_to:
+        names = tuple(name for group in self.report_to for name in group.split(",") if name)
+        object.__setattr__(self, "report_to", names)
+        if names:
             from randlora_vision.training.harness.trackers import chosen_trackers
 
-            chosen_trackers(self.report_to)
+            chosen_trackers(names)
 
 
 @dataclass(frozen=True)

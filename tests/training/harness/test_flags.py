@@ -144,6 +144,7 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
         ),
         ("train_clip", "--logs a --name b --resume latest", {"run.runs_dir": "a", "run.run_name": "b"}),
         ("train_clip", "--report-to wandb,tensorboard", {"run.report_to": ("wandb", "tensorboard")}),
+        ("train_dreambooth", "--report_to wandb tensorboard", {"run.report_to": ("wandb", "tensorboard")}),
         (
             "train_clip",
             "--model m --aug-cfg scale=(0.4,1.0) use_timm=True",
@@ -213,6 +214,15 @@ def test_a_flag_replaces_its_rivals_in_a_file(tmp_path: Path) -> None:
     assert (training.steps, training.epochs) == (None, 2)
     assert (training.warmup_steps, training.warmup_fraction) == (None, 0.2)
     assert (training.eval_every, training.lr) == (3, 0.5)
+
+
+def test_a_file_may_have_peers_names_but_not_in_place_of_an_option_of_another_group(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("training: {learning_rate: 0.5, train_batch_size: 3}\n")
+    training = parsed("train_dreambooth", "--config", str(tmp_path / "a.yaml")).training
+    assert (training.lr, training.batch_size) == (0.5, 3)
+    (tmp_path / "a.yaml").write_text("run: {optimizer: sgd, report_to: [wandb, tensorboard]}\n")
+    with pytest.raises(ValueError, match="optimizer belongs under training:"):
+        parsed("train_dreambooth", "--config", str(tmp_path / "a.yaml"))
 
 
 def test_negative_numbers_and_prompts_are_values() -> None:
