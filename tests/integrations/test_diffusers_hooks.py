@@ -175,7 +175,7 @@ def test_compiled_denoisers(loaded: str, in_place: bool, adapter: Path, image: T
             pipe.unet = torch.compile(pipe.unet, backend="eager")
 
     pipe = around(loaded, adapter, compile_it)
-    assert torch.equal(sample(pipe), image)
+    assert difference(sample(pipe), image) < CLOSE  # another order of products
     with integration.disabled(pipe):
         assert torch.equal(sample(pipe), base)
     integration.fuse(pipe)
