@@ -212,14 +212,14 @@ class CheckpointOptions:
 
     checkpoint_every: int = 0
     """Steps between checkpoints, written to the run folder's checkpoints/; 0: none."""
-    checkpoint_epochs: float | None = None
-    """Epochs between checkpoints, instead of --checkpoint-every."""
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: str | None = None
     """Resume from 'latest' (of --output-dir) or from the path of a checkpoint. The result is exactly that of an
     uninterrupted run. The settings must be those of that run, except where they do not change the result, such as
     --output-dir, --workers and the checkpoint options."""
+    checkpoint_epochs: float | None = None
+    """Epochs between checkpoints, instead of --checkpoint-every."""
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
