@@ -221,8 +221,6 @@ class CheckpointOptions:
 
     checkpoint_every: int = 0
     """Steps between checkpoints, written to the run folder's checkpoints/; 0: none."""
-    checkpoint_epochs: float | None = None
-    """Epochs between checkpoints, instead of --checkpoint-every."""
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: str | None = None
@@ -231,6 +229,8 @@ class CheckpointOptions:
     that may, such as --steps."""
     time_limit: str | None = None
     """Stop before this time is over, with a checkpoint and exit code 124: minutes, H:M:S or D-H:M:S."""
+    checkpoint_epochs: float | None = None
+    """Epochs between checkpoints, instead of --checkpoint-every."""
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
