@@ -26,7 +26,8 @@ def refill(model: nn.Module, content: AdapterFile, path: str | os.PathLike[str],
         for targets in (adapter.targets, content.targets)
     )
     compare(have, want, where)
-    compare(*({name: tuple(t.shape) for name, t in held.items()} for held in (saved, content.saved)), where)
+    shapes, stored = ({name: tuple(t.shape) for name, t in held.items()} for held in (saved, content.saved))
+    compare(shapes, stored, where)
     if content.spec != adapter.spec or content.bases_sha256 != get_bases(adapter.spec).sha256:
         raise ValueError(f"{where}: its bases are {content.spec}, those of the adapter {adapter.spec}")
     with torch.no_grad():
