@@ -83,6 +83,7 @@ class BucketBatches(Sampler[list[int]]):
         self.instances_at_once = batch_size
         self.batches = batches
         self.seed = seed
+        self.divisible = len(set(buckets)) == 1  # whether smaller batches, in order, add up to the same ones
         # accelerate needs these attributes to split the batches between processes.
         self.batch_size = 2 * batch_size if self.priors else batch_size
         self.drop_last = False

@@ -111,7 +111,8 @@ def _fit(
     processes = accelerator.num_processes
     settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
     if resume:
-        for note in resume.check(settings, free_settings(options)):
+        divisible = getattr(task.batches.batch_sampler, "divisible", True)
+        for note in resume.check(settings, free_settings(options), divisible):
             accelerator.print(f"note: {note}")
         run.keep_metrics(resume.state.step)
         accelerator.print(f"resumed from {resume.path}")

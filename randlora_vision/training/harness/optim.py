@@ -160,9 +160,13 @@ def warmup_schedule(
 
 
 def current_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
-    """Return `lr`, the common learning rate, as "lr", and those of groups with a name as "lr_<name>"."""
+    """Return the common learning rate as "lr", and those of groups with a name as "lr_<name>".
+
+    If every group has a name, the common rate is `lr`.
+    """
+    common = [float(group["lr"]) for group in optimizer.param_groups if "name" not in group]
     own = {f"lr_{group['name']}": float(group["lr"]) for group in optimizer.param_groups if "name" in group}
-    return {"lr": lr, **own}
+    return {"lr": common[0] if common else lr, **own}
 
 
 AS_THE_ONE_BEFORE = (99999,)  # timm's marker for this

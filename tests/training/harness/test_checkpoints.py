@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from randlora_vision.training.data.batches import ShuffledBatches
+from randlora_vision.training.dreambooth.buckets import BucketBatches
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.checkpoints import (
     Checkpoint,
@@ -308,6 +309,21 @@ def test_a_step_of_the_same_images_may_be_divided_in_another_way(tmp_path: Path)
         assert "the steps have the same images as before" in note
     with pytest.raises(ValueError, match=r"processes was 1, is now 2 \(16 images in a step, now 32\)"):
         checkpoint.check(settings(8, 2, 2), ())
+    with pytest.raises(ValueError, match=r"processes was 1, is now 2 \(the images have several sizes"):
+        checkpoint.check(settings(8, 1, 2), (), divisible=False)
+
+
+@pytest.mark.parametrize("buckets", [[(8, 8)] * 7, [(8, 8)] * 4 + [(8, 16)] * 3])
+@pytest.mark.parametrize("priors", [0, 3])
+def test_batches_know_whether_they_can_be_divided(buckets: list[tuple[int, int]], priors: int) -> None:
+    def steps(size: int, batches: int) -> list[list[int]]:
+        sampler = BucketBatches([*buckets, *buckets[:priors], *buckets[4:]], prior, size, batches, seed=1)
+        assert sampler.divisible == (len(set(buckets)) == 1)
+        order = list(sampler)
+        return [sorted(sum(order[i : i + 4 // size], [])) for i in range(0, batches, 4 // size)]
+
+    prior = [False] * 7 + [True] * (priors + 3) if priors else [False] * 10
+    assert (steps(4, 6) == steps(2, 12) == steps(1, 24)) == (len(set(buckets)) == 1)
 
 
 def test_a_run_goes_on_for_more_steps_but_not_for_fewer_than_it_did(tmp_path: Path) -> None:
