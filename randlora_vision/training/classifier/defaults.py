@@ -36,6 +36,7 @@ _DEMO_HEAD_LR = 6e-3  # of RandLoRA
 
 _STEPS = (1000, 300)  # for your own data, for the digits
 HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
+HELP_DEFAULTS["--lr"] = HELP_DEFAULTS["--lr"].replace(f"randlora {_OWN['randlora'].lr:g}", "randlora by suggest_lr", 1)
 
 
 def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Module) -> ClassifierSettings:

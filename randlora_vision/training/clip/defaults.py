@@ -38,6 +38,7 @@ _OWN: Table = {
 
 _STEPS = (1000, 250)  # for your own data, for the digits
 HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
+HELP_DEFAULTS["--lr"] = HELP_DEFAULTS["--lr"].replace(f"randlora {_OWN['randlora'].lr:g}", "randlora by suggest_lr", 1)
 
 
 def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions: bool) -> ClipSettings:

@@ -34,7 +34,6 @@ _CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values
 
 _VALUES = {
     "optimizer": dict,
-    "schedule": dict,
     "scaler": dict | None,
     "recent": list,
     "seconds": float,

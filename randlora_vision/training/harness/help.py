@@ -23,7 +23,8 @@ _RARE = frozenset(
     "mode_scale guidance_scale sample_batch_size aspect_ratio_buckets prior_loss_weight num_class_images head_lr "
     "validation_guidance_scale num_inference_steps cache_latents train_fraction overwrite "
     "dropout run_name retention_data checkpoints_total_limit workers snr_gamma weighting_scheme class_data_dir "
-    "label_column center_crop".split()
+    "label_column center_crop split_folders background eval_split init_adapter image_column caption_column "
+    "shuffle_caption keep_tokens caption_dropout_rate exclude_modules target_modules".split()
 )
 """Options that only --help-all describes."""
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}

@@ -445,8 +445,6 @@ VALUES: tuple[tuple[list[Any], Any, str], ...] = (
     (["optimizer", "groups"], [], "it has 0 groups, here are 2"),
     (["optimizer", "groups", 0], {"params": 3}, "params is not a number"),
     (["optimizer", "groups", 0, "lr"], "x", "lr is not a number"),
-    (["schedule"], [], "schedule must be a JSON object, got a list"),
-    (["schedule", "last_epoch"], "step", "schedule: last_epoch must be an integer, got a string"),
     (["best"], {"step": 1}, "best: it lacks value, evaluations_since"),
     (["recent"], [{"a": "b"}, 1], r"recent: \[0\]\['a'\] must be a number, got a string"),
     (["seconds"], None, "seconds must be a number, got null"),

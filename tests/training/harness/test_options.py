@@ -95,7 +95,7 @@ def test_resolving_fills_in_what_depends_on_method_and_data() -> None:
     assert demo.training.steps == 250 and demo.training.lr == 2e-3
     assert len(demo.images.templates) == 5
 
-    options = ClipOptions(images=ImageOptions(data="folder"))
+    options = ClipOptions(images=ImageOptions(data="folder"), training=TrainingOptions(lr=1e-3))
     own = clip_settings(options)
     assert own.adapter.rank == 32 and own.training.steps == 1000
     assert own.images.templates == ("a photo of a {}.",)
