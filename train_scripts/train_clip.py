@@ -65,7 +65,8 @@ def train(options: ClipOptions) -> dict[str, Any]:
         chosen = choose_model(options)
         clip = load(chosen, options, accelerator.device)
     settings = resolve(options, chosen, clip.model, captions=class_names is None)
-    settings = in_steps(settings, len(data.images["train"]), accelerator.num_processes)
+    if not settings.evaluation.eval_only:  # that has no training images
+        settings = in_steps(settings, len(data.images["train"]), accelerator.num_processes)
     training = settings.training
     say(f"model: {chosen.model}{'' if clip.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {data}{skipped}")
