@@ -66,7 +66,7 @@ def is_exporting() -> bool:
 
 def persistent_names(module: nn.Module) -> list[str]:
     """Names of the module's own parameters and of the buffers that its state dict holds."""
-    buffers = (name for name in module._buffers if name not in module._non_persistent_buffers_set)
+    buffers = (name for name in module._buffers.keys() if name not in module._non_persistent_buffers_set)
     return [*module._parameters.keys(), *buffers]  # TorchScript's are not iterable
 
 

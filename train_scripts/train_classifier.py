@@ -113,7 +113,7 @@ def choose_model(options: ClassifierOptions) -> ClassifierModel:
         pretrained = True
         cache_dir = given.cache_dir
         name = f"local-dir:{demo_classifier.demo_model_folder(cache_dir)}" if options.embedded else _USUAL_MODEL
-    return ClassifierModel(**without(given, "model", "pretrained"), model=name, pretrained=pretrained)
+    return ClassifierModel(**without(given, "model", "pretrained", "cache_dir"), model=name, pretrained=pretrained)
 
 
 def take_before(

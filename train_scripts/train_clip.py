@@ -168,7 +168,7 @@ def choose_model(options: ClipOptions) -> ClipModel:
         name = f"local-dir:{demo_clip.demo_model_folder(given.cache_dir)}"
     elif name is None:
         name, pretrained = "ViT-B-32", pretrained or "laion2b_s34b_b79k"
-    return ClipModel(**without(given, "model", "pretrained"), model=name, pretrained=pretrained)
+    return ClipModel(**without(given, "model", "pretrained", "cache_dir"), model=name, pretrained=pretrained)
 
 
 def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> LoadedClip:

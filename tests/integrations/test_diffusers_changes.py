@@ -280,9 +280,10 @@ def test_compiled_blocks() -> None:
     adapt(pipe, text=False)
     image = sample(pipe)
     pipe.transformer.compile_repeated_blocks(backend="eager")
-    assert torch.equal(sample(pipe), image)
+    torch.testing.assert_close(sample(pipe), image)  # compiled code rounds otherwise
     off = sample(pipe, joint_attention_kwargs={"scale": 0.0})
-    assert torch.equal(off, sample(PIPELINES["flux"]())) and torch.equal(sample(pipe), image)
+    torch.testing.assert_close(off, sample(PIPELINES["flux"]()))
+    torch.testing.assert_close(sample(pipe), image)
 
 
 def test_a_block_that_is_pruned(tmp_path: Path) -> None:

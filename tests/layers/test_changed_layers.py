@@ -233,13 +233,14 @@ def compiled(model: nn.Module) -> None:
 def test_layers_in_wrappers_keep_their_names(wrap: Callable[[nn.Module], None], tmp_path: Path) -> None:
     plain, model = adapted(), adapted()
     wrap(model)
-    assert torch.equal(model(X), plain(X))
+    torch.testing.assert_close(model(X), plain(X))  # compiled code rounds otherwise
     ours, theirs = (save_adapter(m, tmp_path / f"{n}.safetensors") for n, m in (("ours", model), ("theirs", plain)))
     assert ours.read_bytes() == theirs.read_bytes()
     late = mlp()
     wrap(late)
     report = load_adapter(late, ours)
-    assert [target.name for target in report.targets] == ["0", "2"] and torch.equal(late(X), plain(X))
+    assert [target.name for target in report.targets] == ["0", "2"]
+    torch.testing.assert_close(late(X), plain(X))
     remove(late)
     assert torch.equal(late(X), mlp()(X))
     assert [parameter.requires_grad for parameter in late.parameters()] == [True] * 4
