@@ -27,7 +27,7 @@ from randlora_vision.files.atomic import replacing, write_text
 from randlora_vision.injection.control import set_active
 from randlora_vision.injection.record import unwrap
 from randlora_vision.injection.sizing import peft_sizes
-from randlora_vision.names import match_any, matches_suffix, with_parents
+from randlora_vision.names import matches_one_of, matches_suffix, with_parents
 from randlora_vision.report import Target
 
 _SEED_ONLY = {"peft": {}, "peft_sparse": {"sparse": True}, "peft_very_sparse": {"very_sparse": True}}
@@ -207,7 +207,7 @@ def _modules_to_save(
     wanted = frozenset(config.modules_to_save)
     for path, module in model.named_modules():
         keys = [f"{path}.{key}" for key in module.state_dict()]
-        asked = match_any(wanted, with_parents((path,)))
+        asked = matches_one_of(wanted, with_parents((path,)))
         inside = any(path.startswith(f"{outer}.") for outer in modules)
         if isinstance(module, _CONTAINERS) or not (path and asked and keys) or inside:
             continue

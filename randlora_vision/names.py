@@ -38,7 +38,7 @@ def suffixes(path: str) -> Iterator[str]:
         path = path.partition(".")[2]
 
 
-def match_any(wanted: Set[str], paths: Iterable[str]) -> bool:
+def matches_one_of(wanted: Set[str], paths: Iterable[str]) -> bool:
     """True if one of the names, however many, matches one of the paths as `matches_suffix` does."""
     return not wanted.isdisjoint(suffix for path in paths for suffix in suffixes(path))
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from randlora_vision.errors import printable_errors
-from randlora_vision.names import listing, match_any, matches_suffix, printable, short_name, suffixes
+from randlora_vision.names import listing, matches_one_of, matches_suffix, printable, short_name, suffixes
 
 
 def test_what_is_printable_stays() -> None:
@@ -48,7 +48,7 @@ def test_suffixes_are_what_a_name_may_match() -> None:
     path = "blocks.0.attn.qkv"
     assert list(suffixes(path)) == [path, "0.attn.qkv", "attn.qkv", "qkv"]
     for name in ("qkv", "attn.qkv", "ttn.qkv", "attn", "", path, f"x.{path}"):
-        assert match_any({name}, [path]) is (bool(name) and matches_suffix(name, path))
+        assert matches_one_of({name}, [path]) is (bool(name) and matches_suffix(name, path))
 
 
 def test_a_cached_folder_is_named_without_its_fingerprint() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_json, write_text
 from randlora_vision.train_scripts.train_clip import train
-from randlora_vision.training.clip.defaults import HELP_DEFAULTS
+from randlora_vision.training.clip.defaults import DEFAULTS
 from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipAdapterOptions, ClipMethod, ClipOptions
 from randlora_vision.training.evaluation.curves import Compared, plot_comparison
@@ -35,7 +35,7 @@ Every method makes the base model forget part of what it could do before: see th
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with every method, then write and print the comparison."""
-    options = parse(ClipOptions, argv, __doc__ or "", OPEN_CLIP, HELP_DEFAULTS)
+    options = parse(ClipOptions, argv, __doc__ or "", OPEN_CLIP, DEFAULTS.help())
     if options.adapter.method != "randlora" or options.training.lr is not None:
         raise ValueError(
             "the comparison runs every method, each with its own learning rate: leave --method and --lr out"

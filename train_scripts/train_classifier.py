@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
 from randlora_vision.training.classifier.data import read_images
-from randlora_vision.training.classifier.defaults import HELP_DEFAULTS, note_on_rank, resolve
+from randlora_vision.training.classifier.defaults import DEFAULTS, resolve
 from randlora_vision.training.classifier.evaluation import Exam, evaluate, write_results
 from randlora_vision.training.classifier.loss import ClassifierLoss
 from randlora_vision.training.classifier.methods import adapt, head_parameters, own_rates
@@ -41,7 +41,7 @@ from randlora_vision.training.methods.task import AdaptedTask
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(ClassifierOptions, argv, __doc__ or "", TIMM, HELP_DEFAULTS))
+    train(parse(ClassifierOptions, argv, __doc__ or "", TIMM, DEFAULTS.help()))
 
 
 def train(options: ClassifierOptions) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         checkpoint_activations(model, "the backbone")
     adaptation = adapt(model, settings)
     start(adaptation, settings.adapter, resume is not None)
-    say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n{note_on_rank(options)}")
+    say(f"before: {before or NO_HEAD}\n\n{adaptation.report}\n{DEFAULTS.rank_note(options.adapter, options.embedded)}")
 
     train = splits.select("train", loaded.training_transform(splits, settings.augment), skipped)
     val = evaluation_batches(

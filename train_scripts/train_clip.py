@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
-from randlora_vision.training.clip.defaults import HELP_DEFAULTS, note_on_rank, resolve
+from randlora_vision.training.clip.defaults import DEFAULTS, resolve
 from randlora_vision.training.clip.evaluation import ClipAnswers, Exam, Splits
 from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
@@ -50,7 +50,7 @@ from randlora_vision.training.methods.task import AdaptedTask
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(ClipOptions, argv, __doc__ or "", OPEN_CLIP, HELP_DEFAULTS))
+    train(parse(ClipOptions, argv, __doc__ or "", OPEN_CLIP, DEFAULTS.help()))
 
 
 def train(options: ClipOptions) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
         checkpoint_towers(clip.model, settings)
     classifier, adaptation = adapt(clip, class_names, settings)
     start(adaptation, settings.adapter, resume is not None)
-    say(f"zero-shot: {before}\n\n{adaptation.report}\n{note_on_rank(options)}")
+    say(f"zero-shot: {before}\n\n{adaptation.report}\n{DEFAULTS.rank_note(options.adapter, options.images.embedded)}")
     images = training_data(clip, data, settings, skipped)
     batches = training.batches(accelerator.num_processes)
     task = AdaptedTask(

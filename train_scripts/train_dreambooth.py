@@ -24,7 +24,7 @@ from randlora_vision.integrations.hub import push_to_hub
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
-from randlora_vision.training.dreambooth.defaults import HELP_DEFAULTS, note_on_rank, resolve
+from randlora_vision.training.dreambooth.defaults import DEFAULTS, resolve
 from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
 from randlora_vision.training.dreambooth.families import Family, load_family
 from randlora_vision.training.dreambooth.methods import (
@@ -52,7 +52,7 @@ from randlora_vision.training.methods.adaptation import start
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    train(parse(DreamBoothOptions, argv, __doc__ or "", DIFFUSERS, HELP_DEFAULTS))
+    train(parse(DreamBoothOptions, argv, __doc__ or "", DIFFUSERS, DEFAULTS.help()))
 
 
 def train(options: DreamBoothOptions) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         write_base_pictures(run, gallery)
     adaptation = adapt(family, settings)
     start(adaptation, settings.adapter, resume is not None)
-    say(f"\n{adaptation.report}\n{note_on_rank(options)}")
+    say(f"\n{adaptation.report}\n{DEFAULTS.rank_note(options.adapter, options.embedded)}")
     task = make_task(
         family, adaptation, data, settings, accelerator.num_processes, run.adapter if run.writing else None
     )

@@ -31,10 +31,9 @@ from randlora_vision.bases.stored import StoredBases
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
-from randlora_vision.files.untrusted import check_finite
+from randlora_vision.files.untrusted import check_finite_pairs
 from randlora_vision.injection.control import set_active, set_scale
 from randlora_vision.injection.record import own_record, unwrap
-from randlora_vision.names import PARTS
 from randlora_vision.report import InjectionReport
 
 _WINDOWS = ("uniform", "normal", "sparse", "structured")
@@ -157,8 +156,7 @@ def _sum(
     saved = {}
     for path in first.saved:
         saved[path] = _add_whole(path, [(contents[name].saved[path], weights[name]) for name in names], base)
-    values = {f"{part} of {name}": t for name, pair in trained.items() for part, t in zip(PARTS, pair, strict=True)}
-    check_finite("the sum", values, "the weights are too large")
+    check_finite_pairs("the sum", trained, "the weights are too large")
     return AdapterFile(
         first.config, first.spec, first.bases_sha256, first.targets, trained, saved, first.stored, first.notes
     )

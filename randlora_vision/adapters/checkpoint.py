@@ -17,7 +17,7 @@ from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.claims import check_digest
-from randlora_vision.files.untrusted import check_finite
+from randlora_vision.files.untrusted import check_finite, check_finite_pairs
 from randlora_vision.injection.changes import holders, lost_message
 from randlora_vision.injection.inject import add_adapter
 from randlora_vision.injection.offloaded import Offloaded, offloaded_modules
@@ -106,8 +106,7 @@ def own_adapter(
                 "model.reshard()"
             )
     saved = current_saved(model, record, adapter_name)
-    for name, pair in tensors.items():
-        check_finite(f"adapter {adapter_name!r}", {f"{part} of {name}": t for part, t in zip(PARTS, pair, strict=True)})
+    check_finite_pairs(f"adapter {adapter_name!r}", tensors)
     check_finite(f"adapter {adapter_name!r}", {n: t for n, t in saved.items() if isinstance(t, nn.Parameter)})
     if any(map(is_fsdp_managed, model.modules())):  # FSDP cannot free memory that is used without PyTorch
         tensors = {name: (lam.detach().clone(), gamma.detach().clone()) for name, (lam, gamma) in tensors.items()}

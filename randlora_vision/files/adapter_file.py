@@ -37,7 +37,7 @@ from randlora_vision.files import metadata as _metadata
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.metadata import FORMAT
 from randlora_vision.files.untrusted import check_finite, read_tensors
-from randlora_vision.names import listing, match_any, with_parents
+from randlora_vision.names import listing, matches_one_of, with_parents
 from randlora_vision.report import Target
 
 BUNDLE_VERSION = 2
@@ -252,7 +252,7 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
     prefix = len("saved.")
     saved = {name[prefix:]: tensor for name, tensor in tensors.items() if name.startswith("saved.")}
     asked = set(config.modules_to_save)
-    foreign = [name for name in saved if not match_any(asked, with_parents((name,)))]
+    foreign = [name for name in saved if not matches_one_of(asked, with_parents((name,)))]
     if foreign:
         raise ValueError(f"{path} holds tensors that its modules_to_save do not name: {listing(foreign)}")
     stored = None

@@ -14,6 +14,7 @@ import safetensors
 from torch import Tensor
 
 from randlora_vision.json_values import check_type, parse_json
+from randlora_vision.names import PARTS
 
 _HEADER_LIMIT = 32 * 2**20
 """Maximum bytes of a safetensors header, which is parsed whole; real ones are below 1 MiB for the largest models."""
@@ -67,6 +68,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is too large for a configuration: {path.stat().st_size:,} bytes")
     values: dict[str, Any] = check_type(parse_json(path.read_bytes(), path), dict, path, "the file's content")
     return values
+
+
+def check_finite_pairs(
+    where: str | os.PathLike[str], trained: Mapping[str, tuple[Tensor, Tensor]], *cause: str
+) -> None:
+    """As `check_finite`, for target name -> (lambda, gamma)."""
+    named = {f"{part} of {name}": t for name, pair in trained.items() for part, t in zip(PARTS, pair, strict=True)}
+    check_finite(where, named, *cause)
 
 
 def check_finite(

@@ -8,7 +8,7 @@ from torch import nn
 from randlora_vision.injection.record import records, unwrap
 from randlora_vision.layers.adapted import adapted_modules
 from randlora_vision.layers.peft_around import plain_name
-from randlora_vision.names import listing, summarise
+from randlora_vision.names import listing, summarise, without_numbers
 
 
 def check_gradients(model: nn.Module) -> list[str]:
@@ -41,7 +41,7 @@ def check_gradients(model: nn.Module) -> list[str]:
                 continue
             gradients = [tensor.grad for tensor in held if tensor.grad is not None]
             full = plain_name(f"{path}.{param}".lstrip("."))
-            group = ".".join([name, *("*" if part.isdecimal() else part for part in full.split("."))])
+            group = f"{name}.{without_numbers(full)}"
             if not gradients:
                 silent.setdefault(group, []).append(full)
                 continue

@@ -20,6 +20,7 @@ from torch import nn
 from randlora_vision.injection.changes import refuse_changes
 from randlora_vision.injection.record import ModelRecord, own_record
 from randlora_vision.layers.adapted import AdaptedModule
+from randlora_vision.layers.readers import module_of
 from randlora_vision.torch_internals import remove_hooks
 
 _HOSTS = (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
@@ -107,15 +108,11 @@ def _prompt_scale() -> Any:
     """The ``lora_scale`` of the ``encode_prompt`` of diffusers that makes this call, or None."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        code = frame.f_code
-        if "encode_prompt" in code.co_name and "lora_scale" in code.co_varnames and _is_diffusers(frame):
+        code, is_diffusers = frame.f_code, module_of(frame).startswith("diffusers.")
+        if is_diffusers and "encode_prompt" in code.co_name and "lora_scale" in code.co_varnames:
             return frame.f_locals["lora_scale"]
         frame = frame.f_back
     return None
-
-
-def _is_diffusers(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("diffusers.")
 
 
 def _layout(model: nn.Module, record: ModelRecord) -> Layout:

@@ -68,5 +68,10 @@ def _copier() -> str | None:
     return None
 
 
+def module_of(frame: FrameType) -> str:
+    """The name of the module whose code runs in a frame; empty if it has none."""
+    return str(frame.f_globals.get("__name__", ""))
+
+
 def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return module_of(frame).partition(".")[0]

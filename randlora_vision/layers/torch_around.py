@@ -15,6 +15,7 @@ from types import FrameType
 
 from torch import Tensor, nn
 
+from randlora_vision.layers.readers import module_of
 from randlora_vision.names import is_adapter_name
 
 _DISTRIBUTED = "torch.distributed."
@@ -33,7 +34,7 @@ def wants_parameter() -> bool:
     Raises:
         RuntimeError: If the reader replaces the weight by one that is computed from it.
     """
-    name = _module(sys._getframe(2))
+    name = module_of(sys._getframe(2))
     if name in _REWRITERS:
         raise RuntimeError(
             f"{_REWRITERS[name]} would put the adapters' update into the weight of an adapted layer and leave the "
@@ -45,13 +46,9 @@ def wants_parameter() -> bool:
 def is_sharder() -> bool:
     """True if FSDP is replacing an adapted parameter: the caller outside of this package and `nn.Module`."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _module(frame).startswith(_OWN):
+    while frame is not None and module_of(frame).startswith(_OWN):
         frame = frame.f_back
-    return frame is not None and _module(frame).startswith(_DISTRIBUTED)
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
+    return frame is not None and module_of(frame).startswith(_DISTRIBUTED)
 
 
 def is_sharded(tensor: Tensor) -> bool:

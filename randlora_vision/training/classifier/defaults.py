@@ -14,35 +14,35 @@ from randlora_vision.training.classifier.options import (
 )
 from randlora_vision.training.harness.options import Training, without
 from randlora_vision.training.methods.adaptation import suggested_lr
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, help_defaults, rank_note, rank_of
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults, rank_of
 
 # The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones,
 # but for RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for its head.
-_DEMO: Table = {
-    "randlora": Defaults(2e-3, 16),
-    "lora": Defaults(6e-3, 2),
-    "vera": Defaults(3e-2, 64),
-    "full": Defaults(1.2e-3),
-    "linear-probe": Defaults(5e-2),
-}
-_OWN: Table = {
-    "randlora": Defaults(1e-3, 32),
-    "lora": Defaults(1e-3, 8),
-    "vera": Defaults(4e-3, 256),
-    "full": Defaults(1e-5),
-    "linear-probe": Defaults(1e-3),
-}
+DEFAULTS = ScriptDefaults(
+    own={
+        "randlora": Defaults(1e-3, 32, suggested=True),
+        "lora": Defaults(1e-3, 8),
+        "vera": Defaults(4e-3, 256),
+        "full": Defaults(1e-5),
+        "linear-probe": Defaults(1e-3),
+    },
+    digits={
+        "randlora": Defaults(2e-3, 16),
+        "lora": Defaults(6e-3, 2),
+        "vera": Defaults(3e-2, 64),
+        "full": Defaults(1.2e-3),
+        "linear-probe": Defaults(5e-2),
+    },
+    own_steps=1000,
+    digits_steps=300,
+)
 _DEMO_HEAD_LR = 6e-3  # of RandLoRA
-
-_STEPS = (1000, 300)  # for your own data, for the digits
-HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
-HELP_DEFAULTS["--lr"] = HELP_DEFAULTS["--lr"].replace(f"randlora {_OWN['randlora'].lr:g}", "randlora by suggest_lr", 1)
 
 
 def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Module) -> ClassifierSettings:
     """Return the options with every default filled in, given the model's name and the loaded model."""
     embedded, training = options.embedded, options.training
-    defaults = (_DEMO if embedded else _OWN)[options.adapter.method]
+    defaults = DEFAULTS.of(options.adapter.method, embedded)
     settings = ClassifierSettings(
         **without(options, "model", "adapter", "training"),
         model=chosen,
@@ -50,21 +50,16 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
         training=Training(
             **without(training, "lr", "steps"),
             lr=training.lr or defaults.lr,
-            steps=training.steps or _STEPS[embedded],
+            steps=training.steps or DEFAULTS.steps(embedded),
         ),
     )
-    if embedded or training.lr is not None or settings.adapter.method != "randlora":
+    if training.lr is not None or not defaults.suggested or settings.adapter.method != "randlora":
         return settings
     lr = suggested_lr(model, config_of(model, settings, settings.adapter.rank))
     head_lr = settings.adapter.head_lr or defaults.lr
     return replace(
         settings, training=replace(settings.training, lr=lr), adapter=replace(settings.adapter, head_lr=head_lr)
     )
-
-
-def note_on_rank(options: ClassifierOptions) -> str:
-    """Return a note for a rank below the default, or nothing."""
-    return rank_note(options.adapter, (_DEMO if options.embedded else _OWN)["randlora"].rank)
 
 
 def _with_rank(options: ClassifierOptions, default: int, model: nn.Module) -> RankedAdapter | PlainAdapter:

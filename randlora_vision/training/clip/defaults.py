@@ -18,27 +18,27 @@ from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import Training, TrainingOptions, without
 from randlora_vision.training.methods.adaptation import suggested_lr
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, help_defaults, rank_note, rank_of
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults, rank_of
 
 # The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
 # of two or less. The others are the usual ones for pretrained CLIP models, but for
 # RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for a logit scale that is trained too.
-_DEMO: Table = {
-    "randlora": Defaults(2e-3, 16),
-    "lora": Defaults(9e-3, 8),
-    "full": Defaults(1.2e-3),
-    "linear-probe": Defaults(1e-1),
-}
-_OWN: Table = {
-    "randlora": Defaults(1e-3, 32),
-    "lora": Defaults(1e-3, 8),
-    "full": Defaults(1e-5),
-    "linear-probe": Defaults(1e-3),
-}
-
-_STEPS = (1000, 250)  # for your own data, for the digits
-HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
-HELP_DEFAULTS["--lr"] = HELP_DEFAULTS["--lr"].replace(f"randlora {_OWN['randlora'].lr:g}", "randlora by suggest_lr", 1)
+DEFAULTS = ScriptDefaults(
+    own={
+        "randlora": Defaults(1e-3, 32, suggested=True),
+        "lora": Defaults(1e-3, 8),
+        "full": Defaults(1e-5),
+        "linear-probe": Defaults(1e-3),
+    },
+    digits={
+        "randlora": Defaults(2e-3, 16),
+        "lora": Defaults(9e-3, 8),
+        "full": Defaults(1.2e-3),
+        "linear-probe": Defaults(1e-1),
+    },
+    own_steps=1000,
+    digits_steps=250,
+)
 
 
 def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions: bool) -> ClipSettings:
@@ -61,7 +61,7 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
         raise ValueError("--method linear-probe is a classifier and needs data with classes, but this has captions")
     if captions and training.best_metric == TrainingOptions.best_metric:
         training = replace(training, best_metric="mean_recall")
-    defaults = (_DEMO if embedded else _OWN)[adapter.method]
+    defaults = DEFAULTS.of(adapter.method, embedded)
     lr = training.lr or defaults.lr
     if chosen.train_logit_scale:
         chosen = replace(chosen, logit_scale_lr=chosen.logit_scale_lr or lr)
@@ -73,17 +73,12 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
         images=replace(images, templates=read_templates(images.templates or usual)),
         loss=ChosenLoss(loss=loss),
         adapter=_with_rank(options, defaults, model),
-        training=Training(**without(training, "lr", "steps"), lr=lr, steps=training.steps or _STEPS[embedded]),
+        training=Training(**without(training, "lr", "steps"), lr=lr, steps=training.steps or DEFAULTS.steps(embedded)),
     )
-    if embedded or training.lr is not None or settings.adapter.method != "randlora":
+    if training.lr is not None or not defaults.suggested or settings.adapter.method != "randlora":
         return settings
     suggested = suggested_lr(model, config_of(settings, settings.adapter.rank))
     return replace(settings, training=replace(settings.training, lr=suggested))
-
-
-def note_on_rank(options: ClipOptions) -> str:
-    """Return a note for a rank below the default, or nothing."""
-    return rank_note(options.adapter, (_DEMO if options.images.embedded else _OWN)["randlora"].rank)
 
 
 def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> RankedAdapter | PlainAdapter:

@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -254,12 +254,7 @@ def _with_part(splits: _Splits, chosen: Sequence[int], origin: str) -> _Splits:
 
 def few_shot_indices(labels: Sequence[int], shots: int, seed: int) -> list[int]:
     """Return the positions of `shots` images of every class, or of all that it has, in order."""
-    generator = random.Random(seed)
-    return sorted(
-        index
-        for _, indices in sorted(members(labels).items())
-        for index in generator.sample(indices, min(shots, len(indices)))
-    )
+    return _drawn_of_classes(labels, lambda count: min(shots, count), seed)
 
 
 def _short_classes(splits: ImageSplits, shots: int) -> list[str]:
@@ -274,9 +269,14 @@ def _short_classes(splits: ImageSplits, shots: int) -> list[str]:
 
 def _fraction_of_classes(labels: Sequence[int], fraction: float, seed: int) -> list[int]:
     """Return the positions of a fraction of every class, at least one image each, in order."""
+    return _drawn_of_classes(labels, lambda count: max(1, round(fraction * count)), seed)
+
+
+def _drawn_of_classes(labels: Sequence[int], how_many: Callable[[int], int], seed: int) -> list[int]:
+    """Return the positions, in order, of `how_many` images of every class, a function of their count."""
     generator = random.Random(seed)
     return sorted(
         index
         for _, indices in sorted(members(labels).items())
-        for index in generator.sample(indices, max(1, round(fraction * len(indices))))
+        for index in generator.sample(indices, how_many(len(indices)))
     )

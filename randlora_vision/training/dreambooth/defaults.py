@@ -14,13 +14,14 @@ from randlora_vision.training.dreambooth.options import (
     ValidationOptions,
 )
 from randlora_vision.training.harness.options import without
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, Table, help_defaults, rank_note
+from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults
 
-_DEMO: Table = {"randlora": Defaults(1e-3, 8), "lora": Defaults(3e-3, 4), "full": Defaults(5e-4)}
-_OWN: Table = {"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)}
-
-_STEPS = (500, 300)  # for your own data, for the digits
-HELP_DEFAULTS = help_defaults(_OWN, _DEMO, _STEPS)
+DEFAULTS = ScriptDefaults(
+    own={"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)},
+    digits={"randlora": Defaults(1e-3, 8), "lora": Defaults(3e-3, 4), "full": Defaults(5e-4)},
+    own_steps=500,
+    digits_steps=300,
+)
 
 
 def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
@@ -32,7 +33,7 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
         raise ValueError(f"{missing} is missing: your own images and your own pipeline go together")
     if not embedded and subject.instance_prompt is None and subject.dataset_name and not subject.caption_column:
         raise ValueError("captions are missing: give --instance-prompt or --caption-column")
-    defaults = (_DEMO if embedded else _OWN)[adapter.method]
+    defaults = DEFAULTS.of(adapter.method, embedded)
     lr = training.lr or defaults.lr
     if embedded:
         subject, validation = _demo_subject(subject), _demo_validation(validation)
@@ -48,15 +49,10 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
         ),
         adapter=_with_rank(adapter, defaults.rank),
         training=DreamBoothTraining(
-            **without(training, "lr", "steps"), lr=lr, steps=training.steps or _STEPS[embedded]
+            **without(training, "lr", "steps"), lr=lr, steps=training.steps or DEFAULTS.steps(embedded)
         ),
         validation=validation,
     )
-
-
-def note_on_rank(options: DreamBoothOptions) -> str:
-    """Return a note for a rank below the default, or nothing."""
-    return rank_note(options.adapter, (_DEMO if options.embedded else _OWN)["randlora"].rank)
 
 
 def _with_rank(adapter: DreamBoothAdapterOptions, default: int) -> RankedAdapter | PlainAdapter:

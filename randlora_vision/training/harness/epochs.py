@@ -2,20 +2,11 @@
 
 import math
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from randlora_vision.training.harness.options import CheckpointOptions, Training
+from randlora_vision.training.harness.fit import Settings
 
-
-class _Settings(Protocol):
-    @property
-    def training(self) -> Training: ...
-
-    @property
-    def checkpoints(self) -> CheckpointOptions: ...
-
-
-_S = TypeVar("_S", bound=_Settings)
+_S = TypeVar("_S", bound=Settings)
 
 
 def in_steps(settings: _S, images: int, processes: int) -> _S:

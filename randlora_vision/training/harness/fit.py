@@ -1,6 +1,7 @@
 """Connects a task to the training loop: run folder, checkpoints and trackers."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -89,56 +90,52 @@ def fit(
     Raises ValueError when the checkpoint was written with other settings or images, and as `Trainer.run` does. Raises
     Stopped after a checkpoint when a signal or --time-limit asks for it. In both cases, the folder is unlocked.
     """
+    with _unlocked_on_failure(run, accelerator):
+        record = data.record()
+        processes = accelerator.num_processes
+        settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
+        if resume:
+            divisible = getattr(task.batches.batch_sampler, "divisible", True)
+            for note in resume.check(settings, free_settings(options), divisible):
+                accelerator.print(f"note: {note}")
+            run.keep_metrics(resume.state.step)
+            accelerator.print(f"resumed from {resume.path}")
+        step = resume.state.step if resume else 0
+        run.listeners.append(start_trackers(accelerator, options.run.report_to, run.logs, settings, step))
+        run.write_config(options)
+        run.write(run.split, record)
+        checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
+        limit = options.checkpoints.time_limit
+        with StopRequests(seconds_of(limit) if limit else None, run.opened) as stop:
+            trainer = Trainer(
+                task,
+                options.training,
+                accelerator,
+                run.log,
+                checkpoints,
+                resume,
+                keep_best=run.keep_best,
+                after_save=after_save,
+                stop=stop,
+            )
+            speed = trainer.run()
+        if trainer.best:
+            metric, best = options.training.best_metric, trainer.best
+            found = f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}"
+            accelerator.print(f"{found}, kept in {run.best}")
+        return speed
+
+
+@contextlib.contextmanager
+def _unlocked_on_failure(run: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """Unlock the folder of a run that fails or is stopped, and end the trackers of the latter."""
     try:
-        return _fit(task, options, data, run, accelerator, resume, after_save)
+        yield
     except BaseException as error:
         if isinstance(error, Stopped):
             accelerator.end_training()
         unlock_folder(run.path)
         raise
-
-
-def _fit(
-    task: MeasuredTask,
-    options: Settings,
-    data: Data,
-    run: RunFolder,
-    accelerator: Accelerator,
-    resume: Checkpoint | None,
-    after_save: Callable[[int], None] | None,
-) -> Speed:
-    record = data.record()
-    processes = accelerator.num_processes
-    settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
-    if resume:
-        divisible = getattr(task.batches.batch_sampler, "divisible", True)
-        for note in resume.check(settings, free_settings(options), divisible):
-            accelerator.print(f"note: {note}")
-        run.keep_metrics(resume.state.step)
-        accelerator.print(f"resumed from {resume.path}")
-    step = resume.state.step if resume else 0
-    run.listeners.append(start_trackers(accelerator, options.run.report_to, run.logs, settings, step))
-    run.write_config(options)
-    run.write(run.split, record)
-    checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
-    limit = options.checkpoints.time_limit
-    with StopRequests(seconds_of(limit) if limit else None, run.opened) as stop:
-        trainer = Trainer(
-            task,
-            options.training,
-            accelerator,
-            run.log,
-            checkpoints,
-            resume,
-            keep_best=run.keep_best,
-            after_save=after_save,
-            stop=stop,
-        )
-        speed = trainer.run()
-    if trainer.best:
-        metric, best = options.training.best_metric, trainer.best
-        accelerator.print(f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}, kept in {run.best}")
-    return speed
 
 
 def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:

@@ -18,9 +18,56 @@ class Defaults:
     lr: float
     rank: int = 0
     """0 for a method without a rank."""
+    suggested: bool = False
+    """Whether the rate of the adapters is that of `suggest_lr`; `lr` is then for what is trained beside them."""
 
 
 Table = Mapping[Method, Defaults]
+
+
+@dataclass(frozen=True)
+class ScriptDefaults:
+    """The defaults of a script, for your own data and for the embedded digits."""
+
+    own: Table
+    digits: Table
+    own_steps: int
+    digits_steps: int
+
+    def of(self, method: Method, embedded: bool) -> Defaults:
+        """Return the defaults of a method."""
+        return (self.digits if embedded else self.own)[method]
+
+    def steps(self, embedded: bool) -> int:
+        """Return the number of optimiser steps."""
+        return self.digits_steps if embedded else self.own_steps
+
+    def rank_note(self, given: AdapterOptions, embedded: bool) -> str:
+        """Return a note for a RandLoRA rank below the usual one, which LoRA's users may mean the other way round."""
+        usual = self.of("randlora", embedded).rank
+        if given.method != "randlora" or given.rank is None or given.rank >= usual:
+            return ""
+        return (
+            f"note: --rank {given.rank} trains MORE numbers than the usual {usual}: "
+            "unlike LoRA's, a larger rank of RandLoRA trains fewer"
+        )
+
+    def help(self) -> dict[str, str]:
+        """Return the defaults that depend on the method and the data, by flag, as the help shows them."""
+        scales = {method: factor for method, factor in ALPHA_PER_RANK.items() if method in self.own}
+        return {
+            "--steps": f"{self.own_steps}; digits: {self.digits_steps}",
+            "--lr": self._in_words(lambda row: "by suggest_lr" if row.suggested else f"{row.lr:g}"),
+            "--rank": self._in_words(lambda row: str(row.rank) if row.rank else ""),
+            "--alpha": ", ".join(f"{method} {factor:g} x rank" for method, factor in scales.items()),
+        }
+
+    def _in_words(self, value: Callable[[Defaults], str]) -> str:
+        own, digits = (
+            ", ".join(f"{method} {word}" for method, row in table.items() if (word := value(row)))
+            for table in (self.own, self.digits)
+        )
+        return f"{own}; digits: {digits}"
 
 
 def rank_of(adapter: AdapterOptions, default: int, model: nn.Module, targets: Callable[[], Iterable[str]]) -> int:
@@ -28,33 +75,3 @@ def rank_of(adapter: AdapterOptions, default: int, model: nn.Module, targets: Ca
     if adapter.budget is not None:
         return rank_for_budget(model, targets(), adapter.budget)
     return adapter.rank or default
-
-
-def in_words(value: Callable[[Defaults], float], usual: Table, digits: Table) -> str:
-    """Return the defaults of every method, as the help shows them."""
-    tables = [
-        ", ".join(f"{method} {value(defaults):g}" for method, defaults in table.items() if value(defaults))
-        for table in (usual, digits)
-    ]
-    return f"{tables[0]}; digits: {tables[1]}"
-
-
-def help_defaults(usual: Table, digits: Table, steps: tuple[int, int]) -> dict[str, str]:
-    """Return the defaults that depend on the method and the data, by flag."""
-    scales = {method: factor for method, factor in ALPHA_PER_RANK.items() if method in usual}
-    return {
-        "--steps": "{}; digits: {}".format(*steps),
-        "--lr": in_words(lambda defaults: defaults.lr, usual, digits),
-        "--rank": in_words(lambda defaults: defaults.rank, usual, digits),
-        "--alpha": ", ".join(f"{method} {factor:g} x rank" for method, factor in scales.items()),
-    }
-
-
-def rank_note(given: AdapterOptions, usual: int) -> str:
-    """Return a note for a RandLoRA rank below the usual one, which LoRA's users may mean the other way round."""
-    if given.method != "randlora" or given.rank is None or given.rank >= usual:
-        return ""
-    return (
-        f"note: --rank {given.rank} trains MORE numbers than the usual {usual}: "
-        "unlike LoRA's, a larger rank of RandLoRA trains fewer"
-    )

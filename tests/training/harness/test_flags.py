@@ -91,7 +91,7 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
     options, table, module = SCRIPTS[script]
     table = {**HUGGING_FACE, **table}
     short, full = (
-        help_text(options, module.__doc__, table, module.HELP_DEFAULTS, everything=everything)
+        help_text(options, module.__doc__, table, module.DEFAULTS.help(), everything=everything)
         for everything in (False, True)
     )
     assert short.count("\n") < 150

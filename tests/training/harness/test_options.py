@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from randlora_vision.errors import DEBUG_VARIABLE, user_errors
 from randlora_vision.train_scripts import train_classifier
 from randlora_vision.train_scripts.train_clip import choose_model
-from randlora_vision.training.classifier.defaults import note_on_rank
+from randlora_vision.training.classifier.defaults import DEFAULTS
 from randlora_vision.training.classifier.options import ClassifierAdapterOptions, ClassifierOptions
 from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, LossOptions, ModelOptions
 from randlora_vision.training.data.options import DataOptions, ImageOptions
@@ -149,13 +149,14 @@ def test_help_is_printed_and_is_no_error(flag: str, capsys: pytest.CaptureFixtur
 def test_a_rank_below_the_default_is_noted() -> None:
     given = {"data": DataOptions("folder")}
     small = ClassifierOptions(**given, adapter=ClassifierAdapterOptions(rank=8))
-    assert "--rank 8 trains MORE numbers than the usual 32" in note_on_rank(small)
+    assert "--rank 8 trains MORE numbers than the usual 32" in DEFAULTS.rank_note(small.adapter, small.embedded)
     for adapter in (
         ClassifierAdapterOptions(),
         ClassifierAdapterOptions(rank=32),
         ClassifierAdapterOptions(method="lora", rank=4),
     ):
-        assert note_on_rank(ClassifierOptions(**given, adapter=adapter)) == ""
+        options = ClassifierOptions(**given, adapter=adapter)
+        assert DEFAULTS.rank_note(options.adapter, options.embedded) == ""
 
 
 @pytest.mark.parametrize("error", [ValueError("no\n  good"), FileNotFoundError("no good")])
