@@ -8,6 +8,7 @@ the umask), even if the library that wrote it chose others.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -72,9 +73,11 @@ def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
                 try:
                     os.replace(temporary, path)
                     break
-                except OSError:
-                    if not overwrite or not path.exists():
-                        raise  # otherwise another writer has put its own there since
+                except OSError as error:
+                    # Another writer has put its own there since; it may already be gone again, for a third one.
+                    occupied = error.errno in (errno.ENOTEMPTY, errno.EEXIST) or path.exists()
+                    if not (overwrite and occupied):
+                        raise
                 finally:
                     shutil.rmtree(old, ignore_errors=True)
         finally:
