@@ -77,6 +77,8 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
     )
     if training.lr is not None or not defaults.suggested or settings.adapter.method != "randlora":
         return settings
+    if options.evaluation.eval_only:  # nothing is trained: the adapters that a rate is taken from need not be made
+        return settings
     suggested = suggested_lr(model, config_of(settings, settings.adapter.rank))
     return replace(settings, training=replace(settings.training, lr=suggested))
 
