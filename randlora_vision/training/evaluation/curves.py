@@ -178,20 +178,19 @@ def plot_comparison(runs: Sequence[Compared], title: str, task: str, path: Path)
 
 
 def _before_and_after(axes: Axes, runs: Sequence[Compared], task: str, ylabel: str) -> None:
-    """Draw one grey bar for the base model and one bar per method for every task."""
+    """Draw one grey bar for the base model and one bar per method, in the colours of the curves, for every task."""
     tasks = list(runs[0].accuracies)
     width = 0.8 / (len(runs) + 1)
-    bars = [("before training", [runs[0].accuracies[task][0] for task in tasks], "#bbbbbb")]
+    bars = [([runs[0].accuracies[task][0] for task in tasks], "#bbbbbb")]
     for number, run in enumerate(runs):
-        bars.append((run.label, [run.accuracies[task][1] for task in tasks], f"C{number}"))
-    for position, (label, heights, colour) in enumerate(bars):
+        bars.append(([run.accuracies[task][1] for task in tasks], f"C{number}"))
+    for position, (heights, colour) in enumerate(bars):
         places = [number + position * width for number in range(len(tasks))]
-        drawn = axes.bar(places, heights, width * 0.92, color=colour, label=label)
+        drawn = axes.bar(places, heights, width * 0.92, color=colour)
         axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=7, padding=1)
     axes.set_xticks([number + width * len(runs) / 2 for number in range(len(tasks))], tasks)
     axes.grid(axis="x", visible=False)
-    _percent(axes, f"{task.capitalize()} images", ylabel)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(bars))
+    _percent(axes, f"{task.capitalize()} images (grey: before training)", ylabel)
 
 
 def _over_steps(axes: Axes, legend: bool = True) -> None:

@@ -199,11 +199,14 @@ def test_confusion(classes: int, tmp_path: Path, drawn: list[Figure]) -> None:
     plot_confusion(counts, [f"{LONG} {n}" for n in range(classes)], "Answers on the test images", tmp_path / "c.png")
 
 
+METHODS = ("RandLoRA (36,864 trained)", "LoRA (32,768 trained)", "full fine-tuning (1,648,640 trained)")
+
+
 def test_scales_and_comparison(tmp_path: Path, drawn: list[Figure]) -> None:
     values = {"digits 0-9": [0.1, 0.5, 0.9], "digits 0-4": [0.98, 0.8, 0.3]}
     plot_scales([0, 0.5, 1], values, "top-1 accuracy", "Top-1 accuracy between base and adapted", tmp_path / "s.png")
     accuracies = {"inverted digits": (0.1, 0.6), "upright digits": (0.9, 0.3)}
-    runs = [Compared(label, run_of(30, top1=0.4), accuracies) for label in ("RandLoRA", "LoRA", "full fine-tuning")]
+    runs = [Compared(label, run_of(30, top1=0.4), accuracies) for label in METHODS]
     plot_comparison(runs, "a model adapted to digits", "test", tmp_path / "comparison.png")
 
 
