@@ -50,7 +50,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     say = accelerator.print
     options, run, resume = open_run(options, "classifier", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.data.strict_data)
-    with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
+    with accelerator.main_process_first():  # it downloads, indexes and pretrains; the others then use its files
         splits, original = read_images(options, skipped)
         chosen = choose_model(options)
         loaded = load_classifier(chosen, len(splits.class_names), options.training.seed)
@@ -88,7 +88,8 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     )
     if settings.speed.torch_compile:
         task.loss.compile()
-    speed = fit(task, settings, splits, run, accelerator, resume)
+    prepared = loaded.preprocessing(splits, settings.augment, settings.data.background)
+    speed = fit(task, settings, splits, run, accelerator, resume, prepared)
     model.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(model)
     summary: dict[str, Any] = {}

@@ -28,7 +28,7 @@ from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_
 from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
-from randlora_vision.training.clip.tasks import loss_of, training_data, validation
+from randlora_vision.training.clip.tasks import loss_of, preprocessing_of, training_data, validation
 from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.captioned import PairSplits, truncated_captions
 from randlora_vision.training.data.class_names import require_words
@@ -42,6 +42,7 @@ from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse, without
+from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.methods.adaptation import start
 from randlora_vision.training.methods.task import AdaptedTask
@@ -59,11 +60,11 @@ def train(options: ClipOptions) -> dict[str, Any]:
     say = accelerator.print
     options, run, resume = open_run(options, "clip", accelerator)
     skipped = SkipList(run.skipped if run.writing else None, options.images.strict_data)
-    data = read_task(options, skipped)
-    class_names = data.class_names if isinstance(data, ImageSplits) else None
-    with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
+    with accelerator.main_process_first():  # it downloads, indexes and pretrains; the others then use its files
+        data = read_task(options, skipped)
         chosen = choose_model(options)
         clip = load(chosen, options, accelerator.device)
+    class_names = data.class_names if isinstance(data, ImageSplits) else None
     settings = resolve(options, chosen, clip.model, captions=class_names is None)
     if not settings.evaluation.eval_only:  # that has no training images
         settings = in_steps(settings, len(data.images["train"]), accelerator.num_processes)
@@ -98,7 +99,8 @@ def train(options: ClipOptions) -> dict[str, Any]:
     )
     if settings.speed.torch_compile:
         task.loss.compile()
-    speed = fit(task, settings, data, run, accelerator, resume)
+    prepared = preprocessing_of(clip, data, settings)
+    speed = fit(task, settings, data, run, accelerator, resume, prepared)
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
     after = exam.take(clip, classifier)
     accelerator.wait_for_everyone()  # until the file that every process now reads is written
@@ -121,6 +123,10 @@ def evaluate(
     scales: list[tuple[float, Results]] = []
     if settings.evaluation.adapter is not None:
         path = Path(settings.evaluation.adapter)
+        prepared = {"evaluation": preprocessing_of(clip, exam.tests[exam.task], settings)["evaluation"]}
+        check_preprocessing(
+            path.with_name(run.preprocessing.name), prepared, "give the --force-image-size and --background of that run"
+        )
         after = exam.take(clip, load_classifier(clip, exam.class_names, settings, path))
         scales = take_scales(settings, accelerator.device, exam, path)
     run.write_config(settings)

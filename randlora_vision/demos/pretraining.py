@@ -1,6 +1,5 @@
 """Shared code of the pretrained demo models: caching on disk, and training."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from randlora_vision.files.atomic import fingerprint, replacing_folder
+from randlora_vision.files.cache import cache_root
 from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.labelled import Batch, LabelledImages
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
-
-CACHE_VARIABLE = "RANDLORA_CACHE"
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,6 @@ def cached_folder(
         if not folder.is_dir():  # another process may have finished the same model first
             raise
     return folder
-
-
-def cache_root(cache_dir: str | None = None) -> Path:
-    """Return the cache folder: the argument, else $RANDLORA_CACHE, else randlora_vision in the user's cache."""
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "randlora_vision"
 
 
 def teach(

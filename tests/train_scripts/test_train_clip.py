@@ -41,6 +41,7 @@ RUN_FILES = {
     "environment.json",
     "logs",
     "metrics.jsonl",
+    "preprocessing.json",
     "predictions.png",
     "split.json",
     "summary.json",
@@ -342,7 +343,9 @@ def test_classes_are_trained_on_their_captions_too(train: Any) -> None:
     assert set(summary_of(folder)["after"]["validation"]) == {"top1", "top5", "loss", "samples"}
 
 
-def test_an_adapter_is_measured_without_training(train: Any, images: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_measured_without_training(
+    train: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained = train("--lr", "0.02")
     done = summary_of(trained)
     assert done["before"] != done["after"]
@@ -359,6 +362,15 @@ def test_an_adapter_is_measured_without_training(train: Any, images: Path, tmp_p
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json"}
     pictures = {"confusion.png", "predictions.png", "scales.png"}
     assert {path.name for path in measured.iterdir()} == expected | pictures
+
+    kept = trained / "preprocessing.json"
+    kept.write_text(kept.read_text().replace('"bilinear"', '"bicubic"'))
+    with pytest.raises(SystemExit):
+        train(*of_split, "--adapter", str(trained / "adapter.safetensors"), "--overwrite")
+    expected_error = (
+        f"images are not prepared as in {kept}: interpolation was bicubic, now bilinear; give the --force-image-size"
+    )
+    assert expected_error in capsys.readouterr().err
 
     train(*of_split, "--overwrite")
     summary = summary_of(measured)

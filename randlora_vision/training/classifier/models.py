@@ -13,7 +13,7 @@ from torchvision.transforms import Compose
 from randlora_vision.errors import one_line
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.names import close_matches, listing
-from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel
+from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel, ModelOptions
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
 
@@ -61,26 +61,43 @@ class LoadedClassifier:
         """Return the training transform: timm's, or the augmentation that belongs to the data if none was requested."""
         from timm.data import create_transform
 
-        if splits.augment and not (augment.auto_augment or augment.random_erasing):
+        if _is_own(splits, augment):
+            assert splits.augment is not None
             return Compose([splits.augment, self.eval_transform])
         config = {name: value for name, value in self._colour_config.items() if name not in ("crop_pct", "crop_mode")}
         try:
-            transform: Transform = create_transform(
-                **config,
-                is_training=True,
-                scale=augment.scale,
-                ratio=augment.ratio,
-                hflip=augment.hflip,
-                vflip=augment.vflip,
-                color_jitter=augment.color_jitter,
-                auto_augment=augment.auto_augment,
-                re_prob=augment.random_erasing,
-                re_mode=augment.erasing_mode,
-                re_count=augment.erasing_count,
-            )
+            transform: Transform = create_transform(**config, is_training=True, **_timm_arguments(augment))
         except Exception as error:  # assertions and others, for a string that timm cannot parse
             raise ValueError(f"timm cannot create the --auto-augment {augment.auto_augment!r}: {error}") from error
         return self._for_channels(transform)
+
+    def preprocessing(self, splits: ImageSplits, augment: AugmentOptions, background: str) -> dict[str, dict[str, Any]]:
+        """Return what a run folder keeps: how images are prepared, in timm's words."""
+        own = {"augmentation of the data": str(splits.augment)} if _is_own(splits, augment) else None
+        evaluation = {**self.data_config, "background": background}
+        return {"evaluation": evaluation, "training": own or _timm_arguments(augment)}
+
+
+def _is_own(splits: ImageSplits, augment: AugmentOptions) -> bool:
+    """Return whether the training images get the augmentation that belongs to the data."""
+    chosen = augment.auto_augment or augment.random_erasing or augment.no_aug
+    return splits.augment is not None and not chosen
+
+
+def _timm_arguments(augment: AugmentOptions) -> dict[str, Any]:
+    if augment.no_aug:
+        return {"no_aug": True}
+    return {
+        "scale": augment.scale,
+        "ratio": augment.ratio,
+        "hflip": augment.hflip,
+        "vflip": augment.vflip,
+        "color_jitter": augment.color_jitter,
+        "auto_augment": augment.auto_augment,
+        "re_prob": augment.random_erasing,
+        "re_mode": augment.erasing_mode,
+        "re_count": augment.erasing_count,
+    }
 
 
 def _to_grey(image: Tensor) -> Tensor:
@@ -137,7 +154,7 @@ def load_classifier(options: ClassifierModel, classes: int, seed: int) -> Loaded
     if not kept:
         _renew_head(model, seed)
     model.requires_grad_(False)
-    config = _data_config(model, options.img_size)
+    config = _data_config(model, options)
     if config["input_size"][0] not in (1, 3):
         raise ValueError(f"{options.model} takes images of {config['input_size'][0]} channels, not of 1 (grey) or 3")
     return LoadedClassifier(
@@ -260,8 +277,15 @@ def _renew_head(model: nn.Module, seed: int) -> None:
                     layer.bias.zero_()
 
 
-def _data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
+def _data_config(model: nn.Module, options: ModelOptions) -> dict[str, Any]:
+    """Return the data configuration of the model, with the values that the options give in place of its own."""
     from timm.data import resolve_data_config
 
-    config: dict[str, Any] = resolve_data_config({"img_size": img_size} if img_size else {}, model=model)
-    return config
+    config: dict[str, Any] = resolve_data_config({}, model=model)
+    if options.img_size:
+        config["input_size"] = (config["input_size"][0], options.img_size, options.img_size)
+    for name in ("mean", "std"):
+        if values := getattr(options, name):
+            config[name] = values if len(values) == 3 else values * 3
+    given = {"crop_pct": options.crop_pct, "interpolation": options.interpolation}
+    return config | {name: value for name, value in given.items() if value is not None}

@@ -18,6 +18,8 @@ from randlora_vision.training.harness.options import (
     require_digits_cache,
 )
 
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -35,6 +37,15 @@ class ModelOptions:
     an --initial-checkpoint with another number of classes."""
     img_size: int | None = None
     """Image size in pixels (one side). Default: that of the model."""
+    crop_pct: float | None = None
+    """For evaluation, images are resized to --img-size divided by this, and their centre is cropped. Default: that of
+    the model, as for the next three."""
+    mean: tuple[float, ...] = ()
+    """The mean of pixel values (from 0 to 1) that is subtracted: three numbers, or one for all colours."""
+    std: tuple[float, ...] = ()
+    """The standard deviation of pixel values, by which they are divided."""
+    interpolation: Interpolation | None = None
+    """How images are resized, for training and evaluation."""
     num_classes: int | None = None
     """Number of classes. Default: that of the data, so it can always be left out."""
     drop: float = 0.0
@@ -54,12 +65,22 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"--crop-pct must be above 0 and at most 1, got {self.crop_pct}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) not in (0, 1, 3) or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"--{name} must be one or three numbers from 0 to 1, got {' '.join(map(str, values))}")
+        if 0 in self.std:
+            raise ValueError("--std must be above 0")
 
 
 @dataclass(frozen=True)
 class AugmentOptions:
     """Augmentation of training images by timm. The embedded digits use small rotations by default."""
 
+    no_aug: bool = False
+    """No augmentation: training images are resized, and their centre is cropped."""
     auto_augment: str | None = None
     """A timm augmentation string, such as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or original."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -88,6 +109,8 @@ class AugmentOptions:
     """Alpha of CutMix; 0 disables it. If both are enabled, each batch uses one or the other."""
 
     def __post_init__(self) -> None:
+        if self.no_aug and (self.auto_augment or self.random_erasing):
+            raise ValueError("--no-aug excludes --auto-augment and --random-erasing")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "scale" and high > 1):

@@ -12,7 +12,6 @@ def _only(*usual: str, otherwise: str) -> dict[str, str]:
     return {**dict.fromkeys(usual, ""), "*": Refused(otherwise)}
 
 
-_BY_MODEL = Refused("images are prepared as the model's own configuration says: leave it out")
 _ONE_CYCLE = Refused("the schedules are a warmup and cosine, linear or constant: see --schedule and --min-lr")
 _FROZEN = Refused("batch normalisation keeps the base model's statistics: leave it out")
 _NO_DISTILLATION = Refused("there is no distillation here: leave it out")
@@ -42,8 +41,10 @@ TIMM: Table = {
         ("--gp", "--head-init-scale", "--head-init-bias", "--model-kwargs", "--fast-norm"),
         Refused("the model is built with timm's settings: choose another --model"),
     ),
-    **dict.fromkeys(("--in-chans", "--input-size", "--crop-pct", "--mean", "--std", "--interpolation"), _BY_MODEL),
-    **dict.fromkeys(("--train-interpolation", "--train-crop-mode"), _BY_MODEL),
+    "--in-chans": Refused("images are grey or in colour as the model's own configuration says: leave it out"),
+    "--input-size": Refused("give --img-size"),
+    "--train-interpolation": Refused("give --interpolation, which is for training and evaluation"),
+    "--train-crop-mode": Refused("training crops are timm's default (rrc): see --scale and --ratio"),
     "-b": "--batch-size {}",
     "-vb": Refused("evaluation uses --batch-size: leave it out"),
     "--validation-batch-size": Refused("evaluation uses --batch-size: leave it out"),
@@ -90,7 +91,6 @@ TIMM: Table = {
     "--start-epoch": Refused("--resume goes on where the checkpoint was written: leave it out"),
     "--train-batches-per-epoch": Refused("give --epoch-images, or --steps for the whole training"),
     "--train-steps-per-epoch": Refused("give --epoch-images, or --steps for the whole training"),
-    "--no-aug": Refused("give --scale 1 1 --ratio 1 1 --hflip 0 --color-jitter 0"),
     "--aa": "--auto-augment {}",
     "--reprob": "--random-erasing {}",
     "--remode": "--erasing-mode {}",

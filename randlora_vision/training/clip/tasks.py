@@ -1,6 +1,8 @@
 """What train_clip.py minimises and evaluates during training: class prompts, or images with captions."""
 
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +25,18 @@ def training_data(clip: LoadedClip, data: Splits, settings: ClipSettings, skippe
             return data.select("train", transform, skipped)
         data = class_captions(data, settings.images.templates)
     return data.select("train", transform, clip.tokenize, skipped)
+
+
+def preprocessing_of(clip: LoadedClip, data: Splits, settings: ClipSettings) -> dict[str, dict[str, Any]]:
+    """Return what a run folder keeps: how images are prepared, in open_clip's words."""
+    from open_clip import get_model_preprocess_cfg
+    from open_clip.transform import AugmentationCfg
+
+    own = {"augmentation of the data": str(data.augment)} if data.augment else None
+    return {
+        "evaluation": {**get_model_preprocess_cfg(clip.model), "background": settings.images.background},
+        "training": own or asdict(AugmentationCfg(**settings.clip.augmentation)),
+    }
 
 
 def loss_of(clip: LoadedClip, classifier: ClipClassifier | None, settings: ClipSettings) -> nn.Module:

@@ -1,7 +1,7 @@
 """Connects a task to the training loop: run folder, checkpoints and trackers."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +15,7 @@ from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints
 from randlora_vision.training.harness.lock import unlock_folder
 from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training, free_settings
+from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.stopping import StopRequests, seconds_of
 from randlora_vision.training.harness.task import Speed, Task
@@ -83,11 +84,15 @@ def fit(
     run: RunFolder,
     accelerator: Accelerator,
     resume: Checkpoint | None,
+    preprocessing: Mapping[str, Mapping[str, Any]] | None = None,
     after_save: Callable[[int], None] | None = None,
 ) -> Speed:
     """Write the settings to the run folder and train, starting from a checkpoint if one is given.
 
-    Raises ValueError when the checkpoint was written with other settings or images, and as `Trainer.run` does. Raises
+    `preprocessing` says how images are prepared for "evaluation" and "training".
+
+    Raises ValueError when the checkpoint was written with other settings or images, or images that were prepared in
+    another way, and as `Trainer.run` does. Raises
     Stopped after a checkpoint when a signal or --time-limit asks for it. In both cases, the folder is unlocked.
     """
     with _unlocked_on_failure(run, accelerator):
@@ -98,12 +103,16 @@ def fit(
             divisible = getattr(task.batches.batch_sampler, "divisible", True)
             for note in resume.check(settings, free_settings(options), divisible):
                 accelerator.print(f"note: {note}")
+            if preprocessing:
+                check_preprocessing(run.preprocessing, preprocessing, "resume with the versions in environment.json")
             run.keep_metrics(resume.state.step)
             accelerator.print(f"resumed from {resume.path}")
         step = resume.state.step if resume else 0
         run.listeners.append(start_trackers(accelerator, options.run.report_to, run.logs, settings, step))
         run.write_config(options)
         run.write(run.split, record)
+        if preprocessing:
+            run.write(run.preprocessing, preprocessing)
         checkpoints = Checkpoints(run.path, options.checkpoints, settings, run.writing)
         limit = options.checkpoints.time_limit
         with StopRequests(seconds_of(limit) if limit else None, run.opened) as stop:

@@ -41,6 +41,7 @@ class RunFolder:
         self.best = path / "adapter_best.safetensors"
         self.samples = path / "samples.png"
         self.split = path / "split.json"
+        self.preprocessing = path / "preprocessing.json"
         self.skipped = path / "skipped.txt"
         self.changed = path / "changed.txt"
         self.summary = path / "summary.json"
@@ -51,7 +52,7 @@ class RunFolder:
 
     def files(self) -> list[Path]:
         """Return every file that a run may write; `--overwrite` deletes these."""
-        data = [self.split, self.skipped, self.changed]
+        data = [self.split, self.preprocessing, self.skipped, self.changed]
         texts = [self.config, self.environment, self.metrics, *data, self.summary]
         plots = [self.curves, self.predictions, self.confusion, self.scales, self.samples]
         return [*texts, *plots, self.adapter, self.best]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from randlora_vision.training.classifier.models import load_classifier
-from randlora_vision.training.classifier.options import AugmentOptions, ModelOptions
+from randlora_vision.training.classifier.options import AugmentOptions, ClassifierOptions, ModelOptions
+from randlora_vision.training.classifier.timm_flags import TIMM
 from randlora_vision.training.data.labelled import ImageSplits
+from randlora_vision.training.harness.options import parse
 from tests.training_helpers import write_tiny_vit
 
 WITH_OTHERS = {"mask_token": torch.zeros(1, 1, 8), "decoder.weight": torch.zeros(3, 3), "dino_head.mlp": torch.ones(2)}
@@ -74,6 +77,10 @@ def test_a_grey_model_gets_grey_images(tmp_path: Path) -> None:
     found = loaded.eval_transform(picture)
     assert found.shape == (1, 16, 16) and np.abs(found[0].numpy() - truth).max() < 1e-4
     assert loaded.model(found[None]).shape == (1, 3)
+    larger = ModelOptions(model=f"local-dir:{tmp_path / 'grey'}", pretrained=True, img_size=24, mean=(0.3,))
+    loaded = load_classifier(larger, 3, seed=0)
+    assert loaded.data_config["input_size"] == (1, 24, 24)
+    assert loaded.model(loaded.eval_transform(picture)[None]).shape == (1, 3)
     with pytest.raises(ValueError, match="takes images of 4 channels, not of 1 .grey. or 3"):
         load_classifier(ModelOptions(model=grey_model(tmp_path / "four", 4), pretrained=True), 3, seed=0)
 
@@ -92,3 +99,60 @@ def test_image_sizes_of_models_in_folders(tmp_path: Path) -> None:
         assert loaded.model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(ValueError, match="timm cannot create the model 'local-dir:.*nowhere'"):
         load_classifier(ModelOptions(model=f"local-dir:{tmp_path / 'nowhere'}", img_size=64), 3, seed=0)
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--crop-pct 0.5 --mean 0.1 --std 0.2 0.3 0.4 --interpolation nearest": {
+        "crop_pct": 0.5,
+        "mean": [0.1],
+        "std": [0.2, 0.3, 0.4],
+        "interpolation": "nearest",
+    },
+    "--mean 0 0.5 1 --img-size 48": {"mean": [0, 0.5, 1], "img_size": 48},
+    "--std=0.5 --crop-pct=1": {"std": [0.5], "crop_pct": 1.0},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_of_preprocessing_have_timms_meanings(flags: str) -> None:
+    given = parse(ClassifierOptions, ["folder", "--model", "test_resnet", *flags.split()], "A test.", TIMM)
+    loaded = load_classifier(given.model, 3, seed=0)
+    config = timm.data.resolve_data_config(FLAGS[flags], model=timm.create_model("test_resnet"))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8))
+    splits = ImageSplits("x", ["a"], {}, {}, "")
+    truth = timm.data.create_transform(**config)(picture)
+    assert torch.equal(loaded.eval_transform(picture), truth)
+    train = timm.data.create_transform(**{**config, "crop_pct": None, "crop_mode": None}, is_training=True)
+    for own, theirs in (
+        (loaded.training_transform(splits, AugmentOptions()), train),
+        (
+            loaded.training_transform(splits, AugmentOptions(no_aug=True)),
+            timm.data.create_transform(**config, is_training=True, no_aug=True),
+        ),
+    ):
+        results = []
+        for transform in (own, theirs):
+            random.seed(1)
+            torch.manual_seed(1)
+            results.append(transform(picture))
+        assert torch.equal(*results)
+    kept = loaded.preprocessing(splits, AugmentOptions(no_aug=True), "white")
+    assert {**kept["evaluation"], "background": None} == {**config, "background": None}
+    assert kept["training"] == {"no_aug": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--crop-pct 87.5", "--crop-pct must be above 0 and at most 1, got 87.5"),
+        ("--mean 123.7 116.3 103.5", "--mean must be one or three numbers from 0 to 1, got 123.7 116.3 103.5"),
+        ("--std 0.2 0.3", "--std must be one or three numbers"),
+        ("--std 0.2 0 0.2", "--std must be above 0"),
+        ("--no-aug --aa rand-m9", "--no-aug excludes --auto-augment"),
+        ("--interpolation cubic", "cubic"),
+        ("--train-interpolation bilinear", "give --interpolation, which is for training and evaluation"),
+    ],
+)
+def test_flags_of_preprocessing_that_cannot_be_meant(flags: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse(ClassifierOptions, ["folder", "--model", "x", *flags.split()], "A test.", TIMM)

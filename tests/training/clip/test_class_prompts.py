@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from randlora_vision.demos import clip as demo_clip
 from randlora_vision.demos.clip import contrastive_loss, demo_model_folder
-from randlora_vision.demos.pretraining import Pretraining, cache_root
+from randlora_vision.demos.pretraining import Pretraining
+from randlora_vision.files.cache import cache_root
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.classifier import ClassPromptLoss, ClipClassifier, text_tower_learns
 from randlora_vision.training.clip.load import load_classifier

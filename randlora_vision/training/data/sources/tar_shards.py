@@ -15,7 +15,8 @@ from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import has_images, is_hidden, subfolders
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.tables import CAPTIONS, LABELS
-from randlora_vision.training.data.sources.tar_members import Sample, read_shard
+from randlora_vision.training.data.sources.tar_index import indexed_shard
+from randlora_vision.training.data.sources.tar_members import Sample
 from randlora_vision.training.data.splits import split_of
 
 _BRACES = re.compile(r"\{(?:([^{},]+(?:,[^{},]+)+)|(\d+)\.\.(\d+))\}")
@@ -116,7 +117,7 @@ def shards_part(name: str, paths: Sequence[Path], options: SourceOptions, skippe
     samples: list[Sample] = []
     reasons = []
     for path in paths:
-        found, reason = read_shard(path)
+        found, reason = indexed_shard(path)
         samples += found
         if reason is not None:
             reasons.append(f"the shard cannot be read{' ' if reason.startswith('after byte') else ': '}{reason}")
