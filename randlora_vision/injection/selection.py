@@ -18,6 +18,7 @@ from randlora_vision.injection.candidates import (
     candidates,
     described,
 )
+from randlora_vision.injection.unused import unused_layers
 from randlora_vision.names import (
     is_preset,
     listing,
@@ -56,12 +57,13 @@ def select(
     everything = candidates(model) if everything is None else everything
     wanted, warnings = _wanted(model, everything, config)
     warnings += _unmatched(model, everything, config)
+    unused = unused_layers(model)
     chosen, skipped = [], []
     for candidate in everything:
         reason = wanted.get(candidate.name)
         if reason is None:
             continue
-        reason = reason or _left_out(candidate, config)
+        reason = reason or _left_out(candidate, config) or _unused(candidate, unused)
         if reason:
             skipped.append((candidate.name, reason))
         else:
@@ -195,6 +197,10 @@ def _left_out(candidate: Candidate, config: RandLoRAConfig) -> str | None:
     if narrow < config.rank_of(candidate.paths) and is_preset_choice(config):
         return f"its narrow side {narrow} is below rank {config.rank_of(candidate.paths)}"
     return None
+
+
+def _unused(candidate: Candidate, unused: Mapping[str, str]) -> str | None:
+    return next((unused[parent] for parent in with_parents((candidate.name,)) if parent in unused), None)
 
 
 def _excluded(paths: tuple[str, ...], exclude: str | Sequence[str]) -> bool:
