@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 
 from randlora_vision.demos.pipelines import demo_pipeline_folder
-from randlora_vision.demos.subject import demo_subject, measure
+from randlora_vision.demos.subject import Judge, demo_subject
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations.hub import push_to_hub
 from randlora_vision.training.data.decode import parse_colour
@@ -35,10 +35,11 @@ from randlora_vision.training.dreambooth.methods import (
 )
 from randlora_vision.training.dreambooth.options import DreamBoothOptions, DreamBoothSettings, model_title
 from randlora_vision.training.dreambooth.pictures import Album, write_base_pictures
-from randlora_vision.training.dreambooth.results import Shares, check_same, in_words, write_results
+from randlora_vision.training.dreambooth.prior import prior_measure
+from randlora_vision.training.dreambooth.results import check_same, in_words, lost_words, write_results
 from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, class_images, largest_difference
 from randlora_vision.training.dreambooth.subject import read_subject
-from randlora_vision.training.dreambooth.task import TrainingSet, make_task
+from randlora_vision.training.dreambooth.task import Measure, TrainingSet, make_task
 from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
@@ -74,12 +75,16 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     set_seed(settings.training.seed)
     sampler = make_sampler(family, settings, buckets[0], accelerator.autocast)
     folder = Path(settings.subject.class_data_dir or run.class_images)
-    images = class_images(settings.subject, folder, sampler, accelerator)
-    data = TrainingSet(subject, images, settings.subject.class_prompt, buckets)
+    images = class_images(settings.subject, folder, sampler, accelerator, skipped)
+    data = TrainingSet(subject, images, buckets)
     settings = in_steps(settings, max(len(subject.images), len(images)), accelerator.num_processes)
     say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}{skipped}")
 
-    shares = {"before": shares_of(sampler, settings)} if settings.embedded else {}
+    background = parse_colour(settings.subject.background)
+    prior = prior_measure(sampler, settings, subject.captions[0], subject.images, background) if run.writing else None
+    measures: list[Measure] = [prior] if prior else []
+    if settings.embedded:
+        measures.append(make_judge(sampler, settings))
     gallery = make_gallery(sampler, settings, subject.captions[0])
     pictures = bool(settings.validation.validation_prompt) and run.writing
     if pictures and resume is None:
@@ -87,9 +92,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     adaptation = adapt(family, settings)
     start(adaptation, settings.adapter, resume is not None)
     say(f"\n{adaptation.report}\n{DEFAULTS.rank_note(options.adapter, options.embedded)}")
-    task = make_task(
-        family, adaptation, data, settings, accelerator.num_processes, run.adapter if run.writing else None
-    )
+    path = run.adapter if run.writing else None
+    task = make_task(family, adaptation, data, settings, accelerator.num_processes, path, measures)
     if not settings.pipeline.train_text_encoder:
         family.drop_text_encoders()  # all prompts are already encoded
     if settings.pipeline.gradient_checkpointing:
@@ -102,7 +106,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         gallery,
         adaptation,
         lambda step, paths: report_pictures(accelerator, step, paths),
-        parse_colour(settings.subject.background),
+        background,
     )
     speed = fit(task, settings, data, run, accelerator, resume, after_save=album.show if pictures else None)
 
@@ -111,14 +115,16 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     if run.writing:
         trained = gallery.draw()
         family.pipe.to("cpu")  # frees memory
-        fresh, difference = check_reload(settings, device, accelerator.autocast, adaptation, run, gallery, trained)
-        if settings.embedded:
-            shares["after"] = shares_of(fresh, settings)
+        difference = check_reload(settings, device, accelerator.autocast, adaptation, run, gallery, trained)
         if pictures:
             album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
-        summary = write_results(run, settings, adaptation, shares, speed, difference, skipped)
-        before, after = (in_words(summary[when], shares.get(when)) for when in ("before", "after"))
+        summary = write_results(run, settings, adaptation, speed, difference, skipped)
+        before, after = in_words(summary["before"]), in_words(summary["after"])
+        after = "\n".join([after, *lost_words(summary["before"], summary["after"])])
         code = adaptation.loading_code(run.adapter)
+        if (kind := settings.objective.prediction_type) is not None:
+            new = f"type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type={kind!r})"
+            code = [f"pipe.scheduler = {new}", *code]
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
         say(closing_words(run, before, after, summary, code, same))
         if settings.hub.push_to_hub:
@@ -167,11 +173,11 @@ def make_gallery(sampler: Sampler, settings: DreamBoothSettings, caption: str) -
     return Gallery(sampler, prompts or (caption,), each, seed, trained)
 
 
-def shares_of(sampler: Sampler, settings: DreamBoothSettings) -> Shares:
-    """Measure how well the embedded subject is learnt and how much of the rest is kept."""
-    subject = settings.subject
-    assert subject.instance_prompt is not None and subject.class_prompt is not None
-    return measure(sampler, subject.instance_prompt, subject.class_prompt, settings.training.seed)
+def make_judge(sampler: Sampler, settings: DreamBoothSettings) -> Judge:
+    """Return the measure of how well the embedded subject is learnt and how much of the rest is kept."""
+    prompt, trained = settings.subject.instance_prompt, settings.pipeline.train_text_encoder
+    assert prompt is not None
+    return Judge(sampler, prompt, settings.training.seed, trained)
 
 
 def upload(settings: DreamBoothSettings, run: RunFolder, summary: Mapping[str, Any]) -> str:
@@ -189,13 +195,13 @@ def check_reload(
     run: RunFolder,
     gallery: Gallery,
     trained: list[list[torch.Tensor]],
-) -> tuple[Sampler, float]:
-    """Load the saved file into a fresh pipeline; return its sampler and the largest pixel difference."""
+) -> float:
+    """Load the saved file into a fresh pipeline; return the largest difference between pixels."""
     fresh = load(settings, device)
     adaptation.load(fresh.pipe, run.adapter)
     sampler = make_sampler(fresh, settings, gallery.sampler.size, autocast)
     pictures = make_gallery(sampler, settings, gallery.prompts[0]).draw()
-    return sampler, check_same(largest_difference(pictures, trained), run)
+    return check_same(largest_difference(pictures, trained), run)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from randlora_vision.demos.pipelines import PIXELS, PROMPTS
+from randlora_vision.demos.pipelines import CLASS_PROMPT, PIXELS, PROMPTS
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.dreambooth.options import SubjectOptions
-from randlora_vision.training.dreambooth.results import Shares
-from randlora_vision.training.dreambooth.samples import Sampler
+from randlora_vision.training.dreambooth.prior import balance
+from randlora_vision.training.dreambooth.samples import Draws, Sampler
 from randlora_vision.training.dreambooth.subject import Subject
 
 DIGIT = 7
@@ -28,22 +28,30 @@ def demo_subject(options: SubjectOptions) -> Subject:
     return Subject("inverted sevens", [_small(picture) for picture in pictures], [options.instance_prompt] * _IMAGES)
 
 
-def measure(sampler: Sampler, subject_prompt: str, class_prompt: str, seed: int) -> Shares:
-    """Classify samples of a pipeline by logistic regression, fitted to real upright and inverted digits.
+class Judge:
+    """Measures a pipeline by a logistic regression, fitted to real upright and inverted digits, on its pictures.
 
-    The seeds of the samples differ from those of the pictures in the run folder.
+    Their seeds are the same at every call and differ from those of the pictures in the run folder.
     """
-    own = [prompt for prompt in PROMPTS for _ in range(_SAMPLES_PER_DIGIT)]
-    prompts = [subject_prompt] * _SAMPLES + [class_prompt] * _SAMPLES + own
-    pictures = sampler.draw(sampler.encode(prompts), [10_000 + seed + number for number in range(len(prompts))])
-    answers = _judge().predict(_features(pictures))
-    ten = len(digits.NAMES)
-    of_subject, of_class, of_digits = np.split(answers, [_SAMPLES, 2 * _SAMPLES])
-    return Shares(
-        subject=float((of_subject == ten + DIGIT).mean()),
-        class_kept=float((of_class < ten).mean()),
-        digits_kept=float((of_digits == np.repeat(np.arange(ten), _SAMPLES_PER_DIGIT)).mean()),
-    )
+
+    def __init__(self, sampler: Sampler, subject_prompt: str, seed: int, text_trained: bool) -> None:
+        own = [prompt for prompt in PROMPTS for _ in range(_SAMPLES_PER_DIGIT)]
+        prompts = [subject_prompt] * _SAMPLES + [CLASS_PROMPT] * _SAMPLES + own
+        self._draws = Draws(sampler, prompts, range(10_000 + seed, 10_000 + seed + len(prompts)), text_trained)
+
+    def __call__(self) -> dict[str, float]:
+        """Return the shares of pictures that are recognised as what their prompts ask for.
+
+        `subject` is that of inverted sevens for the subject's prompt, `class_kept` that of upright digits for the
+        class prompt, and `digits_kept` that of the named digit, upright, for the prompts of the ten digits. `balance`
+        is the harmonic mean of the first and the last.
+        """
+        ten = len(digits.NAMES)
+        of_subject, of_class, of_digits = np.split(_judge().predict(_features(self._draws())), [_SAMPLES, 2 * _SAMPLES])
+        learnt = float((of_subject == ten + DIGIT).mean())
+        kept = float((of_digits == np.repeat(np.arange(ten), _SAMPLES_PER_DIGIT)).mean())
+        of_class = float((of_class < ten).mean())
+        return {"subject": learnt, "class_kept": of_class, "digits_kept": kept, "balance": balance(learnt, kept)}
 
 
 @cache

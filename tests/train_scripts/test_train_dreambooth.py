@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.training_helpers import SCRIPTS, Killed, script
 
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
 PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
+MEASURED = {"loss", "prior_loss", "prior_drift"}
 RUN_FILES = {
     "adapter.safetensors",
     "adapter_best.safetensors",
@@ -143,13 +145,14 @@ def test_a_run(train: Any, images: Path, capsys: pytest.CaptureFixture[str]) -> 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["method"] == "randlora" and summary["steps"] == 3 and summary["reload_difference"] == 0
     assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
-    assert set(summary["before"]) == set(summary["after"]) == {"loss", "prior_loss"}
+    assert set(summary["before"]) == set(summary["after"]) == MEASURED
+    assert summary["before"]["prior_drift"] == 0 < summary["after"]["prior_drift"]
     assert summary["after"] != summary["before"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "val"] == [0, 1, 2, 3]
     record = json.loads((folder / "split.json").read_text())
     assert record["captions"] == [PROMPT] * 3 and record["images"] == [str(images / f"{i}.png") for i in range(3)]
-    assert yaml.safe_load((folder / "config.yaml").read_text())["subject"]["class_prompt"] == CLASS_PROMPT
+    assert yaml.safe_load((folder / "config.yaml").read_text())["subject"]["class_prompt"] == [CLASS_PROMPT]
 
 
 def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Path, monkeypatch: Any) -> None:
@@ -432,9 +435,11 @@ def test_the_embedded_default(
     argv += ["--steps", "2", "--num-class-images", "2", "--num-inference-steps", "1", "--report-to", "none"]
     script("train_dreambooth").main(argv)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (
-        set(summary["after"]) == {"loss", "prior_loss", "subject", "class_kept", "digits_kept"}
-        and summary["reload_difference"] == 0
-    )
-    assert "inverted sevens for the subject prompt" in capsys.readouterr().out
+    assert set(summary["after"]) == {*MEASURED, "subject", "class_kept", "digits_kept", "balance"}
+    assert summary["reload_difference"] == 0
+    record = json.loads((tmp_path / "run/split.json").read_text())
+    assert list(record["class_images"].values()) == ["a photo of a digit", "a photo of the digit zero"]
+    printed = capsys.readouterr().out
+    assert "inverted sevens for the subject prompt" in printed
+    assert re.search(r"\nprior: .* differ by 0\.\d+ .*; the correct digit for the digit prompts \d+% -> \d+%", printed)
     assert (tmp_path / "run/samples.png").exists()

@@ -4,19 +4,21 @@ Cached values are stored under the index of their item, so that no change of ord
 another item.
 """
 
-from collections.abc import Sequence
+import itertools
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from randlora_vision.training.data.batches import worker_count
 from randlora_vision.training.data.decode import WHITE, Colour, Note
 from randlora_vision.training.data.pictures import Picture, open_picture
-from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit
+from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_mask
 from randlora_vision.training.dreambooth.captions import Variants
 from randlora_vision.training.dreambooth.families import Encoded, Family
 from randlora_vision.training.harness.seeding import seed_everything
@@ -33,9 +35,21 @@ class DiffusionBatch(TypedDict):
     """Whether an item is for prior preservation (B,), bool."""
     sizes: Tensor
     """Original size, top left corner of the crop, and size after cropping (B, 6), height first."""
+    masks: Tensor
+    """The weight of the error in each pixel (B, 1, h, w), between 0 and 1; (B, 1, 1, 1) where no item has a mask."""
+    seeds: Tensor
+    """The seed of the noise of each item (B,), int64."""
 
 
-Entry = tuple[Tensor, Tensor, int, bool]  # input, sizes, caption, prior
+class Entry(NamedTuple):
+    """One item of a batch; see `DiffusionBatch`."""
+
+    inputs: Tensor
+    sizes: Tensor
+    caption: int
+    prior: bool
+    mask: Tensor
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Item:
     prior: bool
     background: Colour = WHITE
     variants: Variants | None = None  # of the caption
+    mask: Image.Image | None = None  # of the image's proportions, mode L: white where its error counts
 
     def draw_caption(self) -> int:
         """Return the index of the caption for training."""
@@ -62,71 +77,108 @@ def read_picture(image: Picture, background: Colour = WHITE, note: Note = lambda
         raise ValueError(f"cannot read the image {image}: {error}") from error
 
 
-class CaptionedPixels(Dataset):
+class CaptionedPixels:
     """Items as pixels; without `center_crop`, every access draws a new random crop."""
 
     def __init__(self, items: Sequence[Item], center_crop: bool) -> None:
         self.items = list(items)
         self.center_crop = center_crop
+        self.masked = any(item.mask is not None for item in items)
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def entry(self, index: int) -> Entry:
+    def __getitem__(self, index: int) -> Entry:
         """Return an item with its own caption."""
         item = self.items[index]
         pixels, sizes = fit(read_picture(item.image, item.background), item.bucket, self.center_crop)
-        return pixels, sizes, item.caption, item.prior
-
-    def __getitem__(self, index: int) -> Entry:
-        """Return an item with a caption for training."""
-        pixels, sizes, _, prior = self.entry(index)
-        return pixels, sizes, self.items[index].draw_caption(), prior
+        mask = torch.ones(1, *(item.bucket if self.masked else (1, 1)))
+        if item.mask is not None:
+            mask = fit_mask(item.mask, sizes)
+        return Entry(pixels, sizes, item.caption, item.prior, mask)
 
 
-class CachedLatents(Dataset):
+class CachedLatents:
     """The same items, each cropped and encoded once; caches the distribution from which latents are drawn."""
 
     def __init__(self, data: CaptionedPixels, family: Family, seed: int) -> None:
         self.items = data.items
         self.entries: list[Entry] = []
-        for index in range(len(data)):
+        for index in range(len(data.items)):
             seed_everything("crop", seed, index)
-            pixels, sizes, caption, prior = data.entry(index)
-            self.entries.append((family.moments(pixels[None])[0].cpu(), sizes, caption, prior))
+            entry = data[index]
+            self.entries.append(entry._replace(inputs=family.moments(entry.inputs[None])[0].cpu()))
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def entry(self, index: int) -> Entry:
+    def __getitem__(self, index: int) -> Entry:
         """Return an item with its own caption."""
         return self.entries[index]
 
-    def __getitem__(self, index: int) -> Entry:
-        """Return an item with a caption for training."""
-        moments, sizes, _, prior = self.entries[index]
-        return moments, sizes, self.items[index].draw_caption(), prior
+
+Items = CaptionedPixels | CachedLatents
+Place = tuple[int, int]  # the number of a sample among those of its kind in the whole training, and its item
+
+
+def seeded_entry(data: Items, index: int, *key: int | str) -> Entry:
+    """Return an item whose crop and noise depend only on `key`, with Python's `random` in a state that does too."""
+    random.seed(repr(key))
+    return data[index]._replace(seed=random.getrandbits(62))
+
+
+class Samples(Dataset):
+    """The items with a caption for training, indexed by `Place`; the place and the seed determine what is random."""
+
+    def __init__(self, data: Items, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.data.items)
+
+    def __getitem__(self, place: Place) -> Entry:
+        number, index = place
+        item = self.data.items[index]
+        entry = seeded_entry(self.data, index, "sample", self.seed, item.prior, number)
+        return entry._replace(caption=item.draw_caption())
+
+
+class Numbered(Sampler[list[Place]]):
+    """Batches of places, which are the same however many batches the samples of an optimiser step come in."""
+
+    def __init__(self, batches: BucketBatches, prior: Sequence[bool]) -> None:
+        self.batches = batches
+        self.prior = prior
+        self.divisible = batches.divisible
+        # accelerate needs these attributes to split the batches between processes.
+        self.batch_size = batches.batch_size
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        numbers = {prior: itertools.count() for prior in (False, True)}
+        for batch in self.batches:
+            yield [(next(numbers[self.prior[index]]), index) for index in batch]
 
 
 def collate(entries: Sequence[Entry]) -> DiffusionBatch:
     """Stack items into a batch."""
-    inputs, sizes, captions, prior = zip(*entries, strict=True)
+    inputs, sizes, captions, prior, masks, seeds = zip(*entries, strict=True)
     return DiffusionBatch(
         inputs=torch.stack(inputs),
         captions=torch.tensor(captions),
         prior=torch.tensor(prior),
         sizes=torch.stack(sizes),
+        masks=torch.stack(masks),
+        seeds=torch.tensor(seeds),
     )
 
 
 def diffusion_batches(
-    data: CaptionedPixels | CachedLatents, batch_size: int, batches: int, seed: int, workers: int | None
+    data: Items, batch_size: int, batches: int, seed: int, workers: int | None
 ) -> "DataLoader[DiffusionBatch]":
     """Return a loader of exactly `batches` batches, each with `batch_size` instance items and as many prior items."""
     buckets, prior = [item.bucket for item in data.items], [item.prior for item in data.items]
     return DataLoader(
-        data,
-        batch_sampler=BucketBatches(buckets, prior, batch_size, batches, seed),
+        Samples(data, seed),
+        batch_sampler=Numbered(BucketBatches(buckets, prior, batch_size, batches, seed), prior),
         collate_fn=collate,
         num_workers=worker_count(workers, decoding=isinstance(data, CaptionedPixels)),
         pin_memory=torch.cuda.is_available(),

@@ -52,15 +52,26 @@ def fit(image: Image.Image, bucket: Size, center_crop: bool) -> tuple[Tensor, Te
     the crop, and the size of the bucket, height first.
     """
     height, width = bucket
-    scale = max(height / image.height, width / image.width)
-    scaled = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-        Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BILINEAR,
-    )
+    scaled = _cover(image, image.size, bucket)
     room = (scaled.height - height, scaled.width - width)
     top, left = (side // 2 if center_crop else random.randint(0, side) for side in room)
     pixels = pil_to_tensor(scaled.crop((left, top, left + width, top + height))).float() / 127.5 - 1
     return pixels, torch.tensor([image.height, image.width, top, left, height, width])
+
+
+def fit_mask(mask: Image.Image, sizes: Tensor) -> Tensor:
+    """Crop the mask of an image as `fit` cropped the image, which returned `sizes`; (1, h, w), between 0 and 1."""
+    image_height, image_width, top, left, height, width = sizes.tolist()
+    scaled = _cover(mask, (image_width, image_height), (height, width))
+    return pil_to_tensor(scaled.crop((left, top, left + width, top + height))).float() / 255
+
+
+def _cover(image: Image.Image, size: tuple[int, int], bucket: Size) -> Image.Image:
+    """Resize an image as one of this size (width, height) is resized to cover the bucket."""
+    (width, height), (least_height, least_width) = size, bucket
+    scale = max(least_height / height, least_width / width)
+    new = max(least_width, round(width * scale)), max(least_height, round(height * scale))
+    return image.resize(new, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BILINEAR)
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -94,7 +105,7 @@ class BucketBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = random.Random(self.seed)
         waiting: dict[Size, list[int]] = defaultdict(list)
-        priors = {bucket: _round_and_round(items, order) for bucket, items in self.priors.items()}
+        priors = {bucket: _round_and_round(items, f"{self.seed} {bucket}") for bucket, items in self.priors.items()}
         made = 0
         while made < self.batches:
             for index in order.sample(self.instances, len(self.instances)):
@@ -106,7 +117,7 @@ class BucketBatches(Sampler[list[int]]):
                     made += 1
 
 
-def _round_and_round(items: Sequence[int], order: random.Random) -> Iterator[int]:
-    own = random.Random(order.random())
+def _round_and_round(items: Sequence[int], seed: str) -> Iterator[int]:
+    order = random.Random(seed)
     while True:
-        yield from own.sample(items, len(items))
+        yield from order.sample(items, len(items))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from randlora_vision.training.data.sources.digits import NAMES
 from randlora_vision.training.dreambooth.options import (
     DreamBoothAdapterOptions,
     DreamBoothOptions,
@@ -22,6 +23,10 @@ DEFAULTS = ScriptDefaults(
     own_steps=500,
     digits_steps=300,
 )
+
+
+_DIGITS = tuple(f"a photo of the digit {name}" for name in NAMES)
+"""The prompts of the demo's pipeline: what its class contains."""
 
 
 def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
@@ -72,7 +77,7 @@ def _demo_subject(subject: SubjectOptions) -> SubjectOptions:
         subject,
         instance_prompt=subject.instance_prompt or "a photo of sks digit",
         with_prior_preservation=True,
-        class_prompt=subject.class_prompt or "a photo of a digit",
+        class_prompt=subject.class_prompt or ("a photo of a digit", *_DIGITS),
     )
 
 

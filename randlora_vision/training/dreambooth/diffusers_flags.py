@@ -1,4 +1,4 @@
-"""The flags of diffusers' DreamBooth LoRA scripts, and what they mean for train_dreambooth.py."""
+"""The flags of diffusers' DreamBooth LoRA scripts, kohya's of the loss, and what they mean for train_dreambooth.py."""
 
 from randlora_vision.training.harness.flags import Refused, Table
 
@@ -7,6 +7,23 @@ _BY_PIPELINE = Refused("the pipeline's own tokenizers and masks are used: leave 
 _DEEPFLOYD = Refused("DeepFloyd's pipelines are not supported: leave it out")
 _EDM = Refused("EDM training is not implemented: choose a pipeline that predicts noise or flow")
 
+_KOHYA: Table = {
+    "--min-snr-gamma": "--snr-gamma {}",
+    "--ip-noise-gamma": "--input-perturbation {}",
+    "--v-parameterization": "--prediction-type v_prediction",
+    "--zero-terminal-snr": Refused(
+        "set rescale_betas_zero_snr in the scheduler_config.json of the pipeline, as pictures need it too"
+    ),
+    "--masked-loss": "",
+    "--conditioning-data-dir": "--mask-data-dir {}",
+    "--timestep-sampling": {
+        "sigma": "",
+        "uniform": "--weighting-scheme none",
+        "sigmoid": "--weighting-scheme logit_normal",
+        "shift": Refused("give --discrete-flow-shift with a number, and --weighting-scheme logit_normal"),
+        "flux_shift": "--weighting-scheme logit_normal --discrete-flow-shift resolution",
+    },
+}
 DIFFUSERS: Table = {
     "--pretrained-vae-model-name-or-path": Refused(
         "save the pipeline with that VAE (save_pretrained) and give its folder as --pretrained-model-name-or-path"
@@ -17,6 +34,7 @@ DIFFUSERS: Table = {
     "--dataset-config-name": Refused("save that configuration with save_to_disk and give its folder as --dataset-name"),
     "--repeats": {"1": "", "*": Refused("images are drawn again and again: give more --steps or --epochs")},
     "--validation-epochs": "--eval-epochs {}",
+    **_KOHYA,
     "--validation-images": Refused("only pictures made from text are drawn: give --validation-prompt"),
     "--validation-scheduler": Refused("pictures are drawn with the pipeline's own scheduler: leave it out"),
     "--class-labels-conditioning": _DEEPFLOYD,

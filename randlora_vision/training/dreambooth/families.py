@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision.training.dreambooth.conditioning import check_conditioning
-from randlora_vision.training.dreambooth.objectives import FlowMatching, NoisePrediction, Objective, ObjectiveOptions
+from randlora_vision.training.dreambooth.noise import Noise
+from randlora_vision.training.dreambooth.objectives import (
+    FlowMatching,
+    NoisePrediction,
+    Objective,
+    ObjectiveOptions,
+    scheduler_for,
+)
 
 Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
 
@@ -37,6 +44,7 @@ class Family:
         self.options = options
         self.max_sequence_length = max_sequence_length
         check_conditioning(self.denoiser, pipe, self.additions, self.packing)
+        pipe.scheduler = scheduler_for(pipe.scheduler, options)
         self.objective = self.make_objective()
 
     def make_objective(self) -> Objective:
@@ -85,11 +93,11 @@ class Family:
             moments: Tensor = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
             return moments.contiguous()  # sampling with randn_like depends on the memory layout
 
-    def latents(self, moments: Tensor) -> Tensor:
+    def latents(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
         """Draw latents (B, C, H, W) from their distribution, scaled for the denoiser."""
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-        drawn = DiagonalGaussianDistribution(moments).sample()
+        mean, log_variance = moments.chunk(2, dim=1)
+        noise = noise or Noise(len(moments))
+        drawn = mean + (log_variance.clamp(-30, 20) / 2).exp() * noise.normal(mean.shape[1:], mean.device)
         return (drawn - self._shift) * self.pipe.vae.config.scaling_factor
 
     @torch.no_grad()

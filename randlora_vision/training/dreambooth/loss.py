@@ -1,4 +1,4 @@
-"""The loss of every family: the squared error of the prediction, for the subject and for prior preservation."""
+"""The loss of every family: the error of the prediction, for the subject and for prior preservation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from randlora_vision.training.dreambooth.batches import DiffusionBatch, Prompts
 from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.noise import Noise
 
 
 class DiffusionLoss(nn.Module):
-    """The mean weighted squared error on a batch, with a prior preservation term.
+    """The mean weighted error on a batch, with a prior preservation term.
 
-    L = mean(e over instance items) + prior_loss_weight * mean(e over prior items), where e is the weighted squared
-    error of one item, averaged over its latents. Noise and noise levels are drawn from the current random state of
-    PyTorch. `parts` registers the trained components as submodules.
+    L = mean(e over instance items) + prior_loss_weight * mean(e over prior items), where e is the weighted error of one
+    item, averaged over its latents. Noise and noise levels of an item depend only on its seed. `parts` registers the
+    trained components as submodules.
     """
 
     def __init__(
@@ -45,13 +46,16 @@ class DiffusionLoss(nn.Module):
         return loss + self.prior_loss_weight * errors[prior].mean() if prior.any() else loss
 
     def errors(self, batch: DiffusionBatch) -> Tensor:
-        """Return the weighted squared error of each item (B,), float32."""
+        """Return the weighted error of each item (B,), float32."""
         family = self.family
+        noise = Noise(len(batch["seeds"]), batch["seeds"].tolist())
         inputs = batch["inputs"].to(family.device)
-        noised = family.objective(family.latents(inputs if self.cached_latents else family.moments(inputs)))
+        moments = inputs if self.cached_latents else family.moments(inputs)
+        noised = family.objective(family.latents(moments, noise), noise)
         dtype = next(family.denoiser.parameters()).dtype
         prompt = {name: tensor.to(dtype) for name, tensor in self.prompts(batch["captions"]).items()}
         sizes = batch["sizes"].to(family.device)
         answer = self.predict(noised.latents.to(dtype), noised.timesteps, prompt, sizes)
-        squared = (answer.float() - noised.target).square().flatten(1).mean(1)
-        return noised.weight.to(torch.float32) * squared
+        errors = noised.errors(answer, family.options.loss_type)
+        mask = nn.functional.interpolate(batch["masks"].to(family.device), errors.shape[-2:], mode="area")
+        return noised.weight.to(torch.float32) * (errors * mask).flatten(1).mean(1)

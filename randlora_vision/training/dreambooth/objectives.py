@@ -1,26 +1,51 @@
 """Training objectives of denoisers: noise levels, noisy latents, targets, and the weight of each error.
 
 There are two objectives: noise prediction (Stable Diffusion 1.5, 2, XL) and flow matching (Stable Diffusion 3, Flux).
-Schedulers, timestep densities and weightings come from diffusers.
+Schedulers, timestep densities and weightings come from diffusers; options have the names of diffusers' and kohya's
+scripts, and their meaning.
 
 Shapes: B images, C channels, latents of size H x W.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from randlora_vision.training.dreambooth.noise import Noise
+
 WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
+LossType = Literal["l2", "l1", "huber", "smooth_l1"]
 
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
     """The training objective of the denoiser."""
 
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """Noise prediction: what the denoiser predicts, for a pipeline whose scheduler says it wrongly. Default: what the
+    scheduler says."""
     snr_gamma: float | None = None
     """Noise prediction: gamma of the min-SNR weighting of timesteps (usually 5.0; arXiv 2303.09556)."""
+    debiased_estimation_loss: bool = False
+    """Noise prediction: weight the errors by 1 / sqrt(SNR), or 1 / (SNR + 1) for velocities (arXiv 2310.08442)."""
+    noise_offset: float = 0.0
+    """Noise prediction: add this times a random number per image and channel to the noise, for darker and brighter
+    pictures (usually 0.05 to 0.1)."""
+    input_perturbation: float = 0.0
+    """Noise prediction: perturb the noise in the input of the denoiser, but not in its target, by this times other
+    noise (usually 0.1; arXiv 2301.11706)."""
+    loss_type: LossType = "l2"
+    """The error between prediction and target: its square, its absolute value, or the pseudo-Huber losses 2 c
+    (sqrt(e^2 + c^2) - c), which is the square for small errors, and the same without the first c."""
+    huber_c: float = 0.1
+    """The c of the Huber losses, at the noisiest timestep for a schedule."""
+    huber_schedule: Literal["snr", "exponential", "constant"] | None = None
+    """How c falls from 1 with the timestep. Default: snr, or exponential for flow matching."""
+    huber_scale: float = 1.0
+    """Multiplies c for the schedules exponential and constant."""
     weighting_scheme: WeightingScheme = "logit_normal"
     """Flow matching: how noise levels are drawn (logit_normal, mode) or weighted (sigma_sqrt, cosmap)."""
     logit_mean: float = 0.0
@@ -29,14 +54,47 @@ class ObjectiveOptions:
     """Standard deviation of logit_normal."""
     mode_scale: float = 1.29
     """Scale of mode."""
+    discrete_flow_shift: str | None = None
+    """Flow matching: shift of the noise levels t to s t / (1 + (s - 1) t): the number s, or 'resolution' for the
+    one that the scheduler's settings give for the size of an image. Default: the shift of the scheduler."""
     guidance_scale: float = 3.5
     """Flux: guidance scale given to a guidance-distilled transformer during training."""
 
     def __post_init__(self) -> None:
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError(f"--snr-gamma must be above 0, got {self.snr_gamma}")
-        if self.logit_std <= 0:
-            raise ValueError(f"--logit-std must be above 0, got {self.logit_std}")
+        for flag, value in (("--snr-gamma", self.snr_gamma), ("--logit-std", self.logit_std)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{flag} must be above 0, got {value}")
+        for flag, value in (("--noise-offset", self.noise_offset), ("--input-perturbation", self.input_perturbation)):
+            if value < 0:
+                raise ValueError(f"{flag} must be 0 or more, got {value}")
+        if not 0 < self.huber_c <= 1:
+            raise ValueError(f"--huber-c must be above 0 and at most 1, got {self.huber_c}")
+        if self.huber_scale <= 0:
+            raise ValueError(f"--huber-scale must be above 0, got {self.huber_scale}")
+        if self.snr_gamma is not None and self.debiased_estimation_loss:
+            raise ValueError("--snr-gamma and --debiased-estimation-loss both weight the timesteps: give only one")
+        self.flow_shift  # noqa: B018  # raises
+
+    @property
+    def flow_shift(self) -> float | Literal["resolution"] | None:
+        """`discrete_flow_shift` as a number, if it is one."""
+        text = self.discrete_flow_shift
+        if text is None or text == "resolution":
+            return None if text is None else "resolution"
+        try:
+            shift = float(text)
+        except ValueError:
+            shift = math.nan
+        if not 0 < shift < math.inf:
+            raise ValueError(f"--discrete-flow-shift must be a number above 0 or 'resolution', got {text!r}")
+        return shift
+
+    def require_defaults(self, names: tuple[str, ...], objective: str) -> None:
+        """Raise ValueError if an option that `objective` does not have was given."""
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ValueError(f"{flag} has no meaning for this pipeline, which is trained by {objective}")
 
 
 @dataclass(frozen=True)
@@ -50,14 +108,27 @@ class Noised:
     target: Tensor
     """The target of the prediction (B, C, H, W)."""
     weight: Tensor
-    """The weight of the squared error of each image (B,)."""
+    """The weight of the error of each image (B,)."""
+    huber_c: Tensor
+    """The c of a Huber loss for each image (B,)."""
+
+    def errors(self, answer: Tensor, loss_type: LossType) -> Tensor:
+        """Return the unweighted error of a prediction in every latent (B, C, H, W), float32."""
+        difference = answer.float() - self.target
+        if loss_type == "l2":
+            return difference.square()
+        if loss_type == "l1":
+            return difference.abs()
+        c = self.huber_c.view(-1, 1, 1, 1)
+        pseudo = 2 * ((difference.square() + c.square()).sqrt() - c)
+        return c * pseudo if loss_type == "huber" else pseudo
 
 
 class Objective(Protocol):
-    """A rule that adds noise to latents, drawn from the current random state of PyTorch."""
+    """A rule that adds noise to latents."""
 
-    def __call__(self, latents: Tensor) -> Noised:
-        """Add noise to clean latents (B, C, H, W), float32."""
+    def __call__(self, latents: Tensor, noise: Noise | None = None) -> Noised:
+        """Add noise to clean latents (B, C, H, W), float32; by default from the current random state of PyTorch."""
 
 
 class NoisePrediction:
@@ -68,33 +139,62 @@ class NoisePrediction:
 
         if "beta_schedule" not in scheduler.config:
             raise ValueError(f"the noise schedule of {type(scheduler).__name__} is not supported: it has no betas")
+        options.require_defaults(_OF_FLOW, "noise prediction")
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.kind = self.scheduler.config.prediction_type
         if self.kind not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"the scheduler's prediction_type is {self.kind!r}, but it must be epsilon or v_prediction"
             )
-        self.gamma = options.snr_gamma
+        self.options = options
+        self.weights = self._weights()
+        self.huber = self._huber()
 
-    def __call__(self, latents: Tensor) -> Noised:
+    def __call__(self, latents: Tensor, noise: Noise | None = None) -> Noised:
         """Add noise to the latents at uniformly drawn timesteps."""
+        noise = noise or Noise(len(latents))
+        options, device, (channels, *size) = self.options, latents.device, latents.shape[1:]
         steps = self.scheduler.config.num_train_timesteps
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(steps, (len(latents),), device=latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        added = noise.normal((channels, *size), device)
+        if options.noise_offset:
+            added = added + options.noise_offset * noise.normal((channels, 1, 1), device)
+        perturbed = added
+        if options.input_perturbation:
+            perturbed = added + options.input_perturbation * noise.normal((channels, *size), device)
+        timesteps = noise.each(lambda count, generator: torch.randint(steps, (count,), generator=generator))
+        weight, huber_c, timesteps = (
+            values.to(device) for values in (self.weights[timesteps], self.huber[timesteps], timesteps)
+        )
+        noisy = self.scheduler.add_noise(latents, perturbed, timesteps)
         epsilon = self.kind == "epsilon"
-        target = noise if epsilon else self.scheduler.get_velocity(latents, noise, timesteps)
-        return Noised(noisy, timesteps, target, self._weight(timesteps, epsilon))
+        target = added if epsilon else self.scheduler.get_velocity(latents, added, timesteps)
+        return Noised(noisy, timesteps, target, weight, huber_c)
 
-    def _weight(self, timesteps: Tensor, epsilon: bool) -> Tensor:
-        """Return the min-SNR weights: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for velocity."""
+    def _weights(self) -> Tensor:
+        """Return the weight of each timestep.
+
+        min-SNR: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for velocity. At zero terminal SNR, the former has the
+        limit 1, and 1 / sqrt(SNR) is taken at the SNR of 1/1000.
+        """
         from diffusers.training_utils import compute_snr
 
-        if self.gamma is None:
-            return torch.ones(len(timesteps), device=timesteps.device)
-        snr = compute_snr(self.scheduler, timesteps)
-        weight: Tensor = snr.clamp(max=self.gamma) / (snr if epsilon else snr + 1)
-        return weight
+        options, epsilon = self.options, self.kind == "epsilon"
+        snr = compute_snr(self.scheduler, torch.arange(self.scheduler.config.num_train_timesteps))
+        if options.snr_gamma is not None:
+            gamma = torch.tensor(options.snr_gamma)
+            return (gamma / snr).clamp(max=1) if epsilon else torch.minimum(snr, gamma) / (snr + 1)
+        if options.debiased_estimation_loss:
+            snr = snr.clamp(1 / _MOST_SNR, _MOST_SNR)
+            return snr.rsqrt() if epsilon else 1 / (snr + 1)
+        return torch.ones_like(snr)
+
+    def _huber(self) -> Tensor:
+        """Return the c of Huber losses for each timestep."""
+        options, alphas = self.options, self.scheduler.alphas_cumprod
+        if options.huber_schedule in (None, "snr"):
+            ratio = ((1 - alphas) / alphas).sqrt()  # infinite at zero terminal SNR, where c is the smallest
+            return (1 - options.huber_c) / (1 + ratio).square() + options.huber_c
+        return _huber(options, torch.arange(len(alphas)), len(alphas))
 
 
 class FlowMatching:
@@ -103,28 +203,67 @@ class FlowMatching:
     def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
+        options.require_defaults(_OF_NOISE, "flow matching")
+        if options.huber_schedule == "snr":
+            raise ValueError("--huber-schedule snr is for noise prediction: give exponential or constant")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         self.options = options
 
-    def __call__(self, latents: Tensor) -> Noised:
-        """Add noise at levels drawn by the weighting scheme, including the shift of the scheduler."""
+    def __call__(self, latents: Tensor, noise: Noise | None = None) -> Noised:
+        """Add noise at levels drawn by the weighting scheme and shifted."""
         from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
+        noise = noise or Noise(len(latents))
         options, device = self.options, latents.device
         steps = self.scheduler.config.num_train_timesteps
-        noise = torch.randn_like(latents)
-        density = compute_density_for_timestep_sampling(
-            options.weighting_scheme,
-            len(latents),
-            options.logit_mean,
-            options.logit_std,
-            options.mode_scale,
-            device=device,
+        added = noise.normal(latents.shape[1:], device)
+        density = noise.each(
+            lambda count, generator: compute_density_for_timestep_sampling(
+                options.weighting_scheme,
+                count,
+                options.logit_mean,
+                options.logit_std,
+                options.mode_scale,
+                generator=generator,
+            )
         )
         index = (density * steps).long().clamp(max=steps - 1)
-        sigma = self.scheduler.sigmas.to(device)[index].float()
-        timesteps = self.scheduler.timesteps.to(device)[index]
+        sigma, timesteps = self._levels(index, *latents.shape[-2:])
+        sigma, timesteps = sigma.to(device), timesteps.to(device)
         amount = sigma.view(-1, 1, 1, 1)
-        noisy = (1 - amount) * latents + amount * noise
+        noisy = (1 - amount) * latents + amount * added
         weight = compute_loss_weighting_for_sd3(options.weighting_scheme, sigma)
-        return Noised(noisy, timesteps, noise - latents, weight)
+        return Noised(noisy, timesteps, added - latents, weight, _huber(options, timesteps, steps))
+
+    def _levels(self, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return the noise levels and timesteps (B,) at places in the schedule, for latents of this size."""
+        shift, config = self.options.flow_shift, self.scheduler.config
+        if shift is None:
+            return self.scheduler.sigmas[index].float(), self.scheduler.timesteps[index]
+        if shift == "resolution":
+            tokens = height * width // 4  # every family patches latents two by two
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+            shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+        level = 1 - index / config.num_train_timesteps
+        sigma = shift * level / (1 + (shift - 1) * level)
+        return sigma, sigma * config.num_train_timesteps
+
+
+_OF_NOISE = ("prediction_type", "snr_gamma", "debiased_estimation_loss", "noise_offset", "input_perturbation")
+_OF_FLOW = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "discrete_flow_shift")
+_MOST_SNR = 1000.0  # kohya's bound, where SNR is infinite
+
+
+def _huber(options: ObjectiveOptions, timesteps: Tensor, steps: int) -> Tensor:
+    """Return c for timesteps (B,) by a schedule that does not depend on the noise schedule."""
+    if options.huber_schedule == "constant":
+        return torch.full(timesteps.shape, options.huber_c * options.huber_scale, device=timesteps.device)
+    return options.huber_scale * options.huber_c ** (timesteps / steps)
+
+
+def scheduler_for(scheduler: Any, options: ObjectiveOptions) -> Any:
+    """Return the scheduler of a pipeline, or one that predicts what the options say, for training and sampling."""
+    if options.prediction_type in (None, scheduler.config.get("prediction_type")):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, prediction_type=options.prediction_type)

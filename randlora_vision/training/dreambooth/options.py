@@ -78,13 +78,19 @@ class SubjectOptions:
     """Fraction of the steps in which an image of the subject is trained with an empty caption."""
     background: str = "white"
     """The colour on which transparent pixels are composed, such as black or #808080."""
+    mask_data_dir: str | None = None
+    """A folder with a mask for each image of --instance-data-dir, of the same name: the loss counts where it is white
+    and does not where it is black."""
+    alpha_mask: bool = False
+    """Let the loss count only where the images of the subject are opaque."""
     with_prior_preservation: bool = False
     """Also train on images of the class, so that the model does not forget the class."""
     class_data_dir: str | None = None
     """A folder of class images. If it has too few, the base pipeline generates more and saves them there. Default:
     class_images in the run folder."""
-    class_prompt: str | None = None
-    """The caption of the class images, such as 'a photo of a dog'."""
+    class_prompt: tuple[str, ...] = ()
+    """One or more prompts of the class, such as 'a photo of a dog', for which class images are generated in turn.
+    Several keep more of what the class contains. Images with captions beside them keep those."""
     num_class_images: int = 100
     """Number of class images."""
     prior_loss_weight: float = 1.0
@@ -113,6 +119,8 @@ class SubjectOptions:
         for name in ("num_class_images", "sample_batch_size", "resolution"):
             _above(f"--{name.replace('_', '-')}", getattr(self, name))
         parse_colour(self.background)
+        if self.mask_data_dir and (self.alpha_mask or not self.instance_data_dir):
+            raise ValueError("--mask-data-dir needs --instance-data-dir, and excludes --alpha-mask")
         if not 0 <= self.caption_dropout_rate < 1:
             raise ValueError(f"--caption-dropout-rate must be at least 0 and below 1, got {self.caption_dropout_rate}")
         if self.keep_tokens < 0 or (self.keep_tokens and not self.shuffle_caption):
@@ -133,10 +141,23 @@ class ValidationOptions:
     """Sampling steps. Default: those of the pipeline."""
     validation_guidance_scale: float | None = None
     """Guidance scale for sampling. Default: that of the pipeline."""
+    prior_prompt: tuple[str, ...] = ()
+    """Prompts that are not the subject's, whose pictures should stay those of the base: prior_drift measures by how
+    much they change. Default: the class prompts, or else a few everyday ones, if there is a --validation-prompt."""
+    num_prior_images: int = 4
+    """Pictures by which the prior is measured at every evaluation, one for each prompt in turn; 0: none."""
+    likeness_encoder: str | None = None
+    """A model of timm, such as vit_small_patch14_dinov2.lvd142m, in whose features the likeness of the pictures to the
+    base's (prior_likeness) and to the instance images (subject_likeness) is measured too. --best-metric balance, the
+    harmonic mean of both, then selects a state that has learnt the subject and kept the rest."""
 
     def __post_init__(self) -> None:
         _above("--num-validation-images", self.num_validation_images)
         _above("--num-inference-steps", self.num_inference_steps)
+        if self.num_prior_images < 0:
+            raise ValueError(f"--num-prior-images must be 0 or more, got {self.num_prior_images}")
+        if not self.num_prior_images and (self.prior_prompt or self.likeness_encoder):
+            raise ValueError("--prior-prompt and --likeness-encoder need --num-prior-images above 0")
 
 
 @dataclass(frozen=True)
@@ -179,7 +200,8 @@ class DreamBoothTrainingOptions(TrainingOptions):
     """Steps between evaluations, which include pictures if there is a --validation-prompt. The model is always
     evaluated before the first and after the last step."""
     best_metric: str = "loss"
-    """The metric that selects the best state. The loss is that of the training instance images at fixed noise."""
+    """The metric that selects the best state. The loss is that of the training instance images at fixed noise; balance
+    needs a --likeness-encoder."""
     use_8bit_adam: bool = False
     """Use AdamW of bitsandbytes with 8-bit states."""
 

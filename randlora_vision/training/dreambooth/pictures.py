@@ -13,11 +13,12 @@ from randlora_vision.training.data.pictures import Picture
 from randlora_vision.training.dreambooth.batches import read_picture
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.samples import Gallery, as_image
-from randlora_vision.training.evaluation.grids import evenly, plot_samples
+from randlora_vision.training.evaluation.grids import evenly, plot_samples, plot_sheet
 from randlora_vision.training.harness.run_folder import RunFolder
 
 _INSTANCES = 4  # instance images in a figure, or as many as samples of a prompt
-_ROWS = 5  # most steps in the figure of samples over training; all are kept as files
+_BESIDE = 4  # instance images in the sheet for each of its rows
+_COLUMNS = 5  # most steps in the sheet; all are kept as files
 
 
 _BASE = "base"
@@ -58,16 +59,22 @@ class Album:
         self.report(step, [path])
 
     def finish(self, steps: Sequence[int]) -> None:
-        """Plot the samples over training in one figure, below the instance images."""
-        shown = evenly([step for step in steps if step], _ROWS)
-        rows = {"base": _BASE, **{f"step {step}": _name(step) for step in shown}}
-        self._plot(rows, "Samples over training, same seeds", self.run.samples)
+        """Plot the samples over training as a contact sheet, beside the instance images."""
+        shown = evenly([step for step in steps if step], _COLUMNS)
+        columns = {"base": _BASE, **{f"step {step}": _name(step) for step in shown}}
+        rows = [
+            (prompt, [self._read(folder, number) for folder in columns.values()])
+            for number, prompt in enumerate(self.gallery.prompts)
+        ]
+        beside = ("instance images", self._instances(_BESIDE * len(rows)))
+        plot_sheet(beside, list(columns), rows, "Samples over training, same seeds", self.run.samples)
+
+    def _instances(self, most: int) -> list[Image.Image]:
+        pictures = (read_picture(image, self.background) for image in self.instances[:most])
+        return [ImageOps.fit(picture, (256, 256)) for picture in pictures]
 
     def _plot(self, rows: dict[str, str], title: str, path: Path) -> None:
-        most = max(self.gallery.each, _INSTANCES)
-        pictures = (read_picture(image, self.background) for image in self.instances[:most])
-        instances = [ImageOps.fit(picture, (256, 256)) for picture in pictures]
-        groups = [("instance images", [("", instances)])]
+        groups = [("instance images", [("", self._instances(max(self.gallery.each, _INSTANCES)))])]
         for number, prompt in enumerate(self.gallery.prompts):
             groups.append((prompt, [(label, self._read(folder, number)) for label, folder in rows.items()]))
         plot_samples(groups, title, path)

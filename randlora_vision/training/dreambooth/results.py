@@ -1,7 +1,6 @@
 """The end of a DreamBooth run: figures and summary in the run folder, and the closing message."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from randlora_vision.training.data.skipped import SkipList
@@ -12,25 +11,6 @@ from randlora_vision.training.evaluation.results import summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 
-
-@dataclass(frozen=True)
-class Shares:
-    """Fractions of samples that a classifier of real digits recognises as intended."""
-
-    subject: float
-    """For the prompt of the subject: an inverted seven."""
-    class_kept: float
-    """For the prompt of the class, covered by prior preservation: an upright digit."""
-    digits_kept: float
-    """For the prompts of the ten digits, not covered by prior preservation: that digit, upright."""
-
-    def __str__(self) -> str:
-        return (
-            f"inverted sevens for the subject prompt {self.subject:.0%}, upright digits for the class prompt "
-            f"{self.class_kept:.0%}, the correct digit for the digit prompts {self.digits_kept:.0%}"
-        )
-
-
 _SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a different adapter differs far more
 
 
@@ -38,7 +18,6 @@ def write_results(
     run: RunFolder,
     settings: DreamBoothSettings,
     adaptation: PipelineAdaptation,
-    shares: Mapping[str, Shares],
     speed: Speed,
     reload_difference: float,
     skipped: SkipList,
@@ -47,28 +26,63 @@ def write_results(
     method, title = settings.adapter.method, model_title(settings)
     metrics = run.read_metrics()
     losses = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
-    plot_curves(metrics, f"{method} on {title}", run.curves, losses)
+    plot_curves(metrics, f"{method} on {title}", run.curves, losses, _LINES)
     measured = [line for line in metrics if line["split"] == "val"]
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, skipped),
-        "before": _values(measured[0], shares.get("before")),
-        "after": _values(measured[-1], shares.get("after")),
+        "before": _values(measured[0]),
+        "after": _values(measured[-1]),
     }
     run.write(run.summary, summary)
     return summary
 
 
-def _values(line: Mapping[str, Any], shares: Shares | None) -> dict[str, float]:
-    losses = {name: value for name, value in line.items() if name not in ("step", "split")}
-    return {**losses, **(asdict(shares) if shares else {})}
+def _values(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("step", "split")}
 
 
-def in_words(losses: Mapping[str, float], shares: Shares | None) -> str:
-    """Return the losses and the shares as text."""
-    words = f"loss {losses['loss']:.4f} on the subject"
-    if "prior_loss" in losses:
-        words += f", {losses['prior_loss']:.4f} on its class"
+_LINES = {
+    "subject": "inverted sevens for the subject prompt",
+    "digits_kept": "correct digits for their prompts",
+    "subject_likeness": "likeness to the subject",
+    "prior_likeness": "other prompts: likeness to the base",
+    "prior_drift": "other prompts: pixel drift",
+}
+"""The measures of the subject and the prior that are drawn, all between 0 and 1, with their labels."""
+_SHARES = {
+    "subject": "inverted sevens for the subject prompt",
+    "class_kept": "upright digits for the class prompt",
+    "digits_kept": "the correct digit for the digit prompts",
+}
+"""Fractions of pictures, measured in the demo alone."""
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """Return the metrics of an evaluation as text."""
+    words = f"loss {values['loss']:.4f} on the subject"
+    if "prior_loss" in values:
+        words += f", {values['prior_loss']:.4f} on its class"
+    if "prior_likeness" in values:
+        words += f", likeness to the subject {values['subject_likeness']:.3f}"
+    shares = ", ".join(f"{text} {values[name]:.0%}" for name, text in _SHARES.items() if name in values)
     return f"{words}; {shares}" if shares else words
+
+
+def lost_words(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Return a line on what training has changed for prompts that are not the subject's, if it was measured."""
+    words = []
+    if "prior_drift" in after:
+        words.append(
+            f"pictures of other prompts differ by {after['prior_drift']:.3f} from the base's at equal seeds "
+            "(root mean square, pixels from 0 to 1)"
+        )
+    if "prior_likeness" in after:
+        words.append(f"their likeness to the base's is {after['prior_likeness']:.3f}")
+    if "digits_kept" in after:
+        words.append(
+            f"the correct digit for the digit prompts {before['digits_kept']:.0%} -> {after['digits_kept']:.0%}"
+        )
+    return [f"prior:  {'; '.join(words)}"] if words else []
 
 
 def check_same(difference: float, run: RunFolder) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from randlora_vision.files.atomic import replacing
+from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.sources.caption_folder import read_captions
 from randlora_vision.training.dreambooth.buckets import Size
 from randlora_vision.training.dreambooth.families import Encoded, Family
 from randlora_vision.training.dreambooth.options import SubjectOptions
@@ -74,6 +76,23 @@ class Sampler:
         return family.decode(family.unpack(latents, height, width)).cpu()
 
 
+class Draws:
+    """Pictures for fixed prompts from fixed seeds, generated anew at every call.
+
+    The prompts are encoded once, unless the text encoders are trained.
+    """
+
+    def __init__(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], text_trained: bool) -> None:
+        self.sampler = sampler
+        self.prompts = list(prompts)
+        self.seeds = list(seeds)
+        self._encoded = None if text_trained else sampler.encode(self.prompts)
+
+    def __call__(self) -> Tensor:
+        """Return one picture per prompt (B, 3, h, w), float32 between 0 and 1, on the CPU."""
+        return self.sampler.draw(self._encoded or self.sampler.encode(self.prompts), self.seeds)
+
+
 class Gallery:
     """The validation pictures: `each` per prompt, generated from the same seeds every time."""
 
@@ -81,19 +100,12 @@ class Gallery:
         self.sampler = sampler
         self.prompts = list(prompts)
         self.each = each
-        self.seeds = [seed + number for _ in prompts for number in range(each)]
-        self._texts = [prompt for prompt in prompts for _ in range(each)]
-        self._encoded = None if text_trained else self._encode()
-
-    def _encode(self) -> Encoded | None:
-        return self.sampler.encode(self._texts) if self._texts else None
+        seeds = [seed + number for _ in prompts for number in range(each)]
+        self._draws = Draws(sampler, [prompt for prompt in prompts for _ in range(each)], seeds, text_trained)
 
     def draw(self) -> list[list[Tensor]]:
         """Return a row of pictures (3, h, w) for each prompt."""
-        encoded = self._encoded or self._encode()
-        if encoded is None:
-            return []
-        pictures = self.sampler.draw(encoded, self.seeds)
+        pictures = self._draws()
         return [list(pictures[start : start + self.each]) for start in range(0, len(pictures), self.each)]
 
 
@@ -110,14 +122,18 @@ def largest_difference(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence
     return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
 
 
-def class_images(options: SubjectOptions, folder: Path, sampler: Sampler, accelerator: Accelerator) -> list[Path]:
-    """Return the first `num_class_images` images of the folder; all processes generate the missing ones.
+def class_images(
+    options: SubjectOptions, folder: Path, sampler: Sampler, accelerator: Accelerator, skipped: SkipList
+) -> list[tuple[Path, str]]:
+    """Return the first `num_class_images` images of the folder, each with its caption.
 
-    The name of an image contains its number, which is also its seed, so an interrupted run can be continued.
+    All processes generate the missing ones, for each class prompt in turn. The name of an image contains its number,
+    which is also its seed, so an interrupted run can be continued; its prompt is kept in a text file beside it. An
+    image without a caption gets the first class prompt.
     """
     if not options.with_prior_preservation:
         return []
-    assert options.class_prompt is not None
+    prompts = options.class_prompt
     folder.mkdir(parents=True, exist_ok=True)
     missing = options.num_class_images - len(list_images(folder, "--class-data-dir"))
     names = ((number, folder / f"made-{number:05}.png") for number in range(options.num_class_images))
@@ -125,12 +141,21 @@ def class_images(options: SubjectOptions, folder: Path, sampler: Sampler, accele
     wanted = [(number, path) for number, path in names if not path.exists()][: max(0, missing)]
     own = wanted[accelerator.process_index :: accelerator.num_processes]
     if wanted:
-        accelerator.print(f"generating {len(wanted)} images of {options.class_prompt!r} in {folder}")
+        accelerator.print(f"generating {len(wanted)} images of {quoted(prompts)} in {folder}")
     for start in tqdm(range(0, len(own), sampler.at_once), disable=not (own and accelerator.is_main_process)):
         some = own[start : start + sampler.at_once]
-        encoded = sampler.encode([options.class_prompt] * len(some))
-        for (_, path), picture in zip(some, sampler.draw(encoded, [number for number, _ in some]), strict=True):
+        captions = [prompts[number % len(prompts)] for number, _ in some]
+        drawn = sampler.draw(sampler.encode(captions), [number for number, _ in some])
+        for (_, path), caption, picture in zip(some, captions, drawn, strict=True):
+            with replacing(path.with_suffix(".txt")) as temporary:  # first: a caption without an image is made anew
+                temporary.write_text(caption, encoding="utf-8")
             with replacing(path) as temporary:
                 as_image(picture).save(temporary)
     accelerator.wait_for_everyone()
-    return list_images(folder, "--class-data-dir")[: options.num_class_images]
+    found = read_captions(folder, skipped)[: options.num_class_images]
+    return [(path, caption or prompts[0]) for path, caption in found]
+
+
+def quoted(prompts: Sequence[str]) -> str:
+    """Return a prompt in quotes, or the first of several and how many there are."""
+    return repr(prompts[0]) + (f" and {len(prompts) - 1} other prompts" if len(prompts) > 1 else "")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from randlora_vision.training.data.cleaning import clean_caption
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.pictures import Picture, readable
@@ -15,6 +17,7 @@ from randlora_vision.training.data.sources.hugging_face import is_saved_dataset,
 from randlora_vision.training.dreambooth.batches import Item, read_picture
 from randlora_vision.training.dreambooth.buckets import Size, nearest_bucket
 from randlora_vision.training.dreambooth.captions import variants_of, with_trigger
+from randlora_vision.training.dreambooth.masks import read_masks
 from randlora_vision.training.dreambooth.options import SubjectOptions
 
 
@@ -25,6 +28,8 @@ class Subject:
     name: str
     images: Sequence[Picture]
     captions: Sequence[str]
+    masks: Sequence[Image.Image] | None = None
+    """Where the errors count in each image, mode L."""
 
     def record(self) -> dict[str, Any]:
         """Return the record for the run folder: the files and their captions."""
@@ -57,7 +62,8 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
         image = found[captions.index("")][0]
         beside = f", or write {image.with_suffix('.txt').name} next to it" if isinstance(image, Path) else ""
         raise ValueError(f"{image} has no caption: give --instance-prompt{beside}")
-    return Subject(name, [image for image, _ in found], [with_trigger(text, options.trigger_word) for text in captions])
+    images, captions = [image for image, _ in found], [with_trigger(text, options.trigger_word) for text in captions]
+    return Subject(name, images, captions, read_masks(images, options))
 
 
 def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[tuple[Picture, str]]]:
@@ -96,30 +102,28 @@ def _read_dataset(options: SubjectOptions) -> tuple[str, list[tuple[Picture, str
 
 def make_items(
     subject: Subject,
-    class_images: Sequence[Picture],
-    class_prompt: str | None,
+    class_images: Sequence[tuple[Picture, str]],
     buckets: Sequence[Size],
     options: SubjectOptions,
     seed: int,
 ) -> tuple[list[Item], list[str]]:
     """Return the training items and the list of prompts that their captions index.
 
-    The items of the subject come first, each in its nearest bucket, then those of the class. Class images are assigned
-    to the used buckets in turn, so that every used bucket gets some; if there are too few, they are reused.
+    The items of the subject come first, each in its nearest bucket, then those of the class. Class images, each with
+    its caption, are assigned to the used buckets in turn, so that every used bucket gets some; if there are too few,
+    they are reused.
     """
-    prompts = list(dict.fromkeys([*subject.captions, *([class_prompt] if class_prompt else [])]))
+    prompts = list(dict.fromkeys([*subject.captions, *(caption for _, caption in class_images)]))
     variants = {caption: variants_of(caption, options, seed, prompts) for caption in dict.fromkeys(subject.captions)}
     background = parse_colour(options.background)
+    masks = subject.masks or [None] * len(subject.images)
     items = []
-    for image, caption in zip(subject.images, subject.captions, strict=True):
+    for image, caption, mask in zip(subject.images, subject.captions, masks, strict=True):
         picture = read_picture(image, background)
         bucket = nearest_bucket((picture.height, picture.width), buckets)
-        items.append(Item(image, prompts.index(caption), bucket, False, background, variants[caption]))
+        items.append(Item(image, prompts.index(caption), bucket, False, background, variants[caption], mask))
     used = [item.bucket for item in items]
-    if class_images:
-        assert class_prompt is not None
-        place = prompts.index(class_prompt)
-        for number in range(max(len(class_images), len(used))):
-            image, bucket = class_images[number % len(class_images)], used[number % len(used)]
-            items.append(Item(image, place, bucket, True, background))
+    for number in range(max(len(class_images), len(used)) if class_images else 0):
+        (image, caption), bucket = class_images[number % len(class_images)], used[number % len(used)]
+        items.append(Item(image, prompts.index(caption), bucket, True, background))
     return items, prompts

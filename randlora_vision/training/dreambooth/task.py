@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,24 @@ from randlora_vision.training.dreambooth.batches import (
     CachedLatents,
     CaptionedPixels,
     Item,
+    Items,
+    Place,
     Prompts,
     collate,
     diffusion_batches,
+    seeded_entry,
 )
 from randlora_vision.training.dreambooth.buckets import Size
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation, trained_components
 from randlora_vision.training.dreambooth.options import DreamBoothSettings
+from randlora_vision.training.dreambooth.samples import quoted
 from randlora_vision.training.dreambooth.subject import Subject, make_items
 from randlora_vision.training.harness.optim import Rate
-from randlora_vision.training.harness.seeding import seed_everything
 from randlora_vision.training.methods.task import AdaptedTask
 
+Measure = Callable[[], Mapping[str, float]]
 _MEASURED = 16  # images, possibly repeated, at fixed noise: enough to see a trend
 
 
@@ -37,17 +41,17 @@ class TrainingSet:
     """The images of the subject and of its class, and the sizes to which they are cropped."""
 
     subject: Subject
-    class_images: Sequence[Path]
-    class_prompt: str | None
+    class_images: Sequence[tuple[Path, str]]
+    """Files with their captions."""
     buckets: Sequence[Size]
 
     def record(self) -> dict[str, Any]:
         """Return the record for the run folder."""
-        names = [path.name for path in self.class_images]
-        return {**self.subject.record(), "class_prompt": self.class_prompt, "class_images": names}
+        return {**self.subject.record(), "class_images": {path.name: caption for path, caption in self.class_images}}
 
     def __str__(self) -> str:
-        kept = f"; {len(self.class_images)} of {self.class_prompt!r}" if self.class_images else ""
+        captions = list(dict.fromkeys(caption for _, caption in self.class_images))
+        kept = f"; {len(self.class_images)} of {quoted(captions)}" if captions else ""
         sizes = f"{len(self.buckets)} sizes" if len(self.buckets) > 1 else "{} x {}".format(*self.buckets[0])
         return f"{self.subject}{kept}; {sizes}"
 
@@ -59,12 +63,14 @@ def make_task(
     settings: DreamBoothSettings,
     processes: int,
     path: Path | None,
+    measures: Sequence[Measure] = (),
 ) -> AdaptedTask:
-    """Return the task of training with the denoising loss on the subject and its class; `path` is its file."""
+    """Return the task of training with the denoising loss on the subject and its class; `path` is its file.
+
+    An evaluation consists of the losses at fixed noise and of `measures`, which only the writing process takes.
+    """
     training, text_encoder_lr = settings.training, settings.pipeline.text_encoder_lr
-    items, texts = make_items(
-        train.subject, train.class_images, train.class_prompt, train.buckets, settings.subject, training.seed
-    )
+    items, texts = make_items(train.subject, train.class_images, train.buckets, settings.subject, training.seed)
     pixels = CaptionedPixels(items, settings.subject.center_crop)
     cached = settings.subject.cache_latents
     data = CachedLatents(pixels, family, training.seed) if cached else pixels
@@ -72,13 +78,15 @@ def make_task(
     prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder)
     loss = DiffusionLoss(family, parts, prompts, settings.subject.prior_loss_weight, cached)
     batches = training.batches(processes)
+    losses = partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed)
+    taken = measures if path is not None else ()
     text_lr = None if text_encoder_lr is None else Rate(text_encoder_lr, "text_encoder")
     texts_learn = [p for name, part in parts.items() if name != family.denoiser_name for p in part.parameters()]
     return AdaptedTask(
         adaptation,
         loss,
         batches=diffusion_batches(data, training.batch_size, batches, training.seed, training.workers),
-        evaluate=partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed),
+        evaluate=lambda: {name: value for measure in (losses, *taken) for name, value in measure().items()},
         own_lr={p: text_lr for p in texts_learn if p.requires_grad and text_lr is not None},
         path=path,
         measured="training-image",  # a few images of the subject cannot be split
@@ -86,28 +94,25 @@ def make_task(
 
 
 @torch.no_grad()
-def fixed_losses(
-    loss: DiffusionLoss, data: CaptionedPixels | CachedLatents, batches: Sequence[Sequence[int]], seed: int
-) -> dict[str, float]:
+def fixed_losses(loss: DiffusionLoss, data: Items, batches: Sequence[Sequence[Place]], seed: int) -> dict[str, float]:
     """Return the losses on the subject and on the class, with the same noise at every call."""
     loss.eval()
     errors: dict[str, list[float]] = defaultdict(list)
-    for number, indices in enumerate(batches):
-        seed_everything("evaluation", seed, number)
-        batch = collate([data.entry(index) for index in indices])
+    for places in batches:
+        batch = collate([seeded_entry(data, index, "evaluation", seed, number) for number, index in places])
         name = "prior_loss" if batch["prior"][0] else "loss"
         errors[name] += loss.errors(batch).tolist()
     return {name: sum(values) / len(values) for name, values in errors.items()}
 
 
-def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
-    """Return batches of one size and one kind, with the same few images for every seed."""
+def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[Place]]:
+    """Return batches of one size and one kind, with the same few images for every seed and batch size."""
     batches = []
     for prior in (False, True):
-        by_bucket: dict[Size, list[int]] = defaultdict(list)
+        by_bucket: dict[Size, list[Place]] = defaultdict(list)
         chosen = [index for index, item in enumerate(items) if item.prior == prior]
-        for index in itertools.islice(itertools.cycle(chosen), _MEASURED):
-            by_bucket[items[index].bucket].append(index)
-        for indices in by_bucket.values():
-            batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        for number, index in enumerate(itertools.islice(itertools.cycle(chosen), _MEASURED)):
+            by_bucket[items[index].bucket].append((number, index))
+        for places in by_bucket.values():
+            batches += [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
     return batches

@@ -27,19 +27,23 @@ def series(metrics: Metrics, split: str, name: str) -> tuple[list[int], list[flo
 
 
 def plot_curves(
-    metrics: Metrics, title: str, path: Path, losses: Mapping[str, str] = {"loss": "validation images"}
+    metrics: Metrics,
+    title: str,
+    path: Path,
+    losses: Mapping[str, str] = {"loss": "validation images"},
+    shares: Mapping[str, str] = {},
 ) -> None:
-    """Plot the losses, the accuracies or recalls if any were measured, and the learning rates over the steps.
+    """Plot the losses, the accuracies, recalls or `shares` if any were measured, and the learning rates over the steps.
 
-    `losses` maps the names of the validation losses to their labels.
+    `losses` and `shares` map the names of validation losses, and of other metrics between 0 and 1, to their labels.
     """
-    measured = any(series(metrics, "val", name)[0] for name in HEADLINES)
+    measured = any(series(metrics, "val", name)[0] for name in (*HEADLINES, *shares))
     size = (12, 4.2) if measured else (9.5, 3.9)
     with figure_file(path, size, title, layout="constrained") as figure:
         loss, *between, rate = figure.subplots(1, 3 if measured else 2, width_ratios=(3, 3, 2) if measured else (3, 2))
         _losses(loss, metrics, losses)
         for axes in between:
-            _accuracies(axes, metrics)
+            _shares(axes, metrics, shares) if shares else _accuracies(axes, metrics)
         _rates(rate, metrics)
 
 
@@ -91,6 +95,15 @@ def _accuracies(axes: Axes, metrics: Metrics) -> None:
                 text = f"{label}, recall@{most}"
                 axes.plot(steps, values, color=colour, linestyle=line, linewidth=1, marker=".", label=text)
     _percent(axes, "Validation images", headline)
+    _over_steps(axes)
+
+
+def _shares(axes: Axes, metrics: Metrics, shares: Mapping[str, str]) -> None:
+    for name, label in shares.items():
+        steps, values = series(metrics, "val", name)
+        if steps:
+            axes.plot(steps, values, marker="o", label=label)
+    _percent(axes, "Subject and prior", "share or likeness")
     _over_steps(axes)
 
 

@@ -139,6 +139,49 @@ def plot_samples(groups: Sequence[tuple[str, Sequence[Row]]], title: str, path: 
                 top += side
 
 
+def plot_sheet(
+    beside: tuple[str, Sequence[Any]],
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Sequence[Any]]]],
+    title: str,
+    path: Path,
+) -> None:
+    """Draw a contact sheet: a row per prompt with a cell of up to four pictures per column, and images beside it.
+
+    `beside` is a heading with the images to the left, two in a line, of which as many are drawn as fit. All cells have
+    as many pictures.
+    """
+    cell, gap, heading = 1.9, 0.12, 0.3
+    each = len(rows[0][1][0])
+    tall = cell / 2 if each in (2, 3) else cell
+    width = (len(columns) + 1) * (cell + gap) + 3 * gap
+    height = _TITLE + heading + len(rows) * (heading + tall) + gap
+    with figure_file(path, (max(width, 7.0), height), title) as figure:
+        top, left = _TITLE + heading / 2, gap
+        _write(figure, left, top, beside[0], fontsize=9, fontweight="bold")
+        most = 2 * len(rows) * (2 if tall == cell else 1)
+        _tiles(figure, left, _TITLE + 2 * heading, cell / 2, beside[1][:most])
+        start = left + cell + 3 * gap
+        for number, name in enumerate(columns):
+            middle = start + number * (cell + gap) + cell / 2
+            _write(figure, middle, top, name, fontsize=9, fontweight="bold", ha="center")
+        for row, (prompt, cells) in enumerate(rows):
+            top = _TITLE + heading + row * (heading + tall)
+            text = shortened(prompt, int((width - start) * 12))
+            _write(figure, start, top + heading / 2, text, fontsize=9, color=_QUIET)
+            for number, pictures in enumerate(cells):
+                side = cell if each == 1 else cell / 2
+                shown = pictures[: 4 if tall == cell else 2]
+                _tiles(figure, start + number * (cell + gap), top + heading, side, shown)
+
+
+def _tiles(figure: Any, left: float, top: float, side: float, pictures: Sequence[Any]) -> None:
+    """Draw square pictures, two in a line."""
+    for number, picture in enumerate(pictures):
+        line, column = divmod(number, 2)
+        _place(figure, left + column * side, top + line * side, 0.98 * side, 0.98 * side).imshow(picture)
+
+
 def evenly(steps: Sequence[int], most: int) -> list[int]:
     """Return up to `most` of the steps, evenly spaced, the last one included."""
     if len(steps) <= most:

@@ -299,6 +299,9 @@ class Trainer:
         self.step = state.step
 
     def _stop(self, reason: str) -> None:
-        raise ValueError(
-            f"training stopped after step {self.step}: {reason}; a lower --lr usually helps ({self.saved})"
-        )
+        advice = "a lower --lr usually helps"
+        if self.step == 0:
+            advice = (
+                "nothing has been trained yet, so it is due to the data, the precision or the loss, and not to --lr"
+            )
+        raise ValueError(f"training stopped after step {self.step}: {reason}; {advice} ({self.saved})")

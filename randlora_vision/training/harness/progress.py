@@ -55,13 +55,14 @@ class Best:
 def best_of(best: Best | None, step: int, values: Mapping[str, float], metric: str) -> Best:
     """Return the better of `best` and the values of `step`; ties do not count as an improvement.
 
-    For a loss, smaller is better; for every other metric, larger is better. Raises ValueError when the
-    metric was not measured.
+    For a loss and a drift, smaller is better; for every other metric, larger is better. Raises ValueError when
+    the metric was not measured.
     """
     if metric not in values:
         raise ValueError(f"--best-metric {metric} is not measured; choose one of {', '.join(values)}")
     value = values[metric]
-    if best is None or (value < best.value if "loss" in metric else value > best.value):
+    smaller = "loss" in metric or "drift" in metric
+    if best is None or (value < best.value if smaller else value > best.value):
         return Best(step, value)
     return replace(best, evaluations_since=best.evaluations_since + 1)
 

@@ -15,7 +15,6 @@ from randlora_vision.training.dreambooth.batches import CachedLatents, Captioned
 from randlora_vision.training.dreambooth.captions import orders_of, with_trigger
 from randlora_vision.training.dreambooth.options import SubjectOptions
 from randlora_vision.training.dreambooth.subject import Subject, make_items
-from randlora_vision.training.harness.seeding import seeded_items
 
 
 @pytest.mark.parametrize(
@@ -52,13 +51,13 @@ class Family:
 def test_captions_are_drawn_at_every_step_by_the_seed(cached: bool) -> None:
     options = SubjectOptions(shuffle_caption=True, keep_tokens=1, caption_dropout_rate=0.25)
     subject = Subject("x", [Image.new("RGB", (8, 8))] * 2, ["sks, a, b, c", "plain"])
-    items, prompts = make_items(subject, [Image.new("RGB", (8, 8))], "class", [(8, 8)], options, 0)
+    items, prompts = make_items(subject, [(Image.new("RGB", (8, 8)), "class")], [(8, 8)], options, 0)
     pixels = CaptionedPixels(items, center_crop=True)
     family: Any = Family()
     data = CachedLatents(pixels, family, seed=0) if cached else pixels
 
     def drawn(seed: int) -> list[list[str]]:
-        loader = seeded_items(diffusion_batches(data, 2, 100, seed=0, workers=0), seed)
+        loader = diffusion_batches(data, 2, 100, seed=seed, workers=0)
         return [[prompts[place] for place in batch["captions"].tolist()] for batch in loader]
 
     batches = drawn(0)
@@ -68,7 +67,7 @@ def test_captions_are_drawn_at_every_step_by_the_seed(cached: bool) -> None:
     assert sum(counts[text] for text in counts if text.startswith("sks, ")) + counts["plain"] + counts[""] == 200
     assert len([text for text in counts if text.startswith("sks, ")]) == 6  # the orders of three tags
     assert {text for batch in batches for text in batch[2:]} == {"class"}  # the class keeps its caption
-    assert [prompts[data.entry(index)[2]] for index in range(2)] == subject.captions  # evaluation does as well
-    plain, _ = make_items(subject, [], None, [(8, 8)], SubjectOptions(), 0)
+    assert [prompts[data[index].caption] for index in range(2)] == subject.captions  # evaluation does as well
+    plain, _ = make_items(subject, [], [(8, 8)], SubjectOptions(), 0)
     state = random.getstate()
-    assert [CaptionedPixels(plain, True)[index][2] for index in range(2)] == [0, 1] and random.getstate() == state
+    assert [item.draw_caption() for item in plain] == [0, 1] and random.getstate() == state

@@ -33,6 +33,7 @@ from tests.tiny_pipelines import CONTEXT, PIPELINES, PIXELS
 TEXTS = ["a photo of sks digit", "a photo of a digit", "sks"]
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # of the tiny pipelines
 ALPHAS = (1 - BETAS).cumprod(0).float()
+SEEDS = [3, 1, 4, 15]
 TWO_STEPS = {"num_inference_steps": 2}
 
 
@@ -50,6 +51,8 @@ def some_batch() -> DiffusionBatch:
     torch.manual_seed(5)
     return DiffusionBatch(
         inputs=torch.rand(4, 3, PIXELS, PIXELS) * 2 - 1,
+        masks=torch.ones(4, 1, 1, 1),
+        seeds=torch.tensor(SEEDS),
         captions=torch.tensor([0, 2, 1, 1]),
         prior=torch.tensor([False, False, True, True]),
         sizes=torch.tensor(
@@ -58,10 +61,21 @@ def some_batch() -> DiffusionBatch:
     )
 
 
-def draw_latents(pipe: Any, pixels: Tensor) -> Tensor:
+class EachItems:
+    """Random numbers drawn for each item from its own seed, one call after the other."""
+
+    def __init__(self) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+    def __call__(self, draw: Any, *size: int, **options: Any) -> Tensor:
+        return torch.cat([draw(*options.values(), (1, *size), generator=g) for g in self.generators])
+
+
+def draw_latents(pipe: Any, pixels: Tensor, each: EachItems) -> Tensor:
     """Return x = (mean + std * noise - shift) * scale, drawn from the distribution of the VAE."""
     config = pipe.vae.config
-    sampled = pipe.vae.encode(pixels).latent_dist.sample().contiguous()
+    found = pipe.vae.encode(pixels).latent_dist
+    sampled = found.mean + found.std * each(torch.randn, *found.mean.shape[1:])
     return (sampled - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
@@ -77,9 +91,10 @@ def t5_states(encoder: Any, tokenizer: Any, text: str) -> Tensor:
 
 def expected_noise_prediction(pipe: Any, batch: DiffusionBatch, gamma: float | None) -> Tensor:
     """Return the errors (B,) of SD1.5 and SDXL from the formulas of the papers, item by item."""
-    latents = draw_latents(pipe, batch["inputs"])
-    noise = torch.randn_like(latents)
-    t = torch.randint(1000, (4,))
+    each = EachItems()
+    latents = draw_latents(pipe, batch["inputs"], each)
+    noise = each(torch.randn, *latents.shape[1:])
+    t = each(torch.randint, high=1000)
     a = ALPHAS[t].view(-1, 1, 1, 1)
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
     velocity = pipe.scheduler.config.prediction_type == "v_prediction"
@@ -109,9 +124,10 @@ def flux_packed(x: Tensor) -> Tensor:
 
 def expected_flow_matching(pipe: Any, batch: DiffusionBatch, density: Any, weigh: Any, guidance: float) -> Tensor:
     """Return the errors (B,) of SD3 and Flux: v = noise - x at x + sigma (noise - x)."""
-    latents = draw_latents(pipe, batch["inputs"])
-    noise = torch.randn_like(latents)
-    index = (density() * 1000).long()
+    each = EachItems()
+    latents = draw_latents(pipe, batch["inputs"], each)
+    noise = each(torch.randn, *latents.shape[1:])
+    index = (density(each) * 1000).long()
     sigma = (1000 - index) / 1000
     flux = type(pipe).__name__ == "FluxPipeline"
     errors = []
@@ -150,8 +166,8 @@ def expected_flow_matching(pipe: Any, batch: DiffusionBatch, density: Any, weigh
     return torch.stack(errors)
 
 
-def uniform() -> Tensor:
-    return torch.rand(4)
+def uniform(each: EachItems) -> Tensor:
+    return each(torch.rand)
 
 
 @contextlib.contextmanager
@@ -174,7 +190,7 @@ FLOW_CASES = {
     "SD3, logit-normal": (
         "sd3",
         {"weighting_scheme": "logit_normal", "logit_mean": 0.5, "logit_std": 0.3},
-        lambda: torch.sigmoid(0.5 + 0.3 * torch.randn(4)),
+        lambda each: torch.sigmoid(each(torch.normal, mean=0.5, std=0.3)),
         lambda s: 1.0,
     ),
     "SD3, sigma": ("sd3", {"weighting_scheme": "sigma_sqrt"}, uniform, lambda s: 1 / s**2),
@@ -190,10 +206,8 @@ FLOW_CASES = {
 
 def check_loss(family: Family, batch: DiffusionBatch, expected: Tensor) -> None:
     loss = DiffusionLoss(family, {}, Prompts(family, TEXTS, trained=False), prior_loss_weight=0.3, cached_latents=False)
-    torch.manual_seed(7)
     value = loss(batch)
     torch.testing.assert_close(value, expected[:2].mean() + 0.3 * expected[2:].mean(), rtol=2e-5, atol=1e-6)
-    torch.manual_seed(7)
     torch.testing.assert_close(loss.errors(batch), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -203,7 +217,6 @@ def test_the_loss_of_noise_prediction(case: str, pipes: dict[str, Any]) -> None:
     name, kind, gamma = NOISE_CASES[case]
     pipe, batch = pipes[name], some_batch()
     with scheduled(pipe, kind):
-        torch.manual_seed(7)
         expected = expected_noise_prediction(pipe, batch, gamma)
         check_loss(family_of(pipe, snr_gamma=gamma), batch, expected)
 
@@ -213,7 +226,6 @@ def test_the_loss_of_noise_prediction(case: str, pipes: dict[str, Any]) -> None:
 def test_the_loss_of_flow_matching(case: str, pipes: dict[str, Any]) -> None:
     name, objective, density, weigh = FLOW_CASES[case]
     pipe, batch = pipes[name], some_batch()
-    torch.manual_seed(7)
     expected = expected_flow_matching(pipe, batch, density, weigh, objective.get("guidance_scale", 0.0))
     check_loss(family_of(pipe, **objective), batch, expected)
 
@@ -254,8 +266,7 @@ def test_kept_latents_are_their_items_own(pipes: dict[str, Any]) -> None:
         values = []
         for data, cached in ((pixels, False), (kept, True)):
             loss = DiffusionLoss(family, {}, prompts, 1.0, cached)
-            torch.manual_seed(3)
-            values.append(loss.errors(collate([data[index] for index in indices])))
+            values.append(loss.errors(collate([data[index]._replace(seed=index) for index in indices])))
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
 
 

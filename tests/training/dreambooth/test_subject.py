@@ -61,7 +61,7 @@ def test_captions_of_a_dataset(split: bool, tmp_path: Path) -> None:
     options = SubjectOptions(dataset_name=str(tmp_path / "d"), image_column="photo", caption_column="words")
     subject = read_subject(options, SkipList())
     assert subject.captions == ["one", "two", "three"]
-    items, prompts = make_items(subject, [], None, [(8, 8)], options, 0)
+    items, prompts = make_items(subject, [], [(8, 8)], options, 0)
     assert [prompts[item.caption] for item in items] == subject.captions
     assert [image.open().getpixel((0, 0)) for image in subject.images] == [(i, 0, 0) for i in range(3)]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"--caption-column word: .* has the columns photo, words"):
@@ -77,8 +77,8 @@ def test_items_go_to_their_buckets_and_every_bucket_has_the_class(tmp_path: Path
     tall = folder_of(tmp_path, "t.png", size=(20, 44)) / "t.png"
     buckets = [(16, 16), (16, 32), (32, 16)]
     subject = Subject("x", [wide, tall, wide, tall], ["a", "b", "b", "c"])
-    items, prompts = make_items(subject, [wide, tall], "class", buckets, SubjectOptions(), 0)
-    assert prompts == ["a", "b", "c", "class"]
+    items, prompts = make_items(subject, [(wide, "class"), (tall, "other")], buckets, SubjectOptions(), 0)
+    assert prompts == ["a", "b", "c", "class", "other"]
     assert [(item.bucket, item.caption, item.prior) for item in items[:4]] == [
         ((16, 32), 0, False),
         ((32, 16), 1, False),
@@ -86,9 +86,9 @@ def test_items_go_to_their_buckets_and_every_bucket_has_the_class(tmp_path: Path
         ((32, 16), 2, False),
     ]
     prior = items[4:]
-    assert len(prior) == 4 and all(item.prior and prompts[item.caption] == "class" for item in prior)
+    assert len(prior) == 4 and all(item.prior for item in prior)
     assert {item.bucket for item in prior} == {(16, 32), (32, 16)}
-    assert {str(item.image) for item in prior} == {str(wide), str(tall)}
+    assert {(str(item.image), prompts[item.caption]) for item in prior} == {(str(wide), "class"), (str(tall), "other")}
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +99,31 @@ def pipe() -> Any:
 def test_images_of_the_class_are_filled_up(pipe: Any, tmp_path: Path) -> None:
     family = FAMILIES[type(pipe).__name__](pipe, ObjectiveOptions(), CONTEXT)
     sampler = Sampler(family, (16, 16), at_once=2, autocast=contextlib.nullcontext, steps=1, guidance=1.0)
-    options = SubjectOptions(with_prior_preservation=True, class_prompt="a digit", num_class_images=5)
-    assert class_images(SubjectOptions(), tmp_path / "none", sampler, Accelerator()) == []
-    made = class_images(options, tmp_path / "a", sampler, Accelerator())
+    options = SubjectOptions(with_prior_preservation=True, class_prompt=("a digit", "a seven"), num_class_images=5)
+
+    def made_in(folder: Path, options: SubjectOptions = options) -> list[tuple[Path, str]]:
+        return class_images(options, folder, sampler, Accelerator(), SkipList())
+
+    assert made_in(tmp_path / "none", SubjectOptions()) == []
+    made, captions = zip(*made_in(tmp_path / "a"), strict=True)
     assert [path.name for path in made] == [f"made-{number:05}.png" for number in range(5)]
+    assert captions == ("a digit", "a seven", "a digit", "a seven", "a digit")
     contents = [path.read_bytes() for path in made]
     assert len(set(contents)) == 5
     generator = torch.Generator().manual_seed(3)
     size = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0}
-    expected = pipe("a digit", generator=generator, **size).images[0]
+    expected = pipe("a seven", generator=generator, **size).images[0]
     with Image.open(made[3]) as image:
         difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(expected.tobytes()))
     assert difference.abs().max() <= 1
     made[1].unlink()  # interrupted
     made[3].unlink()
-    assert [path.read_bytes() for path in class_images(options, tmp_path / "a", sampler, Accelerator())] == contents
-    own = folder_of(tmp_path / "b", "x.png", "y.png")
-    names = [path.name for path in class_images(options, own, sampler, Accelerator())]
-    assert names == ["made-00000.png", "made-00001.png", "made-00002.png", "x.png", "y.png"]
+    assert [path.read_bytes() for path, _ in made_in(tmp_path / "a")] == contents
+    own = folder_of(tmp_path / "b", "made.png", "x.png", "y.png")
+    (own / "x.txt").write_text("an x")
+    found = [(path.name, caption) for path, caption in made_in(own)]
+    assert found[:2] == [("made-00000.png", "a digit"), ("made-00001.png", "a seven")]
+    assert found[2:] == [("made.png", "a digit"), ("x.png", "an x"), ("y.png", "a digit")]
 
 
 def test_a_pipeline_is_loaded_in_the_dtype_asked_for_and_its_vae_in_float32(tmp_path: Path) -> None:

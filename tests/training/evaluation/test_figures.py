@@ -35,6 +35,7 @@ from randlora_vision.training.evaluation.grids import (
     plot_found,
     plot_predictions,
     plot_samples,
+    plot_sheet,
 )
 
 
@@ -135,6 +136,11 @@ def test_curves(steps: int, tmp_path: Path, drawn: list[Figure]) -> None:
     plot_curves(run_of(steps, mean_recall=0.3, loss=2.2, **RECALLS), "randlora on a model", tmp_path / "b.png")
     losses = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
     plot_curves(run_of(steps, loss=2.2, prior_loss=1.9), "lora on a pipeline", tmp_path / "c.png", losses)
+    shares = {"subject": "learnt", "digits_kept": "kept", "prior_drift": "other prompts: pixel drift"}
+    measured = run_of(steps, loss=2.2, prior_loss=1.9, subject=0.4, digits_kept=0.9, prior_drift=0.01)
+    plot_curves(measured, "lora on a pipeline", tmp_path / "d.png", losses, shares)
+    plot_curves(run_of(steps, loss=2.2), "lora on a pipeline", tmp_path / "e.png", losses, shares)
+    assert [len(figure.axes) for figure in drawn[3:]] == [3, 2]
     _, _, rate = drawn[0].axes
     assert [text.get_text() for text in rate.get_legend().get_texts()] == ["adapters", "head"]
     assert {"image to text, recall@10", "mean recall"} <= {line.get_label() for line in drawn[1].axes[1].get_lines()}
@@ -182,6 +188,21 @@ def test_found_captions(count: int, tmp_path: Path, drawn: list[Figure]) -> None
     long = "a rather long caption that goes on about the picture for much longer than anybody would have to"
     items = [Found(picture((30, 60)), long, (long, False), (long, n % 2 == 0)) for n in range(count)]
     plot_found(items, "Test images and nearest captions", tmp_path / "found.png")
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("each", [1, 2, 3, 4, 6])
+def test_a_contact_sheet(prompts: int, each: int, tmp_path: Path, drawn: list[Figure]) -> None:
+    """Its size does not grow with the pictures of a prompt; nothing overlaps, and no cell is empty."""
+    picture = Image.new("RGB", (16, 24))
+    columns = ["base", *(f"step {step}" for step in (100, 200, 300))]
+    rows = [("a long prompt " * 12, [[picture] * each] * len(columns))] * prompts
+    plot_sheet(("instance images", [picture] * 5), columns, rows, "Samples over training", tmp_path / "sheet.png")
+    (figure,) = drawn
+    shown = {1: 1, 2: 2, 3: 2}.get(each, 4)
+    assert len(figure.axes) == shown * prompts * len(columns) + min(5, (2 if shown == 2 else 4) * prompts)
+    width, height = figure.get_size_inches()
+    assert height < 1 + 2.2 * prompts and width < 12
 
 
 def test_samples(tmp_path: Path, drawn: list[Figure]) -> None:

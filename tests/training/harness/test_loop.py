@@ -134,9 +134,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(factor: f
         trainer(task, steps=8, eval_every=4).run()
     message = str(stopped.value)
     assert "training stopped after step 5: the loss is" in message
-    assert "the state of step 4 is kept in adapter.file" in message
+    assert "a lower --lr usually helps (the state of step 4 is kept in adapter.file" in message
     assert len(task.saved) == 2 and all(math.isfinite(value) for value in task.saved)
     assert task.loss.model.weight.isfinite().all()
+
+
+def test_the_rate_is_not_blamed_before_anything_is_trained() -> None:
+    task = FitTask(batch_size=4, batches=4)
+    forward = task.loss.forward
+    task.loss.forward = lambda batch: math.nan * forward(batch)  # type: ignore[method-assign,assignment]
+    with pytest.raises(ValueError, match="after step 0: the loss is nan; nothing has been trained yet, .*not to --lr"):
+        trainer(task).run()
 
 
 def test_a_gradient_that_is_not_finite_stops() -> None:
