@@ -77,6 +77,7 @@ def train(models: Path, images: Path, tmp_path: Path) -> Any:
             "--resolution": "16",
             "--max-sequence-length": "16",
             "--num-inference-steps": "2",
+            "--num-prior-images": "1",
             "--rank": "4",
             "--batch-size": "2",
             "--steps": "2",
