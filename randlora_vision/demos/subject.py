@@ -50,8 +50,8 @@ class Judge:
         of_subject, of_class, of_digits = np.split(_judge().predict(_features(self._draws())), [_SAMPLES, 2 * _SAMPLES])
         learnt = float((of_subject == ten + DIGIT).mean())
         kept = float((of_digits == np.repeat(np.arange(ten), _SAMPLES_PER_DIGIT)).mean())
-        of_class = float((of_class < ten).mean())
-        return {"subject": learnt, "class_kept": of_class, "digits_kept": kept, "balance": balance(learnt, kept)}
+        shares = {"subject": learnt, "class_kept": float((of_class < ten).mean()), "digits_kept": kept}
+        return {**shares, "balance": balance(learnt, kept)}
 
 
 @cache

@@ -116,7 +116,7 @@ def make_items(
     prompts = list(dict.fromkeys([*subject.captions, *(caption for _, caption in class_images)]))
     variants = {caption: variants_of(caption, options, seed, prompts) for caption in dict.fromkeys(subject.captions)}
     background = parse_colour(options.background)
-    masks = subject.masks or [None] * len(subject.images)
+    masks: Sequence[Image.Image | None] = subject.masks or [None] * len(subject.images)
     items = []
     for image, caption, mask in zip(subject.images, subject.captions, masks, strict=True):
         picture = read_picture(image, background)

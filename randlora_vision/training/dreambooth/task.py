@@ -78,15 +78,15 @@ def make_task(
     prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder)
     loss = DiffusionLoss(family, parts, prompts, settings.subject.prior_loss_weight, cached)
     batches = training.batches(processes)
-    losses = partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed)
-    taken = measures if path is not None else ()
+    losses: Measure = partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed)
+    taken = [losses, *measures] if path is not None else [losses]
     text_lr = None if text_encoder_lr is None else Rate(text_encoder_lr, "text_encoder")
     texts_learn = [p for name, part in parts.items() if name != family.denoiser_name for p in part.parameters()]
     return AdaptedTask(
         adaptation,
         loss,
         batches=diffusion_batches(data, training.batch_size, batches, training.seed, training.workers),
-        evaluate=lambda: {name: value for measure in (losses, *taken) for name, value in measure().items()},
+        evaluate=lambda: {name: value for measure in taken for name, value in measure().items()},
         own_lr={p: text_lr for p in texts_learn if p.requires_grad and text_lr is not None},
         path=path,
         measured="training-image",  # a few images of the subject cannot be split
