@@ -62,13 +62,13 @@ def sd15() -> Any:
     """A StableDiffusionPipeline: noise prediction, one CLIP text encoder."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    return _built(
+    return built(
         lambda: StableDiffusionPipeline(
-            vae=_vae(scaling_factor=0.18215),
-            text_encoder=_clip_text(),
+            vae=vae(scaling_factor=0.18215),
+            text_encoder=clip_text(),
             tokenizer=clip_tokenizer(CONTEXT),
             unet=UNet2DConditionModel(**SD15),
-            scheduler=DDIMScheduler(**_NOISE),
+            scheduler=DDIMScheduler(**NOISE),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -80,15 +80,15 @@ def sdxl() -> Any:
     """A StableDiffusionXLPipeline: two CLIP text encoders, the second one with a projection."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    return _built(
+    return built(
         lambda: StableDiffusionXLPipeline(
-            vae=_vae(scaling_factor=0.13025),
-            text_encoder=_clip_text(),
-            text_encoder_2=_clip_text(projected=True),
+            vae=vae(scaling_factor=0.13025),
+            text_encoder=clip_text(),
+            text_encoder_2=clip_text(projected=True),
             tokenizer=clip_tokenizer(CONTEXT),
             tokenizer_2=clip_tokenizer(CONTEXT),
             unet=UNet2DConditionModel(**SDXL),
-            scheduler=DDIMScheduler(**_NOISE),
+            scheduler=DDIMScheduler(**NOISE),
         )
     )
 
@@ -97,16 +97,16 @@ def sd3() -> Any:
     """A StableDiffusion3Pipeline: flow matching, two CLIP text encoders and a T5 one."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    return _built(
+    return built(
         lambda: StableDiffusion3Pipeline(
             transformer=SD3Transformer2DModel(**SD3),
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=_vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
-            text_encoder=_clip_text(projected=True),
+            vae=vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=clip_text(projected=True),
             tokenizer=clip_tokenizer(CONTEXT),
-            text_encoder_2=_clip_text(projected=True),
+            text_encoder_2=clip_text(projected=True),
             tokenizer_2=clip_tokenizer(CONTEXT),
-            text_encoder_3=_t5(2 * CLIP_WIDTH + 8),
+            text_encoder_3=t5(2 * CLIP_WIDTH + 8),
             tokenizer_3=t5_tokenizer(CONTEXT, WORDS),
         )
     )
@@ -116,13 +116,13 @@ def flux() -> Any:
     """A FluxPipeline: flow matching with a guidance embedding, a CLIP text encoder and a T5 one."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    return _built(
+    return built(
         lambda: FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=_vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
-            text_encoder=_clip_text(),
+            vae=vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=clip_text(),
             tokenizer=clip_tokenizer(CONTEXT),
-            text_encoder_2=_t5(T5_WIDTH),
+            text_encoder_2=t5(T5_WIDTH),
             tokenizer_2=t5_tokenizer(CONTEXT, WORDS),
             transformer=FluxTransformer2DModel(**FLUX),
         )
@@ -142,10 +142,10 @@ def sample(pipe: Any, prompt: str = "a photo of sks digit", steps: int = 2, seed
     return pipe(prompt, generator=generator, output_type="pt", **size, **options).images[0]
 
 
-_NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 
 
-def _built(make: Callable[[], Any]) -> Any:
+def built(make: Callable[[], Any]) -> Any:
     """The pipeline drawn from a fixed seed, every branch of its denoiser audible."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -155,22 +155,23 @@ def _built(make: Callable[[], Any]) -> Any:
     return pipe
 
 
-def _vae(**options: Any) -> Any:
+def vae(levels: int = 2, kind: Any = None, **options: Any) -> Any:
+    """A VAE that makes images smaller by 2 to the power of `levels - 1`."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
+    return (kind or AutoencoderKL)(
+        block_out_channels=(8,) * (levels - 1) + (16,),
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=LATENTS,
         sample_size=PIXELS,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         **options,
     )
 
 
-def _clip_text(projected: bool = False) -> Any:
+def clip_text(projected: bool = False, context: int = CONTEXT) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -180,7 +181,7 @@ def _clip_text(projected: bool = False) -> Any:
         projection_dim=CLIP_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=49406,
         eos_token_id=49407,
         pad_token_id=49407,
@@ -188,10 +189,11 @@ def _clip_text(projected: bool = False) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def _t5(width: int) -> Any:
+def t5(width: int, tokenizer: Any = None) -> Any:
+    """A T5 encoder for the texts of a tokenizer."""
     from transformers import T5Config, T5EncoderModel
 
-    vocabulary = len(t5_tokenizer(CONTEXT, WORDS))
+    vocabulary = len(tokenizer or t5_tokenizer(CONTEXT, WORDS))
     return T5EncoderModel(
         T5Config(vocab_size=vocabulary, d_model=width, d_kv=12, d_ff=2 * width, num_layers=2, num_heads=2)
     ).eval()

@@ -5,7 +5,7 @@ accelerate launch --quiet train_scripts/train_dreambooth.py
 accelerate launch --quiet train_scripts/train_dreambooth.py --pretrained-model-name-or-path FOLDER_OR_HUB_NAME
 --instance-data-dir IMAGES --instance-prompt "a photo of sks dog" --validation-prompt "a photo of sks dog on a beach"
 
-Supports Stable Diffusion 1.5, 2 and XL (noise prediction), and Stable Diffusion 3 and Flux (flow matching). Without
+Supports the pipelines listed in docs/diffusion.md: Stable Diffusion, Flux, Qwen-Image, Z-Image and others. Without
 arguments, a tiny pipeline learns a new handwritten digit, with no download; --family flow chooses a flow-matching
 pipeline. The run folder contains the adapter, the metrics, the pictures and the settings.
 """
@@ -26,7 +26,8 @@ from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
 from randlora_vision.training.dreambooth.defaults import DEFAULTS, resolve
 from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
-from randlora_vision.training.dreambooth.families import Family, load_family
+from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.loading import load_family
 from randlora_vision.training.dreambooth.methods import (
     PipelineAdaptation,
     adapt,

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from randlora_vision.training.data.batches import worker_count
@@ -195,7 +196,7 @@ class Prompts:
         if not trained:
             with torch.no_grad():
                 parts = [family.encode(self.texts[i : i + at_once]) for i in range(0, len(self.texts), at_once)]
-            self.cached = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+            self.cached = {name: _joined([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def __call__(self, places: Tensor) -> Encoded:
         """Return the encodings (B, ...) of the prompts at indices `places` (B,), on the device of the denoiser."""
@@ -203,3 +204,10 @@ class Prompts:
             return self.family.encode([self.texts[place] for place in places.tolist()])
         chosen = places.cpu()
         return {name: table[chosen].to(self.family.device) for name, table in self.cached.items()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate encodings (B, T, ...), the shorter texts padded with zeros."""
+    if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    return pad_sequence([text for part in parts for text in part], batch_first=True)

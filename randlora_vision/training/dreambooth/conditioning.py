@@ -1,28 +1,41 @@
 """Refuses denoisers that sampling conditions on something that training would not give."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 _ATTACHED = ("encoder_hid_proj", "image_proj")  # where IP-Adapters project their images
 
 
-def check_conditioning(denoiser: nn.Module, pipe: Any, additions: tuple[str, ...], packing: int) -> None:
-    """Raise ValueError if the denoiser has an input that the training of its family does not provide.
+class Conditioned(Protocol):
+    """What is checked of a family."""
 
-    Args:
-        denoiser: A UNet or transformer of diffusers.
-        pipe: Its pipeline.
-        additions: The values of `addition_embed_type` whose embeddings the family provides.
-        packing: How many latents of the VAE the denoiser takes as one.
-    """
-    for problem in _problems(denoiser, pipe, additions, packing):
-        raise ValueError(f"the {type(denoiser).__name__} of this pipeline cannot be trained: {problem}")
+    pipe: Any
+    additions: ClassVar[tuple[str, ...]]
+    packing: ClassVar[int]
+    normalised: ClassVar[bool]
+    learned_variance: ClassVar[bool]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer of the pipeline."""
+
+    @property
+    def latent_channels(self) -> int:
+        """The number of channels of the latents of the VAE."""
 
 
-def _problems(denoiser: Any, pipe: Any, additions: tuple[str, ...], packing: int) -> Iterator[str]:
-    config, channels = denoiser.config, packing * pipe.vae.config.latent_channels
+def check_conditioning(family: Conditioned) -> None:
+    """Raise ValueError if the denoiser has an input that the training of its family does not provide."""
+    for problem in _problems(family):
+        raise ValueError(f"the {type(family.denoiser).__name__} of this pipeline cannot be trained: {problem}")
+
+
+def _problems(family: Conditioned) -> Iterator[str]:
+    denoiser: Any = family.denoiser
+    pipe, additions, channels = family.pipe, family.additions, family.packing * family.latent_channels
+    config = denoiser.config
     if config.get("time_cond_proj_dim") is not None:
         yield (
             f"the guidance scale is an input (time_cond_proj_dim={config.time_cond_proj_dim}), as in latent "
@@ -34,7 +47,8 @@ def _problems(denoiser: Any, pipe: Any, additions: tuple[str, ...], packing: int
             f"it takes {config.in_channels} channels, but the latents have {channels}; the others hold a mask, an "
             "image or a control (inpainting, editing, upscaling, control models), which training does not provide"
         )
-    if config.get("out_channels") not in (None, channels):
+    predicted = (None, channels, family.latent_channels, *((2 * channels,) if family.learned_variance else ()))
+    if config.get("out_channels") not in predicted:
         yield f"it predicts {config.out_channels} channels, but the latents have {channels} (a learned variance?)"
     for name in ("num_class_embeds", "class_embed_type"):
         if config.get(name) is not None:
@@ -49,7 +63,7 @@ def _problems(denoiser: Any, pipe: Any, additions: tuple[str, ...], packing: int
     elif config.get("encoder_hid_dim_type") is None:
         yield from (_images(name) for name in _ATTACHED if getattr(denoiser, name, None) is not None)
     yield from _time_ids(config, pipe)
-    if getattr(pipe.vae.config, "latents_mean", None) is not None:
+    if not family.normalised and getattr(pipe.vae.config, "latents_mean", None) is not None:
         yield "its VAE normalises latents by latents_mean and latents_std, which training does not apply"
 
 
@@ -58,7 +72,7 @@ def _images(where: str) -> str:
 
 
 def _time_ids(config: Any, pipe: Any) -> Iterator[str]:
-    if config.get("addition_embed_type") == "text_time" and pipe.text_encoder_2 is not None:
+    if config.get("addition_embed_type") == "text_time" and getattr(pipe, "text_encoder_2", None) is not None:
         pooled = pipe.text_encoder_2.config.projection_dim
         ids, rest = divmod(config.projection_class_embeddings_input_dim - pooled, config.addition_time_embed_dim)
         if (ids, rest) != (6, 0):

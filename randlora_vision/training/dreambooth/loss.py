@@ -53,7 +53,10 @@ class DiffusionLoss(nn.Module):
         moments = inputs if self.cached_latents else family.moments(inputs)
         noised = family.objective(family.latents(moments, noise), noise)
         dtype = next(family.denoiser.parameters()).dtype
-        prompt = {name: tensor.to(dtype) for name, tensor in self.prompts(batch["captions"]).items()}
+        prompt = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor  # not the masks of tokens
+            for name, tensor in self.prompts(batch["captions"]).items()
+        }
         sizes = batch["sizes"].to(family.device)
         answer = self.predict(noised.latents.to(dtype), noised.timesteps, prompt, sizes)
         errors = noised.errors(answer, family.options.loss_type)

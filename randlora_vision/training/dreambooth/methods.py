@@ -148,16 +148,19 @@ def adapt(family: Family, settings: DreamBoothSettings) -> PipelineAdaptation:
     names = trained_components(family, settings)
     if adapter.method == "full":
         return FullInPipeline(pipe, names)
-    configs = {name: _config(settings, adapter, name == family.denoiser_name) for name in names}
+    configs = {name: _config(settings, adapter, family, name) for name in names}
     if adapter.method == "randlora":
         return RandLoRAInPipeline(pipe, configs)
     targets = {name: target_names(getattr(pipe, name), config) for name, config in configs.items()}
     return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
 
 
-def _config(settings: DreamBoothSettings, adapter: RankedAdapter, denoiser: bool) -> RandLoRAConfig:
+def _config(settings: DreamBoothSettings, adapter: RankedAdapter, family: Family, name: str) -> RandLoRAConfig:
+    denoiser = name == family.denoiser_name
     # --target-modules applies only to the denoiser.
     adapter = adapter if denoiser else replace(adapter, target_modules=())
+    if denoiser:
+        adapter = replace(adapter, exclude_modules=(*adapter.exclude_modules, *family.without_effect))
     preset = "diffusers:attention" if denoiser else "diffusers:text"
     return randlora_config(adapter, adapter.rank, settings.training.seed, preset)
 

@@ -58,7 +58,7 @@ class ObjectiveOptions:
     """Flow matching: shift of the noise levels t to s t / (1 + (s - 1) t): the number s, or 'resolution' for the
     one that the scheduler's settings give for the size of an image. Default: the shift of the scheduler."""
     guidance_scale: float = 3.5
-    """Flux: guidance scale given to a guidance-distilled transformer during training."""
+    """Guidance scale given to a guidance-distilled transformer (Flux.1, Flux.2) during training."""
 
     def __post_init__(self) -> None:
         for flag, value in (("--snr-gamma", self.snr_gamma), ("--logit-std", self.logit_std)):
@@ -200,7 +200,7 @@ class NoisePrediction:
 class FlowMatching:
     """The denoiser predicts the velocity, noise - latents, on the straight line between latents and noise."""
 
-    def __init__(self, scheduler: Any, options: ObjectiveOptions) -> None:
+    def __init__(self, scheduler: Any, options: ObjectiveOptions, patch_area: int = 4) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         options.require_defaults(_OF_NOISE, "flow matching")
@@ -208,6 +208,7 @@ class FlowMatching:
             raise ValueError("--huber-schedule snr is for noise prediction: give exponential or constant")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         self.options = options
+        self.patch_area = patch_area  # places of the latents in one token
 
     def __call__(self, latents: Tensor, noise: Noise | None = None) -> Noised:
         """Add noise at levels drawn by the weighting scheme and shifted."""
@@ -241,7 +242,7 @@ class FlowMatching:
         if shift is None:
             return self.scheduler.sigmas[index].float(), self.scheduler.timesteps[index]
         if shift == "resolution":
-            tokens = height * width // 4  # every family patches latents two by two
+            tokens = height * width // self.patch_area
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu

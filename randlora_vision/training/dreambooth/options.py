@@ -24,8 +24,8 @@ class PipelineOptions:
     """The pipeline."""
 
     pretrained_model_name_or_path: str | None = None
-    """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. Stable Diffusion
-    1.5, 2, XL and 3, and Flux are supported. Default: a tiny pipeline pretrained on handwritten digits."""
+    """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. docs/diffusion.md
+    lists what is supported. Default: a tiny pipeline pretrained on handwritten digits."""
     revision: str | None = None
     """Revision of the pipeline on the Hub."""
     variant: str | None = None
@@ -37,7 +37,7 @@ class PipelineOptions:
     text_encoder_lr: float | None = None
     """Peak learning rate of the text encoders. Default: --lr."""
     max_sequence_length: int | None = None
-    """Maximum prompt length for T5, in tokens (Stable Diffusion 3, Flux). Default: that of the pipeline."""
+    """Maximum length of prompts, in tokens, where the pipeline takes one. Default: that of the pipeline."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and more time."""
     torch_compile: bool = False

@@ -70,10 +70,9 @@ class Sampler:
         generators = [
             torch.Generator().manual_seed(seed) for seed in seeds
         ]  # on the CPU, so samples do not depend on the device
-        size = {"height": height, "width": width}
         with self.autocast():
-            latents = view(**encoded, **self.settings, **size, generator=generators, output_type="latent").images
-        return family.decode(family.unpack(latents, height, width)).cpu()
+            latents = family.generate(view, encoded, height, width, generator=generators, **self.settings)
+        return family.decode(latents).cpu()
 
 
 class Draws:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from randlora_vision.training.dreambooth.families import FAMILIES, Family, load_family
+from randlora_vision.training.dreambooth.families import FAMILIES, Family
+from randlora_vision.training.dreambooth.loading import load_family
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from tests.tiny_pipelines import FLUX, PIPELINES, SD3, SD15, SDXL
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from randlora_vision.integrations.diffusers import load_adapter
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.defaults import resolve
-from randlora_vision.training.dreambooth.families import FAMILIES, load_family
+from randlora_vision.training.dreambooth.families import FAMILIES
+from randlora_vision.training.dreambooth.loading import load_family
 from randlora_vision.training.dreambooth.methods import adapt
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.options import (

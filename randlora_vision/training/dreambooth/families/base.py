@@ -1,0 +1,291 @@
+"""The base class of the families, which is the family of Stable Diffusion 1.5 and 2, and that of flow matching.
+
+Prompts are encoded by `encode_prompt` of the pipeline, so training and sampling use the same encodings. Latents are
+always unpacked here, (B, C, H, W); a family whose denoiser needs packed latents packs them internally.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from randlora_vision.training.dreambooth.conditioning import check_conditioning
+from randlora_vision.training.dreambooth.noise import Noise
+from randlora_vision.training.dreambooth.objectives import (
+    FlowMatching,
+    NoisePrediction,
+    Objective,
+    ObjectiveOptions,
+    scheduler_for,
+)
+
+Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
+
+POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+# What both `encode_prompt` and the call of a pipeline take; their defaults may differ, and the call decides.
+_TEXT_OPTIONS = ("max_sequence_length", "clean_caption", "complex_human_instruction", "text_encoder_out_layers")
+
+
+class Family:
+    """Stable Diffusion 1.5 and 2, and the base class of the other families."""
+
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"
+    registered: ClassVar[dict[str, type["Family"]]] = {}
+    """Every family by the class name of its pipeline."""
+    denoiser_name: ClassVar[str] = "unet"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)  # all of them
+    trainable_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)  # the CLIP ones
+    loading: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    """Loading arguments that override what the pipeline was saved with."""
+    additions: ClassVar[tuple[str, ...]] = ()
+    """Values of the denoiser's `addition_embed_type` for which `predict` passes the inputs."""
+    packing: ClassVar[int] = 1
+    """How many latents the denoiser takes as one."""
+    normalised: ClassVar[bool] = False
+    """Whether `normalise` applies `latents_mean` and `latents_std` of the VAE."""
+    learned_variance: ClassVar[bool] = False
+    """Whether the denoiser may predict a variance too, which is not trained."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """The argument of the pipeline that is the scale of classifier-free guidance, or of built-in guidance."""
+    sampling: ClassVar[Mapping[str, Any]] = {}
+    """Further arguments of the pipeline when it samples."""
+
+    def __init_subclass__(cls) -> None:
+        if "pipeline" in vars(cls):
+            Family.registered[cls.pipeline] = cls
+
+    def __init__(self, pipe: Any, options: ObjectiveOptions, max_sequence_length: int | None) -> None:
+        self.pipe = pipe
+        self.options = options
+        self.max_sequence_length = max_sequence_length
+        check_conditioning(self)
+        pipe.scheduler = scheduler_for(pipe.scheduler, options)
+        self.objective = self.make_objective()
+
+    def make_objective(self) -> Objective:
+        """Return the training objective of this family."""
+        return NoisePrediction(self.pipe.scheduler, self.options)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is called at every sampling step."""
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the denoiser."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def latent_channels(self) -> int:
+        """The number of channels of the latents of the VAE."""
+        return int(self.pipe.vae.config.latent_channels)
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """The modules of the denoiser whose output nothing uses: no gradient would reach their adapters."""
+        return ()
+
+    @property
+    def size_multiple(self) -> int:
+        """The number of pixels by which both sides of an image must be divisible."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
+    def default_resolution(self) -> int:
+        """The default side length of generated images, in pixels."""
+        config: Any = self.denoiser.config
+        latents = getattr(self.pipe, "default_sample_size", None) or config.sample_size
+        return int(latents) * int(self.pipe.vae_scale_factor)
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """The arguments of `encode_prompt` with which the call of the pipeline encodes its prompts."""
+        encoding = inspect.signature(self.pipe.encode_prompt).parameters
+        calling = inspect.signature(type(self.pipe).__call__).parameters
+        found = {name: calling[name].default for name in _TEXT_OPTIONS if name in encoding and name in calling}
+        if self.max_sequence_length is not None and "max_sequence_length" in encoding:
+            found["max_sequence_length"] = self.max_sequence_length
+        return found
+
+    def drop_text_encoders(self) -> None:
+        """Remove the text encoders from the pipeline, once all needed prompts are encoded."""
+        for name in self.text_encoder_names:
+            setattr(self.pipe, name, None)
+
+    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
+        """Encode B prompts; if `guided`, also return the encoding of the empty prompt."""
+        found, negative = self.pipe.encode_prompt(list(prompts), self.device, 1, guided)
+        return present(prompt_embeds=found, negative_prompt_embeds=negative)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
+        """Call the denoiser.
+
+        Args:
+            latents: Noisy latents (B, C, H, W).
+            timesteps: As in the timesteps of the scheduler (B,), of which 1000 is noise.
+            prompt: The encodings of B prompts.
+            sizes: Original size, crop corner and size after cropping (B, 6), height first.
+
+        Returns:
+            The prediction (B, C, H, W) that the pipeline gives to its scheduler.
+        """
+        return self.denoiser(latents, timesteps, encoder_hidden_states=prompt["prompt_embeds"]).sample
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return mean and log variance of the latents (B, 2 C, H, W) of images (B, 3, h, w) between -1 and 1."""
+        with full_precision(self.device):
+            moments: Tensor = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
+            return moments.contiguous()  # sampling with randn_like depends on the memory layout
+
+    def latents(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        """Draw latents (B, C, H, W) from their distribution, scaled for the denoiser."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        noise = noise or Noise(len(moments))
+        drawn = mean + (log_variance.clamp(-30, 20) / 2).exp() * noise.normal(mean.shape[1:], mean.device)
+        return self.normalise(drawn)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images (B, 3, h, w) between 0 and 1, float32."""
+        with full_precision(self.device):
+            pixels = self.decode_raw(self.denormalise(latents.float()))
+            return self.pipe.image_processor.postprocess(pixels, output_type="pt")
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Return the images (B, 3, h, w) of latents as the VAE has them."""
+        return self.pipe.vae.decode(latents, return_dict=False)[0]
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return latents of the VAE as the denoiser takes them."""
+        return (latents - self._shift) * self.pipe.vae.config.scaling_factor
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        return latents / self.pipe.vae.config.scaling_factor + self._shift
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
+
+    def generate(self, pipe: Any, encoded: Encoded, height: int, width: int, **settings: Any) -> Tensor:
+        """Sample from a pipeline like `self.pipe`; return latents (B, C, H, W)."""
+        if "guidance_scale" in settings:
+            settings[self.guidance_argument] = settings.pop("guidance_scale")
+        size = {"height": height, "width": width, "output_type": "latent"}
+        answer = pipe(**self.arguments(encoded), **{**self.sampling, **settings}, **size)
+        return self.sampled(answer[0], height, width)
+
+    def sampled(self, output: Tensor, height: int, width: int) -> Tensor:
+        """Return the output of the pipeline as latents (B, C, H, W)."""
+        return self.unpack(output, height, width)
+
+    def arguments(self, encoded: Encoded) -> dict[str, Any]:
+        """Return encoded prompts as arguments of the pipeline."""
+        return dict(encoded)
+
+    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return latents that the denoiser takes as (B, C, H, W); height and width are those of the image."""
+        return latents
+
+
+Family.registered[Family.pipeline] = Family
+
+
+class FlowFamily(Family):
+    """A transformer that is trained with flow matching; the base class of such families."""
+
+    denoiser_name = "transformer"
+    trainable_text_encoders: ClassVar[tuple[str, ...]] = ()
+    loading: ClassVar[Mapping[str, Any]] = {}
+
+    def make_objective(self) -> Objective:
+        """Return the flow matching objective."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = self.pipe.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # a solver of the same straight lines
+            config = scheduler.config
+            if not (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
+                raise ValueError(
+                    f"the scheduler of this {type(self.pipe).__name__} must be one of flow matching, but it is a "
+                    f"{type(scheduler).__name__} with prediction_type={config.get('prediction_type')!r}"
+                )
+            scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, config.get("flow_shift", 1.0))
+        return FlowMatching(scheduler, self.options, self.patch_area)
+
+    @property
+    def patch_area(self) -> int:
+        """How many places of the latents become one token."""
+        return 4
+
+    @property
+    def size_multiple(self) -> int:
+        """The multiple for the VAE and the patches of the transformer."""
+        config: Any = self.denoiser.config
+        return int(self.pipe.vae_scale_factor) * int(config.patch_size)
+
+    def guidance(self, count: int) -> Tensor | None:
+        """Return the scales (B,) for a transformer with guidance distilled into it, else None."""
+        config: Any = self.denoiser.config
+        if not config.get("guidance_embeds"):
+            return None
+        return torch.full((count,), self.options.guidance_scale, device=self.device)
+
+
+class StatisticsOfVAE:
+    """Latents that are normalised with a mean and a standard deviation per channel, and have one frame."""
+
+    normalised = True
+    pipe: Any
+    device: torch.device
+
+    @property
+    def latent_channels(self) -> int:
+        """The number of channels of the latents of the VAE."""
+        return int(self.pipe.vae.config.z_dim)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Encode images as videos of one frame."""
+        with full_precision(self.device):
+            frames = pixels.to(self.device, torch.float32).unsqueeze(2)
+            moments: Tensor = self.pipe.vae.encode(frames).latent_dist.parameters
+            return moments[:, :, 0].contiguous()
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Decode videos of one frame."""
+        return self.pipe.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return latents of mean 0 and variance 1."""
+        return (latents - self._per_channel("latents_mean", latents)) / self._per_channel("latents_std", latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        return latents * self._per_channel("latents_std", latents) + self._per_channel("latents_mean", latents)
+
+    def _per_channel(self, name: str, latents: Tensor) -> Tensor:
+        return torch.tensor(self.pipe.vae.config[name]).view(1, -1, 1, 1).to(latents)
+
+
+def named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Encoded:
+    """Return what `encode_prompt` gave under the argument names of the pipeline."""
+    return present(**dict(zip(names, tensors, strict=True)))
+
+
+def present(**tensors: Tensor | None) -> Encoded:
+    """Return the tensors that are not None."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Disable autocast, because VAEs overflow in fp16."""
+    with torch.autocast(device.type, enabled=False):
+        yield
