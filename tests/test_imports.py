@@ -58,7 +58,7 @@ ALLOWED = {
     "training": (),
     "training.methods": (*HOSTS, "training.harness"),
     "training.data": ("names", "json_values", "errors", "files"),
-    "training.harness": ("names", "json_values", "errors", "files", "versions"),
+    "training.harness": ("names", "json_values", "errors", "files", "versions", "training.data"),
     "training.evaluation": ("files", "figures", "training.harness", "training.data", "training.methods"),
     "training.clip": COMMON,
     "training.classifier": COMMON,

@@ -25,12 +25,13 @@ from randlora_vision.training.classifier.methods import adapt, head_parameters, 
 from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
 from randlora_vision.training.classifier.timm_flags import TIMM
-from randlora_vision.training.data.batches import evaluation_batches, training_batches
+from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.results import Answers, check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
+from randlora_vision.training.harness.loaders import training_loader
 from randlora_vision.training.harness.memory import checkpoint_activations, placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -77,11 +78,10 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         splits.select("val", loaded.eval_transform, skipped), training.batch_size, training.workers
     )
     classes = len(splits.class_names)
-    batches = training.batches(accelerator.num_processes)
     task = AdaptedTask(
         adaptation,
         loss=ClassifierLoss(model, classes, settings.augment),
-        batches=training_batches(train, training.batch_size, batches, training.seed, training.workers),
+        batches=training_loader(train, training, accelerator),
         evaluate=lambda: evaluate(model, val, classes).values,
         own_lr=own_rates(model, settings),
         path=run.adapter if run.writing else None,

@@ -29,7 +29,6 @@ from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
 from randlora_vision.training.clip.tasks import loss_of, preprocessing_of, training_data, validation
-from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.captioned import PairSplits, truncated_captions
 from randlora_vision.training.data.class_names import require_words
 from randlora_vision.training.data.labelled import ImageSplits
@@ -40,6 +39,7 @@ from randlora_vision.training.evaluation.results import Results, check_equal, cl
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
+from randlora_vision.training.harness.loaders import training_loader
 from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.preprocessing import check_preprocessing
@@ -88,11 +88,10 @@ def train(options: ClipOptions) -> dict[str, Any]:
     start(adaptation, settings.adapter, resume is not None)
     say(f"zero-shot: {before}\n\n{adaptation.report}\n{DEFAULTS.rank_note(options.adapter, options.images.embedded)}")
     images = training_data(clip, data, settings, skipped)
-    batches = training.batches(accelerator.num_processes)
     task = AdaptedTask(
         adaptation,
         loss=loss_of(clip, classifier, settings),
-        batches=training_batches(images, training.batch_size, batches, training.seed, training.workers),
+        batches=training_loader(images, training, accelerator),
         evaluate=validation(clip, data, classifier, settings, skipped),
         own_lr=own_rates(clip.model, settings),
         path=run.adapter if run.writing else None,
@@ -157,7 +156,9 @@ def read_tests(options: ClipOptions, data: Splits, skipped: SkipList) -> dict[st
     if options.images.embedded:
         tests["original"] = digits.read_digits(digits.KNOWN_DIGITS)
     if options.evaluation.retention_data is not None:
-        images = replace(options.images, data=options.evaluation.retention_data, val_data=None, test_data=None)
+        images = replace(
+            options.images, data=options.evaluation.retention_data, val_data=None, test_data=None, streaming=False
+        )
         tests["retention"] = read_evaluation(
             images, skipped, options.evaluation.retention_class_names, images.eval_split
         )

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.data_helpers import mnist, parquet, saved, shards, table, write_images, write_text
-from tests.training_helpers import script, write_tiny_clip
+from tests.training_helpers import run_script, script, write_tiny_clip, write_tiny_vit
 
 FLAGS = ["--steps", "2", "--batch-size", "4", "--eval-every", "2", "--rank", "4", "--report-to", "none"]
 SOURCES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -90,3 +91,45 @@ def test_bad_data_is_one_line(train: Any, tmp_path: Path, capsys: pytest.Capture
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "has no column 'words' (--caption-column); it has filepath, caption" in error
+
+
+@pytest.mark.parametrize("kind", ["txt", "cls"])
+def test_streamed_shards(kind: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twelve images are an epoch of three steps; step 4 is the first of the second epoch."""
+    pytest.importorskip("webdataset")
+    val = str(shards(tmp_path / "val", kind, count=1))
+    loss = ["--loss", "clip", "--class-names", str(write_text(tmp_path / "names.txt", "zero\none\ntwo"))]
+    argv = ["--streaming", "--val-data", val, "--steps", "6", "--train-num-samples", "12", "--eval-every", "3"]
+    argv += ["--checkpoint-every", "4", "--workers", "0", *(loss if kind == "cls" else [])]
+    url = f"file://{shards(tmp_path / 'train', kind)}"
+    folder = train(url, *argv)
+    printed = capsys.readouterr().out
+    assert "3 shards streamed for train, 12 val" in printed
+    whole = (folder / "adapter.safetensors").read_bytes()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+    if kind == "cls":
+        return
+    train(url, *argv, "--resume", "latest")  # from step 4
+    assert (folder / "adapter.safetensors").read_bytes() == whole
+    with pytest.raises(SystemExit):
+        train(url, *argv, "--resume", "latest", "--workers", "2")
+    assert "workers that read shards was 1, is now 2" in capsys.readouterr().err
+
+
+def test_a_classifier_on_streamed_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("webdataset")
+    vit = write_tiny_vit(tmp_path / "vit", classes=3)
+    argv = ["--streaming", "--train-num-samples", "6", "--label-column", "kind", "--rank", "4", "--report-to", "none"]
+    argv += [
+        "--data",
+        f"pipe:cat {shards(tmp_path / 'train', 'key')}",
+        "--val-data",
+        shards(tmp_path / "val", "key", 1),
+    ]
+    run_script("train_classifier", ["--model", f"local-dir:{vit}", "--output-dir", str(tmp_path / "run"), *argv], {})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["after"]["validation"]["samples"] == 12
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["epoch_images"] == 6
+    with pytest.raises(SystemExit):
+        run_script("train_classifier", [*argv[:1], *argv[3:]], {})
+    assert "--streaming counts no images: give --train-num-samples" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from randlora_vision.training.harness.options import (
     Training,
     TrainingOptions,
     require_digits_cache,
+    require_epoch,
 )
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -162,6 +163,7 @@ class ClassifierOptions:
             raise ValueError(f"--mixup and --cutmix need an even --batch-size, got {self.training.batch_size}")
         if self.adapter.alpha is not None and self.adapter.method == "vera":
             raise ValueError("--alpha: VeRA has no alpha, leave it out")
+        require_epoch(self.data.streaming, self.training)
         model = self.model
         if model.model is None and (model.drop or model.drop_path):
             raise ValueError("--drop and --drop-path need --model")

@@ -18,6 +18,7 @@ from randlora_vision.training.harness.options import (
     Training,
     TrainingOptions,
     require_digits_cache,
+    require_epoch,
 )
 
 Towers = Literal["vision", "text", "both"]
@@ -167,6 +168,9 @@ class ClipOptions:
             raise ValueError("--adapter needs --eval-only, or --method linear-probe to train on its features")
         if self.images.eval_split and not (evaluation.eval_only or evaluation.retention_data):
             raise ValueError("--eval-split needs --eval-only or --retention-data")
+        require_epoch(self.images.streaming, self.training)
+        if evaluation.eval_only and self.images.streaming:
+            raise ValueError("--streaming is for training: give --eval-only data whose images are counted")
         if evaluation.eval_only and self.adapter.init_adapter is not None:
             raise ValueError("--eval-only does not train: give --adapter instead of --init-adapter")
         if evaluation.eval_only and self.checkpoints.resume is not None:

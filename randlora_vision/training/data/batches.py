@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from randlora_vision.training.data.decode import WHITE, Colour
+from randlora_vision.training.data.part import Stream
 from randlora_vision.training.data.pictures import Picture, Transform, readable
 from randlora_vision.training.data.skipped import SkipList
 
@@ -93,23 +94,38 @@ class Pictures(Dataset[Any]):
     """Pictures (files, items of a dataset, or already decoded) that are transformed on access.
 
     An unreadable file is recorded in `skipped` and gives None. Training batches take the next readable picture in its
-    place; evaluation leaves it out. Transparent pixels get the colour `background`.
+    place; evaluation leaves it out. Transparent pixels get the colour `background`. With a `stream`, there are no
+    images, and `read` takes those of the stream.
     """
 
     def __init__(
-        self, images: Sequence[Picture], transform: Transform, skipped: SkipList, background: Colour = WHITE
+        self,
+        images: Sequence[Picture],
+        transform: Transform,
+        skipped: SkipList,
+        background: Colour = WHITE,
+        stream: Stream | None = None,
     ) -> None:
         self.images = images
         self.transform = transform
         self.skipped = skipped
         self.background = background
+        self.stream = stream
 
     def __len__(self) -> int:
         return len(self.images)
 
     def picture(self, index: int) -> Image.Image | None:
         """Return the picture itself, before any transform, or None when it cannot be read."""
-        return readable(self.images[index], self.skipped, self.background)
+        return self.decode(self.images[index])
+
+    def decode(self, image: Picture) -> Image.Image | None:
+        """Return a picture before any transform, or None when it cannot be read."""
+        return readable(image, self.skipped, self.background)
+
+    def read(self, image: Picture, *words: Any) -> Any:
+        """Return an item for a picture and its labels or captions, or None when it cannot be read."""
+        raise NotImplementedError
 
     @staticmethod
     def collate(items: Sequence[Any], measured: bool = True) -> Any:

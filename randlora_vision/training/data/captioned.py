@@ -13,7 +13,8 @@ from torch import Tensor
 
 from randlora_vision.training.data.batches import Pictures
 from randlora_vision.training.data.decode import WHITE, Colour
-from randlora_vision.training.data.labelled import NOT_MEASURED, ImageSplits, final_split
+from randlora_vision.training.data.labelled import NOT_MEASURED, ImageSplits, final_split, sizes_of
+from randlora_vision.training.data.part import Stream
 from randlora_vision.training.data.pictures import Picture, Transform, held_out_files
 from randlora_vision.training.data.skipped import SkipList
 
@@ -51,6 +52,7 @@ class PairSplits:
     chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
     notes: Sequence[str] = ()  # for the user, one line each
     background: Colour = WHITE  # of transparent pixels
+    stream: Stream | None = None  # in place of `train`, which is then empty
 
     @property
     def final(self) -> str:
@@ -64,13 +66,13 @@ class PairSplits:
         draw = split == "train" if draw is None else draw
         groups = self.groups[split] if self.groups else None
         images, captions = self.images[split], self.captions[split]
-        return CaptionedImages(images, captions, transform, tokenize, skipped, groups, draw, self.background)
+        stream = self.stream if split == "train" else None
+        return CaptionedImages(images, captions, transform, tokenize, skipped, groups, draw, self.background, stream)
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{len(images)} {name}" for name, images in self.images.items())
-        everyone = next(iter(self.captions.values()))
+        everyone = next(texts for texts in self.captions.values() if texts or not self.stream)
         captions = sum(len(texts) for texts in everyone) / max(1, len(everyone))
-        return f"{self.name}: {sizes} images, {captions:.3g} captions each ({self.origin})"
+        return f"{self.name}: {sizes_of(self.images, self.stream)} images, {captions:.3g} captions each ({self.origin})"
 
     def record(self) -> dict[str, Any]:
         """Return what a run folder keeps: the sizes, the origin, and the files that were held out."""
@@ -80,6 +82,7 @@ class PairSplits:
             "sizes": {name: len(images) for name, images in self.images.items()},
             "held_out": held_out_files(self.images),
             **({"chosen": list(self.chosen)} if self.chosen is not None else {}),
+            **({"streamed": list(self.stream.shards)} if self.stream is not None else {}),
         }
 
 
@@ -96,8 +99,9 @@ class CaptionedImages(Pictures):
         groups: Sequence[int] | None = None,
         draw: bool = True,
         background: Colour = WHITE,
+        stream: Stream | None = None,
     ) -> None:
-        super().__init__(images, transform, skipped, background)
+        super().__init__(images, transform, skipped, background, stream)
         assert len(images) == len(captions)
         self.captions = captions
         self.tokenize = tokenize
@@ -106,15 +110,20 @@ class CaptionedImages(Pictures):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int] | None:
         """Return image (3, H, W), tokens (L,), the caption's number and `index`."""
-        captions = self.captions[index]
+        group = None if self.groups is None else self.groups[index]
+        return self.read(self.images[index], self.captions[index], group, index)
+
+    def read(
+        self, image: Picture, captions: Sequence[str], group: int | None, index: int = 0
+    ) -> tuple[Tensor, Tensor, int, int] | None:
+        """Return the same for an image with its captions, and their class if they were made from one."""
         # Before the picture is read and augmented, so that the caption does not depend on what these draw.
         caption = random.choice(captions) if self.draw else captions[0]
-        picture = self.picture(index)
+        picture = self.decode(image)
         if picture is None:
             return None
         tokens = self.tokenize([caption])[0]
-        number = token_number(tokens) if self.groups is None else self.groups[index]
-        return self.transform(picture), tokens, number, index
+        return self.transform(picture), tokens, token_number(tokens) if group is None else group, index
 
     @functools.cached_property
     def texts(self) -> "Texts":
@@ -172,6 +181,7 @@ def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
         chosen=splits.chosen,
         notes=splits.notes,
         background=splits.background,
+        stream=splits.stream and splits.stream.from_classes(captions),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from randlora_vision.training.data.batches import Pictures
 from randlora_vision.training.data.decode import WHITE, Colour
+from randlora_vision.training.data.part import Stream
 from randlora_vision.training.data.pictures import Picture, Transform, held_out_files
 from randlora_vision.training.data.skipped import SkipList
 
@@ -44,6 +45,7 @@ class ImageSplits:
     chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
     notes: Sequence[str] = ()  # for the user, one line each
     background: Colour = WHITE  # of transparent pixels
+    stream: Stream | None = None  # in place of `train`, which is then empty
 
     @property
     def final(self) -> str:
@@ -52,11 +54,11 @@ class ImageSplits:
 
     def select(self, split: str, transform: Transform, skipped: SkipList) -> "LabelledImages":
         """Return one split as a dataset."""
-        return LabelledImages(self.images[split], self.labels[split], transform, skipped, self.background)
+        stream = self.stream if split == "train" else None
+        return LabelledImages(self.images[split], self.labels[split], transform, skipped, self.background, stream)
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{len(images)} {name}" for name, images in self.images.items())
-        return f"{self.name}: {sizes}, {len(self.class_names)} classes ({self.origin})"
+        return f"{self.name}: {sizes_of(self.images, self.stream)}, {len(self.class_names)} classes ({self.origin})"
 
     def record(self) -> dict[str, Any]:
         """Return what a run folder keeps: the sizes, the origin, and the files that were held out."""
@@ -67,7 +69,14 @@ class ImageSplits:
             "sizes": {name: len(images) for name, images in self.images.items()},
             "held_out": held_out_files(self.images),
             **({"chosen": list(self.chosen)} if self.chosen is not None else {}),
+            **({"streamed": list(self.stream.shards)} if self.stream is not None else {}),
         }
+
+
+def sizes_of(images: Mapping[str, Sequence[Picture]], stream: Stream | None) -> str:
+    """Return the sizes of the splits in words."""
+    streamed = [f"{len(stream.shards)} shards streamed for train"] if stream else []
+    return ", ".join([*streamed, *(f"{len(images[name])} {name}" for name in images if images[name] or not stream)])
 
 
 def final_split(splits: Mapping[str, Any]) -> str:
@@ -85,14 +94,19 @@ class LabelledImages(Pictures):
         transform: Transform,
         skipped: SkipList,
         background: Colour = WHITE,
+        stream: Stream | None = None,
     ) -> None:
-        super().__init__(images, transform, skipped, background)
+        super().__init__(images, transform, skipped, background, stream)
         assert len(images) == len(labels)
         self.labels = labels
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
-        picture = self.picture(index)
-        return None if picture is None else (self.transform(picture), self.labels[index])
+        return self.read(self.images[index], self.labels[index])
+
+    def read(self, image: Picture, label: int) -> tuple[Tensor, int] | None:
+        """Return image (3, H, W) and label."""
+        picture = self.decode(image)
+        return None if picture is None else (self.transform(picture), label)
 
     @staticmethod
     def collate(items: Sequence[tuple[Tensor, int]], measured: bool = True) -> Batch:

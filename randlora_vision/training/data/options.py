@@ -58,6 +58,10 @@ class SourceOptions:
     split_folders: tuple[str, ...] = ()
     """Which folders in --data are its splits: train=Fit test=Final, or none if all of them are classes. By default,
     folders with usual names (Training, val, test_set...) that contain class folders."""
+    streaming: bool = False
+    """Read the shards of --data in order while training goes on, instead of images from their middle: also compressed
+    shards, and shards at any URL that webdataset or fsspec opens (s3, gs, http, hf, pipe:COMMAND). Needs --val-data,
+    which is not streamed, and --epoch-images."""
     background: str = "white"
     """The colour on which transparent pixels are composed, such as black or #808080."""
     data_root: str | None = None
@@ -75,6 +79,10 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if self.label_column and self.caption_column:
             raise ValueError("--label-column and --caption-column exclude each other: give only one")
+        if self.streaming and not self.val_data:
+            raise ValueError("--streaming needs --data, and --val-data with images that are not streamed")
+        if self.streaming and self.split_folders:
+            raise ValueError("--streaming reads shards: leave --split-folders out")
         parse_colour(self.background)
         if (self.val_data or self.test_data) and self.embedded:
             raise ValueError("--val-data and --test-data need --data: the embedded digits already have all splits")
@@ -92,6 +100,8 @@ class DataOptions(SplitOptions, SourceOptions):  # a dataclass lists the fields 
     def __post_init__(self) -> None:
         SourceOptions.__post_init__(self)
         SplitOptions.__post_init__(self)
+        if self.streaming and (self.shots is not None or self.train_fraction != 1):
+            raise ValueError("--shots and --train-fraction need images that are counted: leave --streaming out")
 
 
 @dataclass(frozen=True)

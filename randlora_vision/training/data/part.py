@@ -1,11 +1,27 @@
 """What a source of data returns: images with labels or with captions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from randlora_vision.training.data.pictures import Picture
+from randlora_vision.training.data.skipped import SkipList
 
 Label = int | float | str | None
+
+
+class Stream(Protocol):
+    """Shards that are read in order while training goes on."""
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Their paths and URLs."""
+
+    def usable(self, shard: str, skipped: SkipList) -> Iterator[tuple[Picture, tuple[Any, ...]]]:
+        """Yield the images of a shard, each with its class or captions."""
+
+    def from_classes(self, prompts: Sequence[Sequence[str]]) -> "Stream":
+        """Return the same images with captions that are made from their classes."""
 
 
 @dataclass(frozen=True)

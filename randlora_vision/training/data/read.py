@@ -20,7 +20,8 @@ from randlora_vision.training.data.sources.tables import TABLE_SUFFIXES, table_p
 from randlora_vision.training.data.sources.tar_shards import is_shards, shards_parts
 from randlora_vision.training.data.sources.timm import timm_parts
 from randlora_vision.training.data.sources.torchvision import torchvision_parts
-from randlora_vision.training.data.splits import make_evaluation, make_splits, training_part
+from randlora_vision.training.data.splits import make_evaluation, make_splits, make_streamed, training_part
+from randlora_vision.training.data.streaming import shard_stream
 
 Splits = ImageSplits | PairSplits
 _REMOTE = ("http:", "https:", "s3:", "gs:", "gcs:", "hdfs:", "pipe:", "ftp:", "file:")
@@ -33,8 +34,15 @@ def read_data(options: DataOptions, skipped: SkipList, class_names: str | None =
 
     Raises ValueError or FileNotFoundError, with a message for the user, when the data cannot be used as requested.
     """
+    if options.streaming:
+        return _finished(_streamed(options, skipped), options, class_names)
     splits = _embedded(options) or _make_splits(_all_parts(options, skipped), options)
     return training_part(_finished(splits, options, class_names), options)
+
+
+def _streamed(options: DataOptions, skipped: SkipList) -> Splits:
+    splits, classes = make_streamed(_title(options.data or ""), _held_out(options, skipped))
+    return replace(splits, stream=shard_stream(options, classes, skipped))
 
 
 def read_evaluation(
@@ -90,12 +98,18 @@ def _make_splits(parts: Mapping[str, Part], options: DataOptions) -> Splits:
 
 def _all_parts(options: DataOptions, skipped: SkipList) -> Mapping[str, Part]:
     assert options.data is not None
-    parts = dict(_read_parts(options.data, options, skipped))
+    parts = {split: cleaned(part, skipped) for split, part in _read_parts(options.data, options, skipped).items()}
+    return {**parts, **_held_out(options, skipped)}
+
+
+def _held_out(options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
+    """Read --val-data and --test-data."""
+    parts = {}
     for split, spec, other in (("val", options.val_data, "test"), ("test", options.test_data, "val")):
         if spec is not None:
             found = _read_parts(spec, options, skipped)
-            parts[split] = found.get(split) or found.get(other) or found["train"]
-    return {split: cleaned(part, skipped) for split, part in parts.items()}
+            parts[split] = cleaned(found.get(split) or found.get(other) or found["train"], skipped)
+    return parts
 
 
 def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping[str, Part]:
@@ -110,7 +124,7 @@ def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping
             return hf_parts(name, split or None, options)
         return torchvision_parts(name, split or None, options)
     if spec.startswith(_REMOTE):
-        raise ValueError(f"--data {spec}: data is read from disk only; download it first")
+        raise ValueError(f"{spec}: only the training shards of --streaming are read from a URL; download it first")
     if path.suffix.lower() in TABLE_SUFFIXES:
         return {"train": table_part(path, options, skipped)}
     if is_shards(spec):

@@ -91,6 +91,20 @@ def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) ->
     return _image_splits(name, {chosen: part}, origin, classes=everything)
 
 
+def make_streamed(name: str, parts: Mapping[str, Part]) -> tuple[ImageSplits | PairSplits, Classes | None]:
+    """Return the splits of `val` and maybe `test` beside an empty `train`, and the classes, which are those of `val`.
+
+    Raises ValueError as `make_splits` does.
+    """
+    _check_parts(parts)
+    empty = parts["val"].take(())
+    origin = f"--val-data{' and --test-data' if 'test' in parts else ''}"
+    if parts["val"].captions is not None:
+        return _pair_splits(name, {"train": empty, **parts}, origin), None
+    splits = _image_splits(name, {"train": empty, **parts}, origin, classes=parts["val"])
+    return splits, _classes(_class_names(parts, parts["val"]), parts["val"])
+
+
 def _check_parts(parts: Mapping[str, Part]) -> None:
     first = next(iter(parts.values()))
     for part in parts.values():
@@ -127,7 +141,7 @@ def _image_splits(name: str, parts: Mapping[str, Part], origin: str, classes: Pa
     present = [split for split in (*SPLITS, "all") if split in parts]
     source = classes or parts["train"]
     names = _class_names(parts, source)
-    numbers = Classes(map(str, range(len(names)))) if source.class_names else Classes(map(str, source.labels or ()))
+    numbers = _classes(names, source)
     labels = {split: _positions(parts[split], numbers, source) for split in present}
     found = {label for of_split in labels.values() for label in of_split} if classes else set(labels["train"])
     if len(found) < 2 and (classes is None or len(names) < 2):
@@ -150,6 +164,11 @@ def _class_names(parts: Mapping[str, Part], source: Part) -> list[str]:
                 f"{listing(source.class_names or ())} and {listing(part.class_names or ())}"
             )
     return list(source.class_names) if source.class_names else Classes(map(str, source.labels or ())).names
+
+
+def _classes(names: Sequence[str], source: Part) -> Classes:
+    """Return the classes by label: by number where the source has their names."""
+    return Classes(map(str, range(len(names)) if source.class_names else source.labels or ()))
 
 
 def _positions(part: Part, classes: Classes, source: Part) -> list[int]:

@@ -59,19 +59,19 @@ class Checkpoint:
     settings: dict[str, Any]
     state: State
 
-    def check(self, settings: Mapping[str, Any], free: Sequence[str], divisible: bool = True) -> list[str]:
+    def check(self, settings: Mapping[str, Any], free: Sequence[str], indivisible: str = "") -> list[str]:
         """Return notes on changes that change the result; raise ValueError, listing the others, for other settings.
 
         `free` names the settings, or groups of settings, that may differ ("run", "training.workers"). The number of
         processes, the batch size and the accumulation steps may differ if their product, the images of a step, is the
-        same: the steps then consist of the same images, unless `divisible` is False.
+        same: the steps then consist of the same images, unless `indivisible` says why they do not.
         """
         then, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
         differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         notes = []
         shares = [name for name in _SHARES if name in differing]
         images, images_now = (math.prod(values.get(name) or 1 for name in _SHARES) for values in (then, now))
-        if shares and images == images_now and divisible:
+        if shares and images == images_now and not indivisible:
             free = [*free, *_SHARES]
             notes.append(
                 f"{_changes(shares, then, now)}: the steps have the same images as before, but random draws in the "
@@ -81,8 +81,8 @@ class Checkpoint:
         refused = [name for name in differing if name not in may]
         if refused:
             hint = ""
-            if shares and not divisible:
-                hint = " (the images have several sizes, each batch one of them: other batches have other images)"
+            if shares and indivisible:
+                hint = f" ({indivisible}: other batches have other images)"
             elif shares and images != images_now:
                 hint = f" ({images} images in a step, now {images_now})"
             allowed = ", ".join(sorted(_flag(name) for name in may if name in now))

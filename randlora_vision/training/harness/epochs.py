@@ -12,7 +12,8 @@ _S = TypeVar("_S", bound=Settings)
 def in_steps(settings: _S, images: int, processes: int) -> _S:
     """Return the settings with epochs as steps, so that config.yaml repeats the run on any data.
 
-    An epoch is one pass over `images` training images. Each step takes the batches of all processes and accumulation
+    An epoch is one pass over `images` training images, or, if it is 0 because they are not counted, over the number in
+    the settings, which then stays there. Each step takes the batches of all processes and accumulation
     steps, and the passes follow each other without a break, so an epoch need not be a whole number of steps: the
     total is rounded up, and the intervals to the nearest step, but at least one.
     """
@@ -37,7 +38,7 @@ def in_steps(settings: _S, images: int, processes: int) -> _S:
             warmup_steps=warmup,
             eval_every=eval_every,
             epochs=None,
-            epoch_images=None,
+            epoch_images=None if images else training.epoch_images,
             warmup_epochs=None,
             eval_epochs=None,
         ),

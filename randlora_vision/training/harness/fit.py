@@ -18,7 +18,7 @@ from randlora_vision.training.harness.options import CheckpointOptions, RunOptio
 from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.stopping import StopRequests, seconds_of
-from randlora_vision.training.harness.task import Speed, Task
+from randlora_vision.training.harness.task import OwnBatches, Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
 
 
@@ -98,10 +98,15 @@ def fit(
     with _unlocked_on_failure(run, accelerator):
         record = data.record()
         processes = accelerator.num_processes
-        settings = {**plain_settings(options), "images and split": fingerprint(record), "processes": processes}
+        layout = task.batches.layout if isinstance(task.batches, OwnBatches) else {}
+        settings = {
+            **plain_settings(options),
+            "images and split": fingerprint(record),
+            "processes": processes,
+            **layout,
+        }
         if resume:
-            divisible = getattr(task.batches.batch_sampler, "divisible", True)
-            for note in resume.check(settings, free_settings(options), divisible):
+            for note in resume.check(settings, free_settings(options), _indivisible(task)):
                 accelerator.print(f"note: {note}")
             if preprocessing:
                 check_preprocessing(run.preprocessing, preprocessing, "resume with the versions in environment.json")
@@ -133,6 +138,14 @@ def fit(
             found = f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}"
             accelerator.print(f"{found}, kept in {run.best}")
         return speed
+
+
+def _indivisible(task: Task) -> str:
+    """Return why other batches than these have other images, if they have, even if a step has as many."""
+    if isinstance(task.batches, OwnBatches):
+        return "every process reads its own shards"
+    same = getattr(task.batches.batch_sampler, "divisible", True)
+    return "" if same else "the images have several sizes, each batch one of them"
 
 
 @contextlib.contextmanager

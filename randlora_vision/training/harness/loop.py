@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
 from randlora_vision.training.harness.stopping import StopRequests, reason
-from randlora_vision.training.harness.task import BoundedLoss, JointLoss, Speed, Task
+from randlora_vision.training.harness.task import BoundedLoss, JointLoss, OwnBatches, Speed, Task
 
 
 class Trainer:
@@ -143,6 +143,8 @@ class Trainer:
         """Close the loader, which accelerate otherwise keeps open until it is read to its end."""
         if self.step == self.options.steps:
             next(batches, None)
+        elif isinstance(self.batches, OwnBatches):
+            batches.close()
         elif loader in self.accelerator.gradient_state.dataloader_references:
             batches.close()
             loader.end()
@@ -263,6 +265,9 @@ class Trainer:
 
     def _remaining_batches(self) -> Any:
         done = self.step * self.options.gradient_accumulation_steps
+        if isinstance(self.batches, OwnBatches):
+            device = self.accelerator.device
+            return (send_to_device(batch, device, non_blocking=True) for batch in self.batches.after(done))
         return self.accelerator.skip_first_batches(self.batches, done) if done else self.batches
 
     def _state(self) -> State:

@@ -263,6 +263,12 @@ def require_digits_cache(cache_dir: str | None, model: str | None) -> None:
         raise ValueError("--cache-dir is for the digits only: set the environment variable HF_HOME for downloads")
 
 
+def require_epoch(streaming: bool, training: TrainingOptions) -> None:
+    """Raise ValueError when images are streamed without a number of images that make up an epoch."""
+    if streaming and training.epoch_images is None:
+        raise ValueError("--streaming counts no images: give --train-num-samples (--epoch-images), those of an epoch")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -6,11 +6,13 @@ By hand, because accelerate restores the generators of a process, but not those 
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+_L = TypeVar("_L")
 
 
 def seed_everything(*key: int | str) -> None:
@@ -21,13 +23,15 @@ def seed_everything(*key: int | str) -> None:
     torch.manual_seed(seed)
 
 
-def seeded_items(loader: "DataLoader[Any]", seed: int) -> "DataLoader[Any]":
+def seeded_items(loader: _L, seed: int) -> "_L | DataLoader[Any]":
     """Return a loader of the same batches in which augmentation depends only on (seed, position) of an item.
 
     The position counts items from the start of training, so loader processes, prefetching and resuming do
     not change a picture. A loader without a batch sampler has no positions: its dataset must use its own
-    random generators.
+    random generators. So must what is not a loader.
     """
+    if not isinstance(loader, DataLoader):
+        return loader
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
     return with_batches(loader, _SeededItems(loader.dataset, seed), _Numbered(loader.batch_sampler))

@@ -1,11 +1,23 @@
 """The interface between the training loop and a task."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.utils.data import DataLoader
+
+
+@runtime_checkable
+class OwnBatches(Protocol):
+    """The batches of one process, which are not shared out to others."""
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """What their order depends on, besides the settings: checkpoints need the same."""
+
+    def after(self, done: int) -> Iterable[Any]:
+        """Return the batches that follow the first `done` of them."""
 
 
 class Task(Protocol):
@@ -16,8 +28,11 @@ class Task(Protocol):
         """A module that holds the model and returns the mean loss (a scalar) of a batch; it may be a `JointLoss`."""
 
     @property
-    def batches(self) -> DataLoader[Any]:
-        """As many batches as all processes together consume, in an order that depends only on the seed."""
+    def batches(self) -> DataLoader[Any] | OwnBatches:
+        """As many batches as all processes together consume, in an order that depends only on the seed.
+
+        Or the batches of this process alone.
+        """
 
     @property
     def own_lr(self) -> Mapping[nn.Parameter, float]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from randlora_vision.training.harness.task import OwnBatches
 from randlora_vision.training.methods.adaptation import Adaptation
 
 
@@ -17,7 +18,7 @@ class AdaptedTask:
 
     adaptation: Adaptation
     loss: nn.Module
-    batches: DataLoader[Any]
+    batches: DataLoader[Any] | OwnBatches
     evaluate: Callable[[], dict[str, float]]
     own_lr: Mapping[nn.Parameter, float]
     path: Path | None

@@ -310,7 +310,7 @@ def test_a_step_of_the_same_images_may_be_divided_in_another_way(tmp_path: Path)
     with pytest.raises(ValueError, match=r"processes was 1, is now 2 \(16 images in a step, now 32\)"):
         checkpoint.check(settings(8, 2, 2), ())
     with pytest.raises(ValueError, match=r"processes was 1, is now 2 \(the images have several sizes"):
-        checkpoint.check(settings(8, 1, 2), (), divisible=False)
+        checkpoint.check(settings(8, 1, 2), (), "the images have several sizes")
 
 
 @pytest.mark.parametrize("buckets", [[(8, 8)] * 7, [(8, 8)] * 4 + [(8, 16)] * 3])

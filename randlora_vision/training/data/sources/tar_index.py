@@ -63,6 +63,7 @@ def _header(identity: Mapping[str, Any], rows: str) -> dict[str, Any]:
 
 def _row(sample: Sample) -> dict[str, Any]:
     image = sample.image
+    assert image is None or isinstance(image, TarImage)
     return {
         "key": sample.key,
         "image": image and [image.name, image.offset, image.size],

@@ -1,7 +1,8 @@
 """One WebDataset shard: a .tar whose members with the same name up to the first dot form a sample.
 
 The headers are read once, and only the offset of every image in its shard is kept. Images are then read directly
-from the shards without unpacking them, in any order, so sharding and resuming are exact.
+from the shards without unpacking them, in any order, so sharding and resuming are exact. (`tar_stream` reads a shard
+from its beginning to its end instead.)
 """
 
 import io
@@ -13,11 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from randlora_vision.files.text import decode_text, require_regular
-from randlora_vision.training.data.pictures import image_suffixes, is_hidden
+from randlora_vision.training.data.pictures import Readable, image_suffixes, is_hidden
 
 _BLOCK = 512  # bytes: everything in a .tar is padded to a multiple of this
 _TEXTS = ("txt", "caption", "json", "cls")
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,26 @@ class TarImage:
 class Sample:
     """What belongs together in a shard."""
 
-    shard: Path
+    shard: Path | str
     key: str
-    image: TarImage | None = None
+    image: Readable | None = None
     texts: dict[str, str] = field(default_factory=dict)  # by extension
     seen: set[str] = field(default_factory=set)  # extensions
     unreadable: list[str] = field(default_factory=list)  # why a text could not be read
 
+    def add(self, extension: str, content: Readable | bytes) -> None:
+        """Add an image (the first one stays) or the bytes of a text."""
+        self.seen.add(extension)
+        if not isinstance(content, bytes):
+            self.image = self.image or content
+            return
+        try:
+            self.texts[extension] = decode_text(content, f"its .{extension}")
+        except ValueError as error:
+            self.unreadable.append(str(error))
 
-_Member = tuple[str, str, int, int, bytes | None]  # name, extension, offset, size, the bytes of a text
+
+_Member = tuple[str, str, Readable | bytes]  # name, extension, and an image or the bytes of a text
 
 
 def read_shard(path: Path) -> tuple[list[Sample], str | None]:
@@ -65,27 +77,26 @@ def read_shard(path: Path) -> tuple[list[Sample], str | None]:
     reason = None
     try:
         for member in _members(path):
-            _add(member, path, samples, current)
+            _add(*member, path, samples, current)
     except (OSError, tarfile.TarError) as error:
         reason = str(error)
     return _joined(samples), reason
 
 
-def _add(member: _Member, path: Path, samples: list[Sample], current: dict[str, Sample]) -> None:
+def _add(
+    name: str,
+    extension: str,
+    content: Readable | bytes,
+    path: Path,
+    samples: list[Sample],
+    current: dict[str, Sample],
+) -> None:
     """Add a member to the sample of its name, or to a new one if there is none or it has such a member already."""
-    name, extension, offset, size, text = member
     sample = current.get(name)
     if sample is None or extension in sample.seen:
         sample = current[name] = Sample(path, name)
         samples.append(sample)
-    sample.seen.add(extension)
-    if text is None:
-        sample.image = sample.image or TarImage(path, f"{name}.{extension}", offset, size)
-        return
-    try:
-        sample.texts[extension] = decode_text(text, f"its .{extension}")
-    except ValueError as error:
-        sample.unreadable.append(str(error))
+    sample.add(extension, content)
 
 
 def _joined(samples: Sequence[Sample]) -> list[Sample]:
@@ -115,32 +126,43 @@ def _members(path: Path) -> Iterator[_Member]:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError(f"it ends inside {member.name}")
-                if member.isfile() and not any(is_hidden(part) for part in member.name.split("/") if part != "."):
-                    yield from _wanted(tar, member)
+                for name, extension, is_image in wanted(member):
+                    image = TarImage(path, f"{name}.{extension}", member.offset_data, member.size)
+                    yield name, extension, image if is_image else content_of(tar, member)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member
             _check_end(path, end)
         except (OSError, tarfile.TarError) as error:
             raise tarfile.ReadError(f"after byte {end}: {error}" if end else str(error)) from error
 
 
-def _wanted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[_Member]:
+def wanted(member: tarfile.TarInfo) -> Iterator[tuple[str, str, bool]]:
+    """Yield the name of a member's sample, its extension and whether it is an image; nothing for other files."""
+    if not member.isfile() or any(is_hidden(part) for part in member.name.split("/") if part != "."):
+        return
     folder, _, file = member.name.rpartition("/")
     stem, _, extension = file.partition(".")
     extension = extension.lower()
-    name = f"{folder}/{stem}" if folder else stem
-    content = tar.extractfile(member) if extension in _TEXTS else None
-    if content is not None:
-        yield name, extension, member.offset_data, member.size, content.read()
-    elif f".{extension}" in image_suffixes():
-        yield name, extension, member.offset_data, member.size, None
+    is_image = f".{extension}" in image_suffixes()
+    if is_image or extension in _TEXTS:
+        yield f"{folder}/{stem}" if folder else stem, extension, is_image
+
+
+def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a regular file."""
+    file = tar.extractfile(member)
+    assert file is not None, "wanted() returns only regular files"
+    return file.read()
 
 
 def _check_uncompressed(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(6)
-    kind = next((kind for mark, kind in _COMPRESSIONS.items() if start.startswith(mark)), None)
+    kind = next((kind for mark, kind in COMPRESSIONS.items() if start.startswith(mark)), None)
     if kind is not None:
-        raise tarfile.ReadError(f"it is compressed by {kind}, but images are read from its middle: decompress it first")
+        raise tarfile.ReadError(
+            f"it is compressed by {kind}, but images are read from its middle: decompress it, or read it in order with "
+            "--streaming"
+        )
 
 
 def _check_end(path: Path, end: int) -> None:

@@ -37,7 +37,12 @@ def is_shards(spec: str) -> bool:
         return bool(
             _shards_in(path) or any(_shards_in(folder) for folder in _split_folders(path).values())
         ) and not any(has_images(folder) for folder in subfolders(path))
-    return all(_is_shard_name(name) for name in spec.split("::"))
+    return all(_is_shard_name(name) for name in split_spec(spec))
+
+
+def split_spec(spec: str) -> list[str]:
+    """Return the parts of a.tar::b.tar; the colons of an IPv6 address separate nothing."""
+    return re.split(r"::(?![0-9a-fA-F:.]*\])", spec)
 
 
 def _is_shard_name(name: str) -> bool:
@@ -52,21 +57,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return {split: path for path in subfolders(folder) if (split := split_of(path.name)) and _shards_in(path)}
 
 
-def shard_paths(pattern: str) -> list[Path]:
-    """Return the shards that a path, {000..012}, {a,b}, a glob or several of these joined by :: stand for.
-
-    Missing files are included, except those of a glob; a name that exists is never a pattern. Raises ValueError when
-    none of them exists.
-    """
-    spelled = [name for part in pattern.split("::") for name in ([part] if os.path.exists(part) else _expand(part))]
-    is_pattern = {name: glob.has_magic(name) and not os.path.exists(name) for name in spelled}
-    paths = [Path(path) for name in spelled for path in (sorted(glob.glob(name)) if is_pattern[name] else [name])]
-    if not any(path.is_file() for path in paths):
-        raise ValueError(f"no shard found: {pattern}")
-    return list(dict.fromkeys(paths))  # an image that is read twice could be both trained on and held out
-
-
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """Spell out every {first..last}, with as many digits as `first` has, and every {one,other}."""
     match = _BRACES.search(pattern)
     if match is None:
@@ -74,7 +65,21 @@ def _expand(pattern: str) -> list[str]:
     words, first, last = match[1], match[2], match[3]
     choices = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [path for choice in choices for path in _expand(f"{before}{choice}{after}")]
+    return [path for choice in choices for path in expand(f"{before}{choice}{after}")]
+
+
+def shard_paths(pattern: str) -> list[Path]:
+    """Return the shards that a path, {000..012}, {a,b}, a glob or several of these joined by :: stand for.
+
+    Missing files are included, except those of a glob; a name that exists is never a pattern. Raises ValueError when
+    none of them exists.
+    """
+    spelled = [name for part in split_spec(pattern) for name in ([part] if os.path.exists(part) else expand(part))]
+    is_pattern = {name: glob.has_magic(name) and not os.path.exists(name) for name in spelled}
+    paths = [Path(path) for name in spelled for path in (sorted(glob.glob(name)) if is_pattern[name] else [name])]
+    if not any(path.is_file() for path in paths):
+        raise ValueError(f"no shard found: {pattern}")
+    return list(dict.fromkeys(paths))  # an image that is read twice could be both trained on and held out
 
 
 def shards_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
@@ -82,9 +87,18 @@ def shards_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[s
 
     Without such names, all are for training. Raises ValueError as `shards_part` does.
     """
+    groups = shard_groups(spec, skipped)
+    return {
+        split: shards_part(spec if len(groups) == 1 else f"{spec} ({split})", paths, options, skipped)
+        for split, paths in groups.items()
+    }
+
+
+def shard_groups(spec: str, skipped: SkipList) -> dict[str, list[Path]]:
+    """Return the shards of each split."""
     folder = Path(spec)
     if not folder.is_dir():
-        return {"train": shards_part(spec, shard_paths(spec), options, skipped)}
+        return {"train": shard_paths(spec)}
     named = _split_folders(folder)
     groups = {split: _shards_in(path) for split, path in named.items()}
     if groups:
@@ -99,10 +113,7 @@ def shards_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[s
             groups = {"train": _shards_in(folder)}
         for path in groups.pop("", []):
             skipped.add(str(path), "the names of the other shards begin with their split, but this one does not")
-    return {
-        split: shards_part(spec if len(groups) == 1 else f"{spec} ({split})", paths, options, skipped)
-        for split, paths in groups.items()
-    }
+    return groups
 
 
 def shards_part(name: str, paths: Sequence[Path], options: SourceOptions, skipped: SkipList) -> Part:
@@ -124,23 +135,33 @@ def shards_part(name: str, paths: Sequence[Path], options: SourceOptions, skippe
             skipped.add(str(path), reasons[-1])
     if reasons and not samples:
         raise ValueError(f"{source}: {reasons[0]}")
-    captions = [] if options.label_column else [_captions(sample, options.caption_column) for sample in samples]
-    captioned = any(captions)
-    words = captions if captioned else [_label(sample, options.label_column) for sample in samples]
-    if not any(text and sample.image for sample, text in zip(samples, words, strict=True)):
+    captioned = not options.label_column and any(_captions(sample, options.caption_column) for sample in samples)
+    part = samples_part(source, samples, captioned, options, skipped)
+    if not part.images:
         raise ValueError(f"{source}: {_what_lacks(samples, options)}")
-    kept = []
-    for sample, text in zip(samples, words, strict=True):
+    return part
+
+
+def samples_part(
+    source: str, samples: Sequence[Sample], captioned: bool, options: SourceOptions, skipped: SkipList, hint: str = ""
+) -> Part:
+    """Return the images of samples with their captions, or else classes; record samples that lack one or the other.
+
+    `hint` is appended to the reason.
+    """
+    images, words = [], []
+    for sample in samples:
+        text = _captions(sample, options.caption_column) if captioned else _label(sample, options.label_column)
         if sample.image is None or not text:
             missing = "image" if sample.image is None else "caption" if captioned else "class"
-            why = "; ".join([f"the sample has no {missing}", *sample.unreadable])
+            why = "; ".join([f"the sample has no {missing}{hint}", *sample.unreadable])
             skipped.add(f"{sample.shard}:{sample.key}", why)
         else:
-            kept.append((sample.image, text))
-    images = [image for image, _ in kept]
+            images.append(sample.image)
+            words.append(text)
     if captioned:
-        return Part(source, images, captions=[text for _, text in kept])
-    return Part(source, images, labels=[text[0] for _, text in kept])
+        return Part(source, images, captions=words)
+    return Part(source, images, labels=[text[0] for text in words])
 
 
 def _captions(sample: Sample, key: str | None) -> list[str]:
@@ -184,10 +205,15 @@ def _what_lacks(samples: Sequence[Sample], options: SourceOptions) -> str:
         return f"no images in {len(samples)} samples; expected members such as 000.jpg beside 000.txt"
     key = options.label_column or options.caption_column
     wanted = f"{key!r} in its .json" if key else "a caption (.txt, .json) or a class (.cls, .json)"
+    return f"no sample has {wanted}; {what_is_there(samples)}"
+
+
+def what_is_there(samples: Sequence[Sample]) -> str:
+    """Return a message that says which texts were found."""
     extensions = sorted({extension for sample in samples for extension in sample.texts})
     keys = sorted({key for sample in samples for key in _json(sample)})
     return (
-        f"no sample has {wanted}; apart from images there are "
+        "apart from images there are "
         + (listing(f".{extension}" for extension in extensions) or "no text files")
         + (f", and in .json the keys {listing(keys, most=20)}" if keys else "")
     )
