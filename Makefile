@@ -8,7 +8,8 @@ READY := $(VENV)/.ready
 # pre-commit's hooks and accelerate's workers find the environment's own python.
 export PATH := $(abspath $(BIN)):$(PATH)
 # One thread a process: two test workers with two threads each wait for one another on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Each worker begins with one half of the files: what the tests of a file share is mostly made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 # torch and torchvision are left to the installer: machines bring their own builds.
 RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra test \
 	--no-emit-package torch --no-emit-package torchvision \

@@ -1,5 +1,6 @@
 """Versions of the installed packages that a result can depend on."""
 
+from functools import cache
 from importlib import metadata
 
 _PACKAGES = (
@@ -23,10 +24,12 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the versions of this package and of its host libraries by distribution name, if they are installed."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+
+
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -39,21 +39,22 @@ def site(wheel: Path) -> Path:
     return target
 
 
-def run_installed(site: Path, *arguments: str | Path) -> str:
-    """Run Python in an empty folder with the installed wheel before everything else; return what it prints."""
+def run_installed(site: Path, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run Python in an empty folder with the installed wheel before everything else; it must exit with `code`."""
     folder = site.parent / "elsewhere"
     folder.mkdir(exist_ok=True)
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
 
 
 @pytest.mark.slow
 def test_the_wheel_in_a_clean_target(wheel: Path, site: Path, tmp_path: Path) -> None:
     """One test, because test workers do not share a wheel, which takes ten seconds to build and install."""
     check_contents(site)
+    check_imports(site)
     check_scripts(site, tmp_path)
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True)
 
@@ -70,18 +71,36 @@ def check_contents(site: Path) -> None:
     for folder in ("integrations", "train_scripts"):
         ours |= {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
     assert ours == {path.relative_to(site / "randlora_vision") for path in (site / "randlora_vision").rglob("*.py")}
-    script = (
-        "import sys, randlora_vision\n"
-        "assert 'torch._dynamo' not in sys.modules, 'importing the package imports the compiler: seconds'\n"
-        "import randlora_vision.integrations.open_clip, randlora_vision.training\n"
-        "print(randlora_vision.__file__)\n"
-        "import importlib.util\n"
-        "assert importlib.util.find_spec('integrations') is None\n"
-    )
-    assert run_installed(site, "-c", script).strip().startswith(str(site))
-    printed = dict(line.split() for line in run_installed(site, site / "bin" / "randlora", "--version").splitlines())
+
+
+def check_imports(site: Path) -> None:
+    """What is imported, printed and refused, in one process, which takes seconds to start."""
+    done = run_installed(site, "-c", IMPORTS.format(bin=str(site / "bin" / "randlora")), code=2)
+    place, *lines = done.stdout.splitlines()
+    assert place.startswith(str(site))
+    printed = dict(line.split() for line in lines[: lines.index("helps")])
     assert printed["randlora_vision"] == randlora_vision.__version__
     assert printed["torch"] == metadata.version("torch") and printed["timm"] == metadata.version("timm")
+    assert done.stdout.count("--output-dir") >= 3
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: open_clip has no model")
+
+
+IMPORTS = """
+import contextlib, importlib, importlib.util, runpy, sys
+import randlora_vision
+assert "torch._dynamo" not in sys.modules, "importing the package imports the compiler: seconds"
+import randlora_vision.integrations.open_clip, randlora_vision.training
+print(randlora_vision.__file__)
+assert importlib.util.find_spec("integrations") is None
+sys.argv = ["randlora", "--version"]
+with contextlib.suppress(SystemExit):
+    runpy.run_path({bin!r}, run_name="__main__")
+print("helps")
+for name in ("compare_clip", "train_classifier", "train_dreambooth"):
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"randlora_vision.train_scripts.{{name}}").main(["--help"])
+importlib.import_module("randlora_vision.train_scripts.train_clip").main(["--model", "ViT-B-33"])
+"""
 
 
 def check_scripts(site: Path, tmp_path: Path) -> None:
@@ -94,13 +113,6 @@ def check_scripts(site: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert Path(environment["command"][0]) == site / "randlora_vision" / "train_scripts" / "train_clip.py"
-    helps = (
-        "import contextlib, importlib\n"
-        "for name in ('compare_clip', 'train_classifier', 'train_dreambooth'):\n"
-        "    with contextlib.suppress(SystemExit):\n"
-        "        importlib.import_module(f'randlora_vision.train_scripts.{name}').main(['--help'])\n"
-    )
-    assert run_installed(site, "-c", helps).count("--output-dir") >= 3
 
 
 def test_the_public_surface_is_listed() -> None:

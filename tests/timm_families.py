@@ -43,6 +43,11 @@ class Family:
     def id(self) -> str:
         return self.name.lower().replace(" ", "_")
 
+    @property
+    def full_size(self) -> str:
+        """The registered model."""
+        return self.registered or self.variant
+
     def cannot_reach(self, name: str) -> bool:
         """True for a weight, by any name that contains its module's, that does not change the output."""
         return any(re.search(pattern, name) for pattern in self.unreachable)

@@ -38,19 +38,17 @@ def page() -> str:
     return HEADER + "".join(line(family) for family in FAMILIES)
 
 
-def line(family: Family) -> str:
-    return f"| {' | '.join(row(family))} |\n"
+def line(family: Family, model: nn.Module | None = None) -> str:
+    return f"| {' | '.join(row(family, model or make_full_size(family.full_size)))} |\n"
 
 
-def row(family: Family) -> tuple[str, ...]:
-    name = family.registered or family.variant
-    model = make_full_size(name)
+def row(family: Family, model: nn.Module) -> tuple[str, ...]:
     report = plan(model, RandLoRAConfig(rank=RANK, target_modules="timm:backbone"))
     counts = " / ".join(str(len(PRESETS[preset](model))) for preset in ("backbone", "attention", "conv"))
     share = 100 * report.num_parameters / report.base_parameters
     adapted = patterns([target.name for target in report.targets])
     trained = f"{report.num_parameters:,}"
-    return family.name, f"`{name}`", counts, adapted, trained, f"{share:.1f}", notes(family, report)
+    return family.name, f"`{family.full_size}`", counts, adapted, trained, f"{share:.1f}", notes(family, report)
 
 
 def patterns(names: list[str]) -> str:

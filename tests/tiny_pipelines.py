@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora_vision.demos.tokenizers import clip_tokenizer
+from randlora_vision.demos import tokenizers
 from tests.zoo.base import unmute
 
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -36,7 +36,19 @@ def t5_tokenizer(context: int, words: Iterable[str] = ()) -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=context)
 
 
+def clip_tokenizer(context: int) -> Any:
+    """Return CLIP's tokenizer with its first thousand merges: the whole vocabulary takes longer to load than a run."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = tokenizers._clip_vocabulary()
+    tokens = list(vocabulary)
+    kept = [*tokens[: len(tokens) - len(merges) - 2 + _MERGES], *tokens[-2:]]
+    numbered = {token: number for number, token in enumerate(kept)}
+    return CLIPTokenizer(vocab=numbered, merges=merges[:_MERGES], model_max_length=context)
+
+
 PIXELS, LATENTS, CONTEXT = 16, 4, 16
+_MERGES, VOCABULARY = 1000, 1514
 CLIP_WIDTH, T5_WIDTH, WORDS = 32, 24, ("a", "photo", "of", "sks", "digit", "dog")
 
 # fmt: off
@@ -175,16 +187,16 @@ def clip_text(projected: bool = False, context: int = CONTEXT) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=49408,
+        vocab_size=VOCABULARY,
         hidden_size=CLIP_WIDTH,
         intermediate_size=2 * CLIP_WIDTH,
         projection_dim=CLIP_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=context,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
+        pad_token_id=VOCABULARY - 1,
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 

@@ -119,8 +119,9 @@ def test_gradcheck_of_every_plan(kind: str, shape: tuple[int, int], plan: Plan, 
         base = (None, None) if branch else (weight, bias)
         return randlora_linear(x, *base, with_trained(terms, tensors), shape[0], pinned=plan)
 
+    # A random direction is enough: test_equals_the_dense_matrix compares every entry.
     inputs = (x, weight, bias, *trained(terms))
-    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,23 +18,36 @@ from randlora_vision.integrations.export.merged import merged_for_saving, save_m
 from tests.helpers import IMAGES, mlp, randomize, snapshot, vit
 from tests.tiny_pipelines import PIPELINES, sample
 
-CLEAN = "import sys, torch\n{load}\nassert not [m for m in sys.modules if m.startswith('randlora')]\n"
+CLEAN = """
+import sys, torch
+images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+outputs = {{}}
+with torch.no_grad():
+{load}
+assert not [m for m in sys.modules if m.startswith("randlora")]
+torch.save(outputs, "outputs.pt")
+"""
 
 
-def in_a_clean_process(code: str, tmp_path: Path) -> Tensor:
-    """Run code that makes `output` and return it."""
-    script = CLEAN.format(load=code) + f"torch.save(output, {str(tmp_path / 'output.pt')!r})"
+@pytest.mark.slow
+def test_hosts_load_what_was_saved(tmp_path: Path) -> None:
+    """In one process for all hosts: a process that never imported this library takes ten seconds to start."""
+    cases = {"timm": timm_case(tmp_path), "open_clip": open_clip_case(tmp_path), "diffusers": unet_case(tmp_path)}
+    lines = [line for name, (code, _) in cases.items() for line in f"{code}\noutputs[{name!r}] = output".splitlines()]
+    script = CLEAN.format(load="\n".join(f"    {line}" for line in lines))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    return torch.load(tmp_path / "output.pt")
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for name, (_, expected) in cases.items():
+        torch.testing.assert_close(outputs[name], expected, atol=1e-5, rtol=1e-5)
 
 
 def images(size: int) -> Tensor:
     return torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
 
 
-@pytest.mark.slow
-def test_timm_loads_the_file(tmp_path: Path) -> None:
+def timm_case(folder: Path) -> tuple[str, Tensor]:
+    """Return code that makes `output` from a saved model, and what it must be."""
     import timm
 
     options = dict(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2, num_classes=7)
@@ -41,22 +55,19 @@ def test_timm_loads_the_file(tmp_path: Path) -> None:
     inject(model, RandLoRAConfig(rank=4, target_modules="all", modules_to_save=["head"]))
     randomize(model)
     nn.init.normal_(model.head.weight)
-    before, file = snapshot(model), tmp_path / "merged.safetensors"
-    save_merged_file(model, file)
+    save_untouched(model, folder / "timm.safetensors")
+    arguments = f"checkpoint_path='timm.safetensors', **{options}"
+    code = f"import timm\noutput = timm.create_model('vit_tiny_patch16_224', {arguments}).eval()(images)"
+    return code, model(images(32)).detach()
+
+
+def save_untouched(model: nn.Module, path: Path) -> None:
+    before = snapshot(model)
+    save_merged_file(model, path)
     assert snapshot(model) == before
-    arguments = f"checkpoint_path={str(file)!r}, **{options}"
-    output = in_a_clean_process(
-        f"import timm\nmodel = timm.create_model('vit_tiny_patch16_224', {arguments}).eval()\n"
-        "x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)\nwith torch.no_grad(): output = model(x)",
-        tmp_path,
-    )
-    torch.testing.assert_close(output, model(images(32)).detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_open_clip_loads_the_file(tmp_path: Path) -> None:
-    import json
-
+def open_clip_case(folder: Path) -> tuple[str, Tensor]:
     import open_clip
 
     config = {
@@ -64,24 +75,36 @@ def test_open_clip_loads_the_file(tmp_path: Path) -> None:
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
         "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
     }
-    (tmp_path / "tiny-merged.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-merged.json")
+    (folder / "tiny-merged.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-merged.json")
     model = open_clip.create_model("tiny-merged").eval()
     inject(model, RandLoRAConfig(rank=4, target_modules="all", modules_to_save=["logit_scale"]))
     randomize(model)
-    before, file = snapshot(model), tmp_path / "merged.safetensors"
-    save_merged_file(model, file)
-    assert snapshot(model) == before
-    output = in_a_clean_process(
-        f"import open_clip\nopen_clip.add_model_config({str(tmp_path / 'tiny-merged.json')!r})\n"
-        f"model = open_clip.create_model('tiny-merged', pretrained={str(file)!r}).eval()\n"
-        "x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)\n"
-        "with torch.no_grad(): output = torch.cat(model(x, torch.arange(16).reshape(2, 8))[:2])",
-        tmp_path,
+    save_untouched(model, folder / "open_clip.safetensors")
+    code = (
+        "import open_clip\nopen_clip.add_model_config('tiny-merged.json')\n"
+        "model = open_clip.create_model('tiny-merged', pretrained='open_clip.safetensors').eval()\n"
+        "output = torch.cat(model(images, torch.arange(16).reshape(2, 8))[:2])"
     )
     with torch.no_grad():
-        expected = torch.cat(model(images(32), torch.arange(16).reshape(2, 8))[:2])
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+        return code, torch.cat(model(images(32), torch.arange(16).reshape(2, 8))[:2])
+
+
+def unet_case(folder: Path) -> tuple[str, Tensor]:
+    unet = PIPELINES["sd15"]().unet
+    inject(unet, RandLoRAConfig(rank=4, target_modules="all"))
+    randomize(unet)
+    save_merged_folder(unet, folder / "unet")
+    code = (
+        "from diffusers import UNet2DConditionModel\n"
+        "model = UNet2DConditionModel.from_pretrained('.', subfolder='unet').eval()\n"
+        "x = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)\n"
+        "output = model(x, 5, torch.linspace(-1, 1, 96).reshape(1, 3, 32)).sample"
+    )
+    merge(unet)
+    x = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)
+    with torch.no_grad():
+        return code, unet.eval()(x, 5, torch.linspace(-1, 1, 96).reshape(1, 3, 32)).sample
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
@@ -106,25 +129,6 @@ def test_diffusers_loads_the_folder(kind: str, tmp_path: Path) -> None:
         merge(part)
     torch.testing.assert_close(sample(loaded), sample(pipe), atol=1e-5, rtol=1e-5)
     assert (adapted - base).abs().max() > 0.05
-
-
-@pytest.mark.slow
-def test_one_model_of_diffusers_without_this_library(tmp_path: Path) -> None:
-    pipe = PIPELINES["sd15"]()
-    inject(pipe.unet, RandLoRAConfig(rank=4, target_modules="all"))
-    randomize(pipe.unet)
-    save_merged_folder(pipe.unet, tmp_path / "unet")
-    output = in_a_clean_process(
-        f"from diffusers import UNet2DConditionModel\nmodel = UNet2DConditionModel.from_pretrained({str(tmp_path)!r}, "
-        "subfolder='unet').eval()\nx = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)\n"
-        "with torch.no_grad(): output = model(x, 5, torch.linspace(-1, 1, 96).reshape(1, 3, 32)).sample",
-        tmp_path,
-    )
-    merge(pipe.unet)
-    x = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)
-    with torch.no_grad():
-        expected = pipe.unet.eval()(x, 5, torch.linspace(-1, 1, 96).reshape(1, 3, 32)).sample
-    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_which_adapters_are_merged(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 The reference outputs come from the frozen base: see test_zoo.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def run(family: Family, model: nn.Module) -> Tensor:
 
 
 @every_family
+@torch.no_grad()
 def test_presets_nest_and_leave_classifier_and_stem_alone(family: Family) -> None:
     model = build(family)
     backbone, attention, conv = (integration.PRESETS[name](model) for name in ("backbone", "attention", "conv"))
@@ -70,6 +71,19 @@ def test_presets_nest_and_leave_classifier_and_stem_alone(family: Family) -> Non
     assert heads and modules.keys() >= set(heads)
     outside = [*heads, *stems(model)]
     assert not [name for name in conv if any(f"{name}.".startswith(f"{path}.") for path in outside)]
+    check_headless(family, conv)
+
+
+def check_headless(family: Family, places: list[str]) -> None:
+    """Without a classifier, the same layers are adapted."""
+    model = frozen(family, num_classes=0)
+    assert integration.head_modules(model) == []
+    reference = run(family, model)
+    assert [target.name for target in inject(model, config(family)).targets] == places
+    draw(model)
+    assert difference(run(family, model), reference) > MOVED
+    with disabled(model):
+        assert torch.equal(run(family, model), reference)
 
 
 def stems(model: nn.Module) -> list[str]:
@@ -79,13 +93,10 @@ def stems(model: nn.Module) -> list[str]:
 
 
 @every_family
-def test_adapters_act_and_learn(family: Family) -> None:
-    model = frozen(family)
-    reference = run(family, model)
+def test_adapters_learn(family: Family) -> None:
+    model = build(family)
     report = inject(model, config(family))
-    assert difference(run(family, model), reference) < SAME
     draw(model)
-    assert difference(run(family, model), reference) > MOVED
     model.double()
     reading(run(family, model)).backward()
     parameters = dict(adapter_parameters(model))
@@ -108,41 +119,42 @@ def test_unreachable_weights_are_so_in_the_base(family: Family) -> None:
 
 
 @every_family
-@torch.no_grad()
-def test_merged_equals_unmerged(family: Family) -> None:
-    model = trained(family)
-    keys = build(family).state_dict().keys()
-    apart = run(family, model)
+def test_an_adapters_life(family: Family, tmp_path: Path) -> None:
+    """One model all the way, so that what one step leaves behind shows in the next."""
+    model = build(family)
+    before, base = snapshot(model), model.state_dict().keys()
+    settings = config(family, modules_to_save=integration.head_modules(model))
+    with torch.no_grad():
+        reference = run(family, model)
+        inject(model, settings)
+        assert difference(run(family, model), reference) < SAME
+        draw(model)
+        assert [key for key in model.state_dict() if "_randlora_" not in key] == list(base)
+        apart = run(family, model)
+        assert difference(apart, reference) > MOVED
+        check_merged(family, model, apart, base)
+        remove(model)
+        assert_same(snapshot(model), before)
+        assert torch.equal(run(family, model), reference)
+    check_classifier(family, model, settings, tmp_path / "adapter.safetensors")
+
+
+def check_merged(family: Family, model: nn.Module, apart: Tensor, base: Collection[str]) -> None:
+    """The merged weights are those of a plain model."""
     merge(model)
     merged = run(family, model)
     assert difference(merged, apart) < SAME
     plain = frozen(family)
-    plain.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in keys})
+    plain.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if key in base})
     assert torch.equal(run(family, plain), merged)
     unmerge(model)
     assert torch.equal(run(family, model), apart)
 
 
-@every_family
-def test_removal_restores_every_bit(family: Family) -> None:
-    model = build(family)
-    reference, before = run(family, model), snapshot(model)
-    keys = model.state_dict().keys()
-    inject(model, config(family, modules_to_save=integration.head_modules(model)))
-    draw(model)
-    assert [key for key in model.state_dict() if "_randlora_" not in key] == list(keys)
-    assert difference(run(family, model), reference) > MOVED
-    remove(model)
-    assert_same(snapshot(model), before)
-    assert torch.equal(run(family, model), reference)
-
-
-@every_family
-def test_classifier_is_trained_and_travels(family: Family, tmp_path: Path) -> None:
-    model = frozen(family)
-    heads = integration.head_modules(model)
-    inside = tuple(f"{head}." for head in heads)
-    report = inject(model, config(family, modules_to_save=heads))
+def check_classifier(family: Family, model: nn.Module, settings: RandLoRAConfig, path: Path) -> None:
+    """The classifier is trained, and travels in the file."""
+    inside = tuple(f"{head}." for head in settings.modules_to_save)
+    report = inject(model, settings)
     assert not [target.name for target in report.targets if f"{target.name}.".startswith(inside)]
     draw(model)
     reading(run(family, model)).backward()
@@ -151,26 +163,11 @@ def test_classifier_is_trained_and_travels(family: Family, tmp_path: Path) -> No
     with torch.no_grad():
         for parameter in classifier.values():
             parameter -= 0.1 * parameter.grad
-    path = save_adapter(model, tmp_path / "adapter.safetensors")
-    assert integration.num_classes(path) == model.num_classes
-    other = frozen(family)
-    integration.load_adapter(other, path)
-    with torch.no_grad():
+        save_adapter(model, path)
+        assert integration.num_classes(path) == model.num_classes
+        other = frozen(family)
+        integration.load_adapter(other, path)
         assert torch.equal(run(family, other), run(family, model))
-
-
-@every_family
-@torch.no_grad()
-def test_headless_model_takes_the_same_adapter_places(family: Family) -> None:
-    model = frozen(family, num_classes=0)
-    assert integration.head_modules(model) == []
-    reference = run(family, model)
-    names = [target.name for target in inject(model, config(family)).targets]
-    assert names == [name for name in integration.conv_targets(build(family))]
-    draw(model)
-    assert difference(run(family, model), reference) > MOVED
-    with disabled(model):
-        assert torch.equal(run(family, model), reference)
 
 
 @every_family

@@ -11,8 +11,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+from randlora_vision.training.dreambooth import task
 from tests.tiny_families import SIZES, TINY
-from tests.training_helpers import script
+from tests.training_helpers import draw_nothing, script
 
 PROMPT = "a photo of sks digit"
 FAST = ("qwen_image",)  # texts of any length, packed latents, a VAE with statistics
@@ -23,7 +24,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in TINY])
-def test_a_run_of_every_family_goes_on_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+def test_a_run_of_every_family_goes_on_to_the_same_bytes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_nothing(monkeypatch)
+    monkeypatch.setattr(task, "_MEASURED", 4)
     TINY[name]().save_pretrained(tmp_path / "base")
     (tmp_path / "images").mkdir()
     for number in range(2):
@@ -38,6 +43,7 @@ def test_a_run_of_every_family_goes_on_to_the_same_bytes(name: str, tmp_path: Pa
         "--validation-prompt": "a dog",
         "--num-validation-images": 1,
         "--num-inference-steps": 2,
+        "--num-prior-images": 1,
         "--report-to": "none",
         "--steps": 2,
         "--rank": 4,

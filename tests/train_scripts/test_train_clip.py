@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from randlora_vision import load_adapter
+from randlora_vision.demos import clip as demo_clip
+from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.evaluation.accuracy import Scores
 from tests.training_helpers import (
     QUICK,
-    SCRIPTS,
     Killed,
     draw_nothing,
     run_script,
@@ -113,9 +111,7 @@ def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, image
     assert accuracy["loss"] == pytest.approx(summary["after"]["validation"]["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("method", "towers"), [("lora", "vision"), ("full", "text"), ("full", "both"), ("linear-probe", "both")]
-)
+@pytest.mark.parametrize(("method", "towers"), [("lora", "vision"), ("full", "text")])  # more: see --init-adapter
 def test_every_method_ends_with_a_file_that_loads(train: Any, method: str, towers: str) -> None:
     folder = train("--method", method, "--towers", towers)
     assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
@@ -151,11 +147,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
             raise Killed
         return scores(self, batches)
 
-    monkeypatch.setattr(ClipClassifier, "scores", killed)
     folder = tmp_path / "killed"
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ClipClassifier, "scores", killed)
         train(*flags, "--output-dir", str(folder))
-    monkeypatch.undo()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "split": "val", "to')  # half a line
 
@@ -199,6 +194,7 @@ def test_a_run_starts_from_an_adapter(
     train(*method, "--output-dir", str(first.parent), "--lr", "0.01")
     start = [*method, "--init-adapter", str(first)]
     train(*start, "--lr", "1e-30", "--weight-decay", "0", "--steps", "1")
+    assert all(summary_of(folder)["reload_difference"] == 0 for folder in (first.parent, tmp_path / "run"))
     one, other = load_file(first), load_file(tmp_path / "run" / "adapter.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-20)
@@ -213,8 +209,7 @@ def test_a_run_starts_from_an_adapter(
     assert "error: --init-adapter: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", ["class-prompts", "clip"])
-@pytest.mark.parametrize("limit", [100.0, 1.0])
+@pytest.mark.parametrize(("loss", "limit"), [("class-prompts", 100.0), ("clip", 1.0)])
 def test_the_logit_scale_stays_in_open_clips_bounds(
     loss: str, limit: float, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,38 +487,18 @@ def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-# In separate processes
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def launch(command: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "RANDLORA_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-
-
 @pytest.mark.slow
-def test_the_embedded_default_from_start_to_end(cache: Path, tmp_path: Path) -> None:
-    argv = ["--steps", "30", "--eval-every", "15", "--output-dir", str(tmp_path / "run")]
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
-    done = launch([*start, str(SCRIPTS / "train_clip.py"), *argv], cache)
-    assert done.returncode == 0, done.stderr
+def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the default, with a base that is pretrained for a third of its steps."""
+    monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=50))
+    argv = ["--steps", "30", "--eval-every", "15", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    run_script("train_clip", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["before"]["original"]["top1"] > 0.95  # the task the base was trained on
+    summary = summary_of(tmp_path / "run")
+    assert summary["before"]["original"]["top1"] > 0.9  # the task the base was trained on
     assert summary["before"]["test"]["top1"] < 0.2
     assert summary["after"]["test"]["top1"] > summary["before"]["test"]["top1"] + 0.2
     assert summary["reload_difference"] == 0
-
-
-@pytest.mark.slow
-def test_bad_input_in_a_process_of_its_own(cache: Path, tmp_path: Path) -> None:
-    done = launch([sys.executable, str(SCRIPTS / "train_clip.py"), "--model", "ViT-B-33"], cache)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: open_clip has no model")
 
 
 @pytest.mark.slow
@@ -531,9 +506,9 @@ def test_the_comparison_twice_into_one_folder(
     tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = ["--model", f"local-dir:{tiny}", "--data", str(images), "--rank", "2", *QUICK]
+    draw_nothing(monkeypatch)  # tests/training/evaluation/test_figures.py draws the comparison
     script("compare_clip").main(["--output-dir", str(tmp_path), *small])
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    draw_nothing(monkeypatch)
+    assert (tmp_path / "comparison.png").is_file()
     capsys.readouterr()
     script("compare_clip").main(["--output-dir", str(tmp_path), *small])
     printed = capsys.readouterr().out

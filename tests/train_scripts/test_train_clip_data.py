@@ -12,7 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.data_helpers import mnist, parquet, saved, shards, table, write_images, write_text
-from tests.training_helpers import run_script, script, write_tiny_clip, write_tiny_vit
+from tests.training_helpers import draw_nothing, run_script, script, write_tiny_clip, write_tiny_vit
 
 FLAGS = ["--steps", "2", "--batch-size", "4", "--eval-every", "2", "--rank", "4", "--report-to", "none"]
 SOURCES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -49,7 +49,10 @@ def train(tiny: Path, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_run_on(source: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on(
+    source: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_nothing(monkeypatch)  # test_what_was_skipped_and_cut_is_told draws captions, the embedded defaults classes
     write, argv = SOURCES[source]
     folder = train(write(tmp_path), *argv)
     split = json.loads((folder / "split.json").read_text())

@@ -18,6 +18,7 @@ from randlora_vision.training.harness.help import help_text
 
 _Options = TypeVar("_Options")
 _HELP = {"-h": False, "--help": False, "--help-all": True}
+_STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)  # this help is not tyro's
 _RIVALS = (
     ("--steps", "--epochs"),
     ("--warmup-fraction", "--warmup-steps", "--warmup-epochs"),
@@ -57,7 +58,7 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(command_line, args=words, config=(tyro.conf.OmitArgPrefixes,)).options
+            return tyro.cli(command_line, args=words, config=_STYLE).options
     except SystemExit:
         raise ValueError(_one_line_complaint(complaint.getvalue(), table)) from None
 

@@ -6,6 +6,7 @@ By hand, because accelerate restores the generators of a process, but not those 
 import hashlib
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,15 @@ def seed_everything(*key: int | str) -> None:
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:  # for a GPU that is not there, manual_seed queues a call with its stack: time, and memory that is never freed
+        torch.default_generator.manual_seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 def seeded_items(loader: _L, seed: int) -> "_L | DataLoader[Any]":
@@ -30,6 +39,7 @@ def seeded_items(loader: _L, seed: int) -> "_L | DataLoader[Any]":
     not change a picture. A loader without a batch sampler has no positions: its dataset must use its own
     random generators. So must what is not a loader.
     """
+    _has_accelerator()  # a process forked from one that uses CUDA could not tell
     if not isinstance(loader, DataLoader):
         return loader
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
