@@ -18,7 +18,8 @@ In a text encoder (CLIP, T5 and others from transformers):
 - ``diffusers:text``: the attention and MLP weights.
 
 No preset includes embeddings of time, text or pixels, modulation layers, the last projection, or matrices that are too
-narrow to be projections.
+narrow to be projections. The report lists, as skipped, narrow weights in the blocks and the weights of parts beside the
+blocks that have layers of their own: refiners of text tokens inside an embedder, a motion encoder, an adapter of faces.
 
 RandLoRA works together with diffusers' own LoRA: both effects are kept if ``load_lora_weights`` is called before or
 after, and also with ``fuse_lora``, ``unfuse_lora`` and ``unload_lora_weights``, in any order. ``load_lora_weights``
@@ -57,6 +58,7 @@ from randlora_vision.integrations.presets.denoisers import (
     attention_targets,
     backbone_targets,
     conv_targets,
+    skipped_targets,
     text_targets,
 )
 
@@ -66,4 +68,5 @@ PRESETS: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "conv": conv_targets,
     "text": text_targets,
 }
+SKIPPED = skipped_targets
 save_merged = _merged.save_merged_folder

@@ -26,6 +26,7 @@ from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
 from randlora_vision.training.dreambooth.defaults import DEFAULTS, resolve
 from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
+from randlora_vision.training.dreambooth.dry_run import measure
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.loading import load_family
 from randlora_vision.training.dreambooth.methods import (
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(options: DreamBoothOptions) -> dict[str, Any]:
     """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
     settings = resolve(options)
+    if settings.pipeline.dry_run:
+        path, dtype = base_of(settings)
+        print(measure(path, settings, dtype))
+        return {}
     # Some adapters get no gradient: text queries in a last block, layers of text encoders after the one that is used.
     accelerator = make_accelerator(settings.training, unused_parameters=True)
     device, say = accelerator.device, accelerator.print
@@ -134,20 +139,29 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     return summary
 
 
-def load(settings: DreamBoothSettings, device: torch.device) -> Family:
-    """Load the base pipeline, in half precision if training uses it and the method does not train the base."""
-    pipeline, training = settings.pipeline, settings.training
+def base_of(settings: DreamBoothSettings) -> tuple[str, torch.dtype]:
+    """Return the base pipeline, and half precision if training uses it and the method does not train the base."""
+    pipeline = settings.pipeline
     path = pipeline.pretrained_model_name_or_path
     if path is None:
         path = str(demo_pipeline_folder(pipeline.family, pipeline.cache_dir))
     halves = {"fp16": torch.float16, "bf16": torch.bfloat16} if settings.adapter.method != "full" else {}
+    return path, halves.get(settings.training.mixed_precision, torch.float32)
+
+
+def load(settings: DreamBoothSettings, device: torch.device) -> Family:
+    """Load the base pipeline."""
+    pipeline = settings.pipeline
+    path, dtype = base_of(settings)
     family = load_family(
         path,
         settings.objective,
         pipeline.max_sequence_length,
         pipeline.revision,
         pipeline.variant,
-        halves.get(training.mixed_precision, torch.float32),
+        dtype,
+        pipeline.quantize,
+        pipeline.gguf_file,
     )
     family.pipe.to(device)
     return family

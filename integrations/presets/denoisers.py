@@ -26,7 +26,11 @@ _BLOCKS = re.compile(r"(?i)block")
 _ATTENTION = re.compile(r"(?i)^(?!.*block).*att(n|ention)\d*$")
 # A vision tower inside a text encoder (Qwen2.5-VL, Gemma 3) is not used when a prompt is encoded.
 _NO_TEXT = re.compile(r"(?i)vis(ual|ion)|image|audio|embed")
+# Gates and biases per head are linear layers too, but only as wide as there are heads. Where nothing is wider, the
+# model is a tiny configuration, whose widest weights are its projections.
 _NARROWEST = 16
+_NARROW = "narrower than 16: a gate or a bias per head"
+_BESIDE = "beside the blocks, in a part with layers of its own: list its weights in target_modules to adapt it"
 
 
 def attention_targets(model: nn.Module) -> list[str]:
@@ -50,42 +54,96 @@ def conv_targets(model: nn.Module) -> list[str]:
     return [matrix.name for matrix in _body(model, dict(plain_modules(model)))]
 
 
+def skipped_targets(model: nn.Module, preset: str) -> dict[str, str]:
+    """Return the weights that a preset leaves out and why: narrow ones, and parts beside the blocks with own layers."""
+    if preset == "text":
+        return {}
+    paths = dict(plain_modules(model))
+    roots = _roots(model)
+    narrow = [matrix for matrix in _candidates(model, paths, roots) if _width(matrix) < _narrowest(model, paths, roots)]
+    if preset == "attention":
+        narrow = [matrix for matrix in narrow if in_attention(matrix.name, paths, _ATTENTION)]
+    beside = {name for name, child in model.named_children() if name not in roots and _has_layers(name, child)}
+    reasons = {matrix.name: _NARROW for matrix in narrow if preset == "conv" or not matrix.convolution}
+    reasons |= {
+        matrix.name: _BESIDE
+        for matrix in matrices(model)
+        if matrix.name.partition(".")[0] in beside
+        and not matrix.convolution
+        and not _is_modulation(matrix.name.partition(".")[2])
+        and any(_is_layer(paths[path]) for path in parents(matrix.name))
+    }
+    return reasons
+
+
 def text_targets(model: nn.Module) -> list[str]:
     """Return the attention and MLP weights in the layers of a text encoder."""
     paths = dict(plain_modules(model))
     found = [
-        matrix.name
+        matrix
         for matrix in matrices(model)
         if not matrix.convolution
-        and min(matrix.rows, matrix.columns) >= _NARROWEST
         and any(isinstance(paths[path], nn.ModuleList) for path in parents(matrix.name))
         and not any(_NO_TEXT.search(part) for part in matrix.name.split("."))
     ]
+    narrowest = min(_NARROWEST, max(map(_width, found), default=0))
     if not found or not hasattr(model, "get_input_embeddings"):
         raise ValueError(
             f"diffusers:text is for text encoders from transformers (CLIP, T5), got {type(model).__name__}; for "
             "denoisers, use diffusers:attention, diffusers:backbone or diffusers:conv"
         )
-    return found
+    return [matrix.name for matrix in found if _width(matrix) >= narrowest]
 
 
 def _body(model: nn.Module, paths: Mapping[str, nn.Module]) -> list[Matrix]:
     """The matrices of the body, convolutions included, in the model's order."""
-    roots = {name for name, child in model.named_children() if _is_body(name, child)}
+    roots = _roots(model)
     if not roots:
         raise ValueError(
             f"the diffusers presets are for the denoisers of its pipelines (UNets, transformers), but this "
             f"{type(model).__name__} has no blocks with an attention; for other models, list the target_modules"
         )
+    narrowest = _narrowest(model, paths, roots)
+    return [matrix for matrix in _candidates(model, paths, roots) if _width(matrix) >= narrowest]
+
+
+def _roots(model: nn.Module) -> set[str]:
+    return {name for name, child in model.named_children() if _is_body(name, child)}
+
+
+def _candidates(model: nn.Module, paths: Mapping[str, nn.Module], roots: set[str]) -> list[Matrix]:
     dead = {f"{path}.{name}" for path, module in paths.items() for name in replaced_projections(module)}
     return [
         matrix
         for matrix in matrices(model)
-        if matrix.name.partition(".")[0] in roots
-        and matrix.name not in dead
-        and min(matrix.rows, matrix.columns) >= _NARROWEST
-        and not any(_MODULATION.search(part) or part in _IP_ADAPTER for part in matrix.name.split("."))
+        if matrix.name.partition(".")[0] in roots and matrix.name not in dead and not _is_modulation(matrix.name)
     ]
+
+
+def _narrowest(model: nn.Module, paths: Mapping[str, nn.Module], roots: set[str]) -> int:
+    return min(_NARROWEST, max((_width(matrix) for matrix in _candidates(model, paths, roots)), default=0))
+
+
+def _width(matrix: Matrix) -> int:
+    return min(matrix.rows, matrix.columns)
+
+
+def _is_modulation(name: str) -> bool:
+    return any(_MODULATION.search(part) or part in _IP_ADAPTER for part in name.split("."))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) or bool(_ATTENTION.search(type(module).__name__))
+
+
+def _has_layers(name: str, child: nn.Module) -> bool:
+    """True for a module outside the body with an attention or blocks, or a list of layers that embeds nothing."""
+    if name in _IP_ADAPTER:
+        return False
+    inside = [(path.rpartition(".")[2], type(module).__name__) for path, module in child.named_modules() if path]
+    if any(_BLOCKS.search(path) or _ATTENTION.search(kind) for path, kind in inside):
+        return True
+    return not _EMBEDDING.search(name) and any(map(_is_layer, child.modules()))
 
 
 def _is_body(name: str, child: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -121,7 +122,8 @@ def _wanted(model: nn.Module, everything: list[Candidate], config: RandLoRAConfi
             wanted.update({c.name: "classifier head" for c in everything if c.name in wanted and c.head})
         return wanted, []
     if isinstance(asked, str) and is_preset(asked):
-        return {name: "" for name in preset_names(model, asked)}, []
+        wanted = {name: "" for name in preset_names(model, asked)}
+        return {**_skipped_by(model, asked), **wanted}, []
     if isinstance(asked, str):
         pattern = re.compile(asked)
         return {c.name: "" for c in everything if any(pattern.fullmatch(path) for path in c.paths)}, []
@@ -181,6 +183,13 @@ def preset_names(model: nn.Module, preset: str) -> list[str]:
     if name not in presets:
         raise ValueError(f"target_modules={preset!r}: {integration} has the presets {', '.join(sorted(presets))}")
     return list(presets[name](model))
+
+
+def _skipped_by(model: nn.Module, preset: str) -> dict[str, str]:
+    """What a preset leaves out in this model, with the reason, as far as its integration says so."""
+    integration, _, name = preset.partition(":")
+    known = sys.modules.get(f"randlora_vision.integrations.{integration}")
+    return known.SKIPPED(model, name) if hasattr(known, "SKIPPED") else {}
 
 
 def _left_out(candidate: Candidate, config: RandLoRAConfig) -> str | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from randlora_vision.training.dreambooth.families import FAMILIES, Family
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
+from randlora_vision.training.dreambooth.quantization import Quantization, denoiser_from_gguf, quantized
 
 
 def load_family(
@@ -19,11 +20,45 @@ def load_family(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    quantize: Quantization | None = None,
+    gguf_file: str | None = None,
 ) -> Family:
     """Load a pipeline and return its family; the VAE stays in float32.
 
-    Raises ValueError for an unsupported pipeline class or denoiser, and OSError if diffusers finds no pipeline.
+    With `quantize`, the denoiser and the text encoders that are not trained are quantised; GGUF is for the denoiser
+    alone, which comes from `gguf_file`.
+
+    Raises ValueError for an unsupported pipeline class or denoiser, and if the pipeline cannot be quantised so here;
+    OSError if diffusers finds no pipeline.
     """
+    kind, index = family_class(path, revision)
+    from diffusers import DiffusionPipeline
+
+    special: dict[str, Any] = {}
+    if quantize == "gguf":
+        assert gguf_file is not None
+        special[kind.denoiser_name] = denoiser_from_gguf(
+            index[kind.denoiser_name][1], gguf_file, path, kind.denoiser_name, dtype
+        )
+    elif quantize is not None:
+        texts = kind.quantized_texts([name for name, home in index.items() if home and home != [None, None]])
+        special["quantization_config"] = quantized(quantize, kind.denoiser_name, texts, dtype)
+    pipe = DiffusionPipeline.from_pretrained(
+        path,
+        revision=revision,
+        variant=variant,
+        dtype={"default": dtype, "vae": torch.float32},
+        **{**_left_out(index), **kind.loading, **special},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return kind(pipe, options, max_sequence_length)
+
+
+def family_class(path: str, revision: str | None = None) -> tuple[type[Family], Mapping[str, Any]]:
+    """Return the family of a pipeline and the content of its model_index.json; raises as `load_family` does."""
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -38,18 +73,7 @@ def load_family(
             f"{path} is a {name}, which cannot be trained; the nearest that can is {nearest(str(name))}; supported "
             f"pipelines: {', '.join(sorted(FAMILIES))}"
         )
-    pipe = DiffusionPipeline.from_pretrained(
-        path,
-        revision=revision,
-        variant=variant,
-        dtype={"default": dtype, "vae": torch.float32},
-        **{**_left_out(index), **family.loading},
-    )
-    pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-    return family(pipe, options, max_sequence_length)
+    return family, index
 
 
 def _left_out(index: Mapping[str, Any]) -> dict[str, None]:

@@ -52,7 +52,7 @@ class DiffusionLoss(nn.Module):
         inputs = batch["inputs"].to(family.device)
         moments = inputs if self.cached_latents else family.moments(inputs)
         noised = family.objective(family.latents(moments, noise), noise)
-        dtype = next(family.denoiser.parameters()).dtype
+        dtype = family.dtype
         prompt = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor  # not the masks of tokens
             for name, tensor in self.prompts(batch["captions"]).items()

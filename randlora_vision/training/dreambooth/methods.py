@@ -148,11 +148,16 @@ def adapt(family: Family, settings: DreamBoothSettings) -> PipelineAdaptation:
     names = trained_components(family, settings)
     if adapter.method == "full":
         return FullInPipeline(pipe, names)
-    configs = {name: _config(settings, adapter, family, name) for name in names}
+    configs = adapter_configs(family, settings, adapter)
     if adapter.method == "randlora":
         return RandLoRAInPipeline(pipe, configs)
     targets = {name: target_names(getattr(pipe, name), config) for name, config in configs.items()}
     return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
+
+
+def adapter_configs(family: Family, settings: DreamBoothSettings, adapter: RankedAdapter) -> dict[str, RandLoRAConfig]:
+    """Return the configuration of the adapter of each trained component."""
+    return {name: _config(settings, adapter, family, name) for name in trained_components(family, settings)}
 
 
 def _config(settings: DreamBoothSettings, adapter: RankedAdapter, family: Family, name: str) -> RandLoRAConfig:

@@ -6,6 +6,7 @@ from typing import Literal
 from randlora_vision.names import short_name
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
+from randlora_vision.training.dreambooth.quantization import Quantization
 from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
@@ -38,6 +39,14 @@ class PipelineOptions:
     """Peak learning rate of the text encoders. Default: --lr."""
     max_sequence_length: int | None = None
     """Maximum length of prompts, in tokens, where the pipeline takes one. Default: that of the pipeline."""
+    quantize: Quantization | None = None
+    """Quantise the frozen denoiser and the text encoders that are not trained; adapters stay in full precision. gguf
+    takes the denoiser from --gguf-file."""
+    gguf_file: str | None = None
+    """The denoiser as a GGUF file, with --quantize gguf."""
+    dry_run: bool = False
+    """Print the parameters and the bytes of every part, the size of the adapter and an estimate of the peak memory, and
+    stop. No weights are loaded."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and more time."""
     torch_compile: bool = False
@@ -49,6 +58,8 @@ class PipelineOptions:
         require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             raise ValueError("--text-encoder-lr needs --train-text-encoder")
+        if (self.quantize == "gguf") != (self.gguf_file is not None):
+            raise ValueError("--quantize gguf and --gguf-file go together: the file holds the quantised denoiser")
         _above("--text-encoder-lr", self.text_encoder_lr)
         _above("--max-sequence-length", self.max_sequence_length)
 
@@ -231,6 +242,8 @@ class DreamBoothOptions:
     hub: HubOptions = field(default_factory=HubOptions, metadata=FREE)
 
     def __post_init__(self) -> None:
+        if self.pipeline.quantize is not None and self.adapter.method == "full":
+            raise ValueError("--quantize is for a frozen base: give --method randlora or lora")
         if self.hub.push_to_hub and (self.embedded or self.adapter.method != "randlora"):
             raise ValueError("--push-to-hub is for RandLoRA on your own pipeline")
 

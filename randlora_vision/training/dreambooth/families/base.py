@@ -6,7 +6,7 @@ always unpacked here, (B, C, H, W); a family whose denoiser needs packed latents
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -79,6 +79,16 @@ class Family:
     def device(self) -> torch.device:
         """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the denoiser computes."""
+        return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())  # not of packed weights
+
+    @classmethod
+    def quantized_texts(cls, present: Collection[str]) -> list[str]:
+        """Return those of the components that are quantised with the denoiser: text encoders that cannot be trained."""
+        return [name for name in cls.text_encoder_names if name in present and name not in cls.trainable_text_encoders]
 
     @property
     def latent_channels(self) -> int:

@@ -1,0 +1,161 @@
+"""What a run would need: parameters and bytes of every part and of the adapter, found without loading weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from randlora_vision import RandLoRAConfig, plan
+from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.loading import family_class
+from randlora_vision.training.dreambooth.methods import adapter_configs, trained_components
+from randlora_vision.training.dreambooth.options import DreamBoothSettings
+from randlora_vision.training.dreambooth.quantization import BYTES_PER_WEIGHT
+from randlora_vision.training.methods.adaptation import target_names
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of the pipeline."""
+
+    name: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The memory that a run needs, in bytes, without the activations, which depend on the size of the images."""
+
+    parts: tuple[Part, ...]
+    trained_numbers: int
+    file_bytes: int
+    bases_bytes: int
+    state_bytes: int
+    """The trained numbers, their gradients and the optimiser's state."""
+    training_bytes: int
+    """What remains loaded while the denoiser is trained."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of all parts together, which are loaded to encode prompts and images, and of training."""
+        return max(sum(part.bytes for part in self.parts), self.training_bytes)
+
+    def __str__(self) -> str:
+        lines = [f"{part.name}: {part.parameters:,} parameters, {_size(part.bytes)}" for part in self.parts]
+        lines.append(f"adapter: {self.trained_numbers:,} trained numbers, a file of {_size(self.file_bytes)}")
+        lines.append(f"trained numbers, gradients and optimiser: {_size(self.state_bytes)}")
+        if self.bases_bytes:
+            lines.append(f"random bases: {_size(self.bases_bytes)}")
+        lines.append(
+            f"estimated peak: {_size(self.peak_bytes)}; a step takes {_size(self.training_bytes)} and activations"
+        )
+        return "\n".join(lines)
+
+
+def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Needs:
+    """Return what a run needs; `dtype` is the precision of the denoiser and the text encoders.
+
+    Raises ValueError as `load_family` does, and for targets that match nothing.
+    """
+    pipeline, adapter = settings.pipeline, settings.adapter
+    family = without_weights(path, settings)
+    modules = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}
+    packed = {family.denoiser_name, *family.quantized_texts(modules)} if pipeline.quantize else set()
+    sizes = {
+        name: _bytes(part, torch.float32 if name == "vae" else dtype, pipeline.quantize if name in packed else None)
+        for name, part in modules.items()
+    }
+    trained = trained_components(family, settings)
+    if adapter.method == "full":
+        numbers = sum(_count(modules[name]) for name in trained)
+        file, bases = _FLOAT32 * numbers, 0
+    else:
+        configs = adapter_configs(family, settings, adapter)
+        numbers, file, bases = _adapter(modules, configs, adapter.method, adapter.rank)
+    states = 2 if settings.training.use_8bit_adam else 2 * _FLOAT32
+    state = numbers * (2 * _FLOAT32 + states)
+    resting = (family.denoiser_name, "vae", *trained)
+    return Needs(
+        tuple(Part(name, _count(part), sizes[name]) for name, part in modules.items()),
+        numbers,
+        file,
+        bases,
+        state,
+        sum(sizes[name] for name in dict.fromkeys(resting)) + state + bases,
+    )
+
+
+def without_weights(path: str, settings: DreamBoothSettings) -> Family:
+    """Return the family of a pipeline whose modules are on the meta device, without tokenizers."""
+    import diffusers
+    import transformers
+
+    hosts = {"diffusers": diffusers, "transformers": transformers}  # others are folders of diffusers.pipelines
+    kind, index = family_class(path, settings.pipeline.revision)
+    options = {"revision": settings.pipeline.revision} if settings.pipeline.revision else {}
+    parts: dict[str, Any] = {}
+    for name, home in index.items():
+        if not isinstance(home, (list, tuple)) or name in kind.loading:
+            continue
+        library, part = home
+        parts[name] = None
+        if library is None:
+            continue
+        cls = getattr(hosts.get(library) or getattr(diffusers.pipelines, library), part)
+        if "Scheduler" in part:
+            parts[name] = cls.from_pretrained(path, subfolder=name, **options)
+        elif issubclass(cls, nn.Module):
+            parts[name] = _empty(cls, path, name, options)
+    settings_of_pipe = {name: value for name, value in index.items() if name[0] != "_" and name not in parts}
+    pipe = getattr(diffusers, kind.pipeline)(**parts, **{**settings_of_pipe, **kind.loading})
+    return kind(pipe, settings.objective, settings.pipeline.max_sequence_length)
+
+
+def _empty(cls: Any, path: str, name: str, options: Mapping[str, Any]) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    if hasattr(cls, "load_config"):  # a model of diffusers
+        with init_empty_weights():
+            return cls.from_config(cls.load_config(path, subfolder=name, **options))
+    config = cls.config_class.from_pretrained(path, subfolder=name, **options)
+    with torch.device("meta"):  # accelerate's way would untie tied weights
+        return cls(config)
+
+
+def _adapter(
+    modules: Mapping[str, nn.Module], configs: Mapping[str, RandLoRAConfig], method: str, rank: int
+) -> tuple[int, int, int]:
+    if method == "randlora":
+        reports = [plan(modules[name], config) for name, config in configs.items()]
+        sums = zip(*((r.num_parameters, r.file_bytes, r.bases_bytes) for r in reports), strict=True)
+        numbers, file, bases = (sum(values) for values in sums)
+        return numbers, file, bases
+    layers: list[Any] = [
+        modules[name].get_submodule(path)
+        for name, config in configs.items()
+        for path in target_names(modules[name], config)
+    ]
+    numbers = sum(rank * sum(layer.weight.flatten(1).shape) for layer in layers)
+    return numbers, _FLOAT32 * numbers, 0
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype, quantize: str | None) -> int:
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} if quantize else set()
+    each = BYTES_PER_WEIGHT[quantize] if quantize else 0.0
+    return round(sum(p.numel() * (each if id(p) in weights else dtype.itemsize) for p in module.parameters()))
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:,} bytes"

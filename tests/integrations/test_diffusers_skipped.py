@@ -1,0 +1,63 @@
+"""What the diffusers presets leave out is in the report, and tiny configurations are adapted."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from randlora_vision import RandLoRAConfig, plan
+
+HEADS = dict(num_attention_heads=2, attention_head_dim=16)
+
+
+def planned(name: str, rank: int = 2, preset: str = "diffusers:backbone", **options: Any) -> Any:
+    import diffusers
+
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**options)
+    return plan(model, RandLoRAConfig(rank=rank, target_modules=preset))
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "HunyuanVideoTransformer3DModel": (
+        "context_embedder.token_refiner.refiner_blocks.0.attn.to_q",
+        dict(HEADS, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=24,
+             pooled_projection_dim=20, rope_axes_dim=(4, 6, 6)),
+    ),
+    "HunyuanImageTransformer2DModel": (
+        "context_embedder.token_refiner.refiner_blocks.0.attn.to_q",
+        dict(HEADS, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=24,
+             rope_axes_dim=(8, 8)),
+    ),
+    "WanAnimateTransformer3DModel": (
+        "face_adapter.0.to_q",
+        dict(HEADS, num_layers=1, text_dim=24, freq_dim=16, ffn_dim=48, motion_encoder_size=16,
+             motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_style_dim=16, motion_dim=4,
+             motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_beside_the_blocks_are_in_the_report(name: str) -> None:
+    weight, options = CASES[name]
+    report = planned(name, **options)
+    skipped = dict(report.skipped)
+    assert skipped[weight].startswith("beside the blocks")
+    targets = {target.name for target in report.targets}
+    assert weight not in targets and targets
+    assert not any(other.startswith(("x_embedder", "time", "norm_out", "proj_out")) for other in skipped)
+
+
+def test_narrow_weights_are_in_the_report_and_tiny_models_are_adapted() -> None:
+    options = dict(sample_size=8, patch_size=2, num_layers=1, caption_projection_dim=16, joint_attention_dim=8,
+                   pooled_projection_dim=8, pos_embed_max_size=8)  # fmt: skip
+    tiny = planned("SD3Transformer2DModel", num_attention_heads=2, attention_head_dim=4, **{
+        **options, "caption_projection_dim": 8})  # fmt: skip
+    assert {min(target.shape) for target in tiny.targets} == {8} and not tiny.skipped
+    gated = planned("LTX2VideoTransformer3DModel", num_layers=1, gated_attn=True, num_attention_heads=2,
+                    attention_head_dim=16, cross_attention_dim=32, audio_num_attention_heads=2,
+                    audio_attention_head_dim=16, audio_cross_attention_dim=32, caption_channels=24,
+                    preset="diffusers:attention")  # fmt: skip
+    gates = {name: reason for name, reason in gated.skipped if "gate" in name}
+    assert gates and set(gates.values()) == {"narrower than 16: a gate or a bias per head"}

@@ -1,0 +1,166 @@
+"""Quantised bases, and what a dry run says about memory."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from randlora_vision.training.dreambooth import quantization
+from randlora_vision.training.dreambooth.batches import DiffusionBatch, Prompts
+from randlora_vision.training.dreambooth.defaults import resolve
+from randlora_vision.training.dreambooth.dry_run import measure
+from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.loading import load_family
+from randlora_vision.training.dreambooth.loss import DiffusionLoss
+from randlora_vision.training.dreambooth.methods import adapt
+from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
+from randlora_vision.training.dreambooth.options import (
+    DreamBoothAdapterOptions,
+    DreamBoothOptions,
+    DreamBoothTrainingOptions,
+    PipelineOptions,
+)
+from randlora_vision.training.dreambooth.samples import Gallery, Sampler, largest_difference
+from tests.tiny_families import TINY
+from tests.tiny_pipelines import CONTEXT, PIPELINES
+
+PROMPT = "a photo of sks digit"
+MAKERS = {**PIPELINES, **TINY}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def saved(name: str) -> str:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("bases") / name
+            MAKERS[name]().save_pretrained(made[name])
+        return str(made[name])
+
+    return saved
+
+
+def gallery(family: Family) -> Gallery:
+    return Gallery(Sampler(family, (16, 16), 2, nullcontext, steps=2, guidance=3.0), [PROMPT], 1, 1, False)
+
+
+@pytest.mark.parametrize("method", ["randlora", "lora"])
+def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
+    method: Any, folder: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    base = folder("flux")
+
+    def load(kind: Any) -> Family:
+        return load_family(base, ObjectiveOptions(), CONTEXT, quantize=kind)
+
+    family = load("torchao-int8")
+    layers = (family.pipe.transformer.transformer_blocks[0].attn.to_q, family.pipe.text_encoder_2.encoder.block[0])
+    packed = {type(p).__name__ for layer in layers for p in layer.parameters() if p.ndim == 2}
+    assert "Int8Tensor" in packed and family.dtype == torch.float32
+    plain = {type(p).__name__ for p in family.pipe.text_encoder.parameters()}
+    assert plain == {"Parameter"}  # CLIP can be trained and is small
+    options = DreamBoothOptions(adapter=DreamBoothAdapterOptions(method=method, rank=4, alpha=80.0))
+    adaptation = adapt(family, resolve(options))
+    loss = DiffusionLoss(family, {}, Prompts(family, [PROMPT], False), 1.0, cached_latents=False)
+    parameters = [parameter for _, parameter in adaptation.parameters()]
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    optimizer = torch.optim.AdamW(parameters, lr=0.02)
+    batch = DiffusionBatch(
+        inputs=torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        captions=torch.zeros(2, dtype=torch.long),
+        prior=torch.zeros(2, dtype=torch.bool),
+        sizes=torch.zeros(2, 6, dtype=torch.long),
+        masks=torch.ones(2, 1, 1, 1),
+        seeds=torch.arange(2),
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+    adaptation.save(tmp_path / "adapter.safetensors")
+    pictures = gallery(family).draw()
+    differences = []
+    for kind in ("torchao-int8", None):
+        other = load(kind)
+        before = gallery(other).draw()
+        adaptation.load(other.pipe, tmp_path / "adapter.safetensors")
+        after = gallery(other).draw()
+        differences.append(largest_difference(after, pictures))
+        assert largest_difference(before, after) > 0.01
+    assert differences[0] == 0 and differences[1] < 0.1  # the plain base differs by the rounding of its weights
+
+
+def test_configurations_of_libraries_that_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="bnb-nf4: diffusers quantises with bitsandbytes on a GPU only"):
+        quantization.quantized("bnb-nf4", "transformer", [], torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for kind, bits in (("bnb-nf4", 4), ("bnb-int8", 8)):
+        parts = quantization.quantized(kind, "transformer", ["text_encoder_2"], torch.bfloat16).quant_mapping  # type: ignore[arg-type]
+        assert {name: type(part).__module__.partition(".")[0] for name, part in parts.items()} == {
+            "transformer": "diffusers",
+            "text_encoder_2": "transformers",
+        }
+        for part in parts.values():
+            assert (part.load_in_4bit, part.load_in_8bit) == (bits == 4, bits == 8)
+            if bits == 4:
+                assert part.bnb_4bit_quant_type == "nf4" and part.bnb_4bit_compute_dtype == torch.bfloat16
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--quantize gguf needs gguf, which is not installed: pip install gguf"):
+        quantization.require_library("gguf")
+
+
+def test_options_of_quantisation() -> None:
+    for options, message in (
+        ({"quantize": "gguf"}, "--quantize gguf and --gguf-file go together"),
+        ({"gguf_file": "x.gguf"}, "--quantize gguf and --gguf-file go together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PipelineOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--quantize is for a frozen base"):
+        DreamBoothOptions(
+            pipeline=PipelineOptions(quantize="torchao-int8"), adapter=DreamBoothAdapterOptions(method="full")
+        )
+
+
+@pytest.mark.parametrize(("name", "method"), [("sd15", "randlora"), ("flux", "lora"), ("qwen_image", "randlora"),
+                                              ("sana", "full")])  # fmt: skip
+def test_a_dry_run_says_what_the_loaded_pipeline_has(name: str, method: Any, folder: Any, tmp_path: Path) -> None:
+    options = DreamBoothOptions(
+        adapter=DreamBoothAdapterOptions(method=method, rank=None if method == "full" else 4),
+        training=DreamBoothTrainingOptions(use_8bit_adam=name == "flux"),
+    )
+    settings = resolve(options)
+    needs = measure(folder(name), settings, torch.float32)
+    family = load_family(folder(name), ObjectiveOptions(), CONTEXT)
+    modules = {part: module for part, module in family.pipe.components.items() if isinstance(module, torch.nn.Module)}
+    for part in needs.parts:
+        parameters = list(modules.pop(part.name).parameters())
+        assert part.parameters == sum(p.numel() for p in parameters) and part.bytes == 4 * part.parameters
+    assert not modules
+    adaptation = adapt(family, settings)
+    numbers = sum(parameter.numel() for _, parameter in adaptation.parameters())
+    adaptation.save(tmp_path / "adapter.safetensors")
+    assert needs.trained_numbers == numbers
+    assert needs.file_bytes == pytest.approx((tmp_path / "adapter.safetensors").stat().st_size, rel=0.02, abs=8192)
+    assert needs.state_bytes == numbers * (10 if name == "flux" else 16)
+    assert needs.training_bytes < needs.peak_bytes + needs.state_bytes + needs.bases_bytes
+    assert f"adapter: {numbers:,} trained numbers" in str(needs)
+
+
+def test_a_dry_run_counts_quantised_parts(folder: Any) -> None:
+    def sizes(kind: Any) -> dict[str, int]:
+        pipeline = PipelineOptions(quantize=kind)
+        needs = measure(folder("flux"), resolve(DreamBoothOptions(pipeline=pipeline)), torch.bfloat16)
+        return {part.name: part.bytes for part in needs.parts}
+
+    plain, eight, four = sizes(None), sizes("torchao-int8"), sizes("bnb-nf4")
+    for name in ("transformer", "text_encoder_2"):
+        assert four[name] < eight[name] < plain[name]
+    assert {plain[name] - eight[name] for name in ("vae", "text_encoder")} == {0}
