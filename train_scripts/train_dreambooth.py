@@ -62,8 +62,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
     settings = resolve(options)
     if settings.pipeline.dry_run:
-        path, dtype = base_of(settings)
-        print(measure(path, settings, dtype))
+        base, dtype = base_of(settings)
+        print(measure(base, settings, dtype))
         return {}
     # Some adapters get no gradient: text queries in a last block, layers of text encoders after the one that is used.
     accelerator = make_accelerator(settings.training, unused_parameters=True)

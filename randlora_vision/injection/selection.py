@@ -189,7 +189,8 @@ def _skipped_by(model: nn.Module, preset: str) -> dict[str, str]:
     """What a preset leaves out in this model, with the reason, as far as its integration says so."""
     integration, _, name = preset.partition(":")
     known = sys.modules.get(f"randlora_vision.integrations.{integration}")
-    return known.SKIPPED(model, name) if hasattr(known, "SKIPPED") else {}
+    skipped = getattr(known, "SKIPPED", None)
+    return skipped(model, name) if skipped else {}
 
 
 def _left_out(candidate: Candidate, config: RandLoRAConfig) -> str | None:

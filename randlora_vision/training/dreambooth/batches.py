@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -22,6 +23,7 @@ from randlora_vision.training.data.pictures import Picture, open_picture
 from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_mask
 from randlora_vision.training.dreambooth.captions import Variants
 from randlora_vision.training.dreambooth.families import Encoded, Family
+from randlora_vision.training.dreambooth.kept import Kept, hash_of, identity
 from randlora_vision.training.harness.seeding import seed_everything
 
 
@@ -99,13 +101,20 @@ class CaptionedPixels:
 class CachedLatents:
     """The same items, each cropped and encoded once; caches the distribution from which latents are drawn."""
 
-    def __init__(self, data: CaptionedPixels, family: Family, seed: int) -> None:
+    def __init__(self, data: CaptionedPixels, family: Family, seed: int, kept: Kept | None = None) -> None:
         self.items = data.items
         self.entries: list[Entry] = []
+        vae = identity([family.pipe.vae]) if kept else ""
         for index in range(len(data.items)):
             seed_everything("crop", seed, index)
             entry = data[index]
-            self.entries.append(entry._replace(inputs=family.moments(entry.inputs[None])[0].cpu()))
+            pixels = entry.inputs[None]
+            if kept is None:
+                moments = family.moments(pixels)[0].cpu()
+            else:
+                key = ("moments", family.pipeline, vae, hash_of(pixels))
+                moments = kept(key, partial(_moments, family, pixels))["moments"]
+            self.entries.append(entry._replace(inputs=moments))
 
     def __getitem__(self, index: int) -> Entry:
         """Return an item with its own caption."""
@@ -189,14 +198,27 @@ def diffusion_batches(
 class Prompts:
     """Encodings of a list of prompts: cached, or computed with gradients if text encoders are trained."""
 
-    def __init__(self, family: Family, texts: Sequence[str], trained: bool, at_once: int = 16) -> None:
+    def __init__(
+        self, family: Family, texts: Sequence[str], trained: bool, at_once: int = 16, kept: Kept | None = None
+    ) -> None:
         self.family = family
         self.texts = list(texts)
         self.cached: Encoded | None = None
         if not trained:
+            some = [self.texts[i : i + at_once] for i in range(0, len(self.texts), at_once)]
             with torch.no_grad():
-                parts = [family.encode(self.texts[i : i + at_once]) for i in range(0, len(self.texts), at_once)]
+                parts = [family.encode(texts) for texts in some] if kept is None else self._kept(some, kept)
             self.cached = {name: _joined([part[name] for part in parts]).cpu() for name in parts[0]}
+
+    def _kept(self, some: Sequence[list[str]], kept: Kept) -> list[Encoded]:
+        family = self.family
+        names = [name for name in family.pipe.components if name.startswith(("text_encoder", "tokenizer"))]
+        texts_by = identity(getattr(family.pipe, name) for name in names)
+        options = sorted(family.text_options.items())
+        return [
+            kept(("prompts", family.pipeline, texts_by, options, texts), partial(family.encode, texts))
+            for texts in some
+        ]
 
     def __call__(self, places: Tensor) -> Encoded:
         """Return the encodings (B, ...) of the prompts at indices `places` (B,), on the device of the denoiser."""
@@ -211,3 +233,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
         return torch.cat(list(parts))
     return pad_sequence([text for part in parts for text in part], batch_first=True)
+
+
+def _moments(family: Family, pixels: Tensor) -> Encoded:
+    return {"moments": family.moments(pixels)[0]}

@@ -117,6 +117,8 @@ class SubjectOptions:
     """Crop images at the center instead of at random."""
     cache_latents: bool = True
     """Encode every image once before training; a random crop is then the same at every step."""
+    cache_to_disk: str | None = None
+    """A folder in which the encodings of images and captions are kept, by their content, for this and other runs."""
 
     def __post_init__(self) -> None:
         if self.instance_data_dir and self.dataset_name:
@@ -136,6 +138,8 @@ class SubjectOptions:
             raise ValueError(f"--caption-dropout-rate must be at least 0 and below 1, got {self.caption_dropout_rate}")
         if self.keep_tokens < 0 or (self.keep_tokens and not self.shuffle_caption):
             raise ValueError(f"--keep-tokens must be 0 or more and needs --shuffle-caption, got {self.keep_tokens}")
+        if self.cache_to_disk and not self.cache_latents:
+            raise ValueError("--cache-to-disk keeps what --cache-latents encodes: leave out --no-cache-latents")
         if self.prior_loss_weight < 0:
             raise ValueError(f"--prior-loss-weight must be 0 or more, got {self.prior_loss_weight}")
 

@@ -24,6 +24,7 @@ from randlora_vision.training.dreambooth.batches import (
 )
 from randlora_vision.training.dreambooth.buckets import Size
 from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.kept import Kept
 from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation, trained_components
 from randlora_vision.training.dreambooth.options import DreamBoothSettings
@@ -73,9 +74,10 @@ def make_task(
     items, texts = make_items(train.subject, train.class_images, train.buckets, settings.subject, training.seed)
     pixels = CaptionedPixels(items, settings.subject.center_crop)
     cached = settings.subject.cache_latents
-    data = CachedLatents(pixels, family, training.seed) if cached else pixels
+    kept = Kept(Path(settings.subject.cache_to_disk)) if settings.subject.cache_to_disk else None
+    data = CachedLatents(pixels, family, training.seed, kept) if cached else pixels
     parts: dict[str, nn.Module] = {name: getattr(family.pipe, name) for name in trained_components(family, settings)}
-    prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder)
+    prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder, kept=kept)
     loss = DiffusionLoss(family, parts, prompts, settings.subject.prior_loss_weight, cached)
     batches = training.batches(processes)
     losses: Measure = partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed)
