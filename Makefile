@@ -11,22 +11,33 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # Each worker begins with one half of the files: what the tests of a file share is mostly made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 # torch and torchvision are left to the installer: machines bring their own builds.
-RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra test \
+RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra test --extra docs \
 	--no-emit-package torch --no-emit-package torchvision \
 	--quiet --upgrade --no-annotate --custom-compile-command 'make lock'
 
-.PHONY: demo test test-fast test-core test-newest test-lowest lint lock wheel clean
+.PHONY: demo docs figures test test-fast test-core test-newest test-lowest lint lock wheel clean
+
+PIP := $(BIN)/python -m pip install $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file))
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file)) \
-		--editable '.[test]'
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(READY)-docs: $(READY)
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 # Threads that wait without spinning: as fast on a free machine, and 20 times faster on a busy one.
 demo: $(READY)  ## RandLoRA, LoRA and full fine-tuning of a small CLIP, side by side
 	GOMP_SPINCOUNT=3000 $(BIN)/python train_scripts/compare_clip.py --output-dir runs/demo
+
+docs: $(READY)-docs  ## the site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+figures: $(READY)  ## the tables and pictures of the README and docs from benchmarks/results/
+	$(BIN)/python -m benchmarks.published
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files

@@ -1,6 +1,6 @@
 """The actions of the `randlora` command: one function per subcommand, which returns the exit code."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,18 @@ import randlora_vision
 from randlora_vision import RandLoRAConfig, plan
 from randlora_vision.cli.console import progress, say, show_json, show_table, warn
 from randlora_vision.cli.models import Base, parse_base
-from randlora_vision.cli.spectra import layers_of, plot_spectra
+from randlora_vision.cli.spectra import Layer, layers_of, plot_spectra
 from randlora_vision.files import bundle
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.claims import bases_of
-from randlora_vision.names import is_preset
+from randlora_vision.names import is_preset, without_numbers
 
 _LORA = {"lora-diffusers": "diffusers", "lora-kohya": "kohya", "lora-peft": "peft", "lycoris": "lycoris"}
 CONVERSIONS = ("randlora", "peft", *_LORA)
 
 
-def info(file: str, plot: str | None, json: bool) -> int:
-    """Show the content of an adapter file."""
+def info(file: str, all: bool, plot: str | None, json: bool) -> int:
+    """Show the content of an adapter file; layers that differ only in their numbers in one row, unless `all`."""
     path = Path(file)
     if path.is_dir():
         raise ValueError(f"{file!r} is a folder: give a file (`randlora convert --to randlora` converts a PEFT folder)")
@@ -59,27 +59,36 @@ def info(file: str, plot: str | None, json: bool) -> int:
         rows = [(key, str(value)) for key, value in about["config"].items()]
         rows.append(("bases' SHA-256", about["bases_sha256"]))
         show_table(part or path.name, ("setting", "value"), rows)
-    show_table(
-        "layers",
-        ("layer", "shape", "rank", "bases", "parameters", "norm", "effective rank"),
-        [
-            (
-                t.name,
-                f"{t.shape[0]} x {t.shape[1]}",
-                t.rank,
-                t.bases,
-                t.num_parameters,
-                layer.norm,
-                layer.effective_rank,
-            )
-            for layer in layers
-            for t in (layer.target,)
-        ],
-    )
+    columns = ("layer", "shape", "rank", "bases", "parameters", "norm", "effective rank")
+    show_table("layers", columns, [_row([layer]) for layer in layers] if all else [_row(g) for g in groups(layers)])
     if whole:
         show_table("trained in full", ("tensor", "shape"), [(name, str(shape)) for name, shape in whole.items()])
     say(f"{len(layers)} layers, {numbers:,} trained numbers, {path.stat().st_size:,} bytes")
     return 0
+
+
+def groups(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Return the layers in groups that differ only in the numbers in their names."""
+    found: dict[tuple[Any, ...], list[Layer]] = {}
+    for layer in layers:
+        target = layer.target
+        found.setdefault((without_numbers(target.name), target.shape, target.rank, target.bases), []).append(layer)
+    return list(found.values())
+
+
+def _row(layers: Sequence[Layer]) -> tuple[Any, ...]:
+    """One row of the table: the range of norms and effective ranks, the sum of parameters."""
+    first, count = layers[0].target, len(layers)
+    name = first.name if count == 1 else f"{without_numbers(first.name)} (x{count})"
+    shape = f"{first.shape[0]} x {first.shape[1]}"
+    parameters = sum(layer.target.num_parameters for layer in layers)
+    spans = (_span([layer.norm for layer in layers]), _span([layer.effective_rank for layer in layers]))
+    return (name, shape, first.rank, first.bases, parameters, *spans)
+
+
+def _span(values: Sequence[float]) -> float | str:
+    low, high = min(values), max(values)
+    return low if len(values) == 1 else f"{low:.4g} to {high:.4g}"
 
 
 def targets(

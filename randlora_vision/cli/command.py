@@ -8,7 +8,7 @@ from randlora_vision.cli import actions
 from randlora_vision.cli.models import HELP
 from randlora_vision.errors import user_errors
 
-_EXIT_CODES = "exit codes: 0 success, 1 verification failed, 2 bad input (one line on stderr)"
+_EXIT_CODES = "exit codes: 0 success, 1 a check failed, 2 bad input (one line on stderr)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="randlora", description="Inspect, verify, convert and merge RandLoRA adapters.", epilog=_EXIT_CODES
+        prog="randlora", description="Train, inspect, verify, convert and merge RandLoRA adapters.", epilog=_EXIT_CODES
     )
     # Handled before the libraries of the command are imported (cli/__init__.py); listed here for --help.
     parser.add_argument(
@@ -37,9 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         help="print the versions of randlora_vision and its hosts, and exit",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # Likewise: doctor reports missing libraries, and the scripts have options of their own.
+    commands.add_parser("doctor", help="show versions and devices, and check every installed host", add_help=False)
+    commands.add_parser("train", help="train clip, classifier or dreambooth: start a script", add_help=False)
 
     info = _command(commands, "info", actions.info, "show the settings, layers, norms and ranks of an adapter file")
     info.add_argument("file", help="an adapter file")
+    info.add_argument("--all", action="store_true", help="show every layer, not groups of layers that repeat")
     info.add_argument("--plot", metavar="PNG", help="plot the singular values of every update")
 
     targets = _command(commands, "targets", actions.targets, "show what would be adapted in a model; loads no weights")

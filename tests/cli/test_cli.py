@@ -102,6 +102,25 @@ def test_info(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.Ca
     assert "blocks.0.attn.qkv" in table and "72 x 24" in table and "trained in full" in table
 
 
+def test_info_groups_layers_that_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model(NAME, num_classes=5, **OPTIONS | {"depth": 3, "mlp_ratio": 1}).eval()
+    inject(model, RandLoRAConfig(rank=4, target_modules=["qkv", "fc1", "fc2"], rank_pattern={"blocks.2.mlp.fc1": 6}))
+    randomize(model)
+    path = save_adapter(model, tmp_path / "adapter.safetensors")
+    _, found = answer(capsys, "info", path)
+    norms = [layer["norm"] for layer in found["layers"] if "qkv" in layer["name"]]
+    assert len(found["layers"]) == 9 and run("info", path) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in printed.splitlines() if "blocks." in line[:12]}
+    # The layer of another rank stands alone, and so do layers of other names.
+    assert set(rows) == {"blocks.*.attn.qkv (x3)", "blocks.*.mlp.fc1 (x2)", "blocks.2.mlp.fc1", "blocks.*.mlp.fc2 (x3)"}
+    assert f"{min(norms):.4g} to {max(norms):.4g}" in rows["blocks.*.attn.qkv (x3)"]
+    total = sum(layer["parameters"] for layer in found["layers"] if "qkv" in layer["name"])
+    assert f" {total:,} " in rows["blocks.*.attn.qkv (x3)"] and "9 layers" in printed
+    assert run("info", path, "--all") == 0
+    assert "blocks.1.attn.qkv" in capsys.readouterr().out
+
+
 def test_info_of_a_fresh_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = base()
     inject(model, RandLoRAConfig(rank=4, target_modules=["qkv"]))

@@ -1,0 +1,58 @@
+"""Every figure in the README and docs comes from a committed result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import published
+
+ROOT = Path(__file__).parents[2]
+# Percentages, and numbers with a unit of size or a thousands separator.
+_FIGURE = re.compile(r"\d[\d.,]*\s?(?:%|KB|MB|GB)|\b\d{1,3}(?:,\d{3})+\b")
+
+
+@pytest.mark.parametrize("page", published.pages(), ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert published.filled(text) == text, "run: make figures"
+
+
+def test_the_readme_has_no_other_figures() -> None:
+    text = published._MARKED.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
+    prose = re.sub(r"```.*?```|https?://\S+", "", text, flags=re.DOTALL)
+    assert _FIGURE.findall(prose) == []
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_the_tables_say_what_was_measured() -> None:
+    figures = published.demo()
+    right = sum(answer["adapted"] == answer["digit"] for answer in figures["answers"])
+    assert right > 5 and figures["samples"] == {"test": 599, "original": 300}
+    for method in figures["methods"].values():  # proportions of whole images
+        assert method["after"]["test"] * 599 == pytest.approx(round(method["after"]["test"] * 599), abs=1e-9)
+        low, high = method["interval"]["test"]
+        assert low < method["after"]["test"] < high
+    table = published.demo_table()
+    assert f"{figures['methods']['randlora']['after']['test']:.1%}" in table
+    flops = {name: int(line["flops"]) for name, line in published.costs()["ViT-S/16, 16 images"].items()}
+    assert f"| {flops['ours'] / flops['peft_randlora']:.2f} |" in published.cost_table()
+
+
+def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = published.demo()
+    figures["methods"]["randlora"]["after"]["test"] = 0.123
+    (tmp_path / "demo.json").write_text(json.dumps(figures))
+    monkeypatch.setattr(published, "RESULTS", tmp_path)
+    assert "12.3%" in published.filled("<!-- figures: demo -->\n<!-- end -->")
+
+
+def test_badges_are_true() -> None:
+    readme, project = (ROOT / "README.md").read_text(), (ROOT / "pyproject.toml").read_text()
+    assert 'license = "Apache-2.0"' in project and "licence-Apache_2.0" in readme
+    lowest = re.search(r'requires-python = ">=([\d.]+)"', project)
+    assert lowest and f"python-{lowest[1]}+" in readme.replace("%2B", "+")
+    assert "2502.00987" in (ROOT / "CITATION.cff").read_text()
