@@ -11,10 +11,8 @@ import torch
 
 from tests.tiny_pipelines import (
     CLIP_WIDTH,
-    CONTEXT,
     LATENTS,
     NOISE,
-    SDXL,
     WORDS,
     built,
     clip_text,
@@ -388,25 +386,6 @@ def hidream() -> Any:
                 max_resolution=(16, 16),
                 llama_layers=[0, 1],
             ),
-        )
-    )
-
-
-def kolors() -> Any:
-    """A KolorsPipeline without a tokenizer, which would need sentencepiece."""
-    from diffusers import DDIMScheduler, KolorsPipeline, UNet2DConditionModel
-    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
-
-    text = ChatGLMConfig(num_layers=2, padded_vocab_size=len(_tokenizer()), hidden_size=WIDTH, ffn_hidden_size=32,
-                         kv_channels=8, num_attention_heads=2, seq_length=CONTEXT, original_rope=True)  # fmt: skip
-    unet = SDXL | {"cross_attention_dim": WIDTH, "projection_class_embeddings_input_dim": 6 * 8 + WIDTH}
-    return built(
-        lambda: KolorsPipeline(
-            vae=vae(scaling_factor=0.13025),
-            text_encoder=ChatGLMModel(text).eval(),
-            tokenizer=None,
-            unet=UNet2DConditionModel(**unet),
-            scheduler=DDIMScheduler(**NOISE),
         )
     )
 
