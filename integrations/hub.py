@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,6 @@ def push_to_hub(
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not an adapter file, the library is unknown, or the Hub rejects the upload.
     """
-    hub = hugging_face_hub()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / ADAPTER_FILE
         if isinstance(source, (str, os.PathLike)):
@@ -120,17 +119,36 @@ def push_to_hub(
             from randlora_vision.integrations import diffusers
 
             diffusers.save_adapter(source, file, adapter_name)
-        api = hub.HfApi(token=token)
-        if "/" not in repository:
-            repository = f"{api.whoami()['name']}/{repository}"
+        repository = full_name(repository, token)
         card = model_card(file, repository, base_model, library, license, metrics)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-        try:
-            api.create_repo(repository, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="RandLoRA adapter")
-        except (OSError, ValueError) as error:
-            reason = printable(str(error).strip().partition("\n")[0], 500)
-            raise ValueError(f"the Hugging Face Hub rejected the upload to {repository!r}: {reason}") from None
+        return upload(Path(folder), ["README.md", ADAPTER_FILE], repository, "RandLoRA adapter", private, token)
+
+
+def full_name(repository: str, token: str | None = None) -> str:
+    """Return ``"owner/name"``; a name alone is that of a repository of the current login."""
+    if "/" in repository:
+        return repository
+    return f"{hugging_face_hub().HfApi(token=token).whoami()['name']}/{repository}"
+
+
+def upload(
+    folder: Path, names: Sequence[str], repository: str, message: str, private: bool = False, token: str | None = None
+) -> str:
+    """Upload files of a folder as one commit, and return its URL; the repository is created if it does not exist.
+
+    Raises:
+        ValueError: If the Hub rejects the upload.
+    """
+    api = hugging_face_hub().HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=str(folder), allow_patterns=list(names), commit_message=message
+        )
+    except (OSError, ValueError) as error:
+        reason = printable(str(error).strip().partition("\n")[0], 500)
+        raise ValueError(f"the Hugging Face Hub rejected the upload to {repository!r}: {reason}") from None
     return str(commit.commit_url)
 
 

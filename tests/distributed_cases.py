@@ -68,6 +68,9 @@ RESUMED = clip(
     "resumed", "--loss", "clip", "--dropout", "0.2", "--lr", "0.02", "--checkpoint-every", "2", accumulation=2
 )
 
+SHARDED = clip("sharded", "--loss", "clip", "--ema-decay", "0.5", "--lr", "0.02", "--checkpoint-every", "2")
+"""Run whole, resumed and on other numbers of processes by FSDP."""
+
 STOPPED = clip("stopped", "--loss", "clip", "--lr", "0.02")
 
 
@@ -103,6 +106,29 @@ def check_stopped(work: Path, output: Path) -> None:
     assert ended.value.code == 143
     message = "stopped by SIGTERM after step 2 of 3: "
     assert (message in error.getvalue()) == (distributed.get_rank() == 0), error.getvalue()
+
+
+def run_sharded(version: str, work: Path, output: Path) -> None:
+    """Run by FSDP; go on from its own checkpoint, or from that of a single process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_VERSION", version)
+        run_case(SHARDED, work, output / "whole", 2)
+        copy_checkpoint(SHARDED, work / "one" if version == "1" else output / "whole", output / "resumed")
+        run_case(SHARDED, work, output / "resumed", 2, "--resume", "latest")
+
+
+def copy_checkpoint(case: Case, source: Path, to: Path) -> None:
+    """Copy what a run needs to go on from its checkpoint."""
+    from torch import distributed
+
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        for name in ("checkpoints", "metrics.jsonl"):
+            copy = shutil.copytree if name == "checkpoints" else shutil.copy
+            (to / case.name).mkdir(parents=True, exist_ok=True)
+            copy(source / case.name / name, to / case.name / name)
+    distributed.barrier()
 
 
 def check_parts_of_unequal_size() -> None:
@@ -184,12 +210,10 @@ def main(rank: int, port: int, work: Path, output: Path) -> None:
     check_sharded_models()
     check_stopped(work, output)
     run_case(RESUMED, work, output / "whole", 2)
-    distributed.barrier()
-    if distributed.get_rank() == 0:
-        shutil.copytree(output / "whole", output / "resumed")
-        (output / "resumed" / RESUMED.name / "adapter.safetensors").unlink()
-    distributed.barrier()
+    copy_checkpoint(RESUMED, output / "whole", output / "resumed")
     run_case(RESUMED, work, output / "resumed", 2, "--resume", "latest")
+    for version in ("1", "2"):
+        run_sharded(version, work, output / f"fsdp{version}")
     distributed.barrier()
     print(LAST, file=sys.stderr, flush=True)
     run_dreambooth(work)

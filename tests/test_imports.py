@@ -59,7 +59,7 @@ ALLOWED = {
     "training.methods": (*HOSTS, "training.harness"),
     "training.data": ("names", "json_values", "errors", "files"),
     "training.harness": ("names", "json_values", "errors", "files", "versions", "training.data"),
-    "training.evaluation": ("files", "figures", "training.harness", "training.data", "training.methods"),
+    "training.evaluation": (*HOSTS, "versions", "figures", "training.harness", "training.data", "training.methods"),
     "training.clip": COMMON,
     "training.classifier": COMMON,
     "training.dreambooth": COMMON,

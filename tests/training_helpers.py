@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from inspect import signature
@@ -156,3 +157,8 @@ def _contents(shown: Any) -> bytes:
 def _tokenizer(**options: Any) -> Any:
     """Read the vocabulary once: it takes as long as a short run's training."""
     return open_clip.SimpleTokenizer(**options)
+
+
+def printed_code(printed: str) -> str:
+    """Return the code that a script prints at its end, as a user copies it."""
+    return textwrap.dedent(printed.partition("To use it:\n")[2].partition("\n\n")[0])

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("the comparison trains every method from the base model: leave --eval-only and --adapter out")
     if options.checkpoints.resume is not None:
         raise ValueError("the comparison trains from the start: to resume the run of one method, use train_clip.py")
+    if options.hub.push_to_hub:
+        raise ValueError("the comparison trains three adapters: to upload the run of one method, use train_clip.py")
     folder = Path(options.run.output_dir or "runs/compare-clip")
     summaries: dict[ClipMethod, Mapping[str, Any]] = {}
     for method, label in _LABELS.items():

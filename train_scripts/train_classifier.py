@@ -10,6 +10,7 @@ the figures and the settings.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from randlora_vision.training.classifier.options import ClassifierModel, Classif
 from randlora_vision.training.classifier.timm_flags import TIMM
 from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.evaluation.model_card import write_card
+from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import Answers, check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: ClassifierOptions) -> dict[str, Any]:
     """Evaluate, adapt, train, save, reload and evaluate again; return the content of summary.json."""
+    check_login(options.hub)
     accelerator = make_accelerator(options.training)
     say = accelerator.print
     options, run, resume = open_run(options, "classifier", accelerator)
@@ -96,9 +100,12 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     if run.writing:
         difference = check_reload(settings, accelerator.device, adaptation, exam, after, run)
         summary = write_results(run, settings, adaptation, head_numbers, exam, before, after, speed, difference)
-        code = loaded.code + adaptation.loading_code(run.adapter)
+        code = [*loaded.code, *adaptation.loading_code(run.adapter), *loaded.using_code(splits.class_names)]
         say(closing_words(run, before or NO_HEAD, after, summary, code))
+        card = partial(write_card, run, loaded.base(chosen), splits.name, training, summary, code)
     finish(run, accelerator, speed.steps)
+    if run.writing:
+        publish(run, settings.hub, card, say)
     return summary
 
 

@@ -11,6 +11,7 @@ captions, the loss is contrastive. The run folder contains the adapter, the metr
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
 from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
-from randlora_vision.training.clip.results import Measured, loading_code, write_evaluation, write_results
+from randlora_vision.training.clip.results import Measured, base_of, loading_code, write_evaluation, write_results
 from randlora_vision.training.clip.tasks import loss_of, preprocessing_of, training_data, validation
 from randlora_vision.training.data.captioned import PairSplits, truncated_captions
 from randlora_vision.training.data.class_names import require_words
@@ -35,6 +36,8 @@ from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.read import read_data, read_evaluation
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.evaluation.model_card import write_card
+from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import Results, check_equal, closing_words, task_name
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: ClipOptions) -> dict[str, Any]:
     """Evaluate, adapt, train, save, reload and evaluate again; return the content of summary.json."""
+    check_login(options.hub)
     accelerator = make_accelerator(options.training)
     say = accelerator.print
     options, run, resume = open_run(options, "clip", accelerator)
@@ -109,8 +113,12 @@ def train(options: ClipOptions) -> dict[str, Any]:
     if run.writing:
         measured = Measured(exam, before, after, scales, truncated)
         summary = write_results(run, settings, adaptation, measured, speed, difference)
-        say(closing_words(run, before, after, summary, loading_code(run, settings, adaptation)))
+        code = loading_code(run, settings, adaptation, exam.class_names)
+        say(closing_words(run, before, after, summary, code))
+        card = partial(write_card, run, base_of(settings), data.name, training, summary, code)
     finish(run, accelerator, speed.steps)
+    if run.writing:
+        publish(run, settings.hub, card, say)
     return summary
 
 

@@ -10,7 +10,8 @@ arguments, a tiny pipeline learns a new handwritten digit, with no download; --f
 pipeline. The run folder contains the adapter, the metrics, the pictures and the settings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from accelerate.utils import set_seed
 from randlora_vision.demos.pipelines import demo_pipeline_folder
 from randlora_vision.demos.subject import Judge, demo_subject
 from randlora_vision.errors import user_errors
-from randlora_vision.integrations.hub import push_to_hub
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
@@ -38,10 +38,19 @@ from randlora_vision.training.dreambooth.methods import (
 from randlora_vision.training.dreambooth.options import DreamBoothOptions, DreamBoothSettings, model_title
 from randlora_vision.training.dreambooth.pictures import Album, write_base_pictures
 from randlora_vision.training.dreambooth.prior import prior_measure
-from randlora_vision.training.dreambooth.results import check_same, in_words, lost_words, write_results
+from randlora_vision.training.dreambooth.results import (
+    base_model,
+    check_same,
+    in_words,
+    loading_code,
+    lost_words,
+    write_results,
+)
 from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, class_images, largest_difference
 from randlora_vision.training.dreambooth.subject import read_subject
 from randlora_vision.training.dreambooth.task import Measure, TrainingSet, make_task
+from randlora_vision.training.evaluation.model_card import write_card
+from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
@@ -60,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: DreamBoothOptions) -> dict[str, Any]:
     """Sample, adapt, train with samples along the way, save and reload; return the content of summary.json."""
+    check_login(options.hub)
     settings = resolve(options)
     if settings.pipeline.dry_run:
         base, dtype = base_of(settings)
@@ -127,15 +137,13 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         summary = write_results(run, settings, adaptation, speed, difference, skipped)
         before, after = in_words(summary["before"]), in_words(summary["after"])
         after = "\n".join([after, *lost_words(summary["before"], summary["after"])])
-        code = adaptation.loading_code(run.adapter)
-        if (kind := settings.objective.prediction_type) is not None:
-            new = f"type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type={kind!r})"
-            code = [f"pipe.scheduler = {new}", *code]
+        code = loading_code(run, settings, base_of(settings)[0], adaptation, subject.captions[0])
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
         say(closing_words(run, before, after, summary, code, same))
-        if settings.hub.push_to_hub:
-            say(f"uploaded: {upload(settings, run, summary)}")
+        card = partial(write_card, run, base_model(settings), subject.name, settings.training, summary, code)
     finish(run, accelerator, speed.steps)
+    if run.writing:
+        publish(run, settings.hub, card, say)
     return summary
 
 
@@ -193,13 +201,6 @@ def make_judge(sampler: Sampler, settings: DreamBoothSettings) -> Judge:
     prompt, trained = settings.subject.instance_prompt, settings.pipeline.train_text_encoder
     assert prompt is not None
     return Judge(sampler, prompt, settings.training.seed, trained)
-
-
-def upload(settings: DreamBoothSettings, run: RunFolder, summary: Mapping[str, Any]) -> str:
-    """Upload the adapter to the Hugging Face Hub; return its address."""
-    name, base = settings.hub.hub_model_id or run.path.name, settings.pipeline.pretrained_model_name_or_path
-    assert base is not None
-    return push_to_hub(run.adapter, name, base_model=base, library="diffusers", metrics=summary["after"])
 
 
 def check_reload(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed_cases import CASES, LAST, RESUMED, STOPPED, Case, forget_accelerator, run_case
+from tests.distributed_cases import CASES, LAST, RESUMED, SHARDED, STOPPED, Case, forget_accelerator, run_case
 from tests.tiny_pipelines import PIPELINES
 from tests.training_helpers import TINY_CONFIG, write_class_folders, write_tiny_clip, write_tiny_vit
 
@@ -38,6 +38,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(work: Path) -> Path:
     """The run folders of all cases on two processes."""
     output = work / "two"
+    run_case(SHARDED, work, work / "one", 1)
+    forget_accelerator()
     command = [sys.executable, str(ROOT / "tests" / "distributed_cases.py"), str(work), str(output)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
@@ -61,6 +63,7 @@ def test_two_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -
         check_case(case, work, two)
     check_resumed(two)
     check_resumed_on_one(work, two)
+    check_sharded(work, two)
     check_writers(work)
     check_dreambooth(work / "dreambooth")
 
@@ -69,6 +72,10 @@ def check_case(case: Case, work: Path, two: Path) -> None:
     one = work / "one"
     run_case(case, work, one, 1)
     forget_accelerator()
+    check_same(case, one, two)
+
+
+def check_same(case: Case, one: Path, two: Path) -> None:
     ours, theirs = (load_file(folder / case.name / "adapter.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys(), case.name
     for name, tensor in ours.items():
@@ -95,6 +102,19 @@ def check_resumed_on_one(work: Path, two: Path) -> None:
         run_case(STOPPED, work, folder, 1, *more)
     resumed, whole = (load_file(folder / STOPPED.name / "adapter.safetensors") for folder in (two, work / "one"))
     torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-6)
+
+
+def check_sharded(work: Path, two: Path) -> None:
+    """FSDP ends as one process does, resumed or not, and one process goes on with what it has begun."""
+    for version in ("fsdp1", "fsdp2"):
+        whole, resumed = (two / version / name for name in ("whole", "resumed"))
+        for folder in (whole, resumed):
+            check_same(SHARDED, work / "one", folder)
+        if version == "fsdp2":  # resumed from its own checkpoint; the other from that of one process
+            one, other = (folder / SHARDED.name / "adapter.safetensors" for folder in (whole, resumed))
+            assert one.read_bytes() == other.read_bytes()
+        run_case(SHARDED, work, whole, 1, "--resume", "latest")
+        check_same(SHARDED, work / "one", whole)
 
 
 def check_writers(work: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.train_scripts import train_classifier
 from randlora_vision.training.data.sources import digits
 from tests.train_scripts.test_train_clip import RUN_FILES
-from tests.training_helpers import draw_nothing, run_script, write_class_folders, write_tiny_vit
+from tests.training_helpers import draw_nothing, printed_code, run_script, write_class_folders, write_tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,50 @@ def train(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return tmp_path / "run"
 
     return main
+
+
+def test_a_run_goes_to_the_hub_and_a_failure_is_one_line(
+    train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    sent: list[dict[str, Any]] = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None: ...
+
+        def whoami(self) -> dict[str, str]:
+            return {"name": "me"}
+
+        def create_repo(self, repository: str, **_: Any) -> None:
+            if "fail" in repository:
+                raise ConnectionError("no route\nto host")
+
+        def upload_folder(self, **given: Any) -> Any:
+            sent.append(given)
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(SystemExit):
+        train("--push-to-hub")
+    assert "--push-to-hub needs a login: set the environment variable HF_TOKEN" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    folder = train("--push-to-hub", "--method", "linear-probe")
+    assert "uploaded: https://hub/commit" in capsys.readouterr().out
+    (given,) = sent
+    assert given["repo_id"] == "me/run" and given["folder_path"] == str(folder)
+    assert {"README.md", "adapter.safetensors", "summary.json", "curves.png"} <= set(given["allow_patterns"])
+    assert "config.yaml" not in given["allow_patterns"]  # it has paths of this machine
+    card = (folder / "README.md").read_text()
+    assert "load_file(hf_hub_download('me/run', 'adapter.safetensors'))" in card and str(folder) not in card
+    assert "![Training](curves.png)" in card and "| top1 |" in card
+    train("--push-to-hub", "--hub-model-id", "me/fail", "--method", "linear-probe", "--overwrite")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "fail" in line]
+    assert (
+        line.startswith("note: the upload to me/fail failed (") and "no route" in line and "hf upload me/fail" in line
+    )
+    assert (folder / "summary.json").exists() and not (folder / ".lock").exists()
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -78,6 +123,13 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert "equal outputs (largest difference of a logit: 0.0e+00)" in printed
     assert f"model = timm.create_model('local-dir:{tiny}', pretrained=True, num_classes=3)" in printed
     assert f"load_adapter(model, '{folder}/adapter.safetensors')" in printed
+    scope: dict[str, Any] = {}
+    exec(printed_code(printed), scope)
+    model = timm.create_model(f"local-dir:{tiny}", pretrained=True, num_classes=3).eval()
+    load_adapter(model, folder / "adapter.safetensors")
+    picture = scope["transform"](Image.new("RGB", (224, 224)))[None]
+    assert scope["answers"] == ["one", "two", "zero"]
+    torch.testing.assert_close(scope["logits"], model(picture).detach())
 
     values = summary(folder)
     assert values["method"] == "randlora" and values["steps"] == 3

@@ -23,6 +23,7 @@ from tests.training_helpers import (
     QUICK,
     Killed,
     draw_nothing,
+    printed_code,
     run_script,
     script,
     tiny_clip,
@@ -31,6 +32,7 @@ from tests.training_helpers import (
 )
 
 RUN_FILES = {
+    "README.md",
     "adapter.safetensors",
     "adapter_best.safetensors",
     "config.yaml",
@@ -77,6 +79,13 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert "equal outputs (largest difference of a logit: 0.0e+00)" in printed
     assert f"load_adapter(model, '{folder}/adapter.safetensors')" in printed
     assert f"results: {folder}" in printed
+    scope: dict[str, Any] = {}
+    exec(printed_code(printed), scope)
+    clip = tiny_clip(tiny)
+    load_adapter(clip.model, folder / "adapter.safetensors")
+    expected = ClipClassifier(clip, ["one", "two", "zero"], scope["templates"]).predict(scope["picture"])
+    assert scope["answers"] == ["one", "two", "zero"]
+    torch.testing.assert_close(scope["logits"], expected)
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["method"] == "randlora" and summary["steps"] == 3
@@ -314,7 +323,9 @@ def captions(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return table
 
 
-def test_a_run_on_captions(train: Any, captions: Path, images: Path) -> None:
+def test_a_run_on_captions(
+    train: Any, captions: Path, images: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["--data", str(captions), "--eval-scales", "0,0.5", "1", "--retention-data", str(images)]
     folder = train(*argv, "--lr", "0.01", "--loss", "siglip")
     assert {path.name for path in folder.iterdir()} == (RUN_FILES | {"scales.png"}) - {"confusion.png"}
@@ -329,7 +340,16 @@ def test_a_run_on_captions(train: Any, captions: Path, images: Path) -> None:
     assert summary["scales"][1] not in (summary["before"], summary["after"])
     assert summary["reload_difference"] == 0
     val = [line for line in numbers(folder) if line["split"] == "val"]
-    assert all({*ways, "mean_recall"} <= set(line) for line in val)
+    assert all({*ways, "mean_recall", "loss"} <= set(line) for line in val)
+    scope: dict[str, Any] = {}
+    exec(printed_code(capsys.readouterr().out), scope)
+    model = tiny_clip(tiny).model
+    load_adapter(model, folder / "adapter.safetensors")
+    features: Any = model
+    with torch.no_grad():
+        expected = features.encode_image(scope["picture"], normalize=True), features.encode_text(scope["texts"])
+        logits = model.logit_scale.exp() * expected[0] @ torch.nn.functional.normalize(expected[1], dim=-1).T
+    torch.testing.assert_close(scope["logits"], logits)
     assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["best_metric"] == "mean_recall"
 
 

@@ -1,6 +1,6 @@
 """Loading any timm classifier with its transforms, with helpful error messages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -16,8 +16,10 @@ from randlora_vision.names import close_matches, listing
 from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel, ModelOptions
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
+from randlora_vision.training.evaluation.model_card import Base, commit_of
 
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+_SHOWN = 20  # class names in the code of the printed summary
 # A head of exact zeros passes no gradient back, so the first step could not check the gradients of the adapters.
 _HEAD_STD = 1e-3
 
@@ -53,9 +55,37 @@ class LoadedClassifier:
         """The number of channels of the images that the model takes."""
         return int(self.data_config["input_size"][0])
 
+    def using_code(self, class_names: Sequence[str]) -> list[str]:
+        """Return the Python lines that apply `model` to a picture, prepared as for evaluation."""
+        transform = f"timm.data.create_transform(**{dict(self._colour_config)!r})"
+        lines = ["from PIL import Image", f"transform = {transform}"]
+        picture = 'transform(Image.new("RGB", (224, 224)))'
+        if self.channels == 1:
+            lines.append("from randlora_vision.training.classifier.models import to_grey")
+            picture = f"to_grey({picture})"
+        if len(class_names) <= _SHOWN:
+            lines.append(f"answers = {list(class_names)!r}")
+        return [
+            *lines,
+            "model.eval()",
+            "with torch.no_grad():",
+            f"    logits = model({picture}[None])  # or Image.open(FILE)",
+            f"print({'answers[int(logits.argmax())]' if len(class_names) <= _SHOWN else 'int(logits.argmax())'})",
+        ]
+
+    def base(self, chosen: ClassifierModel) -> Base:
+        """Return the base model, for the card."""
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        repository = str(config.get("hf_hub_id") or "") if chosen.pretrained else ""
+        name, _, revision = repository.partition("@")
+        local = chosen.model.startswith("local-dir:") or not name
+        tag = f".{config['tag']}" if config.get("tag") and "." not in chosen.title and not local else ""
+        commit = None if local else commit_of(name, revision or None)
+        return Base("timm", "image-classification", chosen.title + tag, None if local else name, commit)
+
     def _for_channels(self, transform: Transform) -> Transform:
         """Return a transform of colour images, followed by their conversion to grey (ITU-R 601) for a grey model."""
-        return transform if self.channels == 3 else Compose([transform, _to_grey])
+        return transform if self.channels == 3 else Compose([transform, to_grey])
 
     def training_transform(self, splits: ImageSplits, augment: AugmentOptions) -> Transform:
         """Return the training transform: timm's, or the augmentation that belongs to the data if none was requested."""
@@ -100,7 +130,7 @@ def _timm_arguments(augment: AugmentOptions) -> dict[str, Any]:
     }
 
 
-def _to_grey(image: Tensor) -> Tensor:
+def to_grey(image: Tensor) -> Tensor:
     """Return the brightness (1, H, W) of a colour image (3, H, W) whose channels are normalised alike."""
     return (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=0, keepdim=True)
 

@@ -9,6 +9,7 @@ from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
     CheckpointOptions,
+    HubOptions,
     Method,
     RateOptions,
     RunOptions,
@@ -157,6 +158,7 @@ class ClassifierOptions:
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions, metadata=FREE)
     run: RunOptions = field(default_factory=RunOptions, metadata=FREE)
+    hub: HubOptions = field(default_factory=HubOptions, metadata=FREE)
 
     def __post_init__(self) -> None:
         if (self.augment.mixup or self.augment.cutmix) and self.training.batch_size % 2:

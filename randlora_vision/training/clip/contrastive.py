@@ -102,9 +102,12 @@ class ContrastiveLoss(nn.Module):
         texts = self.clip.encode_text(batch["tokens"], normalize=True)
         return _at_least_float32(images), _at_least_float32(texts)
 
-    def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor) -> Tensor:
-        """Return this process's share of the loss, a scalar, for features (b, D) and caption ids (b,)."""
-        counts = row_counts(len(captions), captions.device)
+    def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor, alone: bool = False) -> Tensor:
+        """Return this process's share of the loss, a scalar, for features (b, D) and caption ids (b,).
+
+        With `alone`, the pairs of other processes are left out.
+        """
+        counts = [len(captions)] if alone else row_counts(len(captions), captions.device)
         positive = captions[:, None] == gather_rows(captions, counts)
         with torch.autocast(images.device.type, enabled=False):  # at a logit scale of 100, rounding errs by up to 0.5
             scale = self.clip.logit_scale.exp()
@@ -118,6 +121,19 @@ class ContrastiveLoss(nn.Module):
                 to_images = scale * texts @ gather_rows(images, counts).T
                 total = (softmax_loss(logits, positive) + softmax_loss(to_images, positive)) / 2
         return total * (len(counts) / sum(counts))
+
+    @torch.no_grad()
+    def mean_loss(self, images: Tensor, texts: Tensor, captions: Tensor, pairs: int) -> float:
+        """Return the mean loss of N pairs on the CPU, `pairs` at a time in a fixed random order.
+
+        Features are (N, D), caption ids (N,). The loss depends on how many pairs are compared at a time.
+        """
+        order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
+        total = 0.0
+        for rows in order.split(pairs):
+            some = [column[rows].to(self.clip.logit_scale.device) for column in (images, texts, captions)]
+            total += self.pair_loss(some[0], some[1], some[2], alone=True).item() * len(rows)
+        return total / len(captions)
 
     def join(self, batches: Sequence[PairBatch], seed: Callable[[int], None]) -> list[Replay]:
         """Return the inputs to this module, one per batch, for the loss of all `batches` as a single batch.

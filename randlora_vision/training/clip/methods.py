@@ -35,7 +35,6 @@ _FULL_CODE = (
 _PROBE_CODE = (
     "from safetensors.torch import load_file",
     "class_features = load_file({path!r})['class_features']",
-    "logits = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ class_features.T",
 )
 
 

@@ -34,7 +34,7 @@ OPEN_CLIP: Table = {
     "--train-data": "--data {}",
     "--train-num-samples": "--epoch-images {}",
     "--train-data-upsampling-factors": Refused("give the shards in the proportions that you want"),
-    "--val-num-samples": Refused("the validation images are counted: leave it out"),
+    "--val-num-samples": {"*": ""},  # they are counted
     "--dataset-type": {
         **dict.fromkeys(("csv", "webdataset", "auto"), ""),
         "synthetic": Refused("leave --train-data out to try the script on the embedded digits"),

@@ -12,6 +12,7 @@ from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
     CheckpointOptions,
+    HubOptions,
     RateOptions,
     RunOptions,
     SpeedOptions,
@@ -155,6 +156,7 @@ class ClipOptions:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions, metadata=FREE)
     run: RunOptions = field(default_factory=RunOptions, metadata=FREE)
+    hub: HubOptions = field(default_factory=HubOptions, metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.adapter.target_modules and self.clip.towers != "both":

@@ -8,6 +8,7 @@ from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
 from randlora_vision.training.evaluation.grids import plot_found
+from randlora_vision.training.evaluation.model_card import Base, commit_of
 from randlora_vision.training.evaluation.results import (
     Results,
     confidence,
@@ -19,6 +20,8 @@ from randlora_vision.training.evaluation.results import (
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
+
+_SHOWN = 20  # class names in the code of the printed summary
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,59 @@ def _draw(run: RunFolder, measured: Measured, when: str) -> None:
         plot_scales(scales, lines, kind, title, run.scales)
 
 
-def loading_code(run: RunFolder, settings: ClipSettings, adaptation: Adaptation) -> list[str]:
-    """Return the Python code that rebuilds the adapted model."""
+def base_of(settings: ClipSettings) -> Base:
+    """Return the base model, for the card."""
+    import open_clip
+
+    chosen = settings.clip
+    schema, name = open_clip.factory.parse_model_name(chosen.model)
+    weights = open_clip.get_pretrained_cfg(chosen.title, chosen.pretrained or "")
+    repository = name if schema == "hf-hub" else weights.get("hf_hub", "").strip("/")
+    title = f"{chosen.title} ({chosen.pretrained})" if chosen.pretrained else chosen.title
+    task = "zero-shot-image-classification"
+    return Base("open_clip", task, title, repository or None, commit_of(repository) if repository else None)
+
+
+def loading_code(
+    run: RunFolder, settings: ClipSettings, adaptation: Adaptation, class_names: Sequence[str] | None
+) -> list[str]:
+    """Return the Python code that rebuilds the adapted model and applies it to a picture."""
     name, pretrained = settings.clip.model, settings.clip.pretrained
-    lines = ["import open_clip"]
+    lines = ["import open_clip, torch", "from PIL import Image"]
     if name.endswith(".json"):
         lines.append(f"open_clip.add_model_config({name!r})")
         name = settings.clip.title
     weights = f", pretrained={pretrained!r}" if pretrained else ""
     weights += f", force_image_size={size}" if (size := settings.clip.force_image_size) else ""
+    if not weights and ":" not in name:
+        lines.append(f"torch.manual_seed({settings.training.seed})  # random weights")
     lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}{weights})")
+    lines.append(f"tokenizer = open_clip.get_tokenizer({name!r})")
     if settings.evaluation.adapter is not None:
         lines.append("from randlora_vision.training.clip.load import load_trained")
         lines.append(f"load_trained(model, {settings.evaluation.adapter!r})")
-    return lines + adaptation.loading_code(run.adapter)
+    lines += adaptation.loading_code(run.adapter)
+    lines += ["model.eval()", 'picture = preprocess(Image.new("RGB", (224, 224)))[None]  # or Image.open(FILE)']
+    if class_names is None:
+        lines.append('texts, answers = tokenizer(["a cat", "a dog"]), ["a cat", "a dog"]  # or yours')
+        features = "model.encode_text(texts, normalize=True).T"
+    else:
+        lines.append(f"answers = {_words(class_names, run)}")
+        features = "class_features.T"
+        if settings.adapter.method != "linear-probe":
+            lines.append(f"templates = {list(settings.images.templates)!r}")
+            features = "open_clip.build_zero_shot_classifier(model, tokenizer, answers, templates)"
+    return [
+        *lines,
+        "with torch.no_grad():",
+        f"    classes = {features}",
+        "    logits = model.logit_scale.exp() * model.encode_image(picture, normalize=True) @ classes",
+        "print(answers[logits.argmax()])",
+    ]
+
+
+def _words(class_names: Sequence[str], run: RunFolder) -> str:
+    """Return Python code for the class names: a list, or where it would be long, the record of the run."""
+    if len(class_names) <= _SHOWN:
+        return repr(list(class_names))
+    return f"list(__import__('json').load(open({str(run.summary)!r}))['per_class_samples'])"

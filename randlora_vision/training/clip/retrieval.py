@@ -51,6 +51,10 @@ class Features:
         counts = {"images": len(self.images), "captions": len(self.text_of), "texts": len(self.texts)}
         return {**self.recalls(), **counts}
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the image and text features (T, D) of every caption, and the numbers of the texts (T,)."""
+        return self.images[self.image_of], self.texts[self.text_of], self.numbers[self.text_of]
+
     def text_ranks(self) -> Tensor:
         """Return, for each image (I,), how many wrong texts are at least as near as the nearest correct one."""
         _, meaning = self.numbers.unique(return_inverse=True)

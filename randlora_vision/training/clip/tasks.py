@@ -15,6 +15,7 @@ from randlora_vision.training.clip.retrieval import retrieval_features
 from randlora_vision.training.data.batches import Pictures, evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits, class_captions
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.harness.distributed import process_and_processes
 
 
 def training_data(clip: LoadedClip, data: Splits, settings: ClipSettings, skipped: SkipList) -> Pictures:
@@ -54,7 +55,15 @@ def validation(
     batch_size, workers = settings.training.batch_size, settings.training.workers
     if isinstance(data, PairSplits):
         pairs = data.select("val", clip.eval_transform, clip.tokenize, skipped, draw=False)
-        return lambda: retrieval_features(clip.model, pairs, batch_size, workers).values
+        loss = ContrastiveLoss(clip.model, "siglip" if settings.loss.loss == "siglip" else "clip")
+        # As many pairs at a time as in training, where the loss grows with their number.
+        at_once = batch_size * settings.training.gradient_accumulation_steps * process_and_processes()[1]
+
+        def evaluate() -> dict[str, float]:
+            found = retrieval_features(clip.model, pairs, batch_size, workers)
+            return {"loss": loss.mean_loss(*found.pairs(), at_once), **found.values}
+
+        return evaluate
     assert classifier is not None, "data with classes has a classifier"
     judge, batches = (
         classifier,

@@ -76,8 +76,6 @@ DIFFUSERS: Table = {
     "--output-kohya-format": Refused("the adapter is written for this library, LoRA for diffusers: leave it out"),
     "--do-edm-style-training": _EDM,
     "--precondition-outputs": _EDM,
-    "--enable-xformers-memory-efficient-attention": Refused(
-        "PyTorch's own memory-efficient attention is used: leave it out"
-    ),
+    "--enable-xformers-memory-efficient-attention": "",  # PyTorch's own is used
     "--enable-npu-flash-attention": Refused("PyTorch's own memory-efficient attention is used: leave it out"),
 }

@@ -1,8 +1,10 @@
 """Loading of a pipeline that can be trained."""
 
+import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,13 +45,14 @@ def load_family(
     elif quantize is not None:
         texts = kind.quantized_texts([name for name, home in index.items() if home and home != [None, None]])
         special["quantization_config"] = quantized(quantize, kind.denoiser_name, texts, dtype)
-    pipe = DiffusionPipeline.from_pretrained(
-        path,
-        revision=revision,
-        variant=variant,
-        dtype={"default": dtype, "vae": torch.float32},
-        **{**_left_out(index), **kind.loading, **special},
-    )
+    with _without_loading_bars():
+        pipe = DiffusionPipeline.from_pretrained(
+            path,
+            revision=revision,
+            variant=variant,
+            dtype={"default": dtype, "vae": torch.float32},
+            **{**_left_out(index), **kind.loading, **special},
+        )
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -60,7 +63,8 @@ def load_family(
 def family_class(path: str, revision: str | None = None) -> tuple[type[Family], Mapping[str, Any]]:
     """Return the family of a pipeline and the content of its model_index.json; raises as `load_family` does."""
     try:
-        from diffusers import DiffusionPipeline
+        with _without_warnings():
+            from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
     if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~"))):
@@ -74,6 +78,39 @@ def family_class(path: str, revision: str | None = None) -> tuple[type[Family], 
             f"pipelines: {', '.join(sorted(FAMILIES))}"
         )
     return family, index
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide what other libraries log while they are imported, such as notes on the installed torchao."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """Hide the bars of diffusers and transformers for reading files; those of downloads stay."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub import utils
+    from transformers.utils import logging as of_transformers
+
+    of_downloads: Any = utils
+    downloads = not of_downloads.are_progress_bars_disabled()
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()  # and, in some versions, those of downloads
+    try:
+        if downloads:
+            of_downloads.enable_progress_bars()
+        yield
+    finally:
+        of_diffusers.enable_progress_bar()
+        of_transformers.enable_progress_bar()
+        if not downloads:
+            of_downloads.disable_progress_bars()
 
 
 def _left_out(index: Mapping[str, Any]) -> dict[str, None]:

@@ -11,6 +11,7 @@ from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
     CheckpointOptions,
+    HubOptions,
     RunOptions,
     Training,
     TrainingOptions,
@@ -176,20 +177,6 @@ class ValidationOptions:
 
 
 @dataclass(frozen=True)
-class HubOptions:
-    """The Hugging Face Hub."""
-
-    push_to_hub: bool = False
-    """Upload the adapter with a model card after training; requires a login (hf auth login, or HF_TOKEN)."""
-    hub_model_id: str | None = None
-    """The repository to upload to: OWNER/NAME, or NAME for your own. Default: the name of the run folder."""
-
-    def __post_init__(self) -> None:
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError("--hub-model-id needs --push-to-hub")
-
-
-@dataclass(frozen=True)
 class DreamBoothAdapterOptions(AdapterOptions):
     """What is trained."""
 
@@ -248,8 +235,6 @@ class DreamBoothOptions:
     def __post_init__(self) -> None:
         if self.pipeline.quantize is not None and self.adapter.method == "full":
             raise ValueError("--quantize is for a frozen base: give --method randlora or lora")
-        if self.hub.push_to_hub and (self.embedded or self.adapter.method != "randlora"):
-            raise ValueError("--push-to-hub is for RandLoRA on your own pipeline")
 
     @property
     def embedded(self) -> bool:

@@ -1,15 +1,47 @@
 """The end of a DreamBooth run: figures and summary in the run folder, and the closing message."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
 from randlora_vision.training.evaluation.curves import plot_curves
+from randlora_vision.training.evaluation.model_card import Base, commit_of
 from randlora_vision.training.evaluation.results import summarise
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
+
+
+def base_model(settings: DreamBoothSettings) -> Base:
+    """Return the base pipeline, for the card."""
+    path, revision = settings.pipeline.pretrained_model_name_or_path, settings.pipeline.revision
+    if path is None or Path(path).exists():
+        return Base("diffusers", "text-to-image", model_title(settings))
+    return Base("diffusers", "text-to-image", path, path, commit_of(path, revision))
+
+
+def loading_code(
+    run: RunFolder, settings: DreamBoothSettings, path: str, adaptation: PipelineAdaptation, prompt: str
+) -> list[str]:
+    """Return the Python code that rebuilds the adapted pipeline, whose base is at `path`, and draws a picture."""
+    given = {"revision": settings.pipeline.revision, "variant": settings.pipeline.variant}
+    words = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    prompt = next(iter(settings.validation.validation_prompt), prompt)
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        f"pipe = DiffusionPipeline.from_pretrained({path!r}{words})",
+    ]
+    if (kind := settings.objective.prediction_type) is not None:
+        new = f"type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type={kind!r})"
+        lines.append(f"pipe.scheduler = {new}")
+    return [
+        *lines,
+        *adaptation.loading_code(run.adapter),
+        f"picture = pipe({prompt!r}).images[0]",
+    ]
+
 
 _SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a different adapter differs far more
 

@@ -1,13 +1,36 @@
 """Devices, precision and processes, handled by accelerate."""
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 from torch import nn
 
 from randlora_vision.training.harness.options import TrainingOptions
+from randlora_vision.training.harness.progress import wrapped
+
+
+class _Speaking(Accelerator):
+    """An accelerator whose lines are broken at spaces on a terminal; in files, they stay whole."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first process."""
+        if sys.stdout.isatty():
+            args = tuple(wrapped(str(part), shutil.get_terminal_size().columns) for part in args)
+        super().print(*args, **kwargs)
 
 
 def make_accelerator(options: TrainingOptions, unused_parameters: bool = False) -> Accelerator:
@@ -19,9 +42,15 @@ def make_accelerator(options: TrainingOptions, unused_parameters: bool = False) 
     Raises ValueError when several processes were started but accelerate does not connect them: each would
     train alone and write to the same folder.
     """
-    accelerator = Accelerator(
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ValueError("accelerate ignores DeepSpeed with ACCELERATE_USE_CPU: set DS_ACCELERATOR=cpu instead")
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)]
+    if deepspeed and os.environ.get("DS_ACCELERATOR") == "cpu":
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # accelerate starts no processes without a backend
+    accelerator = _Speaking(
         mixed_precision=options.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)],
+        kwargs_handlers=handlers,
         # Not synchronised with the end of the data: a task that joins batches reaches it before it computes.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
@@ -33,24 +62,52 @@ def make_accelerator(options: TrainingOptions, unused_parameters: bool = False) 
             f"{started} processes were started, but accelerate sees {accelerator.num_processes}: "
             "start CPU processes with the environment variable ACCELERATE_USE_CPU=true"
         )
+    _shard_on_cpus(accelerator)
     return accelerator
 
 
-def prepare_sharding(accelerator: Accelerator, module: nn.Module, options: TrainingOptions, checkpoints: bool) -> None:
-    """Configure FSDP or DeepSpeed for `module`; raise ValueError when it cannot train it."""
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+def _shard_on_cpus(accelerator: Accelerator) -> None:
+    """Turn on FSDP for CPU processes: accelerate reads its settings but ignores them where it finds no GPUs."""
+    if accelerator.distributed_type != DistributedType.MULTI_CPU or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
-    if checkpoints:
-        raise ValueError(f"--checkpoint-every and --resume are not supported with {kind.value}: start without them")
-    if kind == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+    plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    state = accelerator.state
+    state.fsdp_plugin = plugin
+    for shared in (state, PartialState()):
+        shared.distributed_type = DistributedType.FSDP
+        shared.device = torch.device("cpu")  # FSDP 1 takes accelerate's cpu:0 for another device
+
+
+def prepare_sharding(
+    accelerator: Accelerator, module: nn.Module, options: TrainingOptions, checkpoints: bool = False
+) -> None:
+    """Configure FSDP or DeepSpeed for `module`; raise ValueError when it cannot train it, or write `checkpoints`."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "ZeRO 3 of DeepSpeed is not supported: evaluation calls parts of the model, whose weights it then "
+                "takes away: set zero_stage: 2, or use FSDP"
+            )
+        if checkpoints:
+            raise ValueError("--checkpoint-every and --resume are not supported with DeepSpeed: use FSDP for them")
+        if options.ema_decay:
+            raise ValueError("--ema-decay is not supported with DeepSpeed, which hides its parameters: use FSDP")
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": options.batch_size,
+            "gradient_accumulation_steps": options.gradient_accumulation_steps,
+            "gradient_clipping": options.max_grad_norm,
+        }
+        for parameter in module.parameters():
+            if parameter.ndim == 0:  # DeepSpeed cannot broadcast scalars, and leaves out what has this attribute
+                parameter.ds_optim_param = True  # type: ignore[attr-defined]
+    if accelerator.distributed_type != DistributedType.FSDP:
         return
-    if not accelerator.is_fsdp2:
-        raise ValueError("FSDP of version 1 is not supported: set fsdp_version: 2 in accelerate's configuration")
     plugin = accelerator.state.fsdp_plugin
     if plugin.auto_wrap_policy is not None:
         raise ValueError("FSDP: set fsdp_auto_wrap_policy: NO_WRAP, because evaluation calls parts of the model")
+    plugin.use_orig_params = None if accelerator.is_fsdp2 else True  # frozen and trained ones share a flat one
     scalars = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 0}
     trained = [name for name, parameter in scalars.items() if parameter.requires_grad]
     if trained:
@@ -61,7 +118,8 @@ def prepare_sharding(accelerator: Accelerator, module: nn.Module, options: Train
 def require_all_gradients(accelerator: Accelerator, names: Mapping[nn.Parameter, str]) -> None:
     """Raise ValueError when processes would wait for the gradient of a parameter the loss does not depend on."""
     handler = accelerator.ddp_handler
-    if accelerator.num_processes == 1 or (handler is not None and handler.find_unused_parameters):
+    waiting = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.num_processes == 1 or not waiting or (handler is not None and handler.find_unused_parameters):
         return
     without = [name for parameter, name in names.items() if parameter.grad is None]
     if without:

@@ -13,23 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from randlora_vision.files.atomic import remove_folder, replacing_folder
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing, printable
+from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
 FOLDER = "checkpoints"
 _FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
-_NUMBERS = (Tensor, bool, int, float)
 _STEPS = "training.steps"
 _SHARES = ("training.batch_size", "training.gradient_accumulation_steps", "processes")
-_TENSOR = "__tensor__"  # marks the name of a tensor in JSON
 _CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
 
 _VALUES = {
@@ -40,15 +37,6 @@ _VALUES = {
     "best": dict | None,
 }
 _BEST = {"step": int, "value": float, "evaluations_since": int}
-
-
-@dataclass(frozen=True)
-class State:
-    """The state needed to resume training after `step`: JSON values, and tensors on the CPU by name."""
-
-    step: int
-    values: dict[str, Any]
-    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -212,10 +200,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(printable(f"the checkpoint {path} is damaged: {error}")) from error
 
 
-def check_state(state: State, parameters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the values of a trainer's state; raise ValueError unless it has them and tensors like those given.
+def check_state(state: State, shapes: Mapping[str, Sequence[int]], averages: bool) -> dict[str, Any]:
+    """Return the values of a trainer's state; raise ValueError unless it has them and the right tensors.
 
-    `parameters` are what is trained, by name, and `averages` their moving averages.
+    `shapes` are those of what is trained, by name, and of their moving averages if there are `averages`.
     """
     where = f"the checkpoint of step {state.step}"
     values = check_object(state.values, _VALUES, where)
@@ -224,9 +212,9 @@ def check_state(state: State, parameters: Mapping[str, Tensor], averages: Mappin
     sums, count = (values["recent"] + [None, None])[:2]
     check_type(sums, dict[str, float], f"{where}, recent", "[0]")
     check_type(count, int, f"{where}, recent", "[1]")
-    own = {f"parameters/{name}": tensor.shape for name, tensor in parameters.items()}
-    own |= {f"ema/{name}": tensor.shape for name, tensor in averages.items()}
-    saved = {name: t.shape for name, t in state.tensors.items() if name.startswith("parameters/") or name in own}
+    kinds = ("parameters", "ema") if averages else ("parameters",)
+    own = {f"{kind}/{name}": tuple(shape) for kind in kinds for name, shape in shapes.items()}
+    saved = {name: tuple(t.shape) for name, t in state.tensors.items() if name.startswith("parameters/") or name in own}
     differing = sorted(name for name in {**own, **saved} if own.get(name) != saved.get(name))
     if differing:
         raise ValueError(
@@ -234,65 +222,6 @@ def check_state(state: State, parameters: Mapping[str, Tensor], averages: Mappin
             f"another shape ({listing(differing, 3)})"
         )
     return values
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> State:
-    """Return the state of an optimiser: JSON by parameter name with the numbers of its groups, and its tensors."""
-    tensors: dict[str, Tensor] = {}
-
-    def name_of(value: object) -> dict[str, str]:
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the optimiser keeps a {type(value).__name__}, which a checkpoint cannot hold")
-        name = f"optimizer/{len(tensors)}"
-        tensors[name] = to_cpu(value)
-        return {_TENSOR: name}
-
-    content = optimizer.state_dict()
-    memory = {
-        name: content["state"][index]
-        for index, name in enumerate(_order(optimizer, names))
-        if index in content["state"]
-    }
-    groups = [
-        {key: value for key, value in group.items() if isinstance(value, _NUMBERS)} for group in content["param_groups"]
-    ]
-    return State(0, json.loads(json.dumps({"memory": memory, "groups": groups}, default=name_of)), tensors)
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: State) -> None:
-    """Load the result of `optimizer_state` into an optimiser over the same parameters; raise ValueError for others."""
-    where = f"the checkpoint of step {state.step}, optimizer"
-
-    def tensor_of(part: dict[str, Any]) -> Any:
-        if part.keys() != {_TENSOR}:
-            return part
-        if part[_TENSOR] not in state.tensors:
-            raise ValueError(f"{where}: there is no tensor {printable(repr(part[_TENSOR]), 200)}")
-        return state.tensors[part[_TENSOR]]
-
-    values = json.loads(json.dumps(state.values), object_hook=tensor_of)
-    check_object(values, {"memory": dict[str, dict], "groups": list[dict]}, where)
-    content = optimizer.state_dict()
-    memory = values["memory"]
-    content["state"] = {index: memory[name] for index, name in enumerate(_order(optimizer, names)) if name in memory}
-    if len(values["groups"]) != len(content["param_groups"]):
-        raise ValueError(f"{where}: it has {len(values['groups'])} groups, here are {len(content['param_groups'])}")
-    for group, numbers in zip(content["param_groups"], values["groups"], strict=True):
-        wrong = [key for key, value in numbers.items() if key == "params" or not isinstance(value, _NUMBERS)]
-        if wrong:
-            raise ValueError(f"{where}, groups: {listing(wrong)} is not a number")
-        group.update(numbers)
-    optimizer.load_state_dict(content)
-
-
-def _order(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> list[str]:
-    """Return the names in the order in which `Optimizer.state_dict` numbers the parameters."""
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def to_cpu(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _sha256(path: Path) -> str:

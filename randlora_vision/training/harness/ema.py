@@ -44,9 +44,9 @@ class Ema:
         """Load the averages into the model permanently."""
         _copy(self.averages, self.parameters)
 
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Restore averages saved earlier."""
-        _copy(averages, self.averages)
+    def take_from_model(self) -> None:
+        """Replace the averages by the parameters, which hold averages saved earlier."""
+        _copy(self.parameters, self.averages)
 
 
 @torch.no_grad()

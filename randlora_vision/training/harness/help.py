@@ -25,7 +25,8 @@ _RARE = frozenset(
     "dropout run_name retention_data checkpoints_total_limit workers snr_gamma weighting_scheme class_data_dir "
     "label_column center_crop split_folders background eval_split init_adapter image_column caption_column "
     "crop_pct mean std interpolation "
-    "shuffle_caption keep_tokens caption_dropout_rate exclude_modules target_modules prediction_type "
+    "push_to_hub hub_model_id shuffle_caption keep_tokens caption_dropout_rate exclude_modules target_modules "
+    "prediction_type "
     "debiased_estimation_loss noise_offset input_perturbation loss_type huber_c huber_schedule huber_scale "
     "discrete_flow_shift mask_data_dir alpha_mask prior_prompt num_prior_images likeness_encoder".split()
 )

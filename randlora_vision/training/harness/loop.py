@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,22 +16,16 @@ from tqdm import tqdm
 
 from randlora_vision.errors import Stopped
 from randlora_vision.training.harness.accelerators import prepare_sharding, require_all_gradients
-from randlora_vision.training.harness.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-    State,
-    check_state,
-    optimizer_state,
-    restore_optimizer,
-    to_cpu,
-)
+from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints, check_state
 from randlora_vision.training.harness.distributed import largest
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.modes import train_mode
 from randlora_vision.training.harness.optim import current_rates, make_optimizer, warmup_schedule
+from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import Training
-from randlora_vision.training.harness.progress import Best, Log, Mean, best_of, peak_memory
+from randlora_vision.training.harness.progress import BAR, Best, Log, Mean, best_of, peak_memory
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
+from randlora_vision.training.harness.sharding import sharing
 from randlora_vision.training.harness.stopping import StopRequests, reason
 from randlora_vision.training.harness.task import BoundedLoss, JointLoss, OwnBatches, Speed, Task
 
@@ -65,7 +59,11 @@ class Trainer:
         self.accelerator = accelerator
         self.log = log
         self.checkpoints = checkpoints
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         prepare_sharding(accelerator, task.loss, options, bool(resume or (checkpoints and checkpoints.every)))
+        if self.deepspeed:
+            self.checkpoints = None
+        self.shapes = {name: tuple(p.shape) for name, p in task.loss.named_parameters() if p.requires_grad}
         trained = [parameter for parameter in task.loss.parameters() if parameter.requires_grad]
         betas = options.beta1, options.beta2
         optimizer = make_optimizer(
@@ -75,7 +73,9 @@ class Trainer:
         self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
         # Only now, because FSDP replaces the parameters of the model.
         self.names = {p: name for name, p in task.loss.named_parameters() if p.requires_grad}
-        self.parameters = list(self.names)
+        # accelerate's own optimiser would count the steps of all processes.
+        self.plain_optimizer = self.optimizer.optimizer.optimizer if self.deepspeed else self.optimizer.optimizer
+        self.shared = sharing(accelerator)(accelerator, self.loss, self.plain_optimizer, self.names)
         self.schedule = self._schedule()
         self.ema = Ema({name: p for p, name in self.names.items()}, options.ema_decay) if options.ema_decay else None
         self.images_per_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
@@ -101,12 +101,10 @@ class Trainer:
         loader = self._remaining_batches()
         batches = iter(loader)
         silent = not self.accelerator.is_main_process
-        with tqdm(total=self.options.steps, initial=self.step, unit="step", disable=silent) as bar:
+        with tqdm(total=self.options.steps, initial=self.step, unit="step", disable=silent, bar_format=BAR) as bar:
             while self.step < self.options.steps and not self._exhausted():
                 started = time.perf_counter()
-                rates = current_rates(
-                    self.optimizer.optimizer, self.options.lr * self.schedule.lr_lambdas[0](self.step)
-                )
+                rates = current_rates(self.plain_optimizer, self.options.lr * self.schedule.lr_lambdas[0](self.step))
                 loss, grad_norm = self._optimise(batches)
                 seconds = time.perf_counter() - started
                 self.step += 1
@@ -120,12 +118,12 @@ class Trainer:
                     rate = self.images_per_step / means.pop("seconds")
                     self.log(self.step, "train", {**means, **rates, "images_per_second": rate})
                     bar.set_postfix_str(
-                        f"loss {means['loss']:.3f}, lr {rates['lr']:.1e}, {rate:.0f} images/s, {peak_memory():.1f} GB"
+                        f"loss {means['loss']:.3f}, lr {rates['lr']:.1e}, {rate:.0f} img/s, {peak_memory():.1f} GB"
                     )
                 if self.step % self.options.eval_every == 0 or self.step == self.options.steps:
                     self._evaluate()
                 code = largest(self.stop.poll(), self.accelerator.device)
-                if self.checkpoints is not None and (self.checkpoints.due(self.step) or code) and not self._sharded():
+                if self.checkpoints is not None and (self.checkpoints.due(self.step) or code):
                     self.checkpoints.write(self._state())
                     self.accelerator.wait_for_everyone()
                 if code:
@@ -134,8 +132,7 @@ class Trainer:
         self._close(loader, batches)
         if self.ema:
             self.ema.put_into_model()
-        if self.accelerator.is_fsdp2:
-            self.loss.unshard()  # permanently: what follows does not call the model through the loss
+        self.shared.keep_whole()
         rate = self.step * self.images_per_step / self.seconds
         return Speed(self.step, self.seconds, rate, peak_memory())
 
@@ -149,23 +146,20 @@ class Trainer:
             batches.close()
             loader.end()
 
-    def _sharded(self) -> bool:
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
     def _farewell(self, code: int) -> str:
         """Return the line that says where a stopped run goes on; it is empty for all processes but the first."""
         if not self.accelerator.is_main_process:
             return ""
         where = self.saved
-        if self.checkpoints is not None and not self._sharded():
+        if self.checkpoints is not None:
             where = f"its checkpoint is in {self.checkpoints.folder}, --resume latest goes on from it"
         return f"stopped by {reason(code)} after step {self.step} of {self.options.steps}: {where}"
 
     def _schedule(self, done: int = 0) -> LambdaLR:
         """Return the schedule of the learning rates after `done` steps, and set the rates."""
-        options, optimizer = self.options, self.optimizer.optimizer  # accelerate's would step it once per process
+        options = self.options
         floor = options.min_lr / options.lr
-        return warmup_schedule(optimizer, options.steps, options.warmup, options.schedule, floor, done)
+        return warmup_schedule(self.plain_optimizer, options.steps, options.warmup, options.schedule, floor, done)
 
     def _exhausted(self) -> bool:
         patience = self.options.early_stopping_patience
@@ -196,7 +190,7 @@ class Trainer:
         parts = itertools.islice(batches, self.options.gradient_accumulation_steps)
         if self.options.gradient_accumulation_steps == 1 or not isinstance(self.task.loss, JointLoss):
             return parts
-        with self._whole(), self.accelerator.autocast():
+        with self.shared.whole(), self.accelerator.autocast():
             return self.task.loss.join(list(parts), self._seed)
 
     def _seed(self, part: int) -> None:
@@ -212,8 +206,7 @@ class Trainer:
         if not (scaled or self.checked):
             self._require_finite("the loss", loss.item())
             self._check_once()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's norm is sharded
+        norm = self.shared.clip_gradients(self.options.max_grad_norm or math.inf)
         value, length = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
         self._require_finite("the loss", value)
         if math.isfinite(length):
@@ -227,27 +220,19 @@ class Trainer:
             self._stop(f"{what} is {value}")
 
     def _check_once(self) -> None:
-        if not self.checked and self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # hides its gradients
-            for note in self.task.check_gradients():
-                self.accelerator.print(f"note: {note}")
-            require_all_gradients(self.accelerator, self.names)
+        if not self.checked and not self.deepspeed:  # which hides its gradients
+            with self.shared.whole_gradients():
+                for note in self.task.check_gradients():
+                    self.accelerator.print(f"note: {note}")
+                require_all_gradients(self.accelerator, self.names)
         self.checked = True
 
     def _evaluate(self) -> None:
-        with self.ema.applied() if self.ema else contextlib.nullcontext(), self._whole():
+        with self.ema.applied() if self.ema else contextlib.nullcontext(), self.shared.whole():
             with self.accelerator.autocast():
                 # All processes use the values of the first, since all must stop at the same step.
                 (values,) = broadcast_object_list([self.task.evaluate()])
             self._keep(values)
-
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Gather FSDP's sharded parameters while the model is saved or called other than through the loss."""
-        if self.accelerator.is_fsdp2:
-            self.loss.unshard()
-        yield
-        if self.accelerator.is_fsdp2:
-            self.loss.reshard()
 
     def _keep(self, values: dict[str, float]) -> None:
         """Log the metrics and save the parameters, unless a metric is not finite."""
@@ -272,7 +257,7 @@ class Trainer:
 
     def _state(self) -> State:
         """Return the contents of a checkpoint, without random states, which follow from the step."""
-        optimizer = optimizer_state(self.optimizer.optimizer, self.names)
+        optimizer = self.shared.optimizer_state()
         scaler = self.accelerator.scaler
         values = {
             "optimizer": optimizer.values,
@@ -281,23 +266,23 @@ class Trainer:
             "seconds": self.seconds,
             "best": asdict(self.best) if self.best else None,
         }
-        parameters = {f"parameters/{name}": to_cpu(p) for p, name in self.names.items()}
-        averages = {f"ema/{name}": to_cpu(average) for name, average in self.ema.averages.items()} if self.ema else {}
-        return State(self.step, values, {**parameters, **averages, **optimizer.tensors})
+        tensors = {f"parameters/{name}": tensor for name, tensor in self.shared.parameters().items()}
+        if self.ema:
+            with self.ema.applied():
+                tensors |= {f"ema/{name}": tensor for name, tensor in self.shared.parameters().items()}
+        return State(self.step, values, {**tensors, **optimizer.tensors})
 
     def _restore(self, state: State) -> None:
-        parameters = {name: parameter for parameter, name in self.names.items()}
-        values = check_state(state, parameters, self.ema.averages if self.ema else {})
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state.tensors[f"parameters/{name}"])
-        restore_optimizer(self.optimizer.optimizer, self.names, State(state.step, values["optimizer"], state.tensors))
+        values = check_state(state, self.shapes, self.ema is not None)
+        self.shared.load_optimizer(State(state.step, values["optimizer"], state.tensors))
+        if self.ema:
+            self.shared.load_parameters({name: state.tensors[f"ema/{name}"] for name in self.shapes})
+            self.ema.take_from_model()
+        self.shared.load_parameters({name: state.tensors[f"parameters/{name}"] for name in self.shapes})
         # The rates follow from the step, so that a run may go on for more steps than it first asked for.
         self.schedule = self._schedule(state.step)
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
-        if self.ema:
-            self.ema.load({name: state.tensors[f"ema/{name}"] for name in self.ema.averages})
         self.best = Best(**values["best"]) if values["best"] else None
         self.recent = Mean(*values["recent"])
         self.seconds = values["seconds"]

@@ -242,6 +242,21 @@ class CheckpointOptions:
             seconds_of(self.time_limit)
 
 
+@dataclass(frozen=True)
+class HubOptions:
+    """The Hugging Face Hub."""
+
+    push_to_hub: bool = False
+    """Upload the adapter with its card, metrics and pictures after training; requires a login (HF_TOKEN, or hf auth
+    login)."""
+    hub_model_id: str | None = None
+    """The repository to upload to: OWNER/NAME, or NAME for your own. Default: the name of the run folder."""
+
+    def __post_init__(self) -> None:
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("--hub-model-id needs --push-to-hub")
+
+
 def without(options: Any, *names: str) -> dict[str, Any]:
     """Return the fields of `options` (a dataclass) except `names`, as the arguments of another dataclass."""
     return {name: value for name, value in vars(options).items() if name not in names}

@@ -3,11 +3,44 @@
 By hand, because every checkpoint holds them as JSON.
 """
 
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""The progress bar of tqdm without its own rate, so that the losses fit beside it on 80 columns."""
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return a text for a terminal: prose broken at spaces, and tables of targets with shorter names.
+
+    Lines of code, which are indented, and those of other tables stay whole.
+    """
+    parts = re.split(r"(^target  .*?(?=\n\n|\Z))", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(_narrowed(part, width) if part.startswith("target  ") else _broken(part, width) for part in parts)
+
+
+def _broken(text: str, width: int) -> str:
+    return "\n".join(
+        line
+        if len(line) <= width or line.startswith("    ") or "  " in line.strip()
+        else textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    )
+
+
+def _narrowed(table: str, width: int) -> str:
+    """Shorten the names in the first column, from the left, so that the table fits."""
+    rows = table.split("\n")
+    wide = rows[0].index("kind") - 2
+    narrow = max(12, wide - max(0, len(rows[0]) - width))
+    names = (row[:wide].rstrip() for row in rows)
+    short = (name if len(name) <= narrow or "---" in name else f"…{name[1 - narrow :]}" for name in names)
+    return "\n".join(name[:narrow].ljust(narrow) + row[wide:] for name, row in zip(short, rows, strict=True))
 
 
 class Mean:

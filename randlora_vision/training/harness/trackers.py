@@ -4,6 +4,7 @@ Names are checked here, because accelerate drops a tracker that is not installed
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def start_trackers(
     """
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(chosen_trackers(names), folder)
-    accelerator.init_trackers(_PROJECT, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
+    project = os.environ.get("WANDB_PROJECT", _PROJECT)  # wandb itself prefers the argument to its variable
+    accelerator.init_trackers(project, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
     for tracker in accelerator.trackers:
         if not isinstance(tracker, TensorBoardTracker):  # which would write them as a separate run
             tracker.store_init_configuration(dict(settings))

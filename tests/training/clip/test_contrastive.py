@@ -337,33 +337,62 @@ def sharded(**fsdp: Any) -> Any:
 def test_fsdp_spreads_all_but_scalars() -> None:
     model, accelerator = Towers(bias=False), sharded()
     model.logit_scale.requires_grad_(False)
-    prepare_sharding(accelerator, model, TrainingOptions(), checkpoints=False)
+    prepare_sharding(accelerator, model, TrainingOptions())
     (left_out,) = accelerator.state.fsdp_plugin.ignored_modules
     assert list(left_out.parameters()) == [model.logit_scale]
 
 
 def test_what_fsdp_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot train a scalar .logit_scale.: start without --train-logit-scale"):
-        prepare_sharding(sharded(), Towers(bias=False), TrainingOptions(), checkpoints=False)
-    with pytest.raises(ValueError, match="--checkpoint-every and --resume are not supported with FSDP"):
-        prepare_sharding(sharded(), nn.Linear(1, 1), TrainingOptions(), checkpoints=True)
-    old, wrapping = sharded(), sharded()
-    old.is_fsdp2, wrapping.state.fsdp_plugin.auto_wrap_policy = False, print
-    with pytest.raises(ValueError, match="set fsdp_version: 2"):
-        prepare_sharding(old, nn.Linear(1, 1), TrainingOptions(), checkpoints=False)
+        prepare_sharding(sharded(), Towers(bias=False), TrainingOptions())
+    wrapping = sharded()
+    wrapping.state.fsdp_plugin.auto_wrap_policy = print
     with pytest.raises(ValueError, match="NO_WRAP"):
-        prepare_sharding(wrapping, nn.Linear(1, 1), TrainingOptions(), checkpoints=False)
+        prepare_sharding(wrapping, nn.Linear(1, 1), TrainingOptions())
+
+
+def test_what_deepspeed_cannot_do_is_refused() -> None:
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+    model = Towers(bias=False)
+    prepare_sharding(accelerator, model, TrainingOptions(batch_size=3, gradient_accumulation_steps=2))
+    assert plugin.deepspeed_config == {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+    }
+    assert hasattr(model.logit_scale, "ds_optim_param")
+    with pytest.raises(ValueError, match="--checkpoint-every and --resume are not supported with DeepSpeed"):
+        prepare_sharding(accelerator, model, TrainingOptions(), checkpoints=True)
+    with pytest.raises(ValueError, match="--ema-decay is not supported"):
+        prepare_sharding(accelerator, model, TrainingOptions(ema_decay=0.5))
+    plugin.zero_stage = 3
+    with pytest.raises(ValueError, match="set zero_stage: 2, or use FSDP"):
+        prepare_sharding(accelerator, model, TrainingOptions())
+
+
+def test_deepspeed_is_not_ignored_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="set DS_ACCELERATOR=cpu instead"):
+        make_accelerator(TrainingOptions())
 
 
 def test_a_parameter_without_gradient_is_named_where_processes_would_wait_for_it() -> None:
     task = PairTask(4)
     names = {parameter: name for name, parameter in task.loss.named_parameters()}
     task.loss(pairs([0, 1, 2])).backward()  # the CLIP loss does not use the bias
+
+    def processes(number: int, handler: Any = None, kind: Any = DistributedType.MULTI_CPU) -> Any:
+        return SimpleNamespace(num_processes=number, ddp_handler=handler, distributed_type=kind)
+
     searching = SimpleNamespace(find_unused_parameters=True)
-    require_all_gradients(SimpleNamespace(num_processes=1, ddp_handler=None), names)  # type: ignore[arg-type]
-    require_all_gradients(SimpleNamespace(num_processes=2, ddp_handler=searching), names)  # type: ignore[arg-type]
+    require_all_gradients(processes(1), names)
+    require_all_gradients(processes(2, searching), names)
+    require_all_gradients(processes(2, kind=DistributedType.FSDP), names)
     with pytest.raises(ValueError, match="no gradient reaches clip.logit_bias: with several processes"):
-        require_all_gradients(SimpleNamespace(num_processes=2, ddp_handler=None), names)  # type: ignore[arg-type]
+        require_all_gradients(processes(2), names)
 
 
 def test_compiled_it_is_the_same_loss() -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from randlora_vision.training.clip.contrastive import ContrastiveLoss
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
 from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits, class_captions
@@ -169,3 +170,21 @@ def test_a_batch_of_unreadable_images_is_not_measured(tmp_path: Path) -> None:
     found = retrieval_features(clip.model, data, batch_size=2, workers=0)
     assert found.indices.tolist() == [0, 1, 4] and found.words == ["number 0", "number 1", "number 4"]
     assert found.values["images"] == 3
+
+
+@pytest.mark.parametrize("contrast", ["clip", "siglip"])
+def test_the_loss_of_all_pairs_at_a_time_is_that_of_one_batch(contrast: Any) -> None:
+    from tests.training.clip.test_contrastive import REPEATED, Towers, plain_loss
+
+    loss = ContrastiveLoss(Towers(), contrast)
+    with torch.no_grad():
+        features = loss.features(REPEATED)
+        expected = plain_loss(contrast, loss.clip, *features, REPEATED["captions"]).item()
+    captions = REPEATED["captions"]
+    assert loss.mean_loss(*features, captions, len(captions)) == pytest.approx(expected, rel=1e-5)
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
+    parts = [
+        plain_loss(contrast, loss.clip, features[0][rows], features[1][rows], captions[rows]).item() * len(rows)
+        for rows in order.split(3)
+    ]
+    assert loss.mean_loss(*features, captions, 3) == pytest.approx(sum(parts) / len(captions), rel=1e-5)

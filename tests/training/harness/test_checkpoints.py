@@ -22,12 +22,12 @@ from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.checkpoints import (
     Checkpoint,
     Checkpoints,
-    State,
     find_checkpoint,
     list_checkpoints,
     read_checkpoint,
 )
 from randlora_vision.training.harness.loop import Trainer
+from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training
 from randlora_vision.training.harness.seeding import seeded_items
 

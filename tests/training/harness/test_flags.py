@@ -26,8 +26,8 @@ SCRIPTS: dict[str, tuple[Any, ...]] = {
 
 
 NOT_HERE = (  # what the documented commands that are refused have in common
-    *("--enable_xformers", "--scale_lr", "--text_encoder_use_attention_mask", "--pretrained_vae", "prodigy"),
-    *("--cond_image_column", "--coca", "--val-num-samples", "--audio", "--force-patch-dropout", "4e8", "RN101"),
+    *("--scale_lr", "--text_encoder_use_attention_mask", "--pretrained_vae", "prodigy"),
+    *("--cond_image_column", "--coca", "--audio", "--force-patch-dropout", "4e8", "RN101"),
     *("--dataset-resampled", "--square-resize-only", "--wandb-project-name", "--sched step", "--jsd", "--model-kwargs"),
 )
 
@@ -131,6 +131,8 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
         ("train_clip", "--precision amp_bf16 --siglip", {"training.mixed_precision": "bf16", "loss.loss": "siglip"}),
         ("train_clip", "--siglip --epochs 2", {"training.epochs": 2, "loss.loss": "siglip"}),
         ("train_clip", "--lock-image", {"clip.towers": "text"}),
+        ("train_clip", "--val-num-samples 500 --lock-image", {"clip.towers": "text"}),
+        ("train_dreambooth", "--enable_xformers_memory_efficient_attention --seed 3", {"training.seed": 3}),
         ("train_clip", "--lock_text --wd=0.5", {"clip.towers": "vision", "training.weight_decay": 0.5}),
         (
             "train_clip",

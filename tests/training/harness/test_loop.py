@@ -17,6 +17,7 @@ from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.modes import train_mode
 from randlora_vision.training.harness.optim import decay_groups, schedule_factor
 from randlora_vision.training.harness.options import Training
+from randlora_vision.training.harness.progress import wrapped
 
 DATA = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 
@@ -116,7 +117,7 @@ def test_gradients_are_clipped_to_the_norm(limit: float) -> None:
     loop = trainer(task, log, steps=1, max_grad_norm=limit)
     seen: list[float] = []
     loop.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: seen.append(math.hypot(*(p.grad.norm().item() for p in loop.parameters)))
+        lambda *_: seen.append(math.hypot(*(p.grad.norm().item() for p in loop.names)))
     )
     loop.run()
     norm = log.of("train")[0][1]["grad_norm"]
@@ -209,3 +210,24 @@ def test_batch_statistics_stay_the_bases() -> None:
     model(torch.randn(2, 3, 4, 4))
     assert model[1].running_mean.eq(0).all()
     assert model[2].training and not model[1].training
+
+
+def test_lines_break_at_spaces_but_tables_and_code_do_not() -> None:
+    prose, code, table = "one two three four five", "    model = create(one, two)", "a  b  c  d  e  f  g"
+    assert wrapped(f"{prose}\n{code}\n{table}", 12) == f"one two\n  three four\n  five\n{code}\n{table}"
+    assert wrapped("a-path/that-is-too-long", 12) == "a-path/that-is-too-long"
+
+
+def test_the_names_in_a_table_become_shorter_so_that_it_fits() -> None:
+    head, rule = "target                kind    trained", "-" * 37
+    table = f"{head}\n{rule}\nblocks.*.attn.qkv     linear       32"
+    text = wrapped(f"{table}\n\nadapter: one two three four five six", 30)
+    assert text.split("\n") == [
+        "target         kind    trained",
+        "------------------------------",
+        "…s.*.attn.qkv  linear       32",
+        "",
+        "adapter: one two three four",
+        "  five six",
+    ]
+    assert wrapped(table, 80) == table

@@ -20,15 +20,13 @@ from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.checkpoints import (
     Checkpoint,
     Checkpoints,
-    State,
     list_checkpoints,
-    optimizer_state,
     read_checkpoint,
-    restore_optimizer,
 )
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.optim import _fused, decay_groups, make_optimizer, schedule_factor
+from randlora_vision.training.harness.optimizer_state import State, optimizer_state, restore_optimizer
 from randlora_vision.training.harness.options import CheckpointOptions, Training, TrainingOptions
 from randlora_vision.training.harness.progress import Best
 from randlora_vision.training.harness.seeding import seed_everything

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,3 +86,28 @@ def test_mistakes_are_found_when_the_options_are_built(
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=expected):
         RunOptions(report_to=names)
+
+
+def test_the_project_of_wandb_is_that_of_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    projects: list[str] = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, **_: projects.append(project))
+    for _ in range(2):
+        start_trackers(Accelerator(cpu=True), ("none",), tmp_path, {}, step=0)
+        monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert projects == ["randlora_vision", "mine"]
+
+
+def test_pictures_reach_a_tracker_through_its_interface(tmp_path: Path) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: list[tuple[dict[str, Any], int]] = []
+
+        def log_images(self, values: dict[str, Any], step: int) -> None:
+            self.seen.append((values, step))
+
+    Image.new("RGB", (3, 2)).save(tmp_path / "curves.png")
+    tracker = Tracker()
+    accelerator: Any = SimpleNamespace(trackers=[tracker, object()])
+    report_pictures(accelerator, 7, [tmp_path / "curves.png"])
+    ((values, step),) = tracker.seen
+    assert step == 7 and values["curves"][0].size == (3, 2)

@@ -1,0 +1,161 @@
+"""The model card of a run: README.md in its folder, which the Hugging Face Hub shows as the page of the adapter."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from randlora_vision.training.evaluation.curves import HEADLINES
+from randlora_vision.training.harness.options import Training
+from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.versions import versions
+
+_METHODS = {
+    "randlora": "RandLoRA adapter ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987))",
+    "lora": "LoRA adapter",
+    "vera": "VeRA adapter",
+    "full": "full fine-tuning",
+    "linear-probe": "linear classifier",
+}
+_PICTURES = {
+    "samples": "Samples over training",
+    "predictions": "Predictions",
+    "confusion": "Confusion",
+    "curves": "Training",
+    "scales": "Between base and adapted model",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a run.
+
+    Attributes:
+        library: The library of the model: timm, open_clip or diffusers.
+        task: What the model does, as the Hub calls it.
+        name: The model as its library names it; that of a local folder without its path.
+        repository: Its repository on the Hub, if it came from there.
+        revision: The commit or version of it, if known.
+    """
+
+    library: str
+    task: str
+    name: str
+    repository: str | None = None
+    revision: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry for summary.json."""
+        return {"name": self.name, "repository": self.repository, "revision": self.revision}
+
+
+def commit_of(repository: str, revision: str | None = None) -> str | None:
+    """Return the commit that a revision of a repository was in the local cache, else the revision."""
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+    except ImportError:
+        return revision
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    reference = folder / "refs" / (revision or "main")
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+
+
+def write_card(
+    run: RunFolder,
+    base: Base,
+    data: str,
+    training: Training,
+    summary: Mapping[str, Any],
+    code: Sequence[str],
+    repository: str | None = None,
+) -> None:
+    """Write the card of a finished run.
+
+    Args:
+        run: The run folder with its pictures.
+        base: The base model.
+        data: The name of the training data.
+        training: How it was trained.
+        summary: The content of summary.json.
+        code: The Python code that loads the adapter from the run folder.
+        repository: If given, the code loads the adapter from this repository of the Hub instead.
+    """
+    import yaml
+
+    name = (repository or run.path.resolve().name).rpartition("/")[2]
+    front = {
+        **({"base_model": base.repository, "base_model_relation": "adapter"} if base.repository else {}),
+        "library_name": base.library,
+        "pipeline_tag": base.task,
+        "tags": [summary["method"], "randlora_vision", *(["adapter"] if summary["method"] != "full" else [])],
+        "model-index": [{"name": name, "results": [_index(base, data, *test) for test in _tests(summary, "after")]}],
+    }
+    source = f"[{base.name}](https://huggingface.co/{base.repository})" if base.repository else f"`{base.name}`"
+    revision = f", revision `{base.revision}`" if base.revision else ""
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {name}", ""]
+    lines += [f"A {_METHODS[summary['method']]} for {source}{revision}, trained on {data}.", ""]
+    lines += ["## Results", "", *_results(summary), "", "## Use", "", "```python"]
+    lines += [*(at_hub(code, run, repository) if repository else code), "```", "", "## Training", ""]
+    lines += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in _training(training, summary))]
+    for picture, title in _PICTURES.items():
+        if (path := getattr(run, picture)).exists():
+            lines += ["", f"## {title}", "", f"![{title}]({path.name})"]
+    run.card.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def at_hub(code: Sequence[str], run: RunFolder, repository: str) -> list[str]:
+    """Return code that reads files of the run folder changed so that it reads those of a repository of the Hub."""
+    lines = ["from huggingface_hub import hf_hub_download", *code]
+    for path in (run.adapter, run.summary):
+        lines = [line.replace(repr(str(path)), f"hf_hub_download({repository!r}, {path.name!r})") for line in lines]
+    return [line.replace(repr(str(run.path)), repr(repository)) for line in lines]
+
+
+def _tests(summary: Mapping[str, Any], when: str) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Yield the name of each test and its metrics, for results of several tests and for those of one."""
+    results = summary[when] or {}
+    if all(isinstance(values, Mapping) for values in results.values()):
+        tasks = summary.get("tasks", {})
+        yield from ((f"{tasks.get(name, name)}, {name}", values) for name, values in results.items())
+    else:
+        yield "training images", results
+
+
+def _results(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a table of the results before and after training, with their confidence intervals."""
+    yield from ("| data | metric | before | after | 95% interval |", "|---|---|---:|---:|---|")
+    before = dict(_tests(summary, "before"))
+    after = (summary.get("confidence") or {}).get("after", {})
+    for test, values in _tests(summary, "after"):
+        intervals = after.get(test.rpartition(", ")[2], {})
+        for name, value in values.items():
+            was = _number(before[test][name], name) if name in before.get(test, {}) else ""
+            low_high = " to ".join(_number(end, name) for end in intervals.get(name, ()))
+            yield f"| {test} | {name} | {was} | {_number(value, name)} | {low_high} |"
+
+
+def _number(value: float, name: str) -> str:
+    proportion = name == "subject" or any(word in name for word in ("top", "recall", "_r1", "_r5", "_r10", "kept"))
+    return f"{value:.1%}" if proportion else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def _index(base: Base, data: str, test: str, values: Mapping[str, float]) -> dict[str, Any]:
+    """Return the entry of a test in the front matter: its headline, or else its first metric."""
+    name = next((name for name in HEADLINES if name in values), next(iter(values)))
+    metric = {"type": "accuracy" if name == "top1" else name, "name": HEADLINES.get(name, name), "value": values[name]}
+    return {"task": {"type": base.task}, "dataset": {"name": test, "type": data}, "metrics": [metric]}
+
+
+def _training(training: Training, summary: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield "trained numbers", f"{summary['trained_numbers']:,}"
+    yield "file", f"{summary['file_bytes']:,} bytes"
+    yield "steps", summary["steps"]
+    yield "images per step and process", training.batch_size * training.gradient_accumulation_steps
+    yield "optimiser", f"{training.optimizer}, learning rate {training.lr:g}, weight decay {training.weight_decay:g}"
+    yield "schedule", f"{training.schedule}, {training.warmup} steps of warmup"
+    yield "precision", training.mixed_precision
+    yield "seed", training.seed
+    found = versions()
+    shown = ("randlora_vision", "torch", "timm", "open_clip_torch", "diffusers")
+    yield "packages", ", ".join(f"{name} {found[name]}" for name in shown if name in found)
