@@ -27,7 +27,7 @@ SCRIPTS: dict[str, tuple[Any, ...]] = {
 
 NOT_HERE = (  # what the documented commands that are refused have in common
     *("--scale_lr", "--text_encoder_use_attention_mask", "--pretrained_vae", "prodigy"),
-    *("--cond_image_column", "--coca", "--audio", "--force-patch-dropout", "4e8", "RN101"),
+    *("--cond_image_column", "--coca", "--audio", "--force-patch-dropout", "--lock-text-unlocked", "4e8", "RN101"),
     *("--dataset-resampled", "--square-resize-only", "--wandb-project-name", "--sched step", "--jsd", "--model-kwargs"),
 )
 
