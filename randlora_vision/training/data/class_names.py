@@ -185,8 +185,11 @@ def _read_words(path: Path, flag: str, own: Sequence[str] | None = None) -> Any:
     text = read_text(path)
     words: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix.lower() == ".json":
+        words = parse_json(text, f"{flag}: {path}")
+        if own is not None and isinstance(words, dict):
+            words = _plain_names(words, own)
         kind = list[str] if own is None else list[str] | dict[str, str]
-        words = check_type(parse_json(text, f"{flag}: {path}"), kind, f"{flag}: {path}", "an entry")
+        check_type(words, kind, f"{flag}: {path}", "an entry")
     elif own is not None:
         words = _columns(words, path, own) or words
     if not words:
@@ -196,8 +199,28 @@ def _read_words(path: Path, flag: str, own: Sequence[str] | None = None) -> Any:
     return words
 
 
+def _plain_names(words: dict[str, Any], own: Sequence[str]) -> Any:
+    """Return names by class, or as a list, from other forms of them.
+
+    {"0": "tench", "1": ...} is a list unless classes are numbers; of {"cat": ["cat", "kitten"]} the first name counts;
+    {"0": ["n01440764", "tench"], ...} has the classes as the first of two.
+    """
+    keys = {_key(name) for name in own}
+    lists = all(isinstance(names, list) and names for names in words.values())
+    if lists and {len(names) for names in words.values()} == {2}:
+        pairs = [(str(first), second) for first, second in words.values()]
+        if {_key(first) for first, _ in pairs} == keys != {_key(key) for key in words}:
+            return dict(pairs)
+    if lists:
+        words = {key: names[0] for key, names in words.items()}
+    numbers = [whole_number(key) for key in words]
+    if not any(whole_number(name) is not None for name in own) and set(numbers) == set(range(len(words))):
+        return [name for _, name in sorted(zip(numbers, words.values(), strict=True))]
+    return words
+
+
 def _columns(lines: Sequence[str], path: Path, own: Sequence[str]) -> dict[str, str] | None:
-    """Return the names in a file of two columns, which are separated by a tab or comma, or by a space after the key.
+    """Return the names in a file of two columns, separated by a tab or comma, or by the first ; : or space in a line.
 
     The first column must have the classes of the data (`own`); a first line without one names the columns. Returns
     None for a list.
@@ -208,8 +231,9 @@ def _columns(lines: Sequence[str], path: Path, own: Sequence[str]) -> dict[str, 
         rows = [line.split("\t", 1) for line in lines]
     elif path.suffix.lower() == ".csv":
         rows = list(csv.reader(lines, strict=True))
-    elif {_key(line.partition(" ")[0]) for line in lines} == keys and all(" " in line for line in lines):
-        rows = [line.split(" ", 1) for line in lines]
+    if not rows or any(len(row) != 2 for row in rows):
+        ways = ([line.split(mark, 1) for line in lines] for mark in ";: ")
+        rows = next((way for way in ways if {_key(row[0]) for row in way} == keys), [])
     if not rows or any(len(row) != 2 for row in rows):
         return None
     if _key(rows[0][0]) not in keys:

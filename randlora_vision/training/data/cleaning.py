@@ -18,12 +18,12 @@ _WHOLE = re.compile(r"(\d+)(?:\.0+)?")  # 7, 007, and 7.0 as spreadsheets write 
 def clean_label(label: Label) -> str:
     """Return the text of a label: NFC, without white space around it, inner white space as single spaces.
 
-    It is empty for an image without a class: no label, only white space, NaN or -1.
+    It is empty for an image without a class: no label, only white space, NaN (in words too) or -1.
     """
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
     text = one_line(unicodedata.normalize("NFC", str(label)).strip(_INVISIBLE)).strip(_INVISIBLE)
-    return "" if text in ("-1", "-1.0") else text
+    return "" if text.lower() in ("-1", "-1.0", "nan", "<na>") else text
 
 
 def whole_number(label: str) -> int | None:
@@ -93,8 +93,10 @@ class Classes:
 
 
 def look_alike(names: Iterable[str]) -> Mapping[str, Sequence[str]]:
-    """Return the groups of names that differ only in case or underscores."""
+    """Return the groups of names that differ only in case or underscores, or are spellings of one number."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(one_line(name.replace("_", " ")).casefold(), []).append(name)
+        number = whole_number(name)
+        plain = one_line(name.replace("_", " ")).casefold() if number is None else str(number)
+        groups.setdefault(plain, []).append(name)
     return {name: group for name, group in groups.items() if len(group) > 1}

@@ -41,6 +41,9 @@ def to_rgb(image: Image.Image, background: Colour, note: Note) -> Image.Image:
     Values of more than 8 bits are scaled, and transparent pixels are composed on `background`. Raises OSError and
     whatever else Pillow raises for an image that it cannot decode.
     """
+    most = Image.MAX_IMAGE_PIXELS
+    if most and image.width * image.height > most:  # up to twice as many, Pillow only warns
+        raise OSError(f"it has {image.width} x {image.height} pixels, more than {most}")
     if _is_animated(image):
         note("only the first frame of several was used")
     image.load()

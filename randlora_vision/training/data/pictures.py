@@ -104,7 +104,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
-_NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir")
+_NOT_DATA = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 def is_hidden(name: str) -> bool:
@@ -122,26 +122,49 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, skipped: SkipList) -> list[Path]:
     """Return the image files below a folder, sorted; links to folders are followed, hidden files and folders are not.
 
-    A link that leads back to a folder that contains it is left out.
+    A link that leads back to a folder that contains it is left out. Images that Pillow cannot open, or whose names do
+    not say that they are images, are recorded in `skipped`.
     """
-    return sorted(_walk(folder, (folder.resolve(),)))
+    found = []
+    for path in sorted(_walk(folder, (folder.resolve(),))):
+        suffix = path.suffix.lower()
+        if is_image_name(path.name):
+            found.append(path)
+        elif suffix in _OTHER_IMAGES:
+            skipped.add(path, f"{suffix} files cannot be read: convert them")
+        elif not suffix and _is_image(path):
+            skipped.add(path, "it is an image without a suffix: rename it")
+    return found
 
 
 def has_images(folder: Path) -> bool:
     """Return whether `image_files` would find any."""
-    return any(True for _ in _walk(folder, (folder.resolve(),)))
+    return any(is_image_name(path.name) for path in _walk(folder, (folder.resolve(),)))
 
 
 def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield all files that are not hidden, also links to nothing and what is not a regular file."""
     for path in folder.iterdir():
-        if path.is_dir():
-            if not is_hidden(path.name) and (real := path.resolve()) not in above:
-                yield from _walk(path, (*above, real))
-        elif is_image_name(path.name) and path.is_file():
+        if is_hidden(path.name):
+            continue
+        if not path.is_dir():
             yield path
+        elif not any(place.is_relative_to(real := path.resolve()) for place in above):
+            yield from _walk(path, (*above, real))
+
+
+_OTHER_IMAGES = frozenset((".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".avif"))
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with open_file(path):
+            return True
+    except Exception:  # Pillow's readers raise many types
+        return False
 
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}

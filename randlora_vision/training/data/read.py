@@ -8,15 +8,16 @@ from randlora_vision.training.data.captioned import PairSplits, class_captions
 from randlora_vision.training.data.class_names import with_class_names
 from randlora_vision.training.data.cleaning import cleaned
 from randlora_vision.training.data.decode import parse_colour
+from randlora_vision.training.data.duplicates import repeated
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.options import DIGIT_PAIRS, DataOptions, SourceOptions
 from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
-from randlora_vision.training.data.sources.caption_folder import caption_folder_part, is_caption_folder
+from randlora_vision.training.data.sources.caption_folder import caption_folder_part, caption_folders
 from randlora_vision.training.data.sources.class_folders import class_folder_parts
 from randlora_vision.training.data.sources.hugging_face import hf_parts, is_saved_dataset
-from randlora_vision.training.data.sources.tables import TABLE_SUFFIXES, table_part
+from randlora_vision.training.data.sources.tables import TABLE_SUFFIXES, table_parts
 from randlora_vision.training.data.sources.tar_shards import is_shards, shards_parts
 from randlora_vision.training.data.sources.timm import timm_parts
 from randlora_vision.training.data.sources.torchvision import torchvision_parts
@@ -37,7 +38,17 @@ def read_data(options: DataOptions, skipped: SkipList, class_names: str | None =
     if options.streaming:
         return _finished(_streamed(options, skipped), options, class_names)
     splits = _embedded(options) or _make_splits(_all_parts(options, skipped), options)
-    return training_part(_finished(splits, options, class_names), options)
+    return _with_repeats(training_part(_finished(splits, options, class_names), options))
+
+
+def _with_repeats(splits: Splits) -> Splits:
+    """Return the splits with a note of the held-out images that are training images too."""
+    notes = [
+        f"{count} of the {len(images)} {split} images are training images too (the same bytes)"
+        for split, images in splits.images.items()
+        if split != "train" and (count := repeated(splits.images["train"], images))
+    ]
+    return replace(splits, notes=(*splits.notes, *notes))
 
 
 def _streamed(options: DataOptions, skipped: SkipList) -> Splits:
@@ -124,17 +135,17 @@ def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping
             return hf_parts(name, split or None, options)
         return torchvision_parts(name, split or None, options)
     if spec.startswith(_REMOTE):
-        raise ValueError(f"{spec}: only the training shards of --streaming are read from a URL; download it first")
+        raise ValueError(f"{spec}: data is read from disk only, except by --streaming; download it first")
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return {"train": table_part(path, options, skipped)}
+        return table_parts(path, options, skipped)
     if is_shards(spec):
         return shards_parts(spec, options, skipped)
     if path.is_file():
         raise ValueError(f"--data {spec}: a file must be a .csv, a .tsv or a .tar")
     if is_saved_dataset(path):
         return hf_parts(spec, None, options)
-    if is_caption_folder(path):
-        return {"train": caption_folder_part(path, skipped)}
+    if captioned := caption_folders(path):
+        return {split: caption_folder_part(folder, skipped) for split, folder in captioned.items()}
     return class_folder_parts(path, options, skipped)
 
 

@@ -43,6 +43,12 @@ def split_of(name: str) -> str | None:
     return _SPLIT_NAMES.get(re.sub("[^a-z]", "", name.lower()))
 
 
+def split_in(name: str) -> str | None:
+    """Return the split that one word of a name stands for (seg_train, set-val-0); None for no or several such words."""
+    found = [split for word in re.split("[^a-z]+", name.lower()) if (split := split_of(word))]
+    return found[0] if len(found) == 1 else None
+
+
 def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int) -> ImageSplits | PairSplits:
     """Return the splits of a source that has `train` and may have `val` and `test`.
 
@@ -116,7 +122,7 @@ def _check_parts(parts: Mapping[str, Part]) -> None:
     owners: dict[str, Part] = {}
     for part in parts.values() if len(parts) > 1 else ():
         named = (image for image in part.images if not isinstance(image, Image.Image | StoredImage))
-        files = {os.path.abspath(str(image)) for image in named}
+        files = {os.path.realpath(str(image)) for image in named}
         shared = sorted(file for file in files if file in owners)
         if shared:
             raise ValueError(
@@ -149,7 +155,8 @@ def _image_splits(name: str, parts: Mapping[str, Part], origin: str, classes: Pa
             f"only one class with images in {source.source} ({names[found.pop()]!r}): classification needs two or more"
         )
     alike = [
-        f"classes that differ only in case or underscores: {listing(group)}" for group in look_alike(names).values()
+        f"classes that differ only in case, underscores or the spelling of a number: {listing(group)}"
+        for group in look_alike(names).values()
     ]
     names = [name.replace("_", " ") for name in names]
     return ImageSplits(name, names, {s: list(parts[s].images) for s in present}, labels, origin, notes=tuple(alike))

@@ -199,7 +199,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a glob of a URL": ({"data": "{http}/*.tar"}, "spell URLs as in {000..012}"),
     "a URL of validation data": (
         {"val_data": "{http}/train-00.tar"},
-        "only the training shards of --streaming are read",
+        "data is read from disk only, except by --streaming",
     ),
     "a server that is not there": ({"data": "http://127.0.0.1:1/{0..1}.tar"}, "0.tar cannot be read: curl ended with"),
     "a library that is not there": ({"data": "s3://bucket/0.tar"}, "s3://bucket/0.tar cannot be read: Install s3fs"),

@@ -11,10 +11,20 @@ from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import has_images, is_hidden, is_image_name, subfolders, whole_images
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.tables import IMAGES, read_table
+from randlora_vision.training.data.splits import split_of
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _SIDECARS = (".txt", ".caption")  # the first that exists is used
 _CAPTION_KEYS = ("text", "caption", "prompt")  # the first one that an entry has is used
+
+
+def caption_folders(folder: Path) -> dict[str, Path]:
+    """Return the folder itself as `train`, or its splits, if they contain images with captions; else nothing."""
+    if is_caption_folder(folder):
+        return {"train": folder}
+    inside = [path for path in subfolders(folder) if has_images(path)] if folder.is_dir() else []
+    splits = {split: path for path in inside if (split := split_of(path.name)) and is_caption_folder(path)}
+    return splits if "train" in splits and len(splits) == len(inside) else {}
 
 
 def is_caption_folder(folder: Path) -> bool:
@@ -93,9 +103,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
         try:
             values = check_type(parse_json(line, "it"), dict, "it")
             key = next((key for key in _CAPTION_KEYS if key in values), _CAPTION_KEYS[0])
-            entry = check_object(values, {"file_name": str, key: str}, "it")
+            entry = check_object(values, {"file_name": str, key: str | None}, "it")
+            if key not in values:
+                raise ValueError(f"it lacks {key}")
         except ValueError as error:
             expected = f'{{"file_name": "1.png", "{_CAPTION_KEYS[0]}": "a photo of ..."}}'
             found = printable(line.strip(), 80)
             raise ValueError(f"{path}, line {number}: expected {expected}, found {found} ({error})") from None
-        yield f"{path}:{number}", entry["file_name"], entry[key]
+        yield f"{path}:{number}", entry["file_name"], entry[key] or ""

@@ -17,7 +17,7 @@ from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.tables import CAPTIONS, LABELS
 from randlora_vision.training.data.sources.tar_index import indexed_shard
 from randlora_vision.training.data.sources.tar_members import Sample
-from randlora_vision.training.data.splits import split_of
+from randlora_vision.training.data.splits import split_in, split_of
 
 _BRACES = re.compile(r"\{(?:([^{},]+(?:,[^{},]+)+)|(\d+)\.\.(\d+))\}")
 _SUFFIXES = (
@@ -107,8 +107,7 @@ def shard_groups(spec: str, skipped: SkipList) -> dict[str, list[Path]]:
                 skipped.add(str(path), "it is in none of the folders that are named after splits")
     else:
         for path in _shards_in(folder):
-            words = [split for word in re.split("[^a-z]+", path.name.lower()) if (split := split_of(word))]
-            groups.setdefault(words[0] if len(words) == 1 else "", []).append(path)
+            groups.setdefault(split_in(path.name) or "", []).append(path)
         if "train" not in groups or len(groups) == 1:
             groups = {"train": _shards_in(folder)}
         for path in groups.pop("", []):
@@ -202,7 +201,8 @@ def _json(sample: Sample) -> Mapping[str, Any]:
 def _what_lacks(samples: Sequence[Sample], options: SourceOptions) -> str:
     """Return a message that says what was expected and what was found."""
     if not any(sample.image for sample in samples):
-        return f"no images in {len(samples)} samples; expected members such as 000.jpg beside 000.txt"
+        expected = "expected members such as 000.jpg beside 000.txt (a name ends at the first dot)"
+        return f"no images in {len(samples)} samples; {expected}"
     key = options.label_column or options.caption_column
     wanted = f"{key!r} in its .json" if key else "a caption (.txt, .json) or a class (.cls, .json)"
     return f"no sample has {wanted}; {what_is_there(samples)}"
