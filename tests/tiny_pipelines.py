@@ -48,7 +48,7 @@ def clip_tokenizer(context: int) -> Any:
 
 
 PIXELS, LATENTS, CONTEXT = 16, 4, 16
-_MERGES, VOCABULARY = 1000, 1514
+_MERGES, VOCABULARY, WHOLE = 1000, 1514, 49408
 CLIP_WIDTH, T5_WIDTH, WORDS = 32, 24, ("a", "photo", "of", "sks", "digit", "dog")
 
 # fmt: off
@@ -89,16 +89,19 @@ def sd15() -> Any:
 
 
 def sdxl() -> Any:
-    """A StableDiffusionXLPipeline: two CLIP text encoders, the second one with a projection."""
+    """A StableDiffusionXLPipeline: two CLIP text encoders, the second one with a projection.
+
+    It keeps the whole vocabulary: with other random weights its second step turns rounding into visible differences.
+    """
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     return built(
         lambda: StableDiffusionXLPipeline(
             vae=vae(scaling_factor=0.13025),
-            text_encoder=clip_text(),
-            text_encoder_2=clip_text(projected=True),
-            tokenizer=clip_tokenizer(CONTEXT),
-            tokenizer_2=clip_tokenizer(CONTEXT),
+            text_encoder=clip_text(vocabulary=WHOLE),
+            text_encoder_2=clip_text(projected=True, vocabulary=WHOLE),
+            tokenizer=tokenizers.clip_tokenizer(CONTEXT),
+            tokenizer_2=tokenizers.clip_tokenizer(CONTEXT),
             unet=UNet2DConditionModel(**SDXL),
             scheduler=DDIMScheduler(**NOISE),
         )
@@ -183,20 +186,20 @@ def vae(levels: int = 2, kind: Any = None, **options: Any) -> Any:
     )
 
 
-def clip_text(projected: bool = False, context: int = CONTEXT) -> Any:
+def clip_text(projected: bool = False, context: int = CONTEXT, vocabulary: int = VOCABULARY) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=CLIP_WIDTH,
         intermediate_size=2 * CLIP_WIDTH,
         projection_dim=CLIP_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=context,
-        bos_token_id=VOCABULARY - 2,
-        eos_token_id=VOCABULARY - 1,
-        pad_token_id=VOCABULARY - 1,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
