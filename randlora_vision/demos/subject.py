@@ -18,7 +18,7 @@ from randlora_vision.training.dreambooth.subject import Subject
 
 DIGIT = 7
 _IMAGES = 5
-_SAMPLES, _SAMPLES_PER_DIGIT = 32, 4
+_SAMPLES, _SAMPLES_PER_DIGIT = 16, 3  # a few seconds at every evaluation
 
 
 def demo_subject(options: SubjectOptions) -> Subject:

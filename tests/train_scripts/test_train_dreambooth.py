@@ -249,6 +249,24 @@ def test_names_that_diffusers_has_for_the_same(train: Any) -> None:
     assert training.weight_decay == 0.1
 
 
+def test_names_that_kohya_has_for_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y", "--instance_prompt", "z"]
+    flags += ["--min_snr_gamma", "5", "--ip_noise_gamma", "0.1", "--noise_offset", "0.05", "--v_parameterization"]
+    flags += ["--loss_type", "smooth_l1", "--huber_schedule", "exponential", "--huber_c", "0.2", "--masked_loss"]
+    flags += ["--conditioning_data_dir", "masks", "--timestep_sampling", "flux_shift"]
+    module, seen = script("train_dreambooth"), []
+    module.train = seen.append  # type: ignore[attr-defined]
+    module.main(flags)
+    ((objective, subject),) = [(options.objective, options.subject) for options in seen]
+    assert (objective.snr_gamma, objective.input_perturbation, objective.noise_offset) == (5.0, 0.1, 0.05)
+    assert (objective.prediction_type, objective.flow_shift) == ("v_prediction", "resolution")
+    assert (objective.loss_type, objective.huber_schedule, objective.huber_c) == ("smooth_l1", "exponential", 0.2)
+    assert subject.mask_data_dir == "masks"
+    with pytest.raises(SystemExit):
+        module.main([*flags, "--zero_terminal_snr"])
+    assert "rescale_betas_zero_snr" in capsys.readouterr().err
+
+
 # The text encoder
 
 
