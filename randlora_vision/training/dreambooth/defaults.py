@@ -19,7 +19,7 @@ from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, 
 
 DEFAULTS = ScriptDefaults(
     own={"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)},
-    digits={"randlora": Defaults(1e-3, 8), "lora": Defaults(3e-3, 4), "full": Defaults(5e-4)},
+    digits={"randlora": Defaults(2e-3, 8), "lora": Defaults(6e-3, 4), "full": Defaults(5e-4)},
     own_steps=500,
     digits_steps=300,
 )
