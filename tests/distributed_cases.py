@@ -164,25 +164,20 @@ def check_parts_of_unequal_size() -> None:
         assert seen.tolist() == streamed.tolist() == numbers.tolist()
 
 
-DREAMBOOTH = [
-    *["--pretrained-model-name-or-path", "WORK/sd3", "--instance-data-dir", "WORK/images/one"],
-    *["--instance-prompt", "a photo of sks digit", "--class-prompt", "a photo of a digit"],
-    *["--with-prior-preservation", "--num-class-images", "3", "--train-text-encoder", "--max-sequence-length", "16"],
-    *["--resolution", "16", "--num-inference-steps", "2", "--rank", "4", "--lr", "1e-2", "--steps", "3"],
-    *["--batch-size", "1", "--schedule", "constant", "--log-every", "1", "--report-to", "none"],
-]
+DREAMBOOTH = Case(
+    "dreambooth",
+    "train_dreambooth",
+    (
+        *("--pretrained-model-name-or-path", "WORK/sd3", "--instance-data-dir", "WORK/images/one"),
+        *("--instance-prompt", "a photo of sks digit", "--class-prompt", "a photo of a digit"),
+        *("--with-prior-preservation", "--class-data-dir", "WORK/class images", "--num-class-images", "3"),
+        *("--train-text-encoder", "--max-sequence-length", "16", "--resolution", "16", "--num-inference-steps", "2"),
+        *("--rank", "4", "--lr", "0.1", "--schedule", "constant", "--caption-dropout-rate", "0.3"),
+    ),
+)
 """SD3 has adapters that get no gradient, and prior preservation makes batches twice as long."""
 LAST = "the other cases have ended"
 """Printed before DreamBooth, which has parameters without a gradient on some models only, of which PyTorch warns."""
-
-
-def run_dreambooth(work: Path) -> None:
-    from randlora_vision.training.dreambooth import task
-
-    forget_accelerator()
-    task._MEASURED = 4
-    argv = [word.replace("WORK", str(work)) for word in DREAMBOOTH]
-    script("train_dreambooth").main([*argv, "--output-dir", str(work / "dreambooth")])
 
 
 def main(rank: int, port: int, work: Path, output: Path) -> None:
@@ -216,7 +211,7 @@ def main(rank: int, port: int, work: Path, output: Path) -> None:
         run_sharded(version, work, output / f"fsdp{version}")
     distributed.barrier()
     print(LAST, file=sys.stderr, flush=True)
-    run_dreambooth(work)
+    run_case(DREAMBOOTH, work, output, 2)
     (work / f"changes-{rank}.json").write_text(json.dumps(changes))
     assert distributed.get_world_size() == 2
 

@@ -13,7 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed_cases import CASES, LAST, RESUMED, SHARDED, STOPPED, Case, forget_accelerator, run_case
+from tests.distributed_cases import (
+    CASES,
+    DREAMBOOTH,
+    LAST,
+    RESUMED,
+    SHARDED,
+    STOPPED,
+    Case,
+    forget_accelerator,
+    run_case,
+)
 from tests.tiny_pipelines import PIPELINES
 from tests.training_helpers import TINY_CONFIG, write_class_folders, write_tiny_clip, write_tiny_vit
 
@@ -65,7 +75,7 @@ def test_two_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -
     check_resumed_on_one(work, two)
     check_sharded(work, two)
     check_writers(work)
-    check_dreambooth(work / "dreambooth")
+    check_dreambooth(work, two)
 
 
 def check_case(case: Case, work: Path, two: Path) -> None:
@@ -124,9 +134,8 @@ def check_writers(work: Path) -> None:
     assert second == []
 
 
-def check_dreambooth(folder: Path) -> None:
-    summary = json.loads((folder / "summary.json").read_text())
+def check_dreambooth(work: Path, two: Path) -> None:
+    check_case(DREAMBOOTH, work, two)
+    summary = json.loads((two / DREAMBOOTH.name / "summary.json").read_text())
     assert summary["reload_difference"] == 0 and summary["after"]["loss"] < summary["before"]["loss"]
-    assert len(list((folder / "class_images").glob("*.png"))) == 3
-    losses = [line["loss"] for line in metrics(folder) if line["split"] == "train"]
-    assert len(losses) == 3 and min(losses) > 0.1
+    assert len(list((work / "class images").glob("*.png"))) == 3

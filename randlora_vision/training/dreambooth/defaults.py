@@ -86,6 +86,6 @@ def _demo_validation(validation: ValidationOptions) -> ValidationOptions:
         validation,
         validation_prompt=validation.validation_prompt
         or ("a photo of sks digit", "a photo of the digit seven", "a photo of the digit two"),
-        num_inference_steps=validation.num_inference_steps or 20,
+        num_inference_steps=validation.num_inference_steps or 12,
         validation_guidance_scale=validation.validation_guidance_scale or 3.0,
     )
