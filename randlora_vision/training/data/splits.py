@@ -6,7 +6,6 @@ splits of existing runs again.
 
 import os
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,32 +20,10 @@ from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.options import SplitOptions
 from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import StoredImage
+from randlora_vision.training.data.split_names import SPLITS
 
 _Splits = TypeVar("_Splits", bound=ImageSplits | PairSplits)
 _MOST_PAIRS = 1000  # held out: recall compares all pairs, and 1000 is the usual number in the literature
-SPLITS = ("train", "val", "test")
-_SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "validate", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_SPLIT_NAMES = {
-    spelling + ending: split
-    for split, spellings in _SPELLINGS.items()
-    for spelling in spellings
-    for ending in ("", "set", "data", "images", "split")
-}
-
-
-def split_of(name: str) -> str | None:
-    """Return the split that a folder or split is named after (Training, test_set, val2017), or None."""
-    return _SPLIT_NAMES.get(re.sub("[^a-z]", "", name.lower()))
-
-
-def split_in(name: str) -> str | None:
-    """Return the split that one word of a name stands for (seg_train, set-val-0); None for no or several such words."""
-    found = [split for word in re.split("[^a-z]+", name.lower()) if (split := split_of(word))]
-    return found[0] if len(found) == 1 else None
 
 
 def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int) -> ImageSplits | PairSplits:

@@ -11,7 +11,7 @@ from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import has_images, is_hidden, is_image_name, subfolders, whole_images
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.tables import IMAGES, read_table
-from randlora_vision.training.data.splits import split_of
+from randlora_vision.training.data.split_names import split_of
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _SIDECARS = (".txt", ".caption")  # the first that exists is used

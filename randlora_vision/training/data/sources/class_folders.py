@@ -8,7 +8,7 @@ from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import has_images, image_files, is_image_name, subfolders, whole_images
 from randlora_vision.training.data.skipped import SkipList
-from randlora_vision.training.data.splits import SPLITS, split_in, split_of
+from randlora_vision.training.data.split_names import SPLITS, split_in, split_of
 
 
 def class_folder_parts(root: Path, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:

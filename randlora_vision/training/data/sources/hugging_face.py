@@ -13,7 +13,7 @@ from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import StoredImage
 from randlora_vision.training.data.sources.tables import Columns, find_columns
 from randlora_vision.training.data.sources.torchvision import forbid_fetching
-from randlora_vision.training.data.splits import split_of
+from randlora_vision.training.data.split_names import split_of
 
 
 def is_saved_dataset(folder: Path) -> bool:

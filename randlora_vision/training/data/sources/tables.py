@@ -15,7 +15,7 @@ from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import whole_images
 from randlora_vision.training.data.skipped import SkipList
-from randlora_vision.training.data.splits import split_of
+from randlora_vision.training.data.split_names import split_of
 
 # In order of preference: the names used by open_clip, diffusers and Hugging Face's datasets.
 IMAGES = ("image", "img", "filepath", "file_name", "filename", "image_path", "path", "file")

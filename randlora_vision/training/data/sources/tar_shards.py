@@ -17,7 +17,7 @@ from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.tables import CAPTIONS, LABELS
 from randlora_vision.training.data.sources.tar_index import indexed_shard
 from randlora_vision.training.data.sources.tar_members import Sample
-from randlora_vision.training.data.splits import split_in, split_of
+from randlora_vision.training.data.split_names import split_in, split_of
 
 _BRACES = re.compile(r"\{(?:([^{},]+(?:,[^{},]+)+)|(\d+)\.\.(\d+))\}")
 _SUFFIXES = (
