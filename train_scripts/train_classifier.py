@@ -21,9 +21,10 @@ from randlora_vision.errors import user_errors
 from randlora_vision.training.classifier.data import read_images
 from randlora_vision.training.classifier.defaults import DEFAULTS, resolve
 from randlora_vision.training.classifier.evaluation import Exam, evaluate, write_results
+from randlora_vision.training.classifier.loaded import LoadedClassifier
 from randlora_vision.training.classifier.loss import ClassifierLoss
 from randlora_vision.training.classifier.methods import adapt, head_parameters, own_rates
-from randlora_vision.training.classifier.models import LoadedClassifier, load_classifier, with_own_head
+from randlora_vision.training.classifier.models import load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
 from randlora_vision.training.classifier.timm_flags import TIMM
 from randlora_vision.training.data.batches import evaluation_batches
