@@ -81,6 +81,8 @@ def commands(page: Path) -> Iterator[str]:
         for line in text.replace("\\\n", " ").splitlines():
             if line.strip() and not line.startswith(("#", "--")):  # "--": forms of an option
                 yield line
+    for text in blocks(page, "bash"):  # scripts, of which the commands that start ours are checked
+        yield from re.findall(r"train_scripts/\w+\.py [^']*", text.replace("\\\n", " "))
 
 
 COMMANDS = [(name(page), line) for page in PAGES for line in commands(page)]
