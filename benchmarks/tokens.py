@@ -1,6 +1,7 @@
-"""One adapted layer at 1 to 65,536 tokens: FLOPs and time of every method and every fixed order of products.
+"""One adapted layer at 1 to 65,536 tokens: FLOPs, time and kept bytes of every method and fixed order of products.
 
 python -m benchmarks.tokens
+python -m benchmarks.tokens --inputs 3072 --outputs 768
 
 The planner's curve ("ours, auto") is never above the curves of the fixed orders.
 """
@@ -55,6 +56,7 @@ CURVES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ours, always dense": _pinned("uniform", "dense"),
     "ours, always factored": _pinned("uniform", "factored"),
     "ours, auto": _pinned("uniform", "auto"),
+    "ours, fewest bytes": _pinned("uniform", "memory"),
     "ours, structured": _pinned("structured", "auto"),
 }
 
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = [2**power for power in range(17)]
     flops: dict[str, list[int]] = {name: [] for name in CURVES}
     times: dict[str, list[float]] = {name: [] for name in CURVES}
+    kept: dict[str, list[int]] = {name: [] for name in CURVES}
     timed = [count for count in tokens if count <= options.timed_tokens]
     with tqdm(total=len(tokens) + len(timed), unit="point") as bar:
         meta = _trainees(options, torch.device("meta"))
@@ -93,10 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 trainee.inputs = _inputs(count, options.inputs, torch.device(options.device))
             seconds = measure.step_times(real, options.rounds)
             for name in CURVES:
+                kept[name].append(measure.kept_bytes(real[name]))
                 pairs = zip(seconds[name], seconds["PEFT RandLora"], strict=True)
                 times[name].append(median(own / other for own, other in pairs))
             bar.update()
-    _write_csv(tokens, flops, times, options.output_dir / "tokens.csv")
+    _write_csv(tokens, flops, times, kept, options.output_dir / "tokens.csv")
     shape = f"{options.inputs} to {options.outputs} features, rank {_RANK}"
     _plot(tokens, flops, timed, times, shape, options.output_dir / "tokens.png")
     print(verdict(tokens, flops))
@@ -130,13 +134,21 @@ def _inputs(tokens: int, features: int, device: torch.device) -> dict[str, Tenso
     return {"x": torch.randn(tokens, features, device=device, requires_grad=True)}
 
 
-def _write_csv(tokens: Sequence[int], flops: dict[str, list[int]], times: dict[str, list[float]], path: Path) -> None:
+def _write_csv(
+    tokens: Sequence[int],
+    flops: dict[str, list[int]],
+    times: dict[str, list[float]],
+    kept: dict[str, list[int]],
+    path: Path,
+) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["tokens", *(f"FLOPs, {name}" for name in flops), *(f"time, {name}" for name in times)])
+    kinds = ("FLOPs", "time", "bytes kept for backward")
+    writer.writerow(["tokens", *(f"{kind}, {name}" for kind in kinds for name in flops)])
     for i, count in enumerate(tokens):
-        measured = [f"{values[i]:.4f}" if i < len(values) else "" for values in times.values()]
-        writer.writerow([count, *(values[i] for values in flops.values()), *measured])
+        timed = [f"{values[i]:.4f}" if i < len(values) else "" for values in times.values()]
+        bytes_ = [values[i] if i < len(values) else "" for values in kept.values()]
+        writer.writerow([count, *(values[i] for values in flops.values()), *timed, *bytes_])
     write_text(path, text.getvalue())
 
 

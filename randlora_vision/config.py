@@ -30,7 +30,7 @@ BASES_KINDS = (
     "peft_very_sparse",
     "stored",
 )
-COMPUTE = ("auto", "dense", "factored")
+COMPUTE = ("auto", "dense", "factored", "memory")
 """Which orders of products are allowed; see `randlora_vision.compute.planner`."""
 INITS = ("lambda-zero", "gamma-zero")
 _LARGEST_RANK = 2**63 - 1
@@ -80,9 +80,11 @@ class RandLoRAConfig:
         modules_to_save: Modules or parameters trained in full and saved with the adapter, such as a new
             classifier head or CLIP's ``logit_scale``; names match as in ``target_modules``.
         compute: Order of the matrix products of a called Linear layer: ``"auto"`` uses the cheapest for the current
-            number of tokens, ``"dense"`` always builds W + delta W, and ``"factored"`` always applies the factors to
-            the tokens. The results are equal up to rounding. This is not a property of the adapter: two
-            configurations that differ only in it compare equal, and it is not stored in files.
+            number of tokens, ``"dense"`` always builds W + delta W, ``"factored"`` always applies the factors to the
+            tokens, and ``"memory"`` uses the cheapest that keeps the fewest bytes for the backward pass (it differs in
+            layers with more inputs than outputs, and with many tokens). The results are equal up to rounding. This is
+            not a property of the adapter: two configurations that differ only in it compare equal, and it is not
+            stored in files.
 
     Raises:
         ValueError: If a value is out of range or of the wrong type; the message names the field.

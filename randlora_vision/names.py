@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable, Iterator, Set
 
 PARTS = ("lambda", "gamma")
+NAME = "{}_randlora_{}_{}"
+"""Format of a name of lambda or gamma: the adapted parameter, the part, the adapter."""
 MESSAGE_LIMIT = 2000
 """Maximum characters of a message that includes text from a file."""
 
 
 def parameter_name(param: str, part: str, adapter_name: str) -> str:
     """Name under which an adapter's lambda or gamma for `param` is registered on the module."""
-    return f"{param}_randlora_{part}_{adapter_name}"
+    return NAME.format(param, part, adapter_name)
 
 
 def is_adapter_name(path: str) -> bool:

@@ -5,7 +5,7 @@ An update of torch that changes one of these fails in `tests/test_torch_internal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -36,9 +36,28 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def reshaped_as_own(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A contiguous tensor in another shape that autograd does not treat as a view."""
-    return torch.ops.aten._unsafe_view(tensor, list(shape))
+transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""True inside the transforms of torch.func, such as vmap."""
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
+"""True while torch.jit traces; sizes are tensors then."""
+
+
+def writes_are_private() -> bool:
+    """True if nothing records or transforms operations, so that their results may be written into new tensors."""
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or transforms_are_active() or is_jit_tracing():
+        return False
+    # A graph of torch.export or make_fx may run with gradients later.
+    return not torch_exports() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+
+
+def reshaped_as_own(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, as one that autograd does not treat as a view.
+
+    Autograd forbids writes into a view from a Function.
+    """
+    if torch.compiler.is_dynamo_compiling() or tensor._is_view() or not tensor.is_contiguous():
+        return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
+    return tensor
 
 
 def fake_mode_of(tensor: Tensor) -> Any:
@@ -55,13 +74,16 @@ def assumed_constant(function: _Function) -> _Function:
     return function
 
 
+torch_exports: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""True while torch.export traces."""
+
+
 def is_exporting() -> bool:
     """True while torch.jit or torch.export traces, whose graphs are used at other sizes and hold operators alone.
 
     PyTorch 2.6 cannot tell for torch.export.
     """
-    check = getattr(torch.compiler, "is_exporting", None)
-    return bool(torch.jit.is_tracing() or (check is not None and check()))  # type: ignore[attr-defined]
+    return torch_exports() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def persistent_names(module: nn.Module) -> list[str]:

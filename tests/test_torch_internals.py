@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_reshaped_result_may_be_written_to() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, x: Tensor) -> Tensor:
-            return internals.reshaped_as_own(2 * x, (2, 2))
+            return internals.reshaped_as_own((2 * x).view(2, 2))
 
         @staticmethod
         def backward(ctx: object, grad: Tensor) -> Tensor:
@@ -174,3 +175,23 @@ def test_export_is_noticed() -> None:
     with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
         torch.jit.trace(Model(), (torch.ones(2),))
     assert seen[0] and not internals.is_exporting()
+
+
+def test_results_are_not_written_into_tensors_while_anything_records() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    seen = {}
+
+    def record(name: str) -> Any:
+        def function(x: Tensor) -> Tensor:
+            seen[name] = internals.writes_are_private()
+            return x * 2
+
+        return function
+
+    with torch.no_grad():
+        record("no gradients")(torch.ones(2))
+        make_fx(record("make_fx"))(torch.ones(2))
+        torch.vmap(record("vmap"))(torch.ones(2))
+    record("gradients")(torch.ones(2))
+    assert [name for name, private in seen.items() if private] == ["no gradients"]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision.bases.products import Term
-from randlora_vision.torch_internals import assumed_constant, fake_mode_of
+from randlora_vision.torch_internals import assumed_constant, fake_mode_of, is_jit_tracing
 
 A, B = 0, 1
 _Made = TypeVar("_Made")
@@ -70,6 +70,8 @@ class Bases:
         self._sha256: str | None = None
         self._drawn: dict[int, Tensor] = {}
         """Matrices drawn for the checksum, kept until they are converted to the dtype of the products."""
+        self._found: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+        """The tensors of terms that were made for plain parameters, which are the same for each of these shapes."""
         self._inputs = _Inputs()
 
     def a(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -81,7 +83,7 @@ class Bases:
         return self.kept(B, device, dtype)[0]
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> Term:
-        """The update of one adapter on one parameter.
+        """The update of one adapter on one parameter, which must be cheap: every forward pass of a layer needs it.
 
         Args:
             lam: lambda (R, N).
@@ -119,6 +121,22 @@ class Bases:
         """
         tensors = self._tensors.get((key, device, dtype))
         return self._keep(key, device, dtype) if tensors is None else tensors
+
+    def _of_term(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The tensors of a term that is not in `_found`."""
+        raise NotImplementedError
+
+    def _tensors_for(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The tensors of the bases for a term."""
+        # Fake tensors and those of transforms are not Parameters, and compiled code multiplies lambda by its scale.
+        plain = type(lam) is nn.Parameter and not is_jit_tracing()
+        key = (wide, lam.shape, gamma.shape, dtype, lam.dtype, lam.device) if plain else None
+        if key is not None and key in self._found:
+            return self._found[key]
+        made = self._of_term(lam, gamma, wide, dtype)
+        if key is not None and not torch.compiler.is_dynamo_compiling():
+            self._found[key] = made
+        return made
 
     def _beside(self, key: Hashable, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The tensors of a key for products with `like`: those of `kept`, or fake ones."""

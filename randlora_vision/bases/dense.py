@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from randlora_vision.bases.base import A, B, Bases, sizes_of
-from randlora_vision.bases.products import Costs, add_product, diagonal_gradients, range_power, scaled_a
-from randlora_vision.bases.random import normal, uniform, words
+from randlora_vision.bases.products import (
+    Costs,
+    add_product,
+    diagonal_gradients,
+    range_power,
+    scaled_a,
+    scaled_product,
+)
+from randlora_vision.bases.random import filled, normal, uniform
 
 
 class DenseBases(Bases, kinds=("uniform", "normal")):
@@ -22,10 +29,13 @@ class DenseBases(Bases, kinds=("uniform", "normal")):
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
         """As `Bases.term`."""
+        a, b = self._tensors_for(lam, gamma, wide, dtype)
+        return DenseTerm(a, b, lam, gamma, scale)
+
+    def _of_term(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         rank, bases, narrow = sizes_of(lam, gamma)
         (a,) = self._beside((A, rank, narrow), lam, lam.dtype)
-        (b,) = self._beside((B, wide, rank * bases), lam, dtype)
-        return DenseTerm(a, b, lam, gamma, scale)
+        return a, *self._beside((B, wide, rank * bases), lam, dtype)
 
     def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
         if not isinstance(key, tuple):
@@ -37,10 +47,7 @@ class DenseBases(Bases, kinds=("uniform", "normal")):
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
         """As `Bases.generate`: one stream of random bits per row, consumed from the first column on."""
         draw, count = {"uniform": (uniform, (columns + 1) // 2), "normal": (normal, 3 * columns)}[kind]
-        out = np.empty((rows, columns), dtype=np.float32)
-        for row in range(rows):
-            out[row] = draw(words(seed, matrix, row, count))[:columns]
-        return out
+        return filled(np.empty((rows, columns), dtype=np.float32), seed, matrix, count, draw)
 
 
 class DenseTerm(NamedTuple):
@@ -84,10 +91,12 @@ class DenseTerm(NamedTuple):
         """The dtype of the matrix products."""
         return self.dtype or self.b.dtype
 
-    @property
-    def product_scale(self) -> float:
-        """The factor s / c of products with values from `times_af_t`."""
-        return self.scale / range_power(self.gamma)
+    def prepared(self) -> DenseTerm:
+        """As `Term.prepared`."""
+        if torch.float16 not in (self.b.dtype, self.dtype):
+            return self
+        power = range_power(self.gamma)
+        return self._replace(gamma=self.gamma * power, scale=self.scale / power)
 
     def costs(self) -> Costs:
         """FLOPs of the products below."""
@@ -95,45 +104,52 @@ class DenseTerm(NamedTuple):
 
     def b_as(self, dtype: torch.dtype) -> Tensor:
         """B in `dtype`; for ternary bases it exists only during one product."""
-        return self.b.to(dtype) * self.unit if self.b.dtype == torch.int8 else self.b.to(dtype)
+        if self.b.dtype != torch.int8:
+            return self.b.to(dtype)
+        return self.b * self.unit if dtype == torch.get_default_dtype() else self.b.to(dtype) * self.unit
 
     def times_b(self, wide: Tensor) -> Tensor:
         """Return ``wide`` (T, M) times B: (T, K)."""
-        return torch.mm(wide, self.b_as(wide.dtype))
+        return torch.mm(wide, self.b if self.b.dtype == wide.dtype else self.b_as(wide.dtype))
 
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
         """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
-        return add_product(total, hidden, self.b_as(hidden.dtype).t(), self.product_scale)
+        b = self.b if self.b.dtype == hidden.dtype else self.b_as(hidden.dtype)
+        return add_product(total, hidden, b.t(), self.scale)
 
-    def times_af_t(self, narrow: Tensor) -> Tensor:
-        """Return ``narrow`` (T, m) times Af^T: (T, K), scaled by c."""
-        return torch.mm(narrow, self._scaled_a(narrow.dtype).t())
+    def times_af_t(self, narrow: Tensor, factor: float = 1.0) -> tuple[Tensor, None]:
+        """Return ``factor`` times ``narrow`` (T, m) times Af^T: (T, K); `gradients` has no use for parts of it."""
+        af_t = scaled_a(self.a, self.lam, self.gamma, narrow.dtype).t()
+        return torch.mm(narrow, af_t) if factor == 1.0 else scaled_product(narrow, af_t, factor), None
 
-    def times_af(self, total: Tensor | None, u: Tensor) -> Tensor:
-        """Return ``total`` (T, m) + s u Af."""
-        return add_product(total, u, self._scaled_a(u.dtype), self.product_scale)
+    def times_af(self, total: Tensor | None, u: Tensor) -> tuple[Tensor, None]:
+        """Return ``total`` (T, m) + s u Af; `gradients` has no use for parts of it."""
+        return add_product(total, u, scaled_a(self.a, self.lam, self.gamma, u.dtype), self.scale), None
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
         """Return ``weight`` (O, I) + delta W."""
-        af, b = self._scaled_a(self.product_dtype), self.b_as(self.product_dtype)
+        dtype = self.dtype or self.b.dtype
+        b = self.b if self.b.dtype == dtype else self.b_as(dtype)
+        af = scaled_a(self.a, self.lam, self.gamma, dtype)
         left, right = (b, af) if tall else (af.t(), b.t())
-        return add_product(weight, left, right, self.product_scale)
+        if weight is not None and weight.dtype == dtype:  # as `add_product` does, without the call
+            return torch.addmm(weight, left, right, alpha=self.scale)
+        return add_product(weight, left, right, self.scale)
 
-    def gradients(self, u: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma from the wide side's tokens times B and the narrow side's tokens (T, m)."""
-        return diagonal_gradients(self.a, self.lam, self.gamma, self.scale, torch.mm(u.t(), narrow))
+    def gradients(
+        self, u: Tensor, narrow: Tensor, classes: None = None, projected: None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Products.gradients`."""
+        return diagonal_gradients(self.a, self.lam, self.gamma, scaled_product(u.t(), narrow, self.scale))
 
     def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from the gradient of the update (M, m)."""
-        d_af = torch.mm(self.b_as(d_weight.dtype).t(), d_weight)
-        return diagonal_gradients(self.a, self.lam, self.gamma, self.scale, d_af)
-
-    def _scaled_a(self, dtype: torch.dtype) -> Tensor:
-        return scaled_a(self.a, self.lam, self.gamma, dtype)
+        d_af = scaled_product(self.b_as(d_weight.dtype).t(), d_weight, self.scale)
+        return diagonal_gradients(self.a, self.lam, self.gamma, d_af)
 
 
 def dense_costs(wide: int, narrow: int, inner: int) -> Costs:
     """FLOPs of the products with bases that are stored as matrices."""
     product, reductions = 2 * wide * narrow * inner, 4 * narrow * inner
     times_af_t = 2 * narrow * inner
-    return Costs(product, 2 * wide * inner, times_af_t, times_af_t, reductions, product + reductions)
+    return Costs(product, 2 * wide * inner, times_af_t, times_af_t, 0, 0, reductions, product + reductions)

@@ -7,9 +7,8 @@ Shapes: M wide, m narrow, R rank, N bases, K = N * R, T tokens (rows), u = token
 
 `dense.DenseTerm` stores B as a matrix, `structured.StructuredTerm` as small factors; both implement `Term`.
 
-Gamma starts at 1 / max(N, m), so products with it would be subnormal in float16. Everything is computed with
-gamma * c, where c is the smallest power of two that is at least max(N, m). This scaling is exact, brings the values
-back into range, and is undone where products accumulate in float32.
+Gamma starts at 1 / max(N, m), so products with it would be subnormal in float16. There, `Term.prepared` computes with
+gamma * c and s / c, where c is the smallest power of two that is at least max(N, m). This scaling is exact.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from randlora_vision.torch_internals import writes_are_private
 
 
 class Costs(NamedTuple):
@@ -33,6 +34,10 @@ class Costs(NamedTuple):
     """One token times Af^T, from m to K numbers. The way back from K to m costs the same."""
     gradient: int
     """Gradients of lambda and gamma per token, with the wide side already multiplied by B."""
+    shared_wide: int
+    """The part of these gradients per token that `Products.times_af` computes too, for the same u."""
+    shared_narrow: int
+    """The part that `Products.times_af_t` computes too, for the same narrow side."""
     gradient_once: int
     """The part of these gradients that does not depend on the number of tokens."""
     weight_gradient: int
@@ -44,10 +49,7 @@ class Costs(NamedTuple):
 
 
 class Term(Protocol):
-    """One adapter's part of an update; every method is differentiable in the term's tensors.
-
-    The arguments ``total`` and ``weight`` may be None to compute only the update.
-    """
+    """One adapter's part of an update: its bases, lambda, gamma and scale."""
 
     @property
     def lam(self) -> Tensor:
@@ -58,30 +60,36 @@ class Term(Protocol):
         """The tensor gamma (N, m)."""
 
     @property
-    def scale(self) -> float:
-        """The scale s: alpha / rank times the run-time scale."""
-
-    @property
     def wide(self) -> int:
         """The wide side M."""
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        """The tensors of the bases."""
+
+    def with_tensors(self, frozen: Sequence[Any], lam: Any, gamma: Any) -> Any:
+        """The same term with its tensors replaced by these, or by None."""
+
+    def costs(self) -> Costs:
+        """FLOPs of the products."""
+
+    def prepared(self) -> Products:
+        """The term with what the products of forward and backward share computed once, differentiably."""
+
+
+class Products(Term, Protocol):
+    """A prepared term; every method is differentiable in the term's tensors.
+
+    The arguments ``total`` and ``weight`` may be None to compute only the update.
+    """
 
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
 
     @property
-    def product_scale(self) -> float:
-        """The factor s / c of products with values from `times_af_t`."""
-
-    @property
-    def frozen(self) -> tuple[Tensor, ...]:
-        """The tensors of the bases."""
-
-    def with_tensors(self, frozen: Sequence[Any], lam: Any, gamma: Any) -> Term:
-        """The same term with its tensors replaced by these, or by None."""
-
-    def costs(self) -> Costs:
-        """FLOPs of the products below."""
+    def scale(self) -> float:
+        """The factor s of the products with values from `times_af_t`."""
 
     def times_b(self, wide: Tensor) -> Tensor:
         """Return ``wide`` (T, M) times B: (T, K)."""
@@ -89,31 +97,37 @@ class Term(Protocol):
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
         """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
 
-    def times_af_t(self, narrow: Tensor) -> Tensor:
-        """Return ``narrow`` (T, m) times Af^T: (T, K), scaled by c."""
+    def times_af_t(self, narrow: Tensor, factor: float = 1.0) -> tuple[Tensor, Any]:
+        """Return ``factor`` times ``narrow`` (T, m) times Af^T (T, K), and what `gradients` takes as `projected`."""
 
-    def times_af(self, total: Tensor | None, u: Tensor) -> Tensor:
-        """Return ``total`` (T, m) + s u Af."""
+    def times_af(self, total: Tensor | None, u: Tensor) -> tuple[Tensor, Any]:
+        """Return ``total`` (T, m) + s u Af, and what `gradients` takes as `classes`."""
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
         """Return ``weight`` (O, I) + delta W."""
 
-    def gradients(self, u: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma from the wide side's tokens times B and the narrow side's tokens (T, m)."""
+    def gradients(self, u: Tensor, narrow: Tensor, classes: Any = None, projected: Any = None) -> tuple[Tensor, Tensor]:
+        """Gradients of lambda and gamma.
+
+        Args:
+            u: The wide side's tokens times B (T, K).
+            narrow: The narrow side's tokens (T, m).
+            classes: The second result of `times_af` for this u, if known.
+            projected: The second result of `times_af_t` for this narrow side and the factor s, if known.
+        """
 
     def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from the gradient of the update (M, m)."""
 
 
 def range_power(gamma: Tensor) -> int:
-    """The factor c: the smallest power of two that is at least max(N, m)."""
+    """The factor c."""
     return 2 ** math.ceil(math.log2(max(gamma.shape)))
 
 
 def scaled_a(a: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Af * c (K, m) in `dtype`."""
-    af = lam[:, :, None] * a[:, None, :] * (gamma * range_power(gamma))[None]
-    return af.reshape(-1, gamma.shape[1]).to(dtype)
+    """Return Af (K, m) in `dtype`."""
+    return (lam[:, :, None] * a[:, None, :] * gamma[None]).reshape(-1, gamma.shape[1]).to(dtype)
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
@@ -125,10 +139,31 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, factor: float
     return torch.addmm(total, left, right, alpha=factor)
 
 
-def diagonal_gradients(a: Tensor, lam: Tensor, gamma: Tensor, scale: float, d_af: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of lambda and gamma from B^T dW (K, m), which is the gradient of Af without the scale s."""
+def scaled_product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """Return ``factor * left @ right`` of matrices or batches of matrices in one operation where that is possible."""
+    product, added = (torch.mm, torch.addmm) if left.ndim == 2 else (torch.bmm, torch.baddbmm)
+    if factor == 1.0:
+        return product(left, right)
+    if not writes_are_private():
+        return product(left, right) * factor
+    return added(left.new_empty(()), left, right, beta=0, alpha=factor)  # with beta 0, the values are not read
+
+
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left * right``, in left's shape and its memory order, in one operation where that is possible."""
+    if not writes_are_private():
+        return (left * right).contiguous()
+    return torch.mul(left, right, out=torch.empty_like(left, memory_format=torch.contiguous_format))
+
+
+def diagonal_gradients(a: Tensor, lam: Tensor, gamma: Tensor, d_af: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of lambda and gamma from that of Af (K, m)."""
     rank, bases = lam.shape
-    product = d_af.to(lam.dtype).view(rank, bases, -1) * (a * scale)[:, None, :]
-    d_lam = torch.einsum("knj,nj->kn", product, gamma)
-    d_gamma = torch.einsum("knj,kn->nj", product, lam)
+    by_base = (d_af.to(lam.dtype).view(rank, bases, -1) * a[:, None, :]).transpose(0, 1)  # (N, R, m)
+    d_gamma = torch.bmm(lam.t()[:, None, :], by_base)[:, 0]
+    right = gamma[:, :, None]
+    if not writes_are_private():
+        return torch.bmm(by_base, right)[:, :, 0].t().contiguous(), d_gamma
+    d_lam = torch.empty_like(lam)
+    torch.bmm(by_base, right, out=d_lam.t()[:, :, None])
     return d_lam, d_gamma

@@ -6,9 +6,12 @@ Each row of a matrix has a separate stream of a counter-based generator.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
+_CHUNK = 2**17
+"""Number of words that are drawn and converted at once: what fits into a processor's cache."""
 _ROW = 2**128  # number of counters per row; each counter yields four 64-bit words
 
 
@@ -24,6 +27,31 @@ def words(seed: int, matrix: int, row: int, count: int) -> np.ndarray:
     return np.random.Philox(key=seed, counter=((matrix << 64) | row) * _ROW).random_raw(count)
 
 
+def filled(
+    out: np.ndarray, seed: int, matrix: int, count: int, convert: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Fill the rows of `out` with the first `count` words of their streams, converted.
+
+    Args:
+        out: (rows, columns).
+        seed: As for `words`.
+        matrix: As for `words`.
+        count: Number of words of a row.
+        convert: Maps (n, count) words to (n, at least `columns`) numbers.
+    """
+    rows, columns = out.shape
+    generator = np.random.Philox(key=seed, counter=(matrix << 64) * _ROW)
+    to_next = _ROW - -(-count // 4)  # from the counter after a row to that of the next row
+    raw = np.empty((max(1, _CHUNK // max(1, count)), count), dtype=np.uint64)
+    for first in range(0, rows, len(raw)):
+        some = raw[: rows - first]
+        for row in some:
+            row[:] = generator.random_raw(count)
+            generator.advance(to_next)
+        out[first : first + len(some)] = convert(some)[:, :columns]
+    return out
+
+
 def signs(raw: np.ndarray) -> np.ndarray:
     """Return -1 or +1 (int8) according to the top bit of each word."""
     return np.where(raw >> np.uint64(63), 1, -1).astype(np.int8)
@@ -31,7 +59,9 @@ def signs(raw: np.ndarray) -> np.ndarray:
 
 def uniform(raw: np.ndarray) -> np.ndarray:
     """Uniform on (-sqrt(3), sqrt(3)): an odd integer below 2**24 in magnitude times one float32 constant."""
-    integers = 2 * (halves(raw) >> np.uint32(8)).astype(np.int32) + np.int32(1 - 2**24)
+    integers = (halves(raw) >> np.uint32(8)).view(np.int32)
+    integers *= 2
+    integers += np.int32(1 - 2**24)
     return integers.astype(np.float32) * np.float32(math.sqrt(3) / 2**24)
 
 
@@ -41,15 +71,15 @@ def normal(raw: np.ndarray) -> np.ndarray:
     Logarithms and cosines differ between devices and library versions; integer sums do not. The fourth moment is
     2.9 instead of 3.
     """
-    total = np.zeros(len(raw) // 3, dtype=np.int64)
-    for word in raw.reshape(-1, 3).T:
-        for shift in (0, 16, 32, 48):
-            total += ((word >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64)
-    centred = (total - 6 * 0xFFFF).astype(np.float32)
+    parts = _parts(raw, "<u2").reshape(*raw.shape[:-1], -1, 12)
+    centred = (parts.sum(-1, dtype=np.int32) - np.int32(6 * 0xFFFF)).astype(np.float32)
     return centred * np.float32(1 / math.sqrt(2**32 - 1))
 
 
 def halves(raw: np.ndarray) -> np.ndarray:
     """The low and high 32 bits of each 64-bit word, in that order regardless of the machine's byte order."""
-    pairs = np.stack([raw & np.uint64(0xFFFFFFFF), raw >> np.uint64(32)], axis=1)
-    return pairs.astype(np.uint32).reshape(-1)
+    return _parts(raw, "<u4").astype(np.uint32, copy=False)
+
+
+def _parts(raw: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(raw, dtype="<u8").view(dtype)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from randlora_vision.bases import hadamard
 from randlora_vision.bases.base import Bases, sizes_of
-from randlora_vision.bases.products import Costs, add_product, diagonal_gradients, range_power, scaled_a
+from randlora_vision.bases.products import (
+    Costs,
+    add_product,
+    diagonal_gradients,
+    multiplied,
+    range_power,
+    scaled_product,
+)
 
 STRUCTURED = "structured"
 
@@ -26,9 +33,12 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> StructuredTerm:
         """As `Bases.term`."""
-        rank, bases, narrow = sizes_of(lam, gamma)
-        q, own, right, left = self._beside((rank, narrow, wide, rank * bases), lam, dtype)
+        q, own, right, left = self._tensors_for(lam, gamma, wide, dtype)
         return StructuredTerm(q, own, right, left, lam, gamma, scale, wide)
+
+    def _of_term(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        rank, bases, narrow = sizes_of(lam, gamma)
+        return self._beside((rank, narrow, wide, rank * bases), lam, dtype)
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
@@ -85,86 +95,129 @@ class StructuredTerm(NamedTuple):
         q, own, right, left = frozen
         return StructuredTerm(q, own, right, left, lam, gamma, self.scale, self.wide)
 
+    def costs(self) -> Costs:
+        """FLOPs of the products."""
+        return _costs(self)
+
+    def prepared(self) -> SignedTerm:
+        """As `Term.prepared`: gamma with the signs of A's columns."""
+        signed, scale = self.gamma * self.own.to(self.gamma.dtype), self.scale
+        if self.right.dtype == torch.float16:
+            power = range_power(self.gamma)
+            signed, scale = signed * power, scale / power
+        return SignedTerm(self.q, self.right, self.left, self.lam, signed, scale, self.wide)
+
+
+class SignedTerm(NamedTuple):
+    """A prepared `StructuredTerm`, with s / c as its scale.
+
+    Every layout is such that batched products take their operands as they are: a dimension of an operand that is
+    neither the batch nor contiguous would be copied first.
+    """
+
+    q: Tensor
+    right: Tensor
+    left: Tensor
+    lam: Tensor
+    gamma: Tensor
+    scale: float
+    wide: int
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        """The tensors of the bases."""
+        return self.q, self.right, self.left
+
+    def with_tensors(self, frozen: Sequence[Any], lam: Any, gamma: Any) -> SignedTerm:
+        """The same term with its tensors replaced by these, or by None."""
+        q, right, left = frozen
+        return SignedTerm(q, right, left, lam, gamma, self.scale, self.wide)
+
+    def prepared(self) -> SignedTerm:
+        """The term itself."""
+        return self
+
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
         return self.right.dtype
 
-    @property
-    def product_scale(self) -> float:
-        """The factor s / c of products with values from `times_af_t`."""
-        return self.scale / range_power(self.gamma)
-
     def costs(self) -> Costs:
         """FLOPs of the products below."""
-        grid = (self.right.shape[1], self.right.shape[0], self.left.shape[0])
-        return structured_costs(self.gamma.shape[1], self.lam.shape[0], self.lam.shape[1], self.q.shape[1], grid)
+        return _costs(self)
 
     def times_b(self, wide: Tensor) -> Tensor:
         """Return ``wide`` (T, M) times B: (T, K)."""
         inner, b, _ = self.right.shape
-        outer, columns = self.left.shape[0], self.lam.numel()
-        tokens = self._unfold(wide).reshape(-1, outer)
-        half = torch.mm(tokens, self.left.to(wide.dtype)).reshape(-1, b, inner).permute(2, 0, 1)
+        rows = self._unfold(wide).reshape(-1, self.left.shape[0])
+        half = torch.mm(self.left.to(wide.dtype).t(), rows.t()).reshape(inner, -1, b)
         u = torch.bmm(half, self.right.to(wide.dtype).transpose(1, 2))
-        return u.permute(1, 0, 2).reshape(-1, inner * b)[:, :columns]
+        return u.permute(1, 0, 2).reshape(-1, inner * b)[:, : self.lam.numel()]
 
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
         """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
         inner, b, _ = self.right.shape
-        outer, factor = self.left.shape[0], self.product_scale
+        outer = self.left.shape[0]
         tokens = _pad(hidden, inner * b).reshape(-1, inner, b).permute(1, 0, 2)
-        half = torch.bmm(tokens, self.right.to(hidden.dtype)).permute(1, 2, 0).reshape(-1, inner)
+        half = torch.bmm(tokens, self.right.to(hidden.dtype)).reshape(inner, -1).t()
         left = self.left.to(hidden.dtype).t()
         if b * outer == self.wide:
             folded = None if total is None else total.reshape(-1, outer)
-            return add_product(folded, half, left, factor).reshape(-1, self.wide)
-        out = self._fold(add_product(None, half, left, factor).reshape(-1, b, outer), 1)
+            return add_product(folded, half, left, self.scale).reshape(-1, self.wide)
+        out = self._fold(add_product(None, half, left, self.scale).reshape(-1, b, outer), 1)
         return out if total is None else total + out.to(total.dtype)
 
-    def times_af_t(self, narrow: Tensor) -> Tensor:
-        """Return ``narrow`` (T, m) times Af^T: (T, K), scaled by c."""
-        hidden = self._project(narrow) * self.lam.to(narrow.dtype)[:, None, :]
-        return hidden.permute(1, 0, 2).flatten(1)
+    def times_af_t(self, narrow: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return ``factor`` times ``narrow`` (T, m) times Af^T: (T, K), and the same without lambda: (R, T, N)."""
+        projected = self._project(narrow, factor)
+        return multiplied(projected.permute(1, 0, 2), self.lam.to(narrow.dtype)).flatten(1), projected
 
-    def times_af(self, total: Tensor | None, u: Tensor) -> Tensor:
-        """Return ``total`` (T, m) + s u Af."""
-        left, right = self._classes(self._by_rank(u)), self._gamma(u.dtype).transpose(1, 2)
-        factor = self.product_scale
+    def times_af(self, total: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``total`` (T, m) + s u Af, and u with lambda and Q applied: (P, T, N)."""
+        classes, right = self._classes(u), self._by_class(u.dtype).transpose(1, 2)
         if total is not None and total.dtype == u.dtype:
-            out = torch.baddbmm(self._in_classes(total), left, right, alpha=factor)
-            return self._joined(out)
-        out = self._joined(torch.bmm(left, right) * factor)
-        return out if total is None else total + out.to(total.dtype)
+            out = torch.baddbmm(self._in_classes(total), classes, right, alpha=self.scale)
+            return self._joined(out), classes
+        out = self._joined(torch.bmm(classes, right) * self.scale)
+        return out if total is None else total + out.to(total.dtype), classes
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
         """Return ``weight`` (O, I) + delta W."""
-        dtype = self.product_dtype
-        af = scaled_a(self._a(), self.lam, self.gamma, dtype)
+        dtype, af = self.product_dtype, self._af()
         if not tall:
             return self.times_b_t(weight, af.t())
         inner, b, _ = self.right.shape
         outer, narrow = self.left.shape[0], self.gamma.shape[1]
-        blocks = F.pad(af, (0, 0, 0, inner * b - af.shape[0])).view(inner, b, narrow)
+        missing = inner * b - af.shape[0]
+        blocks = (F.pad(af, (0, 0, 0, missing)) if missing else af).reshape(inner, b, narrow)
         half = torch.bmm(self.right.to(dtype).transpose(1, 2), blocks).permute(1, 0, 2)
         left = self.left.to(dtype).expand(b, -1, -1)
-        factor = self.product_scale
         if weight is not None and weight.dtype == dtype and b * outer == self.wide:
-            return torch.baddbmm(weight.reshape(b, outer, narrow), left, half, alpha=factor).view(self.wide, narrow)
-        delta = self._fold(torch.bmm(left, half), 0) * factor
+            out = torch.baddbmm(weight.reshape(b, outer, narrow), left, half, alpha=self.scale)
+            return out.reshape(self.wide, narrow)
+        delta = self._fold(torch.bmm(left, half), 0) * self.scale
         return delta if weight is None else weight + delta.to(weight.dtype)
 
-    def gradients(self, u: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma from the wide side's tokens times B and the narrow side's tokens (T, m)."""
-        by_rank = self._by_rank(u)
-        d_lam = (self._project(narrow) * by_rank).sum(1, dtype=self.lam.dtype) * self.product_scale
-        d_classes = torch.bmm(self._classes(by_rank).transpose(1, 2), self._in_classes(narrow))
-        return d_lam, self._joined(d_classes).to(self.gamma.dtype) * (self._own() * self.scale)
+    def gradients(
+        self, u: Tensor, narrow: Tensor, classes: Tensor | None = None, projected: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Products.gradients`."""
+        projected = self._project(narrow, self.scale) if projected is None else projected
+        classes = self._classes(u) if classes is None else classes
+        d_lam = (projected * self._by_rank(u)).sum(1, dtype=self.lam.dtype)
+        d_gamma = scaled_product(classes.transpose(1, 2), self._in_classes(narrow), self.scale)
+        return d_lam, self._joined(d_gamma).to(self.gamma.dtype)
 
     def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from the gradient of the update (M, m)."""
-        d_af = self.times_b(d_weight.t()).t()
-        return diagonal_gradients(self._a(), self.lam, self.gamma, self.scale, d_af)
+        inner, b, _ = self.right.shape
+        narrow = self.gamma.shape[1]
+        left, right = self.left.to(d_weight.dtype), self.right.to(d_weight.dtype)
+        folded = self._unfold(d_weight.t()).permute(1, 2, 0)  # (q, p, m)
+        half = torch.bmm(left.t().expand(b, -1, -1), folded).permute(1, 0, 2)
+        d_af = scaled_product(right, half, self.scale).reshape(inner * b, narrow)[: self.lam.numel()]
+        spread = self.q.repeat_interleave(self._class_size(), dim=1)[:, :narrow].to(self.lam.dtype)
+        return diagonal_gradients(spread, self.lam, self.gamma, d_af)
 
     def _fold(self, rows: Tensor, dim: int) -> Tensor:
         """Join the dimensions (q, p) at `dim` into one dimension of M rows."""
@@ -184,23 +237,23 @@ class StructuredTerm(NamedTuple):
         short = wide[:, full * outer :].reshape(tokens, b - full, outer - 1)
         return torch.cat([wide[:, : full * outer].reshape(tokens, full, outer), F.pad(short, (0, 1))], 1)
 
-    def _a(self) -> Tensor:
-        """The matrix A (R, m), in the dtype of lambda."""
-        narrow = self.gamma.shape[1]
-        spread = self.q.repeat_interleave(self._class_size(), dim=1)[:, :narrow]
-        return (spread * self.own).to(self.lam.dtype)
-
-    def _own(self) -> Tensor:
-        return self.own.to(self.gamma.dtype)
+    def _af(self) -> Tensor:
+        """Af (K, m), in the dtype of the products."""
+        rank, classes = self.q.shape
+        bases, narrow = self.gamma.shape
+        size = self._class_size()
+        gamma = _pad(self.gamma, classes * size).reshape(bases, classes, size)
+        signs = self.lam[:, :, None] * self.q[:, None, :].to(self.lam.dtype)
+        whole = (signs[:, :, :, None] * gamma).reshape(rank * bases, classes * size)
+        return whole[:, :narrow].to(self.product_dtype)
 
     def _class_size(self) -> int:
         return -(-self.gamma.shape[1] // self.q.shape[1])
 
-    def _gamma(self, dtype: torch.dtype) -> Tensor:
-        """Gamma with the signs of A's columns, scaled by c: (P, C, N)."""
+    def _by_class(self, dtype: torch.dtype) -> Tensor:
+        """Gamma in `dtype` as (P, C, N)."""
         classes, size, bases = self.q.shape[1], self._class_size(), self.gamma.shape[0]
-        signed = self.gamma * (self._own() * range_power(self.gamma))
-        return _pad(signed, classes * size).view(bases, classes, size).permute(1, 2, 0).to(dtype)
+        return _pad(self.gamma, classes * size).to(dtype).reshape(bases, classes, size).permute(1, 2, 0)
 
     def _in_classes(self, narrow: Tensor) -> Tensor:
         """Reshape (T, m) to (P, T, C)."""
@@ -211,22 +264,21 @@ class StructuredTerm(NamedTuple):
         """Reshape (P, T, C) to (T, m)."""
         return classes.permute(1, 0, 2).flatten(1)[:, : self.gamma.shape[1]]
 
-    def _project(self, narrow: Tensor) -> Tensor:
-        """Apply Af without lambda to (T, m): (R, T, N), scaled by c."""
-        mixed = torch.bmm(self._in_classes(narrow), self._gamma(narrow.dtype))
+    def _project(self, narrow: Tensor, factor: float) -> Tensor:
+        """Apply Af without lambda to (T, m): (R, T, N)."""
+        mixed = scaled_product(self._in_classes(narrow), self._by_class(narrow.dtype), factor)
         rank, classes = self.q.shape
-        return torch.mm(self.q.to(narrow.dtype), mixed.reshape(classes, -1)).view(rank, -1, self.gamma.shape[0])
+        return torch.mm(self.q.to(narrow.dtype), mixed.reshape(classes, -1)).reshape(rank, -1, self.gamma.shape[0])
 
     def _by_rank(self, u: Tensor) -> Tensor:
         """Reshape (T, K) to (R, T, N)."""
         return u.reshape(-1, *self.lam.shape).permute(1, 0, 2)
 
-    def _classes(self, by_rank: Tensor) -> Tensor:
-        """Apply lambda and Q^T to (R, T, N): (P, T, N)."""
-        weighted = by_rank * self.lam.to(by_rank.dtype)[:, None, :]
+    def _classes(self, u: Tensor) -> Tensor:
+        """Apply lambda and Q^T to (T, K): (P, T, N)."""
         rank, classes = self.q.shape
-        flat = torch.mm(self.q.to(by_rank.dtype).t(), weighted.reshape(rank, -1))
-        return flat.view(classes, -1, self.gamma.shape[0])
+        weighted = multiplied(self._by_rank(u), self.lam.to(u.dtype)[:, None, :]).reshape(rank, -1)
+        return torch.mm(self.q.to(u.dtype).t(), weighted).reshape(classes, -1, self.gamma.shape[0])
 
 
 def _pad(tensor: Tensor, columns: int) -> Tensor:
@@ -235,9 +287,17 @@ def _pad(tensor: Tensor, columns: int) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
+def _costs(term: StructuredTerm | SignedTerm) -> Costs:
+    grid = (term.right.shape[1], term.right.shape[0], term.left.shape[0])
+    return structured_costs(term.gamma.shape[1], term.lam.shape[0], term.lam.shape[1], term.q.shape[1], grid)
+
+
 def structured_costs(narrow: int, rank: int, bases: int, period: int, grid: tuple[int, int, int]) -> Costs:
     """FLOPs of the products with structured bases; `grid` is the result of `hadamard.grid`."""
     b, inner, outer = grid
     times_b = 2 * b * inner * (b + outer)
     times_af_t = 2 * bases * (period * -(-narrow // period) + period * rank)
-    return Costs(narrow * times_b, times_b, times_af_t, 2 * times_af_t, 0, narrow * times_b + 4 * narrow * rank * bases)
+    build = narrow * times_b
+    shared = 2 * bases * period * rank
+    weight_gradient = build + 4 * narrow * rank * bases
+    return Costs(build, times_b, times_af_t, 2 * times_af_t, shared, times_af_t, 0, weight_gradient)

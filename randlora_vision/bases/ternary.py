@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randlora_vision.bases.base import B, BasesSpec
 from randlora_vision.bases.dense import DenseBases, DenseTerm
-from randlora_vision.bases.random import halves, words
+from randlora_vision.bases.random import filled, halves
 
 
 class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
@@ -49,11 +49,12 @@ class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
 def ternary(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
     """The signs of a ternary matrix, int8: -1 and +1 with probability density / 2 each, otherwise 0."""
     limit = np.uint32(round(_density(kind, narrow) / 2 * 2**32))
-    out = np.empty((rows, columns), dtype=np.int8)
-    for row in range(rows):
-        bits = halves(words(seed, matrix, row, (columns + 1) // 2))[:columns]
-        out[row] = (bits < limit).astype(np.int8) - (bits >= np.uint32(2**32 - int(limit))).astype(np.int8)
-    return out
+
+    def convert(raw: np.ndarray) -> np.ndarray:
+        bits = halves(raw)
+        return (bits < limit).view(np.int8) - (bits >= np.uint32(2**32 - int(limit))).view(np.int8)
+
+    return filled(np.empty((rows, columns), dtype=np.int8), seed, matrix, (columns + 1) // 2, convert)
 
 
 def ternary_unit(kind: str, narrow: int) -> float:

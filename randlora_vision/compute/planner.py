@@ -10,10 +10,13 @@ The cost is measured in FLOPs on every device. A device on which products are me
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from randlora_vision.bases.products import Costs
+from randlora_vision.bases.products import Costs, Term
+from randlora_vision.torch_internals import assumed_constant
 
 FORWARDS = ("dense", "factored")
 GRAD_INPUTS = ("dense", "factored")
@@ -50,6 +53,7 @@ PINNED = {
     "auto": ANY,
     "dense": Plan("dense", "dense", "weight"),
     "factored": Plan("factored", "factored", "tokens"),
+    "memory": Plan(grad_adapter="fewest bytes"),
 }
 """The orders that each value of `RandLoRAConfig.compute` fixes."""
 
@@ -67,7 +71,8 @@ def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> i
     """FLOPs of computing the gradients of the input and of the adapter.
 
     `tokens` needs the wide side's tokens times B. For a tall map, the ``factored`` input gradient computes this
-    product anyway; for a wide map, the ``factored`` forward does.
+    product anyway; for a wide map, the ``factored`` forward does. Structured bases share more with the ``factored``
+    input gradient.
 
     Args:
         problem: The call.
@@ -80,8 +85,10 @@ def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> i
         product = 0 if weight_grad else 2 * t * problem.wide * problem.narrow
         total += product + costs.weight_gradient
     elif plan.grad_adapter == "tokens":
-        shared = (plan.grad_input if problem.tall else plan.forward) == "factored"
-        total += t * (costs.gradient + (0 if shared else costs.times_b)) + costs.gradient_once
+        multiplied = (plan.grad_input if problem.tall else plan.forward) == "factored"
+        shared = costs.shared_wide if problem.tall else costs.shared_narrow
+        saved = shared if plan.grad_input == "factored" else 0
+        total += t * (costs.gradient - saved + (0 if multiplied else costs.times_b)) + costs.gradient_once
     return total
 
 
@@ -105,7 +112,13 @@ def choose(
     weight_grad: bool = False,
     pinned: Plan = ANY,
 ) -> Plan:
-    """The cheapest plan for a whole step; its orders are chosen together because the products share work."""
+    """The cheapest plan for a whole step; its orders are chosen together because the products share work.
+
+    With `PINNED["memory"]`, it is the cheapest of those that keep the fewest bytes for the backward pass: a wide map
+    keeps x B (T, K) for `tokens`, and x (T, M) for `weight`; a tall map keeps x (T, m) for either.
+    """
+    if pinned.grad_adapter == PINNED["memory"].grad_adapter:
+        pinned = pinned._replace(grad_adapter=None if problem.tall else "tokens")
     return min(plans(grad_input, grad_adapter, pinned), key=lambda plan: _cost(problem, plan, weight_grad))
 
 
@@ -133,3 +146,65 @@ def _cost(problem: Problem, plan: Plan, weight_grad: bool) -> tuple[int, int]:
     matrix = problem.narrow * (problem.inner + problem.wide)
     factored = problem.tokens * problem.inner
     return flops, sum(factored if order in ("factored", "tokens") else matrix for order in plan if order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered_variants(*arguments: Any) -> tuple[tuple[int, Plan], ...]:
+    return variants(*arguments)
+
+
+@assumed_constant
+def _variants(problem: tuple[Any, ...], costs: tuple[int, ...], needed: tuple[bool, ...], pinned: Any) -> Any:
+    """`variants` of plain tuples, which torch.compile calls while it traces."""
+    return _remembered_variants(Problem._make((0, *problem, Costs(*costs))), *needed, Plan(*pinned))
+
+
+_KNOWN: dict[tuple[Any, ...], Plan] = {}
+
+
+class Call(NamedTuple):
+    """What fixes the plan of a call apart from its number of tokens."""
+
+    wide: int
+    narrow: int
+    tall: bool
+    branch: bool
+    kinds: tuple[Any, ...]
+    """Type and shape of lambda of every adapter, which determine its costs."""
+
+    def problem(self, tokens: int, terms: Sequence[Term]) -> Problem:
+        """The problem for this number of tokens, with these adapters."""
+        costs, inner = terms[0].costs(), terms[0].lam.numel()
+        for term in terms[1:]:
+            costs, inner = costs.plus(term.costs()), inner + term.lam.numel()
+        return Problem(tokens, self.wide, self.narrow, inner, self.tall, self.branch, costs)
+
+
+def cheapest(
+    tokens: int, call: Call, terms: Sequence[Term], needed: tuple[bool, bool, bool], pinned: Plan, compiling: bool
+) -> Plan:
+    """`choose`, remembered, as all blocks of a model have the same problem.
+
+    Args:
+        tokens: T.
+        call: The call's sizes.
+        terms: The active adapters.
+        needed: As for `choose`: gradients of the input, the adapter and the weight.
+        pinned: As for `choose`.
+        compiling: True while torch.compile traces, where the number of tokens may be a symbol.
+    """
+    if compiling:
+        problem = call.problem(0, terms)
+        for start, plan in _variants(tuple(problem)[1:-1], tuple(problem.costs), needed, tuple(pinned)):
+            if tokens >= start:
+                return Plan(*plan)
+    try:
+        key = (tokens, call, needed, pinned)
+        plan = _KNOWN.get(key)
+    except TypeError:  # symbolic sizes cannot be looked up
+        return choose(call.problem(tokens, terms), *needed, pinned)
+    if plan is None:
+        if len(_KNOWN) >= 4096:
+            _KNOWN.clear()
+        plan = _KNOWN[key] = choose(call.problem(tokens, terms), *needed, pinned)
+    return plan

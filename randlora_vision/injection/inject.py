@@ -26,7 +26,7 @@ from randlora_vision.injection.record import (
 )
 from randlora_vision.injection.trained_in_full import install_saved, own_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, is_quantized
-from randlora_vision.layers.peft_around import plain_name
+from randlora_vision.layers.peft_around import plain_name, watch_hosts
 from randlora_vision.layers.state import AdapterSlot, ParameterState, Switches
 from randlora_vision.layers.swap import adapt_module, adapted_class, base_class, restore_module
 from randlora_vision.names import PARTS, is_adapter_name, parameter_name
@@ -79,6 +79,7 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
     _check_weights(plan, trainable)
     for warning in plan.report.warnings if trainable else ():
         warnings.warn(warning, stacklevel=3)
+    watch_hosts()
     model, report = plan.model, plan.report
     config, adapter_name = report.config, report.adapter_name
     if own_record(model) is None:

@@ -86,13 +86,17 @@ class AdaptedModule(GuardedParameters):
     def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
         """The named adapters' parts of the update, with products in `dtype`."""
         state = self._randlora[param]
-        wide = max(state.out_features, state.in_features)
+        wide, call_scale = max(state.out_features, state.in_features), state.switches.call_scale
+        compiling = torch.compiler.is_dynamo_compiling()
         terms = []
         for name in names:
             slot = state.slots[name]
             lam, gamma = self.adapter_tensors(param, name)
-            scaled, factor = slot.scaled(lam, state.switches.call_scale)
-            terms.append(slot.bases.term(scaled, gamma, wide, factor, dtype))
+            if compiling:  # s as an input: a number would be a constant of the graph
+                lam, factor = lam * slot.factor_input, call_scale  # type: ignore[assignment]
+            else:
+                factor = slot.own_factor if call_scale == 1.0 else slot.factor(call_scale)
+            terms.append(slot.bases.term(lam, gamma, wide, factor, dtype))
         return tuple(terms)
 
     def _effective(self, param: str) -> Tensor:
@@ -124,11 +128,13 @@ class AdaptedModule(GuardedParameters):
     def _split_dropout(self) -> tuple[list[str], list[str]]:
         """Live adapters of a linear layer, split into those without and those with active dropout."""
         state = self._randlora["weight"]
-        live = state.live()
-        if not self.training:
-            return live, []
-        dropped = [name for name in live if state.slots[name].dropout > 0]
-        return [name for name in live if name not in dropped], dropped
+        kept = live = state.live()
+        dropped: list[str] = []
+        if self.training:
+            kept = []
+            for name in live:
+                (dropped if state.slots[name].dropout > 0 else kept).append(name)
+        return kept, dropped
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module, but lambda and gamma stay float32 when the model is converted to half precision."""
@@ -240,6 +246,7 @@ def is_quantized(module: nn.Module) -> bool:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype in which autocast runs matrix products of `tensor`, or None without autocast."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return None
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)

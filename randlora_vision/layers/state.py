@@ -41,21 +41,13 @@ class AdapterSlot:
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if name == "scale":
+            self.own_factor = self.factor(1.0)
             with torch.inference_mode(False):
-                self.factor_input = torch.tensor(self.factor(1.0), dtype=torch.float32, device="cpu")
+                self.factor_input = torch.tensor(self.own_factor, dtype=torch.float32, device="cpu")
 
     def factor(self, call_scale: float) -> float:
         """The scale s: alpha / rank times the run-time scale and that of this call."""
         return self.alpha / self.rank * (self.scale * call_scale)
-
-    def scaled(self, lam: Tensor, call_scale: float) -> tuple[Tensor, float]:
-        """Lambda, and the scale s of its update.
-
-        Compiled code multiplies lambda by s, as an input: a number would be a constant of the graph.
-        """
-        if torch.compiler.is_dynamo_compiling():
-            return lam * self.factor_input, call_scale
-        return lam, self.factor(call_scale)
 
 
 @dataclasses.dataclass
@@ -79,8 +71,11 @@ class ParameterState:
 
     def pinned(self, names: list[str]) -> Plan:
         """The pinned orders of computation if the named adapters agree, otherwise none."""
-        wanted = {self.slots[name].compute for name in names}
-        return PINNED[wanted.pop()] if len(wanted) == 1 else ANY
+        compute = self.slots[names[0]].compute
+        for name in names[1:]:
+            if self.slots[name].compute != compute:
+                return ANY
+        return PINNED[compute]
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -97,7 +92,9 @@ class ParameterState:
         switches, slots = self.switches, self.slots
         if not switches.enabled or switches.call_scale == 0:
             return []
-        active = [name for name in switches.active if name in slots and name not in switches.merged]
-        if torch.compiler.is_dynamo_compiling():  # the scale is an input of the graph
-            return active
-        return [name for name in active if slots[name].scale != 0]
+        compiling = torch.compiler.is_dynamo_compiling()  # the scale is an input of the graph
+        live = []
+        for name in switches.active:  # not a comprehension, which is one more call per pass of a layer
+            if name in slots and name not in switches.merged and (compiling or slots[name].scale != 0):
+                live.append(name)
+        return live

@@ -23,7 +23,6 @@ from torch.fx import Proxy
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import randlora_linear
-from randlora_vision.compute.planner import Plan
 from randlora_vision.compute.recompute import Recipe, scope
 from randlora_vision.layers.adapted import (
     ATTENTION_PARAMETERS,
@@ -43,8 +42,10 @@ WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 
 
 def adapt_module(module: nn.Module, param: str, state: ParameterState) -> None:
-    """Attach `state` to `param` and swap the module's class for the adapted one."""
-    watch_hosts()
+    """Attach `state` to `param` and swap the module's class for the adapted one.
+
+    Call `watch_hosts` first, once for all modules of a model.
+    """
     _set_states(module, {**module.__dict__.get("_randlora", {}), param: state})
 
 
@@ -118,9 +119,14 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
     if isinstance(input, Proxy):
         return traced_call(self, input)
-    weight: Tensor = self.base_weight()
-    bias: Any = self.bias
-    if is_sharded(weight):
+    # Attributes of a module take a call each; most layers have both as Parameters.
+    weight: Any = self._parameters.get("weight")
+    bias: Any = self._parameters.get("bias")
+    if weight is None:
+        weight = self.base_weight()
+    if bias is None:
+        bias = self.bias
+    if (type(weight) is not nn.Parameter or weight.ndim < 2) and is_sharded(weight):
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
     if weight.is_meta and not input.is_meta:
         raise RuntimeError("forward of an adapted layer on the meta device got values: load the weight's values first")
@@ -130,24 +136,26 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         return F.linear(input, weight, bias)  # the base layer, including its error for a wrong dtype
     dtype = dtype or weight.dtype
     if fused:
-        terms = self._terms("weight", fused, dtype)
-        out = _fused_linear(input, weight, bias, terms, dtype, self._randlora["weight"].pinned(fused))
+        terms, pinned, out = self._terms("weight", fused, dtype), self._randlora["weight"].pinned(fused), None
+        if not torch.is_grad_enabled() and pinned.forward != "factored":
+            out = _from_cache(input, weight, bias, terms, dtype)
+        if out is None:
+            out = randlora_linear(input, weight, bias, terms, weight.shape[0], dtype, pinned)
     else:
         out = F.linear(input, weight, bias)
+    if not dropped:
+        return out
     branch = self._branch(input, dropped, dtype, drop=True)
     return out if branch is None else out + branch
 
 
-def _fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...], dtype: torch.dtype, pinned: Plan
-) -> Tensor:
-    """`randlora_linear`, with the effective weight cached inside a `cached` block."""
-    cache = current_cache() if pinned.forward != "factored" else None
-    if cache is not None:
-        kept = cache.weight(Recipe(weight, terms, dtype), x.shape[:-1].numel())
-        if kept is not None:
-            return F.linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
-    return randlora_linear(x, weight, bias, terms, weight.shape[0], dtype, pinned)
+def _from_cache(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...], dtype: torch.dtype
+) -> Tensor | None:
+    """The output by the effective weight that a `cached` block keeps; None without one."""
+    cache = current_cache()
+    kept = None if cache is None else cache.weight(Recipe(weight, terms, dtype), x.shape[:-1].numel())
+    return None if kept is None else F.linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
 
 
 def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from randlora_vision.bases import Bases, BasesSpec, generate, get_bases
+from randlora_vision.bases import Bases, BasesSpec, generate, get_bases, random
 from randlora_vision.bases.dense import DenseBases, DenseTerm
 from randlora_vision.bases.hadamard import grid
 
@@ -78,6 +78,16 @@ def test_matrices_and_seeds_are_unrelated() -> None:
     streams = [generate("uniform", seed, matrix, 1, 4096, 1)[0] for seed in (0, 1) for matrix in (0, 1)]
     correlations = np.corrcoef(streams) - np.eye(4)
     assert np.abs(correlations).max() < 0.06
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**17])
+def test_rows_drawn_together_are_those_of_separate_streams(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "_CHUNK", chunk)
+    for kind, draw, count in (("uniform", random.uniform, 7), ("normal", random.normal, 39)):
+        rows = [draw(random.words(2**64 - 1, 1, row, count))[:13] for row in range(9)]
+        np.testing.assert_array_equal(generate(kind, 2**64 - 1, 1, 9, 13, 0), np.stack(rows))
+    empty = generate("uniform", 0, 1, 0, 13, 0)
+    assert empty.shape == (0, 13)
 
 
 def test_one_object_a_spec() -> None:

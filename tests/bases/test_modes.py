@@ -172,7 +172,7 @@ def test_stored_bases_read_in_inference_mode_can_be_trained_with() -> None:
         bases = stored_bases(torch.randn(2, 8), torch.randn(16, 8))
     lam, gamma = torch.randn(2, 4, requires_grad=True), torch.randn(4, 8)
     term = bases.term(lam, gamma, 16, 1.0, torch.float32)
-    term.times_b_t(None, term.times_af_t(torch.randn(3, 8, requires_grad=True))).sum().backward()
+    term.times_b_t(None, term.times_af_t(torch.randn(3, 8, requires_grad=True))[0]).sum().backward()
     assert lam.grad is not None and not any(tensor.is_inference() for tensor in bases.given)
 
 

@@ -241,7 +241,7 @@ def test_the_planner_uses_both_orders() -> None:
 
 
 def test_equal_flops_are_decided_by_the_size_of_the_intermediates() -> None:
-    free = Costs(0, 0, 0, 0, 0, 0)
+    free = Costs(0, 0, 0, 0, 0, 0, 0, 0)
     few, many = (Problem(tokens, 8, 8, 8, True, False, free) for tokens in (1, 1000))
     assert (choose(few).forward, choose(many).forward) == ("factored", "dense")
 
@@ -303,6 +303,30 @@ def test_a_wide_maps_input_is_not_kept_where_its_product_with_b_is_enough() -> N
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=saved: kept.append(t.shape) or t, lambda t: t):
             randlora_linear(x, weight.detach(), None, terms, 24, pinned=PINNED["factored"])
         assert (5, 24) in saved and (5, 96) not in saved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewest_bytes(kind: str) -> None:
+    """Many tokens, where the cheapest plan keeps a wide map's input: its product with B is kept instead."""
+    tokens = 200
+    for shape in ((24, 96), (96, 24), (24, 24)):
+        terms = make_terms(*shape, kind=kind, rank=4)
+        x, weight, _ = make_inputs((tokens,), *shape, False)
+        leaves, sizes, results = (x, *trained(terms)), [], []
+        for pinned in (PINNED["dense"], PINNED["memory"]):
+            saved: dict[int, int] = {}
+
+            def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+                saved[tensor.data_ptr()] = tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = randlora_linear(x, weight.detach(), None, terms, shape[0], pinned=pinned)
+            results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+            sizes.append(max(size for pointer, size in saved.items() if pointer != weight.data_ptr()))
+        assert sizes == [tokens * shape[1], tokens * 24]
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

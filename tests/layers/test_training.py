@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -243,3 +244,24 @@ def test_backward_keeps_what_full_fine_tuning_keeps_and_no_matrix(kind: str, aut
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         # Full fine-tuning's low-precision copies of its weights sit in autocast's cache, made before this counts.
         assert kept_bytes(adapted, x) - kept_bytes(full, x) < WIDTH * WIDTH
+
+
+@pytest.mark.parametrize("compute", ["auto", "memory"])
+def test_memory_savers_together_change_no_gradient(compute: str) -> None:
+    """Recomputed activations, saved tensors moved to the CPU, and the fewest kept bytes."""
+
+    def trained(compute: str, saver: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)).double()
+        inject(model, RandLoRAConfig(rank=2, compute=compute))
+        randomize(model)
+        x = torch.randn(150, 8, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.save_on_cpu() if "offload" in saver else contextlib.nullcontext():
+            out = checkpoint(model, x, use_reentrant=False) if "recompute" in saver else model(x)
+        out.square().sum().backward()
+        return {"x": x.grad, **{name: p.grad for name, p in adapter_parameters(model)}}
+
+    expected = trained("dense", "")
+    for saver in ("", "recompute", "offload", "recompute and offload"):
+        for name, gradient in trained(compute, saver).items():
+            torch.testing.assert_close(gradient, expected[name])

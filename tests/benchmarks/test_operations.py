@@ -1,0 +1,62 @@
+"""What an adapted layer adds to a step besides FLOPs stays small: on a GPU, small layers are bound by launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.methods import METHODS
+from benchmarks.operations import Operations, added, python_calls
+
+SHAPES = ((64, 192), (64, 64), (256, 64))
+"""Inputs and outputs of a tall, a square and a wide layer, for which structured bases need no padding."""
+FEW, MANY = 5, 2000
+LIMITS = {"peft_lora": (9, 40), "ours": (12, 32), "ours_structured": (20, 47)}
+"""Added device operations of a step, and calls in Python of a forward pass."""
+
+
+@pytest.mark.parametrize("method", LIMITS)
+def test_added_operations_and_calls(method: str) -> None:
+    operations, calls = LIMITS[method]
+    for inputs, outputs in SHAPES:
+        for tokens in (FEW, MANY):
+            found = added(METHODS[method].apply, inputs, outputs, tokens=tokens, rank=8)
+            # Where structured bases build W and yet compute the gradient from the tokens, there is one more.
+            more = int(method == "ours_structured" and tokens == MANY)
+            assert found.count <= operations + more, (inputs, outputs, tokens, found)
+            assert found.calls <= calls
+
+
+def test_what_counts_as_an_operation() -> None:
+    x = torch.ones(3, 4, requires_grad=True)
+    with Operations() as operations:
+        (x.view(4, 3).t() * 2).contiguous()
+        torch.empty(3)
+    assert dict(operations.counts) == {"mul": 1, "clone": 1}
+    with Operations() as operations:
+        (x.exp() + x.sin()).backward(torch.ones(3, 4))
+    assert operations.accumulations == 1 and operations.counts["add"] == 1
+
+
+def test_additions_of_a_function_are_not_sums_of_gradients() -> None:
+    class Shifted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x + 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad + 1
+
+    x = torch.ones(3, requires_grad=True)
+    with Operations() as operations:
+        Shifted.apply(x).backward(torch.ones(3))
+    assert operations.accumulations == 0 and operations.counts["add"] == 2
+
+
+def test_calls_are_those_of_python_functions() -> None:
+    layer = nn.Linear(2, 2)
+    assert python_calls(lambda: layer(torch.ones(1, 2))) == 5  # __call__, _call_impl, forward, two attributes
