@@ -46,7 +46,8 @@ def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
     return max(1, round(budget / per_rank))
 
 
-def _peft(model: nn.Module, config: object) -> nn.Module:
+def peft_model(model: nn.Module, config: object) -> nn.Module:
+    """Add adapters of PEFT to a model, without its warnings."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
@@ -72,14 +73,14 @@ def _peft_lora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module
     from peft import LoraConfig
 
     r = lora_rank(model, targets, randlora_numbers(model, targets, rank))
-    return _peft(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets)))
+    return peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets)))
 
 
 def _peft_randlora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
     from peft import RandLoraConfig
 
     alpha = _SCALING * rank
-    return _peft(model, RandLoraConfig(r=rank, randlora_alpha=alpha, target_modules=list(targets)))
+    return peft_model(model, RandLoraConfig(r=rank, randlora_alpha=alpha, target_modules=list(targets)))
 
 
 def _ours(bases: str) -> Callable[[nn.Module, Sequence[str], int], nn.Module]:

@@ -14,7 +14,7 @@ from randlora_vision.compute.functional import effective_weight
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
 
-RELATIVE_STEP = 0.01
+RELATIVE_STEP = 0.02
 _LAYERS = 16  # the median over more does not differ
 _SEED = 0
 

@@ -43,20 +43,21 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
     """Return the options with every default filled in, given the model's name and the loaded model."""
     embedded, training = options.embedded, options.training
     defaults = DEFAULTS.of(options.adapter.method, embedded)
+    lr, suggested = defaults.rate(training.lr, options.adapter.method)
     settings = ClassifierSettings(
         **without(options, "model", "adapter", "training"),
         model=chosen,
         adapter=_with_rank(options, defaults.rank, model),
         training=Training(
             **without(training, "lr", "steps"),
-            lr=training.lr or defaults.lr,
+            lr=lr,
             steps=training.steps or DEFAULTS.steps(embedded),
         ),
     )
-    if training.lr is not None or not defaults.suggested or settings.adapter.method != "randlora":
+    if not suggested or settings.adapter.method != "randlora":
         return settings
+    head_lr = settings.adapter.head_lr or lr
     lr = suggested_lr(model, config_of(model, settings, settings.adapter.rank))
-    head_lr = settings.adapter.head_lr or defaults.lr
     return replace(
         settings, training=replace(settings.training, lr=lr), adapter=replace(settings.adapter, head_lr=head_lr)
     )
@@ -67,7 +68,7 @@ def _with_rank(options: ClassifierOptions, default: int, model: nn.Module) -> Ra
     if adapter.method == "full" or adapter.method == "linear-probe":
         return PlainAdapter(**without(adapter, "method"), method=adapter.method)
     head_lr = adapter.head_lr
-    if adapter.method == "randlora" and options.embedded and options.training.lr is None:
+    if adapter.method == "randlora" and options.embedded and options.training.lr in (None, "auto"):
         head_lr = head_lr or _DEMO_HEAD_LR
     rank = rank_of(adapter, default, model, lambda: adapter_targets(model, options))
     alpha = adapter.alpha

@@ -12,6 +12,7 @@ from randlora_vision.training.data.labelled import Batch, ImageSplits, sample_pi
 from randlora_vision.training.data.pictures import Transform
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores, measure
+from randlora_vision.training.evaluation.collapse import collapse_warning
 from randlora_vision.training.evaluation.curves import plot_curves
 from randlora_vision.training.evaluation.grids import Prediction, list_predictions
 from randlora_vision.training.evaluation.results import (
@@ -96,12 +97,15 @@ def write_results(
     was = before.results if before else None
     log_results(run, was, after.results, speed.steps)
     method, title = settings.adapter.method, settings.model.title
-    plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
+    metrics, augment = run.read_metrics(), settings.augment
+    plot_curves(metrics, f"{method} on {title}", run.curves)
     scores, names = after.scores[exam.task], exam.class_names
     when = "after training" if before is None else "before and after training"
     plot_answers(run, exam.predictions(before, after), scores, names, exam.task, when)
+    plain = not (augment.bce_loss or augment.mixup or augment.cutmix)
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
+        "warning": collapse_warning(scores, names, exam.task, metrics, settings.training, plain),
         "head_numbers": head_numbers,
         "tasks": exam.tasks,
         "before": was,

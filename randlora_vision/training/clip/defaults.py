@@ -62,7 +62,7 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
     if captions and training.best_metric == TrainingOptions.best_metric:
         training = replace(training, best_metric="mean_recall")
     defaults = DEFAULTS.of(adapter.method, embedded)
-    lr = training.lr or defaults.lr
+    lr, suggested = defaults.rate(training.lr, adapter.method)
     if chosen.train_logit_scale:
         chosen = replace(chosen, logit_scale_lr=chosen.logit_scale_lr or lr)
     known = known_data(images.data)
@@ -75,12 +75,11 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
         adapter=_with_rank(options, defaults, model),
         training=Training(**without(training, "lr", "steps"), lr=lr, steps=training.steps or DEFAULTS.steps(embedded)),
     )
-    if training.lr is not None or not defaults.suggested or settings.adapter.method != "randlora":
+    # With --eval-only nothing is trained: the adapters that a rate is taken from need not be made.
+    if not suggested or settings.adapter.method != "randlora" or options.evaluation.eval_only:
         return settings
-    if options.evaluation.eval_only:  # nothing is trained: the adapters that a rate is taken from need not be made
-        return settings
-    suggested = suggested_lr(model, config_of(settings, settings.adapter.rank))
-    return replace(settings, training=replace(settings.training, lr=suggested))
+    lr = suggested_lr(model, config_of(settings, settings.adapter.rank))
+    return replace(settings, training=replace(settings.training, lr=lr))
 
 
 def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> RankedAdapter | PlainAdapter:

@@ -6,6 +6,7 @@ from typing import Any
 
 from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
 from randlora_vision.training.clip.options import ClipSettings
+from randlora_vision.training.evaluation.collapse import collapse_warning
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
 from randlora_vision.training.evaluation.grids import plot_found
 from randlora_vision.training.evaluation.model_card import Base, commit_of
@@ -81,10 +82,16 @@ def write_results(
     assert measured.after is not None
     log_results(run, measured.before.results, measured.after.results, speed.steps)
     method, title = settings.adapter.method, settings.clip.title
-    plot_curves(run.read_metrics(), f"{method} on {title}", run.curves)
+    metrics, names, task = run.read_metrics(), measured.exam.class_names, measured.exam.task
+    plot_curves(metrics, f"{method} on {title}", run.curves)
     _draw(run, measured, "before and after training")
+    warning = None
+    if names is not None:
+        entropy = settings.loss.loss == "class-prompts"
+        warning = collapse_warning(measured.after.scores[task], names, task, metrics, settings.training, entropy)
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, measured.exam.skipped),
+        "warning": warning,
         **measured.record(),
     }
     run.write(run.summary, summary)

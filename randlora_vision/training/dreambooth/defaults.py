@@ -39,6 +39,8 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
     if not embedded and subject.instance_prompt is None and subject.dataset_name and not subject.caption_column:
         raise ValueError("captions are missing: give --instance-prompt or --caption-column")
     defaults = DEFAULTS.of(adapter.method, embedded)
+    if training.lr == "auto":
+        raise ValueError(f"--lr auto has no rule for diffusion models: leave --lr out for the default {defaults.lr:g}")
     lr = training.lr or defaults.lr
     if embedded:
         subject, validation = _demo_subject(subject), _demo_validation(validation)

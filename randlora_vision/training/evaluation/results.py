@@ -132,6 +132,7 @@ def closing_words(
             f"{summary['images_per_second']:.0f} images/s",
             f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into {same}: "
             f"{summary['reload_difference']:.1e})",
+            *([f"WARNING: {summary['warning']}"] if summary.get("warning") else []),
             *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
             *(f"changed {n} images or labels: {rule}" for rule, n in summary["changed"].items()),
             "\nTo use it:",

@@ -79,9 +79,9 @@ class TrainingOptions:
     """Forward passes whose gradients are averaged into one optimiser step."""
     optimizer: str = "adamw"
     """A timm optimiser (see timm.optim.list_optimizers()), optionally with the prefix lookahead_."""
-    lr: float | None = None
-    """Peak learning rate. The defaults are for AdamW; RandLoRA on your own model or data takes the rate at which one
-    step changes an adapted weight by 1%."""
+    lr: float | Literal["auto"] | None = None
+    """Peak learning rate. The defaults are for AdamW. auto, the default of RandLoRA on your own model or data, is the
+    rate at which one step changes an adapted weight by 2% of its norm (docs/learning-rate.md)."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule. Other peak rates end at the same fraction of their peak."""
     weight_decay: float = 0.01
@@ -126,7 +126,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps >= 1, "--steps must be 1 or more", self.steps)
-        _require(self.lr is None or self.lr > 0, "--lr must be above 0", self.lr)
+        lr = None if self.lr == "auto" else self.lr
+        _require(lr is None or lr > 0, "--lr must be above 0", lr)
         for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
             _require(getattr(self, name) >= 1, f"{_flag(name)} must be 1 or more", getattr(self, name))
         for name in ("weight_decay", "max_grad_norm", "seed", "early_stopping_patience"):
@@ -142,7 +143,7 @@ class TrainingOptions:
             _require(value is None or 0 <= value < 1, f"{_flag(name)} must be at least 0 and below 1", value)
         _require(self.eps is None or self.eps > 0, "--eps must be above 0", self.eps)
         _require(self.min_lr >= 0, "--min-lr must be 0 or more", self.min_lr)
-        _require(self.lr is None or self.min_lr <= self.lr, f"--min-lr must be at most --lr {self.lr}", self.min_lr)
+        _require(lr is None or self.min_lr <= lr, f"--min-lr must be at most --lr {lr}", self.min_lr)
         _require(0 <= self.ema_decay < 1, "--ema-decay must be at least 0 and below 1", self.ema_decay)
         check_optimizer_name(self.optimizer)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -20,6 +21,19 @@ class Defaults:
     """0 for a method without a rank."""
     suggested: bool = False
     """Whether the rate of the adapters is that of `suggest_lr`; `lr` is then for what is trained beside them."""
+
+    def rate(self, given: float | Literal["auto"] | None, method: Method) -> tuple[float, bool]:
+        """Return the rate for that of the options, and whether `suggest_lr` replaces it for the adapters.
+
+        Raises ValueError for "auto" with a method that the rule is not for.
+        """
+        if given == "auto" and method != "randlora":
+            raise ValueError(
+                f"--lr auto is a rule for --method randlora: leave --lr out, --method {method} then takes {self.lr:g}"
+            )
+        if given is None or given == "auto":
+            return self.lr, given == "auto" or self.suggested
+        return given, False
 
 
 Table = Mapping[Method, Defaults]
@@ -57,7 +71,7 @@ class ScriptDefaults:
         scales = {method: factor for method, factor in ALPHA_PER_RANK.items() if method in self.own}
         return {
             "--steps": f"{self.own_steps}; digits: {self.digits_steps}",
-            "--lr": self._in_words(lambda row: "by suggest_lr" if row.suggested else f"{row.lr:g}"),
+            "--lr": self._in_words(lambda row: "auto" if row.suggested else f"{row.lr:g}"),
             "--rank": self._in_words(lambda row: str(row.rank) if row.rank else ""),
             "--alpha": ", ".join(f"{method} {factor:g} x rank" for method, factor in scales.items()),
         }

@@ -1,0 +1,1 @@
+"""Accuracy of RandLoRA and its rivals on pretrained weights: `python -m benchmarks.quality --help`."""

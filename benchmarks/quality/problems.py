@@ -1,0 +1,134 @@
+"""What one run trains on: a pretrained model, a head, batches, a loss, and figures on validation and test samples.
+
+Shapes: B samples in a batch, N samples, C classes, D features, P pixels a side.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_EVALUATION_BATCH = 250
+_RECALL_AT = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a trained model.
+
+    Attributes:
+        val: On the validation samples, which choose the rate.
+        tests: On every set of test samples; "test" is the one of the table.
+        constant: Whether the model gives one answer to all validation samples.
+    """
+
+    val: float
+    tests: Mapping[str, float]
+    constant: bool = False
+
+
+@dataclass
+class Problem:
+    """The base of all problems: `inputs` (N, ...) with `answers` (N, ...), drawn in shuffled epochs."""
+
+    base: nn.Module
+    head: nn.Module
+    inputs: Tensor
+    answers: Tensor
+    tests: Mapping[str, tuple[Tensor, Tensor]]
+    """(inputs, answers) by name; "val" and "test" are among them."""
+    batch: int
+    seed: int
+    order: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.head = copy.deepcopy(self.head)
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the inputs and answers of the next B samples."""
+        while len(self.order) < self.batch:
+            self.order += torch.randperm(len(self.inputs), generator=self.generator).tolist()
+        chosen, self.order = self.order[: self.batch], self.order[self.batch :]
+        return self.inputs[chosen], self.answers[chosen]
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return the loss of the next batch."""
+        inputs, answers = self.next_batch()
+        return self.criterion(self.head(model(inputs)), answers)
+
+    def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        """Return the loss for outputs of the head."""
+        raise NotImplementedError
+
+    def score(self, outputs: Tensor, answers: Tensor) -> float:
+        """Return the figure of the table for outputs of the head."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module) -> Figures:
+        """Return the figures of a model."""
+        model.eval()
+        scores, constant = {}, False
+        for name, (inputs, answers) in self.tests.items():
+            outputs = torch.cat([self.head(model(part)) for part in inputs.split(_EVALUATION_BATCH)])
+            scores[name] = self.score(outputs, answers) if outputs.isfinite().all() else 0.0
+            constant = constant or self.constant(outputs)
+        return Figures(scores.pop("val"), scores, constant)
+
+    def constant(self, outputs: Tensor) -> bool:
+        """Return whether all outputs (N, ...) mean the same answer."""
+        return False
+
+
+class Classification(Problem):
+    """Classes: cross-entropy and accuracy."""
+
+    def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        """Return the cross-entropy of logits (B, C) with labels (B,)."""
+        return F.cross_entropy(outputs, answers)
+
+    def score(self, outputs: Tensor, answers: Tensor) -> float:
+        """Return the accuracy."""
+        return float((outputs.argmax(-1) == answers).float().mean())
+
+    def constant(self, outputs: Tensor) -> bool:
+        """Return whether one class is predicted for everything."""
+        return len(outputs.argmax(-1).unique()) == 1
+
+
+class Retrieval(Problem):
+    """Pictures and the features (N, D) of their captions, which stay as they are: contrastive loss and mean recall."""
+
+    temperature = 0.05
+
+    def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        """Return the symmetric contrastive loss of a batch."""
+        logits = F.normalize(outputs, dim=-1) @ answers.T / self.temperature
+        own = torch.arange(len(logits))
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    def score(self, outputs: Tensor, answers: Tensor) -> float:
+        """Return the mean of recall@1, 5 and 10 in both directions."""
+        similar = F.normalize(outputs, dim=-1) @ answers.T
+        own = similar.diagonal()
+        recalls = []
+        for rows in (similar, similar.T):
+            rank = (rows > own[:, None]).sum(1)
+            recalls += [float((rank < most).float().mean()) for most in _RECALL_AT]
+        return sum(recalls) / len(recalls)
+
+
+class Regression(Problem):
+    """A linear map to be learned: squared error, and the part of the answers' energy that is explained."""
+
+    def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        """Return the mean squared error."""
+        return F.mse_loss(outputs, answers)
+
+    def score(self, outputs: Tensor, answers: Tensor) -> float:
+        """Return 1 - |error|^2 / |error of the base model|^2, at least 0; the head is scaled to make the latter 1."""
+        return max(0.0, 1 - float(F.mse_loss(outputs, answers)))

@@ -1,0 +1,192 @@
+"""The runs as Markdown tables: every method at its best rate, the default rate of RandLoRA, and the kinds of bases."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.search import DEFAULT_RATES, Results, best_exponent, exponent_means, unsearched
+from benchmarks.quality.tasks import TASKS, Task
+from benchmarks.quality.train import RATE_STEP
+
+_Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
+BASES = tuple(name for name, method in METHODS.items() if method.lr is None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of one size at its best rate on one task.
+
+    Attributes:
+        scores: Of the test, by seed.
+        half_width: Of the 95% interval of the mean score.
+        others: Means of the other tests.
+        result: The line of one run, for what does not depend on the seed.
+    """
+
+    task: str
+    method: str
+    exponent: float
+    scores: Mapping[int, float]
+    half_width: float
+    others: Mapping[str, float]
+    result: Mapping[str, Any]
+
+    @property
+    def mean(self) -> float:
+        """The mean score over the seeds."""
+        return statistics.mean(self.scores.values())
+
+
+def half_width(scores: Sequence[float], samples: int) -> float:
+    """Return half the 95% interval of a mean score over seeds, each a proportion of the same `samples` (0: of none).
+
+    Two sources: which samples are in the test, and the seed, by Student's t; with one seed the first alone, or NaN.
+    """
+    mean = statistics.mean(scores)
+    inside = min(max(mean, 0.0), 1.0)
+    samples_part = _Z * math.sqrt(inside * (1 - inside) / samples) if samples else 0.0
+    if len(scores) == 1:
+        return samples_part if samples else math.nan
+    from scipy.stats import t
+
+    seeds_part = float(t.ppf(0.975, len(scores) - 1)) * statistics.stdev(scores) / math.sqrt(len(scores))
+    return math.hypot(samples_part, seeds_part)
+
+
+def rows(results: Results, task: str) -> list[Row]:
+    """Return the methods whose search on a task is done, in the order of `METHODS`, by size."""
+    found = []
+    sizes = {(run.method, run.budget) for run in results if run.task == task}
+    for method, budget in sorted(sizes, key=lambda size: (list(METHODS).index(size[0]), size[1])):
+        exponent = best_exponent(results, task, method, budget)
+        if exponent is None or unsearched(results, task, method, budget):
+            continue
+        lines = {
+            run.seed: result
+            for run, result in results.items()
+            if (run.task, run.method, run.budget, run.exponent) == (task, method, budget, exponent)
+        }
+        scores = {seed: line["test"] for seed, line in sorted(lines.items())}
+        result = lines[min(lines)]
+        others = {name: statistics.mean(line[name] for line in lines.values()) for name in result if " " in name}
+        width = half_width(list(scores.values()), TASKS[task].samples)
+        found.append(Row(task, method, exponent, scores, width, others, result))
+    return found
+
+
+def markdown(results: Results, steps: Iterable[Mapping[str, Any]]) -> str:
+    """Return the whole report, without a title."""
+    ratios = {(line["task"], line["method"]): line["ratio"] for line in steps}
+    tasks = [task for task in TASKS if any(run.task == task for run in results)]
+    parts = [_task_section(TASKS[task], rows(results, task), ratios) for task in tasks]
+    return "\n".join([*parts, _default_section(results, tasks), _bases_section(results, tasks)])
+
+
+def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, str], float]) -> str:
+    full, probe = (next((row.mean for row in found if row.method == name), math.nan) for name in ("full", "probe"))
+    others = sorted({name for row in found for name in row.others})
+    header = ["method", "trained", f"{task.score}, 95%", "gap closed", *others, "best rate", "seeds", "step", "bytes"]
+    lines = []
+    for row in found:
+        gap = (row.mean - probe) / (full - probe)
+        ratio = ratios.get((row.task, row.method))
+        width = "" if math.isnan(row.half_width) else f" ± {100 * row.half_width:.1f}"
+        lines.append(
+            [
+                METHODS[row.method].title,
+                f"{row.result['trained']:,}",
+                f"{100 * row.mean:.1f}{width}",
+                "" if math.isnan(gap) else f"{gap:.0%}",
+                *(f"{100 * row.others[name]:.1f}" if name in row.others else "" for name in others),
+                f"{row.result['lr']:.1e}",
+                str(len(row.scores)),
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{row.result['file_bytes']:,}",
+            ]
+        )
+    return f"## {task.title}\n\n{_table(header, lines)}\n\n{_told_apart(found)}\n"
+
+
+def _told_apart(found: Sequence[Row]) -> str:
+    """Return a sentence on which methods have an interval that reaches that of the best one."""
+    adapters = [row for row in found if row.method not in ("full", "probe")]
+    if not adapters:
+        return ""
+    best = max(adapters, key=lambda row: row.mean)
+    name = _sized_name(best, adapters)
+    if math.isnan(best.half_width):
+        return f"Best adapter: {name}; one seed, no interval."
+    below = [row for row in adapters if row.mean + row.half_width < best.mean - best.half_width]
+    if not below:
+        return (
+            f"Best adapter: {name}. This task does not tell the {len(adapters)} adapters apart: all intervals overlap."
+        )
+    words = ", ".join(_sized_name(row, adapters) for row in below)
+    return (
+        f"Best adapter: {name}. Below it with 95% intervals that do not overlap: {words}; not told apart: the others."
+    )
+
+
+def _sized_name(row: Row, among: Sequence[Row]) -> str:
+    several = sum(other.method == row.method for other in among) > 1
+    return f"{METHODS[row.method].title} ({row.result['trained']:,})" if several else METHODS[row.method].title
+
+
+def _default_section(results: Results, tasks: Sequence[str]) -> str:
+    """Return the scores at the default rate, a third and three times it, over the seeds that all rates have."""
+    header = ["task", "bases", "trained", "a third", "default", "three times", "best of the grid", "default below best"]
+    lines = []
+    for task in tasks:
+        for row in rows(results, task):
+            wanted = (*DEFAULT_RATES, row.exponent)
+            means = exponent_means(results, task, row.method, row.result["budget"], "test", wanted)
+            if row.method not in BASES or not set(wanted) <= set(means):
+                continue
+            default, third, three, best = (means[exponent] for exponent in wanted)
+            lines.append(
+                [
+                    TASKS[task].title,
+                    row.method,
+                    f"{row.result['trained']:,}",
+                    *(f"{100 * value:.1f}" for value in (third, default, three)),
+                    f"{100 * best:.1f} (x {RATE_STEP ** (row.exponent - DEFAULT_RATES[0]):.2g})",
+                    f"{100 * (best - default):+.1f}",
+                ]
+            )
+    return f"## The default rate of RandLoRA (`suggest_lr`)\n\n{_table(header, lines)}\n"
+
+
+def _bases_section(results: Results, tasks: Sequence[str]) -> str:
+    """Return the difference of every kind of bases to uniform ones, seed by seed."""
+    header = ["task", "bases", "trained", "minus uniform, points, 95%", "seeds"]
+    lines = []
+    for task in tasks:
+        found = rows(results, task)
+        uniform = {row.result["budget"]: row for row in found if row.method == "uniform"}
+        for row in found:
+            reference = uniform.get(row.result["budget"])
+            if row.method not in BASES[1:] or reference is None:
+                continue
+            common = [seed for seed in row.scores if seed in reference.scores]
+            differences = [row.scores[seed] - reference.scores[seed] for seed in common]
+            width = half_width(differences, 0)
+            interval = "" if math.isnan(width) else f" ± {100 * width:.1f}"
+            mean = 100 * statistics.mean(differences)
+            lines.append(
+                [
+                    TASKS[task].title,
+                    row.method,
+                    f"{row.result['trained']:,}",
+                    f"{mean:+.1f}{interval}",
+                    str(len(common)),
+                ]
+            )
+    return f"## Kinds of bases, each at its best rate\n\n{_table(header, lines)}\n"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
