@@ -508,10 +508,10 @@ def test_loading_plans_once_scans_once_and_draws_once(
 
     count("randlora_vision.adapters.checkpoint.make_plan", "plans")
     count("randlora_vision.injection.selection.candidates", "scans")
-    count("randlora_vision.bases.dense.words", "rows")
-    count("randlora_vision.bases.ternary.words", "rows")
+    count("randlora_vision.bases.dense.filled", "matrices")
+    count("randlora_vision.bases.ternary.filled", "matrices")
     count("randlora_vision.bases.peft.draw", "pairs")
     load_adapter(model, path)
     assert torch.equal(model(x), expected)
-    drawn = {"pairs": 1} if bases == "peft" else {"rows": 4 + 12}  # of A and of B
+    drawn = {"pairs": 1} if bases == "peft" else {"matrices": 2}  # A and B
     assert counts == {"plans": 1, "scans": 1, **drawn}
