@@ -5,7 +5,7 @@ An update of torch that changes one of these fails in `tests/test_torch_internal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +58,13 @@ def reshaped_as_own(tensor: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling() or tensor._is_view() or not tensor.is_contiguous():
         return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
     return tensor
+
+
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
+"""A contiguous tensor in another shape, as the output of F.linear is: autograd does not treat it as a view.
+
+FSDP 2 warns of modules that return views.
+"""
 
 
 def fake_mode_of(tensor: Tensor) -> Any:

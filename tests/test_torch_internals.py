@@ -78,6 +78,8 @@ def test_a_reshaped_result_may_be_written_to() -> None:
     assert out.shape == (2, 2) and not out._is_view()
     out.mul_(3).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [6.0] * 4
+    flat = internals.unsafe_view(2 * x, (2, 2))
+    assert flat.shape == (2, 2) and not flat._is_view()
 
 
 def test_names_are_those_of_the_state_dict() -> None:

@@ -29,6 +29,7 @@ from randlora_vision.torch_internals import (
     reshaped_as_own,
     torch_exports,
     transforms_are_active,
+    unsafe_view,
 )
 
 
@@ -85,7 +86,7 @@ def randlora_linear(
     plan = cheapest(flat.shape[0], call, ready, (for_input, for_adapter, for_weight), pinned, compiling)
     shape = (*x.shape[:-1], out_features)
     if not (for_input or for_adapter or for_weight or for_bias):
-        return orders.output(flat, weight, bias, ready, tall, plan.forward).reshape(shape)
+        return unsafe_view(orders.output(flat, weight, bias, ready, tall, plan.forward), shape)
     kept: list[Tensor] = []
     if plan.grad_adapter == "tokens" and not tall:  # all that this gradient needs of x, and smaller
         for term in ready:
@@ -93,9 +94,9 @@ def randlora_linear(
     if compiling or transforms_are_active():  # they replace the tensors that a function computes with
         frozen = [tensor for term in ready for tensor in term.frozen]
         step = _Step(call, _blank(ready), plan, pinned, len(kept), len(frozen))
-        return _RandLoRALinear.apply(flat, weight, bias, step, *kept, *frozen, *trained).reshape(shape)
+        return unsafe_view(_RandLoRALinear.apply(flat, weight, bias, step, *kept, *frozen, *trained), shape)
     step = _Step(call, ready, plan, pinned, len(kept), None)
-    return _PlainLinear.apply(flat, weight, bias, step, *kept, *trained).reshape(shape)
+    return unsafe_view(_PlainLinear.apply(flat, weight, bias, step, *kept, *trained), shape)
 
 
 def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
