@@ -168,7 +168,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
         changed = ["--lr", "0.5", "--layer-decay", "0.9", "--workers", "1", "--eval-scales", "0,1"]
         train(*flags, "--output-dir", str(folder), "--resume", "latest", *changed, "--report-to", "none")
     error = capsys.readouterr().err.splitlines()[-1].partition("; these may change: ")[0]
-    assert "with other settings: --lr was 0.00032, is now 0.5" in error and "workers" not in error
+    assert "with other settings: --lr was 0.00064, is now 0.5" in error and "workers" not in error
     assert "--layer-decay was 1.0, is now 0.9" in error and "report" not in error and "scales" not in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
