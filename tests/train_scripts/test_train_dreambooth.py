@@ -274,7 +274,9 @@ def test_a_text_encoder_that_gets_no_gradient_is_an_error(
     train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = Prompts.__init__
-    monkeypatch.setattr(Prompts, "__init__", lambda self, family, texts, trained: plain(self, family, texts, False))
+    monkeypatch.setattr(
+        Prompts, "__init__", lambda self, family, texts, trained, kept: plain(self, family, texts, False)
+    )
     with pytest.raises(SystemExit):
         train("--train-text-encoder")
     assert "error: text_encoder: no gradient reaches" in capsys.readouterr().err
