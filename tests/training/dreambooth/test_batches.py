@@ -39,6 +39,7 @@ class Plain:
     """A pipeline whose latents are the pixels at half the size, and whose prediction is zero."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
     options = ObjectiveOptions()
     denoiser = nn.Linear(1, 1)
 
