@@ -104,8 +104,8 @@ def _metavar(kind: Any) -> str:
     if kind is bool:
         return ""
     if get_origin(kind) in (Union, UnionType):
-        parts = [_metavar(part) for part in get_args(kind) if part is not type(None)]
-        return parts[0] if len(parts) == 1 else f"{{{','.join(part.strip('{}') for part in parts)}}}"
+        kinds = [_metavar(part) for part in get_args(kind) if part is not type(None)]
+        return kinds[0] if len(kinds) == 1 else f"{{{','.join(text.strip('{}') for text in kinds)}}}"
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         return f"{_metavar(parts[0])} ..." if parts[1:] == (...,) else " ".join(map(_metavar, parts))
