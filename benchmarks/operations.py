@@ -16,10 +16,11 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.methods import METHODS
+from benchmarks.workloads import Layer
 
 _FREE = {
     "_unsafe_view",
@@ -61,17 +62,6 @@ def _engine_calls() -> bool:
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
-class _Layer(nn.Module):
-    """A linear layer in a named submodule, as PEFT needs."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 Apply = Callable[[nn.Module, list[str], int], nn.Module]
 
 
@@ -91,8 +81,8 @@ class Added(NamedTuple):
 
 def added(apply: Apply, inputs: int, outputs: int, images: int = 1, tokens: int = 197, rank: int = 32) -> Added:
     """Count what an adapter adds to forward and backward of a frozen linear layer whose input needs a gradient."""
-    plain, sums, _ = _measured(_Layer(inputs, outputs).requires_grad_(False), images, tokens)
-    adapted = apply(_Layer(inputs, outputs).requires_grad_(False), ["layer"], rank)
+    plain, sums, _ = _measured(Layer(inputs, outputs).requires_grad_(False), images, tokens)
+    adapted = apply(Layer(inputs, outputs).requires_grad_(False), ["layer"], rank)
     counts, accumulations, calls = _measured(adapted, images, tokens)
     counts.subtract(plain)
     return Added(+counts, accumulations - sums, calls)

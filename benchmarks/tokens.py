@@ -20,21 +20,11 @@ from tqdm import tqdm
 
 from benchmarks import measure
 from benchmarks.methods import METHODS
+from benchmarks.workloads import Layer
 from randlora_vision import RandLoRAConfig, inject
 from randlora_vision.files.atomic import replacing, write_text
 
 _RANK = 32
-
-
-class _Layer(nn.Module):
-    """A linear layer in a named submodule, as PEFT needs; its input needs a gradient, as in the middle of a network."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def _pinned(bases: str, compute: str) -> Callable[[nn.Module], nn.Module]:
@@ -123,7 +113,7 @@ def _trainees(options: argparse.Namespace, device: torch.device) -> dict[str, me
     trainees = {}
     for name, apply in CURVES.items():
         torch.manual_seed(0)
-        model = apply(_Layer(options.inputs, options.outputs).requires_grad_(False)).to(device)
+        model = apply(Layer(options.inputs, options.outputs).requires_grad_(False)).to(device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         inputs = _inputs(1, options.inputs, device)
         trainees[name] = measure.Trainee(model, optimizer, inputs, lambda y: y.sum(), torch.float32)

@@ -14,6 +14,18 @@ from torch import Tensor, nn
 Inputs = dict[str, Tensor]
 
 
+class Layer(nn.Module):
+    """A linear layer in a named submodule, as PEFT needs."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., inputs)."""
+        return self.layer(x)
+
+
 @dataclass(frozen=True)
 class Workload:
     """A model, the sizes that it is measured at, and the nn.Linear layers that are adapted.

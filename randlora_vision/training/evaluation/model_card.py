@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from randlora_vision.files.atomic import write_text
 from randlora_vision.training.evaluation.curves import HEADLINES
 from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -101,7 +102,7 @@ def write_card(
     for picture, title in _PICTURES.items():
         if (path := getattr(run, picture)).exists():
             lines += ["", f"## {title}", "", f"![{title}]({path.name})"]
-    run.card.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(run.card, "\n".join(lines) + "\n")
 
 
 def at_hub(code: Sequence[str], run: RunFolder, repository: str) -> list[str]:
