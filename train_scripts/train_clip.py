@@ -23,7 +23,7 @@ from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.defaults import DEFAULTS, resolve
-from randlora_vision.training.clip.evaluation import ClipAnswers, Exam, Splits
+from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
 from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
 from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
@@ -36,6 +36,7 @@ from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.read import read_data, read_evaluation
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.data.splits import Splits
 from randlora_vision.training.evaluation.model_card import write_card
 from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import Results, check_equal, closing_words, task_name

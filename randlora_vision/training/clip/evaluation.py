@@ -16,15 +16,14 @@ from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.clip.retrieval import Features, retrieval_features
 from randlora_vision.training.data.batches import evaluation_batches
-from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.splits import Splits
 from randlora_vision.training.evaluation.grids import Found, Prediction, list_predictions
 from randlora_vision.training.evaluation.results import Answers, Results
 
 _PICTURES = 96  # sampled; those drawn are chosen among them
 _FOUND = 12
-Splits = ImageSplits | PairSplits
 
 
 @dataclass(frozen=True)

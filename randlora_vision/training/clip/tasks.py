@@ -9,12 +9,12 @@ from torch import nn
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import ClassPromptLoss, ClipClassifier
 from randlora_vision.training.clip.contrastive import ContrastiveLoss
-from randlora_vision.training.clip.evaluation import Splits
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.clip.retrieval import retrieval_features
 from randlora_vision.training.data.batches import Pictures, evaluation_batches
 from randlora_vision.training.data.captioned import PairSplits, class_captions
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.splits import Splits
 from randlora_vision.training.harness.distributed import process_and_processes
 
 

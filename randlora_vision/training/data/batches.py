@@ -94,23 +94,18 @@ class Pictures(Dataset[Any]):
     """Pictures (files, items of a dataset, or already decoded) that are transformed on access.
 
     An unreadable file is recorded in `skipped` and gives None. Training batches take the next readable picture in its
-    place; evaluation leaves it out. Transparent pixels get the colour `background`. With a `stream`, there are no
-    images, and `read` takes those of the stream.
+    place; evaluation leaves it out.
     """
 
-    def __init__(
-        self,
-        images: Sequence[Picture],
-        transform: Transform,
-        skipped: SkipList,
-        background: Colour = WHITE,
-        stream: Stream | None = None,
-    ) -> None:
+    background: Colour = WHITE
+    """The colour of transparent pixels."""
+    stream: Stream | None = None
+    """Where `read` gets its pictures from if there are no `images`."""
+
+    def __init__(self, images: Sequence[Picture], transform: Transform, skipped: SkipList) -> None:
         self.images = images
         self.transform = transform
         self.skipped = skipped
-        self.background = background
-        self.stream = stream
 
     def __len__(self) -> int:
         return len(self.images)

@@ -4,19 +4,17 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from randlora_vision.training.data.batches import Pictures
-from randlora_vision.training.data.decode import WHITE, Colour
-from randlora_vision.training.data.labelled import NOT_MEASURED, ImageSplits, final_split, sizes_of
-from randlora_vision.training.data.part import Stream
-from randlora_vision.training.data.pictures import Picture, Transform, held_out_files
+from randlora_vision.training.data.labelled import NOT_MEASURED, ImageSplits
+from randlora_vision.training.data.pictures import Picture, Transform
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.split_images import SplitImages
 
 Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> (texts, L) int64
 
@@ -35,29 +33,17 @@ class PairBatch(TypedDict):
     indices: Tensor  # (B,) int64
 
 
-@dataclass(frozen=True)
-class PairSplits:
-    """Images and captions, at least one per image, of each split, and the origin of the splits.
+@dataclass(frozen=True, kw_only=True)
+class PairSplits(SplitImages):
+    """Images with captions, at least one per image.
 
-    `val` and `test` are as in `ImageSplits`. `groups` is given for captions that were made from classes: the
-    class of every image, which then decides which captions mean the same.
+    `groups` is given for captions that were made from classes: the class of every image, which then decides which
+    captions mean the same.
     """
 
-    name: str
-    images: Mapping[str, Sequence[Picture]]
+    tables: ClassVar = ("images", "captions", "groups")
     captions: Mapping[str, Sequence[Sequence[str]]]
-    origin: str
-    augment: Callable[[Image.Image], Image.Image] | None = None  # in place of the model's own augmentation
     groups: Mapping[str, Sequence[int]] | None = None
-    chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
-    notes: Sequence[str] = ()  # for the user, one line each
-    background: Colour = WHITE  # of transparent pixels
-    stream: Stream | None = None  # in place of `train`, which is then empty
-
-    @property
-    def final(self) -> str:
-        """The split that is evaluated before and after training."""
-        return final_split(self.images)
 
     def select(
         self, split: str, transform: Transform, tokenize: Tokenize, skipped: SkipList, draw: bool | None = None
@@ -66,24 +52,12 @@ class PairSplits:
         draw = split == "train" if draw is None else draw
         groups = self.groups[split] if self.groups else None
         images, captions = self.images[split], self.captions[split]
-        stream = self.stream if split == "train" else None
-        return CaptionedImages(images, captions, transform, tokenize, skipped, groups, draw, self.background, stream)
+        return self.reading(CaptionedImages(images, captions, transform, tokenize, skipped, groups, draw), split)
 
     def __str__(self) -> str:
         everyone = next(texts for texts in self.captions.values() if texts or not self.stream)
         captions = sum(len(texts) for texts in everyone) / max(1, len(everyone))
-        return f"{self.name}: {sizes_of(self.images, self.stream)} images, {captions:.3g} captions each ({self.origin})"
-
-    def record(self) -> dict[str, Any]:
-        """Return what a run folder keeps: the sizes, the origin, and the files that were held out."""
-        return {
-            "name": self.name,
-            "origin": self.origin,
-            "sizes": {name: len(images) for name, images in self.images.items()},
-            "held_out": held_out_files(self.images),
-            **({"chosen": list(self.chosen)} if self.chosen is not None else {}),
-            **({"streamed": list(self.stream.shards)} if self.stream is not None else {}),
-        }
+        return f"{self.name}: {self.sizes} images, {captions:.3g} captions each ({self.origin})"
 
 
 class CaptionedImages(Pictures):
@@ -98,10 +72,8 @@ class CaptionedImages(Pictures):
         skipped: SkipList,
         groups: Sequence[int] | None = None,
         draw: bool = True,
-        background: Colour = WHITE,
-        stream: Stream | None = None,
     ) -> None:
-        super().__init__(images, transform, skipped, background, stream)
+        super().__init__(images, transform, skipped)
         assert len(images) == len(captions)
         self.captions = captions
         self.tokenize = tokenize
@@ -171,17 +143,11 @@ def token_number(tokens: Tensor) -> int:
 def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
     """Turn images with classes into images with captions: every template filled with the class name."""
     captions = [tuple(template.replace("{}", name) for template in templates) for name in splits.class_names]
+    common = {field.name: getattr(splits, field.name) for field in fields(SplitImages)}
     return PairSplits(
-        name=splits.name,
-        images=splits.images,
+        **{**common, "stream": splits.stream and splits.stream.from_classes(captions)},
         captions={split: [captions[label] for label in labels] for split, labels in splits.labels.items()},
-        origin=splits.origin,
-        augment=splits.augment,
         groups=splits.labels,
-        chosen=splits.chosen,
-        notes=splits.notes,
-        background=splits.background,
-        stream=splits.stream and splits.stream.from_classes(captions),
     )
 
 

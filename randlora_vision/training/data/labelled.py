@@ -2,19 +2,18 @@
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from randlora_vision.training.data.batches import Pictures
-from randlora_vision.training.data.decode import WHITE, Colour
-from randlora_vision.training.data.part import Stream
-from randlora_vision.training.data.pictures import Picture, Transform, held_out_files
+from randlora_vision.training.data.pictures import Picture, Transform
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.split_images import SplitImages
 
 NOT_MEASURED = -1
 """The label of an image that stands in for a batch of unreadable images; it does not count."""
@@ -27,76 +26,33 @@ class Batch(TypedDict):
     labels: Tensor
 
 
-@dataclass(frozen=True)
-class ImageSplits:
-    """Images (files, items of a dataset, or already decoded) and labels of each split, and the origin of the splits.
+@dataclass(frozen=True, kw_only=True)
+class ImageSplits(SplitImages):
+    """Images with classes: the labels of every split are positions in `class_names`."""
 
-    `val` is evaluated during training and selects the best state. `test`, if there is one, is evaluated before and
-    after training; otherwise `val` is, and its figures are called those of the validation images. Images for
-    evaluation alone are a single split: `train`, `val`, `test` or `all`.
-    """
-
-    name: str
+    tables: ClassVar = ("images", "labels")
     class_names: Sequence[str]
-    images: Mapping[str, Sequence[Picture]]
     labels: Mapping[str, Sequence[int]]
-    origin: str
-    augment: Callable[[Image.Image], Image.Image] | None = None  # in place of the model's own augmentation
-    chosen: Sequence[int] | None = None  # where `train` is a part: its positions in the whole training split
-    notes: Sequence[str] = ()  # for the user, one line each
-    background: Colour = WHITE  # of transparent pixels
-    stream: Stream | None = None  # in place of `train`, which is then empty
-
-    @property
-    def final(self) -> str:
-        """The split that is evaluated before and after training."""
-        return final_split(self.images)
 
     def select(self, split: str, transform: Transform, skipped: SkipList) -> "LabelledImages":
         """Return one split as a dataset."""
-        stream = self.stream if split == "train" else None
-        return LabelledImages(self.images[split], self.labels[split], transform, skipped, self.background, stream)
+        return self.reading(LabelledImages(self.images[split], self.labels[split], transform, skipped), split)
 
     def __str__(self) -> str:
-        return f"{self.name}: {sizes_of(self.images, self.stream)}, {len(self.class_names)} classes ({self.origin})"
+        return f"{self.name}: {self.sizes}, {len(self.class_names)} classes ({self.origin})"
 
     def record(self) -> dict[str, Any]:
-        """Return what a run folder keeps: the sizes, the origin, and the files that were held out."""
-        return {
-            "name": self.name,
-            "origin": self.origin,
-            "class_names": list(self.class_names),
-            "sizes": {name: len(images) for name, images in self.images.items()},
-            "held_out": held_out_files(self.images),
-            **({"chosen": list(self.chosen)} if self.chosen is not None else {}),
-            **({"streamed": list(self.stream.shards)} if self.stream is not None else {}),
-        }
-
-
-def sizes_of(images: Mapping[str, Sequence[Picture]], stream: Stream | None) -> str:
-    """Return the sizes of the splits in words."""
-    streamed = [f"{len(stream.shards)} shards streamed for train"] if stream else []
-    return ", ".join([*streamed, *(f"{len(images[name])} {name}" for name in images if images[name] or not stream)])
-
-
-def final_split(splits: Mapping[str, Any]) -> str:
-    """Return the split that is evaluated before and after training: `test`, else `val`, else the only one."""
-    return next((split for split in ("test", "val") if split in splits), next(iter(splits)))
+        """Return what a run folder keeps, with the class names."""
+        return {**super().record(), "class_names": list(self.class_names)}
 
 
 class LabelledImages(Pictures):
     """Pictures with one label each."""
 
     def __init__(
-        self,
-        images: Sequence[Picture],
-        labels: Sequence[int],
-        transform: Transform,
-        skipped: SkipList,
-        background: Colour = WHITE,
-        stream: Stream | None = None,
+        self, images: Sequence[Picture], labels: Sequence[int], transform: Transform, skipped: SkipList
     ) -> None:
-        super().__init__(images, transform, skipped, background, stream)
+        super().__init__(images, transform, skipped)
         assert len(images) == len(labels)
         self.labels = labels
 

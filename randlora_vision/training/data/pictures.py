@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from randlora_vision.files.text import as_utf8, require_regular
+from randlora_vision.files.text import require_regular
 from randlora_vision.training.data.decode import WHITE, Colour, Note, to_rgb
 from randlora_vision.training.data.skipped import SkipList
 
@@ -87,15 +87,6 @@ def readable(image: Picture, skipped: SkipList, background: Colour = WHITE) -> I
     except OSError as error:
         skipped.add(image, error)
         return None
-
-
-def held_out_files(images: Mapping[str, Sequence[Picture]]) -> dict[str, list[str]]:
-    """Return the images that are not for training, by split; embedded images have no names and are left out."""
-    held_out = {name: images for name, images in images.items() if name != "train"}
-    return {
-        name: [as_utf8(image) for image in images if not isinstance(image, Image.Image)]
-        for name, images in held_out.items()
-    }
 
 
 @cache

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from randlora_vision.training.data.captioned import PairSplits, class_captions
+from randlora_vision.training.data.captioned import class_captions
 from randlora_vision.training.data.class_names import with_class_names
 from randlora_vision.training.data.cleaning import cleaned
 from randlora_vision.training.data.decode import parse_colour
@@ -21,10 +21,9 @@ from randlora_vision.training.data.sources.tables import TABLE_SUFFIXES, table_p
 from randlora_vision.training.data.sources.tar_shards import is_shards, shards_parts
 from randlora_vision.training.data.sources.timm import timm_parts
 from randlora_vision.training.data.sources.torchvision import torchvision_parts
-from randlora_vision.training.data.splits import make_evaluation, make_splits, make_streamed, training_part
+from randlora_vision.training.data.splits import Splits, make_evaluation, make_splits, make_streamed, training_part
 from randlora_vision.training.data.streaming import shard_stream
 
-Splits = ImageSplits | PairSplits
 _REMOTE = ("http:", "https:", "s3:", "gs:", "gcs:", "hdfs:", "pipe:", "ftp:", "file:")
 
 
@@ -78,13 +77,8 @@ def _only(splits: Splits, wanted: str) -> Splits:
     """Return the splits with only one of them."""
     if wanted not in splits.images:
         raise ValueError(f"--eval-split {wanted}: {splits.name} has {' and '.join(splits.images)}")
-    origin = f"the {wanted} split: {splits.origin}"
-    images = {wanted: splits.images[wanted]}
-    if isinstance(splits, PairSplits):
-        groups = splits.groups and {wanted: splits.groups[wanted]}
-        captions = {wanted: splits.captions[wanted]}
-        return replace(splits, images=images, captions=captions, groups=groups, origin=origin)
-    return replace(splits, images=images, labels={wanted: splits.labels[wanted]}, origin=origin)
+    places = {wanted: splits.all_places()[wanted]}
+    return splits.recut(places, origin=f"the {wanted} split: {splits.origin}")
 
 
 def _finished(splits: Splits, options: DataOptions, class_names: str | None) -> Splits:

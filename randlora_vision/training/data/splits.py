@@ -9,7 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -22,11 +22,11 @@ from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import StoredImage
 from randlora_vision.training.data.split_names import SPLITS
 
-_Splits = TypeVar("_Splits", bound=ImageSplits | PairSplits)
+Splits = ImageSplits | PairSplits
 _MOST_PAIRS = 1000  # held out: recall compares all pairs, and 1000 is the usual number in the literature
 
 
-def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int) -> ImageSplits | PairSplits:
+def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int) -> Splits:
     """Return the splits of a source that has `train` and may have `val` and `test`.
 
     If `val` is missing, a `fraction` of `train` is held out, drawn with `seed`. A missing `test` stays missing. The
@@ -54,7 +54,7 @@ def make_splits(name: str, parts: Mapping[str, Part], fraction: float, seed: int
     return splits if "val" in parts else _with_held_out(splits, parts["train"].source, fraction, seed)
 
 
-def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) -> ImageSplits | PairSplits:
+def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) -> Splits:
     """Return images to evaluate on, none of which is for training, as a single split.
 
     `wanted` is one of the parts, or "all" of them together; the default is the source's own test split, else its own
@@ -74,7 +74,7 @@ def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) ->
     return _image_splits(name, {chosen: part}, origin, classes=everything)
 
 
-def make_streamed(name: str, parts: Mapping[str, Part]) -> tuple[ImageSplits | PairSplits, Classes | None]:
+def make_streamed(name: str, parts: Mapping[str, Part]) -> tuple[Splits, Classes | None]:
     """Return the splits of `val` and maybe `test` beside an empty `train`, and the classes, which are those of `val`.
 
     Raises ValueError as `make_splits` does.
@@ -111,11 +111,9 @@ def _check_parts(parts: Mapping[str, Part]) -> None:
 
 def _pair_splits(name: str, parts: Mapping[str, Part], origin: str) -> PairSplits:
     present = [split for split in (*SPLITS, "all") if split in parts]
+    captions: Any = {split: parts[split].captions or () for split in present}  # cleaned: without None
     return PairSplits(
-        name,
-        {split: parts[split].images for split in present},
-        {split: parts[split].captions or () for split in present},  # type: ignore[misc]  # cleaned: no None
-        origin,
+        name=name, images={split: parts[split].images for split in present}, captions=captions, origin=origin
     )
 
 
@@ -135,8 +133,14 @@ def _image_splits(name: str, parts: Mapping[str, Part], origin: str, classes: Pa
         f"classes that differ only in case, underscores or the spelling of a number: {listing(group)}"
         for group in look_alike(names).values()
     ]
-    names = [name.replace("_", " ") for name in names]
-    return ImageSplits(name, names, {s: list(parts[s].images) for s in present}, labels, origin, notes=tuple(alike))
+    return ImageSplits(
+        name=name,
+        class_names=[name.replace("_", " ") for name in names],
+        images={split: list(parts[split].images) for split in present},
+        labels=labels,
+        origin=origin,
+        notes=tuple(alike),
+    )
 
 
 def _class_names(parts: Mapping[str, Part], source: Part) -> list[str]:
@@ -164,34 +168,19 @@ def _positions(part: Part, classes: Classes, source: Part) -> list[int]:
     return [position for label in part.labels or () if (position := known[label]) is not None]
 
 
-def _with_held_out(splits: _Splits, source: str, fraction: float, seed: int) -> _Splits:
+def _with_held_out(splits: Splits, source: str, fraction: float, seed: int) -> Splits:
     """Move a fraction of `train` to `val`."""
+    count = len(splits.images["train"])
     if isinstance(splits, ImageSplits):
         kept, held_out = hold_out(splits.labels["train"], splits.class_names, fraction, seed)
-        return replace(
-            splits, images=_moved(splits.images, kept, held_out), labels=_moved(splits.labels, kept, held_out)
-        )
-    count = len(splits.images["train"])
-    if count < 2:
+    elif count < 2:
         raise ValueError(f"{source} has only one image, which cannot be used for both training and validation")
-    most = min(count - 1, max(1, round(fraction * count)), _MOST_PAIRS)
-    held_out = sorted(random.Random(seed).sample(range(count), most))
-    chosen = set(held_out)
-    kept = [i for i in range(count) if i not in chosen]
-    return replace(
-        splits, images=_moved(splits.images, kept, held_out), captions=_moved(splits.captions, kept, held_out)
-    )
-
-
-_Value = TypeVar("_Value")
-
-
-def _moved(
-    table: Mapping[str, Sequence[_Value]], kept: Sequence[int], held_out: Sequence[int]
-) -> dict[str, Sequence[_Value]]:
-    everything = table["train"]
-    rest = {split: values for split, values in table.items() if split != "train"}
-    return {"train": [everything[i] for i in kept], "val": [everything[i] for i in held_out], **rest}
+    else:
+        most = min(count - 1, max(1, round(fraction * count)), _MOST_PAIRS)
+        held_out = sorted(random.Random(seed).sample(range(count), most))
+        kept = sorted(set(range(count)) - set(held_out))
+    rest = {split: place for split, place in splits.all_places().items() if split != "train"}
+    return splits.recut({"train": ("train", kept), "val": ("train", held_out), **rest})
 
 
 def hold_out(labels: Sequence[int], names: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -220,7 +209,7 @@ def members(labels: Sequence[int]) -> Mapping[int, list[int]]:
     return found
 
 
-def training_part(splits: _Splits, options: SplitOptions) -> _Splits:
+def training_part(splits: Splits, options: SplitOptions) -> Splits:
     """Return the splits with the part of `train` that --shots or --train-fraction asks for.
 
     The positions of its images in the whole of `train` are stored in `chosen`. A class with fewer images than
@@ -238,21 +227,13 @@ def training_part(splits: _Splits, options: SplitOptions) -> _Splits:
     elif fraction < 1:
         part = f"fraction {fraction} of the training images"
         if isinstance(splits, ImageSplits):
-            chosen = _fraction_of_classes(splits.labels["train"], fraction, seed)
+            chosen = _drawn_of_classes(splits.labels["train"], lambda count: max(1, round(fraction * count)), seed)
         else:
             chosen = sorted(random.Random(seed).sample(range(count), max(1, round(fraction * count))))
     else:
         return splits
-    return _with_part(splits, chosen, f"{splits.origin}; {part}, seed {seed}")
-
-
-def _with_part(splits: _Splits, chosen: Sequence[int], origin: str) -> _Splits:
-    images = {**splits.images, "train": [splits.images["train"][i] for i in chosen]}
-    if isinstance(splits, ImageSplits):
-        labels = {**splits.labels, "train": [splits.labels["train"][i] for i in chosen]}
-        return replace(splits, images=images, labels=labels, origin=origin, chosen=chosen)
-    captions = {**splits.captions, "train": [splits.captions["train"][i] for i in chosen]}
-    return replace(splits, images=images, captions=captions, origin=origin, chosen=chosen)
+    places = {**splits.all_places(), "train": ("train", chosen)}
+    return splits.recut(places, origin=f"{splits.origin}; {part}, seed {seed}", chosen=chosen)
 
 
 def few_shot_indices(labels: Sequence[int], shots: int, seed: int) -> list[int]:
@@ -268,11 +249,6 @@ def _short_classes(splits: ImageSplits, shots: int) -> list[str]:
         return []
     words = listing(f"{name!r} has {count}" for count, name in short)
     return [f"{len(short)} of {len(counts)} classes have fewer than {shots} training images: {words}"]
-
-
-def _fraction_of_classes(labels: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """Return the positions of a fraction of every class, at least one image each, in order."""
-    return _drawn_of_classes(labels, lambda count: max(1, round(fraction * count)), seed)
 
 
 def _drawn_of_classes(labels: Sequence[int], how_many: Callable[[int], int], seed: int) -> list[int]:

@@ -17,8 +17,8 @@ def training_loader(images: Pictures, training: Training, accelerator: Accelerat
         count = training.batches(accelerator.num_processes)
         return training_batches(images, training.batch_size, count, training.seed, training.workers)
     return StreamedBatches(
-        images.stream,
-        images,
+        stream=images.stream,
+        reader=images,
         batch_size=training.batch_size,
         batches=training.batches(1),
         epoch_images=training.epoch_images or 0,  # the options require it

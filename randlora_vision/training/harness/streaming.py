@@ -26,84 +26,66 @@ from randlora_vision.training.harness.seeding import seed_everything
 _BUFFER = 1000  # encoded samples of a lane, among which the next one is drawn
 
 
+@dataclass(kw_only=True)
 class StreamedBatches:
-    """The batches of one process. It reads its own shards, so that no batch is shared out to other processes."""
+    """The batches of one process. It reads its own shards, so that no batch is shared out to other processes.
 
-    def __init__(
-        self,
-        stream: Stream,
-        reader: Pictures,
-        batch_size: int,
-        batches: int,
-        epoch_images: int,
-        seed: int,
-        workers: int | None,
-        process: int,
-        processes: int,
-    ) -> None:
-        """Divide the shards.
+    Raises ValueError if there are fewer shards than processes.
+    """
 
-        Args:
-            stream: The shards.
-            reader: What makes items of their images.
-            batch_size: B.
-            batches: The number of batches of this process.
-            epoch_images: The images of all processes in an epoch, which is rounded to whole batches of each lane.
-            seed: Of the order and of everything random that `reader` does.
-            workers: Loader processes; None: chosen for the machine. There are at most as many as there are shards.
-            process: Which of the processes this one is, from 0.
-            processes: P.
+    stream: Stream
+    reader: Pictures
+    """What makes items of the images."""
+    batch_size: int
+    batches: int
+    """The number of batches of this process."""
+    epoch_images: int
+    """The images of all processes in an epoch, which is rounded to whole batches of each lane."""
+    seed: int
+    """Of the order and of everything random that `reader` does."""
+    workers: int | None
+    """Loader processes; None: chosen for the machine. There are at most as many as there are shards."""
+    process: int
+    processes: int
 
-        Raises:
-            ValueError: If there are fewer shards than processes.
-        """
-        count = len(stream.shards)
-        if count < processes:
-            raise ValueError(f"{count} shards cannot be divided among {processes} processes: start at most {count}")
-        self.workers = min(worker_count(workers, decoding=True), count // processes)
-        self._stream, self._reader = stream, reader
-        self._batch_size, self._batches, self._seed = batch_size, batches, seed
-        self._process, self._processes, self._epoch_images = process, processes, epoch_images
+    def __post_init__(self) -> None:
+        count = len(self.stream.shards)
+        if count < self.processes:
+            raise ValueError(
+                f"{count} shards cannot be divided among {self.processes} processes: start at most {count}"
+            )
+        self.workers = min(worker_count(self.workers, decoding=True), count // self.processes)
+
+    @property
+    def lanes(self) -> int:
+        """The number of lanes of a process, W."""
+        return max(1, self.workers or 0)
 
     @property
     def layout(self) -> Mapping[str, int]:
         """What the order of the images depends on, besides the settings of the run."""
-        return {"workers that read shards": max(1, self.workers), "shards": len(self._stream.shards)}
+        return {"workers that read shards": self.lanes, "shards": len(self.stream.shards)}
 
     def after(self, done: int) -> "DataLoader[Any]":
         """Return a loader of the batches that follow the first `done` of them."""
-        lanes = max(1, self.workers)
-        items = _Lanes(
-            self._stream,
-            self._reader,
-            self._batch_size,
-            range(done, self._batches),
-            max(1, round(self._epoch_images / (self._batch_size * lanes * self._processes))),
-            self._seed,
-            range(self._process * lanes, (self._process + 1) * lanes),
-            lanes * self._processes,
-        )
         return DataLoader(
-            items,
-            batch_size=self._batch_size,
-            collate_fn=self._reader.collate,
-            num_workers=self.workers,
+            _Lanes(self, done),
+            batch_size=self.batch_size,
+            collate_fn=self.reader.collate,
+            num_workers=self.workers or 0,
             pin_memory=torch.cuda.is_available(),
         )
 
 
-@dataclass(frozen=True)
 class _Lanes(IterableDataset):
     """The items of the worker that iterates over it; the k-th batch of a process is of its lane k modulo W."""
 
-    stream: Stream
-    reader: Pictures
-    batch_size: int
-    batches: range  # the numbers of the batches that remain
-    per_epoch: int  # batches of each lane
-    seed: int
-    own: range  # the lanes of this process
-    lanes: int
+    def __init__(self, of: StreamedBatches, done: int) -> None:
+        self.stream, self.reader, self.batch_size, self.seed = of.stream, of.reader, of.batch_size, of.seed
+        self.batches = range(done, of.batches)
+        self.own = range(of.process * of.lanes, (of.process + 1) * of.lanes)
+        self.lanes = of.lanes * of.processes
+        self.per_epoch = max(1, round(of.epoch_images / (of.batch_size * self.lanes)))  # batches of each lane
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

@@ -64,7 +64,7 @@ def grey_model(folder: Path, channels: int = 1) -> str:
 def test_a_grey_model_gets_grey_images(tmp_path: Path) -> None:
     loaded = load_classifier(ModelOptions(model=grey_model(tmp_path / "grey"), pretrained=True), 3, seed=0)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
-    splits = ImageSplits("x", ["a"], {}, {}, "")
+    splits = ImageSplits(name="x", class_names=["a"], images={}, labels={}, origin="")
     augmented = loaded.training_transform(
         splits, AugmentOptions(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
     )
@@ -119,7 +119,7 @@ def test_flags_of_preprocessing_have_timms_meanings(flags: str) -> None:
     loaded = load_classifier(given.model, 3, seed=0)
     config = timm.data.resolve_data_config(FLAGS[flags], model=timm.create_model("test_resnet"))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8))
-    splits = ImageSplits("x", ["a"], {}, {}, "")
+    splits = ImageSplits(name="x", class_names=["a"], images={}, labels={}, origin="")
     truth = timm.data.create_transform(**config)(picture)
     assert torch.equal(loaded.eval_transform(picture), truth)
     train = timm.data.create_transform(**{**config, "crop_pct": None, "crop_mode": None}, is_training=True)

@@ -115,7 +115,7 @@ def test_a_split_is_encoded_whole_and_unreadable_images_are_left_out(tmp_path: P
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = [*pictures(5), tmp_path / "broken.png"]
     captions = [["a one", "the one"], ["a two"], ["three", "a one"], ["four"], ["five"], ["lost"]]
-    splits = PairSplits("pairs", {"test": images}, {"test": captions}, "made up")
+    splits = PairSplits(name="pairs", images={"test": images}, captions={"test": captions}, origin="")
     data = splits.select("test", clip.eval_transform, clip.tokenize, SkipList(tmp_path / "skipped.txt"), draw=False)
     found = retrieval_features(clip.model, data, batch_size=2, workers=0)
     assert found.words == ["a one", "the one", "a two", "three", "four", "five"]
@@ -150,7 +150,7 @@ def test_captions_that_are_equal_to_the_model_are_one_candidate(tmp_path: Path) 
     clip = tiny_clip(tmp_path / "tiny")
     words = " ".join("x" * 20)  # beyond the context of 12 tokens
     captions = [["a dog"], ["A Dog"], ["a d&#111;g"], ["a cat"], [f"{words} one"], [f"{words} two"]]
-    splits = PairSplits("pairs", {"test": pictures(6)}, {"test": captions}, "made up")
+    splits = PairSplits(name="pairs", images={"test": pictures(6)}, captions={"test": captions}, origin="")
     data = splits.select("test", clip.eval_transform, clip.tokenize, NO_SKIPS, draw=False)
     found = retrieval_features(clip.model, data, batch_size=4, workers=0)
     assert found.words == ["a dog", "a cat", f"{words} one"]
@@ -165,7 +165,9 @@ def test_a_batch_of_unreadable_images_is_not_measured(tmp_path: Path) -> None:
     clip = tiny_clip(tmp_path / "tiny")
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = [*pictures(2), *[tmp_path / "broken.png"] * 2, pictures(3)[2]]
-    splits = PairSplits("pairs", {"test": images}, {"test": [[f"number {n}"] for n in range(5)]}, "made up")
+    splits = PairSplits(
+        name="pairs", images={"test": images}, captions={"test": [[f"number {n}"] for n in range(5)]}, origin=""
+    )
     data = splits.select("test", clip.eval_transform, clip.tokenize, NO_SKIPS, draw=False)
     found = retrieval_features(clip.model, data, batch_size=2, workers=0)
     assert found.indices.tolist() == [0, 1, 4] and found.words == ["number 0", "number 1", "number 4"]

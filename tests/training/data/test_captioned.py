@@ -20,8 +20,10 @@ from randlora_vision.training.data.captioned import (
     token_number,
     truncated_captions,
 )
+from randlora_vision.training.data.options import SplitOptions
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
+from randlora_vision.training.data.splits import training_part
 from randlora_vision.training.harness.seeding import seeded_items
 
 CAPTIONS = [("a cat", "one cat", "cat!"), ("a dog",), ("a cat",), ("two dogs", "dogs")]
@@ -120,6 +122,13 @@ def test_classes_as_captions() -> None:
     assert not pairs.select("val", to_tensor, tokenize, SkipList()).draw
 
 
+def test_a_part_of_the_pairs_keeps_every_image_with_its_class() -> None:
+    pairs = class_captions(digits.read_digits((3, 5)), ("a {}.",))
+    part = training_part(pairs, SplitOptions(train_fraction=0.3))
+    assert part.groups is not None and 0 < len(part.images["train"]) < len(pairs.images["train"])
+    assert [("a three.", "a five.")[group] for group in part.groups["train"]] == [c for (c,) in part.captions["train"]]
+
+
 @pytest.mark.parametrize("context", [8, 12])
 def test_captions_that_the_context_cuts_are_counted(context: int) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=context)
@@ -128,7 +137,7 @@ def test_captions_that_the_context_cuts_are_counted(context: int) -> None:
     truth = sum(len(tokenizer.encode(text)) + 2 > context for text in texts)
     assert 0 < truth < len(texts)
     captions = {"train": [texts[:9], texts[3:9]], "val": [texts[9:]], "test": [texts[9:]]}
-    splits = PairSplits("x", {split: [] for split in captions}, captions, "")
+    splits = PairSplits(name="x", images={split: [] for split in captions}, captions=captions, origin="")
     assert truncated_captions(splits, tokenizer) == truth
 
 

@@ -18,7 +18,7 @@ from tests.training_helpers import write_class_folders
 
 def splits(names: Sequence[str]) -> ImageSplits:
     images, labels = [Image.new("RGB", (1, 1))] * len(names), range(len(names))
-    return ImageSplits("x", names, {"train": images}, {"train": labels}, "")
+    return ImageSplits(name="x", class_names=names, images={"train": images}, labels={"train": labels}, origin="")
 
 
 def words(path: Path, content: Any) -> str:

@@ -88,7 +88,7 @@ def test_other_encodings_name_the_file_and_the_remedy(case: str, tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=f"{path.name} is not UTF-8 text.*{remedy}"):
             read(write_text(path, content(text)))
-    splits = ImageSplits("x", ["a"], {"train": IMAGES[:1]}, {"train": [0]}, "")
+    splits = ImageSplits(name="x", class_names=["a"], images={"train": IMAGES[:1]}, labels={"train": [0]}, origin="")
     for name in ("names.txt", "names.json", "names.csv"):
         path = write_text(tmp_path / name, content('["{}"]'.replace("{}", "{0}")))
         with pytest.raises(ValueError, match=f"{name} is not UTF-8 text.*{remedy}"):
@@ -119,7 +119,9 @@ def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path: Path) -> None:
     for source in (table, shard, tmp_path):
         assert list(captions_of(read(source)).values()) == [["a cat"]] * 3
     classes = write_text(tmp_path / "c.txt", mark + b"tabby\nterrier")
-    splits = ImageSplits("x", ["cat", "dog"], {"train": IMAGES[:2]}, {"train": [0, 1]}, "")
+    splits = ImageSplits(
+        name="x", class_names=["cat", "dog"], images={"train": IMAGES[:2]}, labels={"train": [0, 1]}, origin=""
+    )
     assert with_class_names(splits, str(classes)).class_names == ["tabby", "terrier"]
 
 
@@ -130,7 +132,9 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
         with pytest.raises((ValueError, OSError), match=f"{name}.*not a regular file|no shard found"):
             read(tmp_path / name)
     with pytest.raises(OSError, match="names.txt is not a regular file"):
-        with_class_names(ImageSplits("x", ["a"], {}, {}, ""), str(tmp_path / "names.txt"))
+        with_class_names(
+            ImageSplits(name="x", class_names=["a"], images={}, labels={}, origin=""), str(tmp_path / "names.txt")
+        )
     names = write_images(tmp_path, IMAGES[:3])
     os.mkfifo(tmp_path / "pipe.png")
     rows = [f"{name},a" for name in [*names, "pipe.png"]]

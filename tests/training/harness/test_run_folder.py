@@ -93,7 +93,13 @@ def test_fingerprints_follow_the_content() -> None:
 def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> None:
     clip = tiny_clip(tmp_path / "tiny")
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
-    splits = ImageSplits("colours", ["red", "blue"], {"test": [red, blue] * 3}, {"test": [0, 1] * 3}, "made up")
+    splits = ImageSplits(
+        name="colours",
+        class_names=["red", "blue"],
+        images={"test": [red, blue] * 3},
+        labels={"test": [0, 1] * 3},
+        origin="",
+    )
     exam = Exam(clip, {"test": splits, "original": splits}, clip_settings(ClipOptions()), NO_SKIPS)
     before = exam.take(clip)
     assert set(before.results) == {"test", "original"}

@@ -56,7 +56,9 @@ def batches_of(
     reader = LabelledImages([], [], noise, skipped or SkipList())
     epoch_images = changes.pop("epoch_images", len(stream.shards) * PER_SHARD)
     values = {"batch_size": 2, "batches": 18, "epoch_images": epoch_images, "seed": 0, **changes}
-    return StreamedBatches(stream, reader, workers=workers, process=process, processes=processes, **values)
+    return StreamedBatches(
+        stream=stream, reader=reader, workers=workers, process=process, processes=processes, **values
+    )
 
 
 def numbers(batches: StreamedBatches, done: int = 0) -> list[tuple[list[int], list[float]]]:
