@@ -157,10 +157,7 @@ def _peak_memory_here(row: Row, method: str, device: torch.device, dtype: torch.
 
 
 def _resident(what: str) -> int:
-    """Return the resident set in bytes, now (VmRSS) or at its peak (VmHWM).
-
-    This is not ru_maxrss of getrusage, which starts from the size of the parent process.
-    """
+    """Return the resident set in bytes, now (VmRSS) or at its peak (VmHWM; ru_maxrss would start from the parent's)."""
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return 1024 * int(found[1])

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from randlora_vision.errors import failures
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.json_values import check_object
 from randlora_vision.names import close_matches
@@ -59,22 +59,18 @@ def load_clip(
         _check_pretrained(known, pretrained)
     elif pretrained:
         raise ValueError(f"--pretrained {pretrained}: {schema} models come with their own weights, leave it out")
-    try:
-        # open_clip also logs its failures through the root logger; one message is enough.
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, train, evaluate = open_clip.create_model_and_transforms(
-                known,
-                pretrained=pretrained,
-                device=torch.get_default_device(),
-                force_image_size=image_size,
-                aug_cfg=dict(augmentation or {}),
-            )
-            tokenize = open_clip.get_tokenizer(known)
-    except Exception as error:  # from any library that reads the file or accesses the network
-        weights = f" with weights {pretrained!r}" if pretrained else ""
-        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
-        raise ValueError(f"open_clip cannot load the model {name!r}{weights}: {reason}") from error
+    weights = f" with weights {pretrained!r}" if pretrained else ""
+    # open_clip also logs its failures through the root logger; one message is enough.
+    with failures(f"open_clip cannot load the model {name!r}{weights}"), _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, train, evaluate = open_clip.create_model_and_transforms(
+            known,
+            pretrained=pretrained,
+            device=torch.get_default_device(),
+            force_image_size=image_size,
+            aug_cfg=dict(augmentation or {}),
+        )
+        tokenize = open_clip.get_tokenizer(known)
     model.requires_grad_(False)
     return LoadedClip(model, train, evaluate, tokenize, has_weights=bool(pretrained or schema))
 

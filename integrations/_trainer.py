@@ -56,11 +56,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Check that the adapters came from the checkpoint if training goes on.
-
-        Raises:
-            ValueError: If they did not.
-        """
+        """Raise ValueError if training goes on from a checkpoint that the adapters did not come from."""
         self._checked = False
         loader = self._loader or self._install(model)
         if state.global_step and not loader.restored:
@@ -75,11 +71,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Check the gradients of the first step.
-
-        Raises:
-            ValueError: Under the conditions of `check_gradients`.
-        """
+        """Check the gradients of the first step; raises ValueError as `check_gradients` does."""
         if not self._checked and not args.fp16:  # the first scales of fp16 are meant to overflow
             self._checked = True
             for note in check_gradients(model):
@@ -88,11 +80,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Check the checkpoint that was written last.
-
-        Raises:
-            ValueError: If its adapter file cannot be read back.
-        """
+        """Raise ValueError if the adapter file of the checkpoint that was written last cannot be read back."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             if not isinstance(model, PreTrainedModel):  # the Trainer has written its whole state dict

@@ -135,11 +135,7 @@ def full_name(repository: str, token: str | None = None) -> str:
 def upload(
     folder: Path, names: Sequence[str], repository: str, message: str, private: bool = False, token: str | None = None
 ) -> str:
-    """Upload files of a folder as one commit, and return its URL; the repository is created if it does not exist.
-
-    Raises:
-        ValueError: If the Hub rejects the upload.
-    """
+    """Upload files of a folder as one commit to a new or existing repository; raise ValueError if it is rejected."""
     api = hugging_face_hub().HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)

@@ -1,11 +1,12 @@
 """How user errors and requests to stop are reported: one printable line on stderr and an exit code."""
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 from randlora_vision.names import printable
@@ -26,6 +27,21 @@ class Stopped(Exception):
 def one_line(text: str) -> str:
     """Return `text` with every run of white space, including line breaks, replaced by one space."""
     return " ".join(text.split())
+
+
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """Return what an exception of another library says, in one line, or its type if it says nothing."""
+    text = one_line(str(error)) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+@contextlib.contextmanager
+def failures(what: str) -> Iterator[None]:
+    """Turn any exception, whatever other libraries raise, into a ValueError of `what` and the reason."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {reason_of(error)}") from error
 
 
 def printable_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -78,10 +94,7 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _tell_torchrun(line: str) -> None:
-    """Write the line where torchrun, and accelerate launch with several processes, read the cause of a failure.
-
-    They end with a summary of it, in which there is otherwise only a link.
-    """
+    """Write the line where torchrun reads the cause of a failure for its summary, which otherwise has only a link."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.names import listing, without_numbers
+from randlora_vision.names import listing, table, without_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Target:
         shape: (O, I), with convolution kernels flattened into I.
         rank: The rank R.
         alpha: The update is scaled by alpha / R.
-        bases: The number of bases N.
+        bases: The number of bases N = ceil(m / R).
         aliases: Other names of the same (tied or shared) parameter.
     """
 
@@ -108,18 +108,10 @@ class InjectionReport:
             trained = sum(target.num_parameters for target in members)
             rows.append((pattern + count, *rest, f"{trained:,}"))  # type: ignore[arg-type]
         rows += [(name, "saved whole", "", "", "", f"{count:,}") for name, count in self.saved]
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
         stored = "all in the file" if self.config.bases == "stored" else f"0 in the file (seed {self.config.seed})"
         share = 100 * self.num_parameters / max(1, self.base_parameters)
-        lines += [
+        lines = [
+            *table(rows, left=2),
             "",
             f"adapter {self.adapter_name!r}: {len(self.targets)} targets, {self.num_parameters:,} trained numbers "
             f"({share:.2f}% of the base's {self.base_parameters:,})",

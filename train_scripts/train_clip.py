@@ -212,10 +212,7 @@ def take_scales(settings: ClipSettings, device: torch.device, exam: Exam, path: 
 def check_reload(
     settings: ClipSettings, device: torch.device, exam: Exam, trained: ClipAnswers, run: RunFolder
 ) -> float:
-    """Load the saved file into a fresh base model and compare its logits with the trained model's.
-
-    Returns the largest difference. Raises RuntimeError if it exceeds rounding error.
-    """
+    """Load the saved file into a fresh base model and return the largest difference between logits."""
     fresh = load(settings.clip, settings, device)
     logits = exam.predict(fresh, load_classifier(fresh, exam.class_names, settings, run.adapter))
     return check_equal(logits, trained.logits, run)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from randlora_vision.names import table
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -91,13 +93,9 @@ class ExportReport:
             kept = "full" if layer.rank is None else str(layer.rank)
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             rows.append((layer.name, shape, kept, f"{layer.norm:.4g}", f"{layer.error:.2%}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([*lines, "", f"{self.path} ({self.format}): relative error of all layers {self.error:.2%}"])
+        return "\n".join(
+            [*table(rows), "", f"{self.path} ({self.format}): relative error of all layers {self.error:.2%}"]
+        )
 
 
 class Factors(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora_vision.files.atomic import replacing, replacing_folder
 from randlora_vision.injection.held import refuse_offloaded
 from randlora_vision.injection.merge import merge, unmerge
-from randlora_vision.injection.record import ModelRecord, records, unwrap
+from randlora_vision.injection.record import ModelRecord, check_names, records, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.integrations.export.updates import components, in_force, updates
 from randlora_vision.names import is_adapter_name
@@ -35,9 +35,7 @@ def merged_for_saving(model: nn.Module, adapter_name: str | None = None) -> Iter
             merged weight is not finite.
     """
     model = unwrap(model)
-    known = {name for _, _, record in records(model) for name in record.adapters}
-    if adapter_name is not None and adapter_name not in known:
-        raise ValueError(f"no adapter {adapter_name!r}; this model has: {', '.join(sorted(known))}")
+    check_names(model, adapter_name)
     refuse_offloaded(model, "save a merged model")
     before = [(root, record, record.switches.merged, record.switches.active) for _, root, record in records(model)]
     hook = model.register_state_dict_post_hook(_drop_adapters)

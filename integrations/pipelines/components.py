@@ -13,11 +13,7 @@ DENOISERS = ("unet", "transformer")
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:
-    """Return every component of a pipeline that is a module, the denoiser first.
-
-    Raises:
-        ValueError: If `pipe` is not a pipeline.
-    """
+    """Return the components that are modules, the denoiser first; raise ValueError unless `pipe` is a pipeline."""
     held = getattr(pipe, "components", None)
     if isinstance(pipe, nn.Module) or not isinstance(held, Mapping):
         raise ValueError(
@@ -34,11 +30,7 @@ def absent_components(pipe: Any) -> set[str]:
 
 
 def adapted(pipe: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
-    """Return the components that have adapters, or that have the given one.
-
-    Raises:
-        ValueError: If there are none; the message lists the adapters of the pipeline.
-    """
+    """Return the components that have adapters, or the given one; raise ValueError, with those there are, for none."""
     found = {name: part for name, part in components(pipe).items() if adapter_name in (None, *_names(part))}
     if adapter_name is None:
         found = {name: part for name, part in found.items() if _names(part)}

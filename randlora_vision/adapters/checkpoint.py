@@ -179,11 +179,7 @@ def _values(
 
 @printable_errors
 def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: str | os.PathLike[str]) -> AdapterPlan:
-    """Make the plan of an adapter that was read from `path`.
-
-    Raises:
-        ValueError: Unless the model has all targets of the file, and the bases are the same.
-    """
+    """Plan an adapter read from `path`; raise ValueError unless the model has all its targets, with the same bases."""
     try:
         plan = make_plan(model, content.config, adapter_name, content.stored, content)
     except ValueError as error:

@@ -42,11 +42,7 @@ class StoredBases(DenseBases):
 
 
 def stored_bases(a: Tensor, b: Tensor) -> StoredBases:
-    """The one live object for these values: A (R, m) and B (M, K), kept in float32 on the CPU.
-
-    Raises:
-        ValueError: If either is not a matrix of finite numbers, or is empty.
-    """
+    """The one live object for A (R, m) and B (M, K) in float32; raises ValueError unless they are finite matrices."""
     for name, tensor in (("A", a), ("B", b)):
         if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
             raise ValueError(f"base {name} must be a matrix of floats, got {tensor.dtype} {tuple(tensor.shape)}")

@@ -8,7 +8,7 @@ from torch import nn
 
 import randlora_vision
 from randlora_vision import RandLoRAConfig, plan
-from randlora_vision.cli.console import progress, say, show_json, show_table, warn
+from randlora_vision.cli.console import progress, say, show, show_json, show_table, warn
 from randlora_vision.cli.models import Base, parse_base
 from randlora_vision.cli.spectra import Layer, layers_of, plot_spectra
 from randlora_vision.files import bundle
@@ -22,10 +22,10 @@ CONVERSIONS = ("randlora", "peft", *_LORA)
 
 def info(file: str, all: bool, plot: str | None, json: bool) -> int:
     """Show the content of an adapter file; layers that differ only in their numbers in one row, unless `all`."""
-    path = Path(file)
+    path = _existing(file)
     if path.is_dir():
         raise ValueError(f"{file!r} is a folder: give a file (`randlora convert --to randlora` converts a PEFT folder)")
-    parts = _read(path)
+    parts = bundle.read(path)
     with progress("singular values") as step:
         layers = layers_of(path, parts, step)
     if plot:
@@ -107,10 +107,7 @@ def targets(
         wanted = wanted[0]
     config = RandLoRAConfig(rank=rank, target_modules=wanted, exclude_modules=exclude_modules)
     report = plan(base.skeleton(component), config)
-    if json:
-        show_json(report.to_dict())
-    else:
-        say(str(report))
+    show(report.to_dict(), str(report), json)
     return 0
 
 
@@ -125,10 +122,8 @@ def merge(base: str, adapter: str, output: str, weights: str | None, model_args:
     save = _merged.save_merged_folder if found.library == "diffusers" else _merged.save_merged_file
     save(host, output)
     layers = sum(len(report.targets) for report in reports)
-    if json:
-        show_json({"output": output, "layers": layers, "library": found.library, "model": found.name})
-    else:
-        say(f"{output}: {found.library} model {found.name} with {layers} merged layers")
+    about = {"output": output, "layers": layers, "library": found.library, "model": found.name}
+    show(about, f"{output}: {found.library} model {found.name} with {layers} merged layers", json)
     return 0
 
 
@@ -151,10 +146,7 @@ def convert(
 
         with progress("layers") as step:
             report = export_lora(host, output, rank, energy, _LORA[to], progress=step)
-        if json:
-            show_json(report.to_dict())
-        else:
-            say(str(report))
+        show(report.to_dict(), str(report), json)
         return 0
     if to == "peft":
         from randlora_vision.integrations import peft
@@ -166,23 +158,18 @@ def convert(
         from randlora_vision.integrations import diffusers
 
         diffusers.save_adapter(host, output)
-    if json:
-        show_json({"output": output, "format": to})
-    else:
-        say(f"{output}: {to}")
+    show({"output": output, "format": to}, f"{output}: {to}", json)
     return 0
 
 
 def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
     """Check a file by itself and against its base model; return 1 if a check fails."""
-    path = Path(adapter)
-    if not path.exists():
-        raise FileNotFoundError(f"no adapter file {adapter!r}")
+    path = _existing(adapter)
     base = parse_base(model, options=model_args)
     checks: list[tuple[str, bool, str]] = []
     parts: dict[str, AdapterFile] = {}
     try:
-        parts = {} if path.is_dir() else _read(path)
+        parts = {} if path.is_dir() else bundle.read(path)
         checks.append(("file", True, "unaltered, all values finite" if parts else "a PEFT folder"))
     except ValueError as error:
         checks.append(("file", False, str(error)))
@@ -205,10 +192,10 @@ def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
     return 0 if passed else 1
 
 
-def _read(path: Path) -> dict[str, AdapterFile]:
-    if not path.exists():
-        raise FileNotFoundError(f"no adapter file {str(path)!r}")
-    return bundle.read(path)
+def _existing(file: str) -> Path:
+    if not Path(file).exists():
+        raise FileNotFoundError(f"no adapter file {file!r}")
+    return Path(file)
 
 
 def _bases_check(path: Path, parts: Mapping[str, AdapterFile]) -> tuple[str, bool, str]:
@@ -231,9 +218,7 @@ def _about(content: AdapterFile) -> dict[str, Any]:
 
 def _adapted(base: Base, adapter: str) -> tuple[Any, list[randlora_vision.InjectionReport]]:
     """Build the model and load the adapter into it."""
-    path = Path(adapter)
-    if not path.exists():
-        raise FileNotFoundError(f"no adapter file {adapter!r}")
+    path = _existing(adapter)
     host = base.build(path)
     reports = base.attach(host, path)
     for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):

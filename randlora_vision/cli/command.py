@@ -59,13 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument(
         "--rank", type=int, default=32, help="rank of one base (32); a larger one trains fewer numbers"
     )
-    targets.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")
+    _model_args(targets)
 
     merge = _command(commands, "merge", actions.merge, "write a checkpoint with the adapter merged into the weights")
     merge.add_argument("base", help=HELP)
     merge.add_argument("adapter", help="an adapter file, or a RandLora folder written by PEFT")
     merge.add_argument("output", help="a .safetensors file; for a pipeline, a new folder")
-    _weights(merge)
+    merge.add_argument("--weights", help="for timm, a .safetensors file or 'pretrained'; for open_clip, a file or tag")
+    _model_args(merge)
 
     convert = _command(
         commands, "convert", actions.convert, "convert an adapter to PEFT, LoRA or LyCORIS, or from PEFT to our file"
@@ -76,12 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", required=True, metavar="MODEL", help=HELP)
     convert.add_argument("--rank", type=int, help="lora-*: rank of every layer")
     convert.add_argument("--energy", type=float, help="lora-*: share of every update's squared norm to keep")
-    convert.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")
+    _model_args(convert)
 
     verify = _command(commands, "verify", actions.verify, "check that a file is intact and finite, and fits a model")
     verify.add_argument("adapter", metavar="file", help="an adapter file, or a RandLora folder written by PEFT")
     verify.add_argument("--model", required=True, metavar="MODEL", help=HELP)
-    verify.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")
+    _model_args(verify)
     return parser
 
 
@@ -92,6 +93,5 @@ def _command(commands: argparse._SubParsersAction, name: str, action: object, te
     return parser
 
 
-def _weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", help="for timm, a .safetensors file or 'pretrained'; for open_clip, a file or tag")
+def _model_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-args", metavar="JSON", help="further arguments for timm.create_model")

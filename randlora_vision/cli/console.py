@@ -21,6 +21,11 @@ def show_json(value: Any) -> None:
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
+def show(value: Any, text: str, json: bool) -> None:
+    """Print `value` as JSON, or else `text`."""
+    show_json(value) if json else say(text)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table without markup; columns that are not text are aligned to the right."""
     table = Table(title=Text(printable(title)), title_justify="left", header_style="bold")

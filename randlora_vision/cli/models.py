@@ -1,13 +1,10 @@
 """The base model of a command: a name, folder or repository, from timm, open_clip or diffusers."""
 
-import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,10 +12,12 @@ from torch import nn
 
 import randlora_vision
 from randlora_vision import InjectionReport
+from randlora_vision.errors import failures
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.integrations import timm as timm_adapters
 from randlora_vision.integrations._download import download
 from randlora_vision.json_values import check_object, check_type, parse_json
+from randlora_vision.names import close_matches
 
 HELP = (
     "a timm model (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a diffusers "
@@ -69,11 +68,7 @@ class Base:
         return self._timm(options).eval()
 
     def skeleton(self, component: str | None) -> nn.Module:
-        """Build the model without weights, on the meta device.
-
-        Args:
-            component: Component of a pipeline; None means its denoiser.
-        """
+        """Build the model, or a component of the pipeline (None: its denoiser), without weights, on the meta device."""
         if component is not None and self.library != "diffusers":
             raise ValueError(f"--component is for diffusers pipelines, but {self.library}:{self.name} is one model")
         with torch.device("meta"):
@@ -95,17 +90,15 @@ class Base:
     def _timm(self, options: dict[str, Any]) -> nn.Module:
         timm = _library("timm")
         if not self.name.startswith(_SCHEMES) and not timm.is_model(self.name.partition(".")[0]):
-            close = get_close_matches(self.name, timm.list_models(), n=3, cutoff=0.5)
-            hint = f"; close matches: {', '.join(close)}" if close else ""
-            raise ValueError(f"timm has no model {self.name!r}, and there is no such folder{hint}")
+            hint = close_matches(self.name, timm.list_models(), cutoff=0.5)
+            raise ValueError(f"timm has no model {self.name!r}, and there is no such folder{hint and f'; {hint}'}")
         if self.weights == "pretrained" or (self.weights is None and self.name.startswith(_SCHEMES)):
             options["pretrained"] = not _on_meta()
         elif self.weights is not None:
             _check_file(self.weights)
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": self.weights, "custom_load": False}}
-        with _failures("timm", self.name):
-            model: nn.Module = timm.create_model(self.name, **options)
-        return model
+        with failures(f"timm cannot build the model {self.name!r}"):
+            return timm.create_model(self.name, **options)
 
     def _open_clip(self) -> nn.Module:
         _library("open_clip")
@@ -115,7 +108,7 @@ class Base:
 
     def _pipeline(self) -> Any:
         diffusers = _library("diffusers")
-        with _failures("diffusers", self.name):
+        with failures(f"diffusers cannot build the model {self.name!r}"):
             if (Path(self.name) / "config.json").is_file():
                 kind, _ = _model_class(diffusers, self.name)
                 return kind.from_pretrained(self.name, use_safetensors=True).eval()
@@ -123,11 +116,10 @@ class Base:
 
     def _component(self, component: str | None) -> nn.Module:
         diffusers = _library("diffusers")
-        with _failures("diffusers", self.name):
+        with failures(f"diffusers cannot build the model {self.name!r}"):
             if (Path(self.name) / "config.json").is_file():
                 kind, config = _model_class(diffusers, self.name)
-                model: nn.Module = kind.from_config(config)
-                return model
+                return kind.from_config(config)
             index = _config(self.name, "model_index.json")
         parts = {name: value for name, value in index.items() if _is_model(value)}
         name = component or next((part for part in ("unet", "transformer") if part in parts), None)
@@ -135,21 +127,15 @@ class Base:
             raise ValueError(f"{self.name} has no component {component or 'unet or transformer'!r}: {', '.join(parts)}")
         library, kind_name = parts[name]
         config = _config(self.name, f"{name}/config.json")
-        with _failures("diffusers", self.name):
+        with failures(f"diffusers cannot build the model {self.name!r}"):
             if library == "diffusers":
-                model = getattr(diffusers, kind_name).from_config(config)
-                return model
+                return getattr(diffusers, kind_name).from_config(config)
             cls = getattr(_library("transformers"), kind_name)
-            model = cls(cls.config_class.from_dict(config))
-            return model
+            return cls(cls.config_class.from_dict(config))
 
 
 def parse_base(name: str, weights: str | None = None, options: str | None = None) -> Base:
-    """Determine which library a model belongs to.
-
-    Raises:
-        ValueError: If `options` is not a JSON object, or `weights` or `options` are not for this library.
-    """
+    """Determine a model's library; raise ValueError for options that are not a JSON object or not for it."""
     try:
         arguments = check_type(parse_json(options, options), dict, options) if options else {}
     except ValueError as error:
@@ -179,16 +165,6 @@ def _library(name: str) -> Any:
             raise
         extra = "diffusers" if name == "transformers" else name
         raise ValueError(f"this model needs {name}: pip install 'randlora_vision[{extra}]'") from None
-
-
-@contextlib.contextmanager
-def _failures(library: str, name: str) -> Iterator[None]:
-    """Convert any exception that a library raises for a model into a ValueError."""
-    try:
-        yield
-    except Exception as error:  # from any library that reads the file or accesses the network
-        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
-        raise ValueError(f"{library} cannot build the model {name!r}: {reason}") from error
 
 
 def _check_file(path: str) -> None:

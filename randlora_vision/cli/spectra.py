@@ -49,11 +49,7 @@ class Layer:
 
 
 def layers_of(path: Path, parts: Mapping[str, AdapterFile], progress: Callable[[int, int], None]) -> list[Layer]:
-    """Return the layers of an adapter file in their order.
-
-    Raises:
-        ValueError: Under the conditions of `claims.bases_of`.
-    """
+    """Return the layers of an adapter file in their order; raises ValueError as `claims.bases_of` does."""
     total = sum(len(content.targets) for content in parts.values())
     found: list[Layer] = []
     for part, content in parts.items():
@@ -74,10 +70,7 @@ def spectrum(content: AdapterFile, target: Target, bases: Bases) -> Tensor:
 
 
 def plot_spectra(layers: Sequence[Layer], title: str, path: Path) -> None:
-    """Plot the singular values of every update, relative to its largest one: one line per layer.
-
-    Up to 12 layers are named in a legend; more are coloured by their position in the file, with a colour bar.
-    """
+    """Plot each update's singular values, relative to the largest: up to 12 layers by name, more by a colour bar."""
     try:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable

@@ -12,11 +12,7 @@ _USAGE = f"usage: randlora train {{{','.join(SCRIPTS)}}} [options of the script;
 
 @user_errors
 def start(argv: Sequence[str]) -> None:
-    """Run the script that the first argument names with the other arguments.
-
-    Raises:
-        ValueError: If there is no such script, or a library that it needs is not installed.
-    """
+    """Run the script that the first argument names; raise ValueError if there is none or a library is missing."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)

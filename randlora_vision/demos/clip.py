@@ -31,10 +31,7 @@ _PRETRAINING = Pretraining(steps=150)
 
 
 def demo_model_folder(cache_dir: str | None = None) -> Path:
-    """Return the folder of the pretrained demo model, pretraining it first if it is not cached.
-
-    The settings hashed into its name include the versions of torch and open_clip.
-    """
+    """Return the folder of the demo model, pretrained first if it is not cached for these versions of its libraries."""
     settings = {
         "model": _MODEL_CONFIG,
         "preprocess": _PREPROCESS,

@@ -58,10 +58,7 @@ def teach(
     how: Pretraining,
     ema_decay: float = 0.0,
 ) -> None:
-    """Train `parameters` on the CPU, in float32, with the current random state.
-
-    With an `ema_decay`, they are replaced by their moving averages at the end.
-    """
+    """Train `parameters` on the CPU in float32; with an `ema_decay`, they end as their moving averages."""
     trained = list(parameters)
     optimizer = make_optimizer("adamw", trained, how.lr, how.weight_decay)
     schedule = warmup_schedule(optimizer, how.steps, how.warmup)

@@ -29,10 +29,7 @@ def demo_subject(options: SubjectOptions) -> Subject:
 
 
 class Judge:
-    """Measures a pipeline by a logistic regression, fitted to real upright and inverted digits, on its pictures.
-
-    Their seeds are the same at every call and differ from those of the pictures in the run folder.
-    """
+    """Measures a pipeline by a logistic regression of real digits, on pictures whose seeds have no other use."""
 
     def __init__(self, sampler: Sampler, subject_prompt: str, seed: int, text_trained: bool) -> None:
         own = [prompt for prompt in PROMPTS for _ in range(_SAMPLES_PER_DIGIT)]

@@ -7,11 +7,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(context: int) -> Any:
-    """Return the CLIP tokenizer, a `transformers.CLIPTokenizer` with the 49,408 ids of OpenAI's CLIP.
-
-    Args:
-        context: The `model_max_length`, which must equal `max_position_embeddings` of the text encoder.
-    """
+    """Return OpenAI's CLIP tokenizer; `context` must equal `max_position_embeddings` of the text encoder."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = _clip_vocabulary()

@@ -136,11 +136,7 @@ def read(path: Path) -> AdapterFile:
 
 @printable_errors
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and metadata of a file of this format in a known version; nothing else is checked.
-
-    Raises:
-        ValueError: If the file is not a readable file of this format and version.
-    """
+    """Read tensors and metadata; raise ValueError for a file of another format or of a newer version."""
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
@@ -218,11 +214,7 @@ def _check_version(path: Path, version: str) -> None:
 
 @printable_errors
 def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> AdapterFile:
-    """Verify and read the output of `pack`; `path` is used in error messages.
-
-    Raises:
-        ValueError: If the content was altered or is malformed.
-    """
+    """Read the output of `pack`; raise ValueError, which names `path`, if it was altered or is malformed."""
     if metadata.get("sha256") != _digest(tensors, metadata):
         raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
     config, spec, sha256, targets = _metadata.parsed(path, metadata)

@@ -25,10 +25,7 @@ _NAME = re.compile(r"\w+")
 
 
 def write(path: Path, parts: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> None:
-    """Write the output of `adapter_file.pack` for every part; part names are Python identifiers.
-
-    Equal content gives equal bytes.
-    """
+    """Write the output of `adapter_file.pack` for every part (an identifier); equal content gives equal bytes."""
     assert all(_NAME.fullmatch(name) for name in parts)
     tensors = {f"{part}/{name}": tensor for part, (held, _) in parts.items() for name, tensor in held.items()}
     listed = json.dumps({part: dict(sorted(parts[part][1].items())) for part in sorted(parts)})
@@ -43,11 +40,7 @@ def write(path: Path, parts: Mapping[str, tuple[dict[str, Tensor], dict[str, str
 
 @printable_errors
 def read(path: Path) -> dict[str, AdapterFile]:
-    """Read and verify every part of a bundle; a plain adapter file is returned as one part named "".
-
-    Raises:
-        ValueError: Under the conditions of `adapter_file.read`.
-    """
+    """Read every part of a bundle, or an adapter file as one part named ""; raises as `adapter_file.read` does."""
     tensors, metadata = adapter_file.open_file(path)
     if metadata["format_version"] != str(adapter_file.BUNDLE_VERSION):
         return {"": adapter_file.unpack(path, tensors, metadata)}

@@ -43,11 +43,7 @@ def written(config: RandLoRAConfig, spec: BasesSpec, bases_sha256: str, targets:
 
 
 def parsed(path: Path, metadata: Mapping[str, Any]) -> tuple[RandLoRAConfig, BasesSpec, str, tuple[Target, ...]]:
-    """Return the configuration, the spec of the bases, their SHA-256, and the targets.
-
-    Raises:
-        ValueError: If they are malformed or contradict each other.
-    """
+    """Return configuration, spec and SHA-256 of the bases, and targets; raise ValueError for contradictions."""
     try:
         texts = check_object(dict(metadata), dict.fromkeys(("config", "bases", "targets"), str), "metadata")
         config, (spec, sha256), targets = _config(texts["config"]), _bases(texts["bases"]), _targets(texts["targets"])

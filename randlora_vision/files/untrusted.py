@@ -44,11 +44,7 @@ def check_container(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: If it is not a readable safetensors file.
-    """
+    """Read the tensors and metadata of a safetensors file; raise ValueError for one that is not readable."""
     check_container(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -59,11 +55,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a small file.
-
-    Raises:
-        ValueError: If the file is too large, is not valid JSON, or does not hold an object.
-    """
+    """Read the JSON object in a small file; raise ValueError if it is too large or holds something else."""
     if path.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{path} is too large for a configuration: {path.stat().st_size:,} bytes")
     values: dict[str, Any] = check_type(parse_json(path.read_bytes(), path), dict, path, "the file's content")

@@ -8,10 +8,7 @@ from randlora_vision.training.data.sources import digits
 
 
 def read_images(options: ClassifierOptions, skipped: SkipList) -> tuple[ImageSplits, ImageSplits | None]:
-    """Return the images to adapt to, and those of the original task of the base model, if known.
-
-    Raises ValueError if the data has captions instead of classes, and as `read_data` does.
-    """
+    """Return the images, and those of the base model's original task if known; raise ValueError for captions."""
     splits = read_data(options.data, skipped)
     if not isinstance(splits, ImageSplits):
         raise ValueError(f"--data {options.data.data} has captions, not classes: --label-column names the classes")

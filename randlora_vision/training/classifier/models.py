@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.errors import one_line
+from randlora_vision.errors import failures
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.names import close_matches, listing
 from randlora_vision.training.classifier.loaded import LoadedClassifier
@@ -89,14 +88,10 @@ def _create(name: str, arguments: Mapping[str, Any], seed: int) -> Any:
     """Create a timm model. The type is Any because timm models have methods that nn.Module does not declare."""
     import timm
 
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return timm.create_model(name, **arguments)
-    except Exception as error:  # from any library that reads the file or uses the network
-        reason = shorten(str(error), width=300, placeholder=" ...") or type(error).__name__
-        words = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
-        raise ValueError(f"timm cannot create the model {name!r} with {words}: {reason}") from error
+    words = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+    with failures(f"timm cannot create the model {name!r} with {words}"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.create_model(name, **arguments)
 
 
 def _check_name(name: str) -> None:
@@ -135,16 +130,11 @@ def _is_fixed(name: str, img_size: int) -> bool:
 
 
 def _load_backbone(model: nn.Module, path: str) -> None:
-    """Load weights into a model without a classifier; more than it needs, such as a decoder, is left out.
-
-    Raises ValueError, naming them, if weights of the model are missing.
-    """
+    """Load weights into a model without a classifier; raise ValueError, naming them, if it lacks some."""
     from timm.models import load_checkpoint
 
-    try:
+    with failures(f"--initial-checkpoint {path} does not fit the model"):
         missing = load_checkpoint(model, path, strict=False).missing_keys
-    except Exception as error:  # from any library that reads the file, and for tensors of other shapes
-        raise ValueError(f"--initial-checkpoint {path} does not fit the model: {one_line(str(error))[:300]}") from error
     if missing:
         raise ValueError(f"--initial-checkpoint {path} does not fit the model: it lacks {listing(missing)}")
 
@@ -162,10 +152,8 @@ def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any], 
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path!r} (--initial-checkpoint)")
-    try:
+    with failures(f"cannot read --initial-checkpoint {path}"):
         weights: Mapping[str, Tensor] = load_state_dict(path)
-    except Exception as error:  # from any library that reads the file
-        raise ValueError(f"cannot read --initial-checkpoint {path}: {error}") from error
     outputs = {len(weights[f"{head}.weight"]) for head in head_modules(model) if f"{head}.weight" in weights}
     if len(outputs) > 1:
         raise ValueError(f"{path} has classifiers of {listing(map(str, sorted(outputs)))} classes")

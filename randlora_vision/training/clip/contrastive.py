@@ -103,10 +103,7 @@ class ContrastiveLoss(nn.Module):
         return _at_least_float32(images), _at_least_float32(texts)
 
     def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor, alone: bool = False) -> Tensor:
-        """Return this process's share of the loss, a scalar, for features (b, D) and caption ids (b,).
-
-        With `alone`, the pairs of other processes are left out.
-        """
+        """Return this process's share of the loss for features (b, D) and captions (b,); `alone`: of its own pairs."""
         counts = [len(captions)] if alone else row_counts(len(captions), captions.device)
         positive = captions[:, None] == gather_rows(captions, counts)
         with torch.autocast(images.device.type, enabled=False):  # at a logit scale of 100, rounding errs by up to 0.5

@@ -40,10 +40,7 @@ class ClipAnswers(Answers):
 
 
 class Exam:
-    """The test (or else validation) split of the task and of others, and a sample of the task's pictures.
-
-    Data with classes is evaluated by zero-shot classification, data with captions by retrieval.
-    """
+    """The final split of the task (zero-shot, or retrieval for captions) and of others, with a sample of pictures."""
 
     def __init__(
         self, clip: LoadedClip, tests: Mapping[str, Splits], settings: ClipSettings, skipped: SkipList

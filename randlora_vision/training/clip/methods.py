@@ -130,10 +130,7 @@ _CLIP_TOWER: Mapping[str, Any] = {
 
 
 def clip_layers(model: Any) -> list[Layers]:
-    """Return the layers of each tower of an open_clip model; the projection is the last layer.
-
-    Parameters outside both towers, such as the logit scale, are left out.
-    """
+    """Return the layers of each tower of an open_clip model, the projection last, without what is outside both."""
     trunk, text = (getattr(*place, None) for place in ((model.visual, "trunk"), (model, "text")))
     if trunk is None:
         vision = layers_by(model.visual, _CLIP_TOWER, "visual.")

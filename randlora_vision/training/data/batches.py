@@ -41,10 +41,7 @@ class _Items(Protocol):
 
 
 class Filled(Dataset):
-    """The items of a dataset as (item, place): the item itself, or in place of an unreadable one the next readable.
-
-    Raises ValueError when no item can be read.
-    """
+    """Items as (item, own): the next readable in place of an unreadable one; raises ValueError if there is none."""
 
     def __init__(self, data: _Items) -> None:
         self.data = data

@@ -59,10 +59,7 @@ def _known_names(known: KnownData, own: Sequence[str], data: str) -> list[str]:
 
 
 def require_words(splits: ImageSplits, data: str | None) -> None:
-    """Raise ValueError when classes have only numbers or identifiers as names, which make no prompts.
-
-    The digits of a well-known data set are names.
-    """
+    """Raise ValueError if all class names are numbers or identifiers, unless a known data set has them as names."""
     known = known_data(data)
     if known is not None and set(known.names.values()) & set(splits.class_names):
         return

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from randlora_vision.errors import reason_of
 from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.decode import parse_colour
 
@@ -86,6 +87,11 @@ class SourceOptions:
         parse_colour(self.background)
         if (self.val_data or self.test_data) and self.embedded:
             raise ValueError("--val-data and --test-data need --data: the embedded digits already have all splits")
+
+    def cannot_open(self, what: str, error: Exception) -> ValueError:
+        """Return the error for data that another library cannot open, with a hint if it may not download it."""
+        hint = "" if self.download else "; --download allows downloading it"
+        return ValueError(f"cannot open {what}: {reason_of(error)}{hint}")
 
     @property
     def embedded(self) -> bool:

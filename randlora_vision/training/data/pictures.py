@@ -77,10 +77,7 @@ def open_picture(image: Picture, background: Colour = WHITE, note: Note = lambda
 
 
 def readable(image: Picture, skipped: SkipList, background: Colour = WHITE) -> Image.Image | None:
-    """Return the decoded image, or record it in `skipped` and return None when it cannot be decoded.
-
-    The rules that changed it are recorded too, except for an image without a name.
-    """
+    """Return the decoded image, or None if it cannot be decoded; `skipped` records that, and rules that changed it."""
     note = (lambda rule: None) if isinstance(image, Image.Image) else (lambda rule: skipped.change(image, rule))
     try:
         return open_picture(image, background, note)

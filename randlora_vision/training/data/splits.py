@@ -75,10 +75,7 @@ def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) ->
 
 
 def make_streamed(name: str, parts: Mapping[str, Part]) -> tuple[Splits, Classes | None]:
-    """Return the splits of `val` and maybe `test` beside an empty `train`, and the classes, which are those of `val`.
-
-    Raises ValueError as `make_splits` does.
-    """
+    """Return `val`, maybe `test` and an empty `train`, with the classes of `val`; raises as `make_splits` does."""
     _check_parts(parts)
     empty = parts["val"].take(())
     origin = f"--val-data{' and --test-data' if 'test' in parts else ''}"
@@ -184,10 +181,7 @@ def _with_held_out(splits: Splits, source: str, fraction: float, seed: int) -> S
 
 
 def hold_out(labels: Sequence[int], names: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the positions kept and those held out: `fraction` of every class, at least one image but not all.
-
-    Raises ValueError for a class with a single image.
-    """
+    """Return positions kept and held out, `fraction` of each class; raise ValueError for a class of one image."""
     chosen: set[int] = set()
     generator = random.Random(seed)
     for label, indices in sorted(members(labels).items()):

@@ -95,10 +95,7 @@ class ShardStream:
 
 
 def shard_stream(options: SourceOptions, classes: Classes | None, skipped: SkipList) -> ShardStream:
-    """Return the shards of --data, which are on disk or at any URL, after a look at the first samples.
-
-    Raises ValueError for other data, when webdataset is not installed, and as `ShardStream.check` does.
-    """
+    """Return the shards of --data, on disk or at URLs; raise ValueError for other data and as `ShardStream.check`."""
     spec = options.data or ""
     require_webdataset()
     shards: list[str] = []

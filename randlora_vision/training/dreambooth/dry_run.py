@@ -58,10 +58,7 @@ class Needs:
 
 
 def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Needs:
-    """Return what a run needs; `dtype` is the precision of the denoiser and the text encoders.
-
-    Raises ValueError as `load_family` does, and for targets that match nothing.
-    """
+    """Return what a run needs, the base in `dtype`; raises as `load_family`, and for targets that match nothing."""
     pipeline, adapter = settings.pipeline, settings.adapter
     family = without_weights(path, settings)
     modules = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}

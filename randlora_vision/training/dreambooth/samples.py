@@ -76,10 +76,7 @@ class Sampler:
 
 
 class Draws:
-    """Pictures for fixed prompts from fixed seeds, generated anew at every call.
-
-    The prompts are encoded once, unless the text encoders are trained.
-    """
+    """Pictures for fixed prompts (encoded once, unless text encoders are trained) and seeds, made at every call."""
 
     def __init__(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], text_trained: bool) -> None:
         self.sampler = sampler

@@ -45,10 +45,7 @@ class Subject:
 
 
 def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
-    """Read the folder or the dataset; images that cannot be read are recorded in `skipped`.
-
-    Raises ValueError if there are no images, or an image has no caption.
-    """
+    """Read the images with captions, unreadable ones into `skipped`; raise ValueError for none or no caption."""
     name, found = _read_dataset(options) if options.dataset_name else _read_folder(options, skipped)
     if not found:
         raise ValueError(f"{name} contains no images")

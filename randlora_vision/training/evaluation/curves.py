@@ -137,10 +137,7 @@ def plot_scales(
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title: str, path: Path) -> None:
-    """Draw the confusion matrix: the fraction of each true class (row) that got each answer (column).
-
-    Up to 30 classes are named, and for up to 15 the numbers of images are written in the cells.
-    """
+    """Draw what fraction of each true class (row) got each answer; up to 30 classes are named, up to 15 numbered."""
     classes = len(names)
     side = min(10.0, max(5.0, 2.5 + 0.45 * classes))
     with figure_file(path, (side + 1, side), title, layout="constrained") as figure:
@@ -174,10 +171,7 @@ class Compared:
 
 
 def plot_comparison(runs: Sequence[Compared], title: str, task: str, path: Path) -> None:
-    """Plot validation accuracy against the steps, one line per method, and accuracies on `task` before and after.
-
-    `task` is "test" or "validation".
-    """
+    """Plot validation accuracy over the steps, a line per method, and accuracies on `task` before and after."""
     with figure_file(path, (12, 4.6), title, layout="constrained") as figure:
         curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
         for run in runs:

@@ -20,10 +20,7 @@ def check_login(options: HubOptions) -> None:
 def publish(
     run: RunFolder, options: HubOptions, write_card: Callable[[str | None], None], say: Callable[[str], None]
 ) -> None:
-    """Write the card and, if asked for, upload the run; a failure of the upload is said in one line.
-
-    `write_card` gets the repository, or None without one.
-    """
+    """Write the card, for the repository if one is asked for, and upload the run; a failure is said in one line."""
     if not options.push_to_hub:
         write_card(None)
         return

@@ -28,10 +28,7 @@ def log_results(run: RunFolder, before: Results | None, after: Results, steps: i
 def plot_answers(
     run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], task: str, when: str
 ) -> None:
-    """Plot the sample of pictures with the predictions, and the confusion of all images of the task.
-
-    `task` is "test" or "validation".
-    """
+    """Plot the sample with its predictions, and the confusion of all images of the task ("test" or "validation")."""
     plot_predictions(predictions, f"{task.capitalize()} images {when}", run.predictions)
     title = f"Predictions on the {task} images, top-1 {scores.values['top1']:.1%}"
     plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
@@ -144,10 +141,7 @@ def closing_words(
 
 
 def check_equal(reloaded: Tensor, trained: Tensor, run: RunFolder) -> float:
-    """Return the largest difference between logits of the reloaded and the trained model.
-
-    Raises RuntimeError if it exceeds rounding.
-    """
+    """Return the largest difference between both models' logits; raise RuntimeError if it exceeds rounding."""
     difference = (reloaded - trained).abs().max().item()
     if not difference <= 1e-4 * trained.abs().max().item():  # NaN is a difference too
         raise RuntimeError(f"{run.adapter} does not reproduce the trained model: a logit differs by {difference}")

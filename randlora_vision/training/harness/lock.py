@@ -17,10 +17,7 @@ _held: dict[tuple[int, Path], IO[str]] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock a folder until `unlock_folder` or the end of this process; it may be locked already by this process.
-
-    Raises ValueError when another process has locked it. Warns where the file system has no locks.
-    """
+    """Lock a folder for this process; raise ValueError if another has it. Warns where there are no locks."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -28,11 +28,7 @@ def _reorder(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def checkpoint_activations(model: Any, what: str, within: Callable[[str], bool] = lambda name: True) -> None:
-    """Recompute the activations of a timm or open_clip model's blocks in the backward pass.
-
-    `within` returns whether a module, by its name, belongs to the part that `what` describes. Raises ValueError
-    when no block of that part supports it: some models accept the call and ignore it.
-    """
+    """Recompute activations of blocks in the backward pass; raise ValueError if no block `within` the part can."""
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError, ValueError) as error:

@@ -16,10 +16,7 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{post
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return a text for a terminal: prose broken at spaces, and tables of targets with shorter names.
-
-    Lines of code, which are indented, and those of other tables stay whole.
-    """
+    """Return a text for a terminal: prose broken at spaces, tables of targets with shorter names, the rest as it is."""
     parts = re.split(r"(^target  .*?(?=\n\n|\Z))", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(_narrowed(part, width) if part.startswith("target  ") else _broken(part, width) for part in parts)
 

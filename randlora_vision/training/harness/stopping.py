@@ -15,10 +15,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "
 
 
 def seconds_of(limit: str) -> int:
-    """Return the seconds of a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
-
-    Raises ValueError for anything else, and for zero.
-    """
+    """Return the seconds of a Slurm time, from M to D-H:M:S; raise ValueError for anything else, and for zero."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", limit.strip(), re.ASCII)
     if match is None:
         raise ValueError(f"--time-limit must be minutes, H:M:S or D-H:M:S, got {limit!r}")

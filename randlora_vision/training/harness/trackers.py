@@ -22,10 +22,7 @@ _DEFAULT = "tensorboard"
 
 
 def chosen_trackers(names: Sequence[str]) -> list[str]:
-    """Return the trackers selected by `--report-to`: by default TensorBoard if installed, no tracker for `none`.
-
-    Raises ValueError for an unknown name, with close matches, and for one that is not installed.
-    """
+    """Return the trackers of --report-to, by default TensorBoard; raise ValueError for one unknown or not installed."""
     installed = [str(name) for name in get_available_trackers()]
     if not names:
         return [_DEFAULT] if _DEFAULT in installed else []

@@ -184,10 +184,7 @@ class TrainedTensors:
 
 
 def start(adaptation: Adaptation, options: AdapterOptions, resuming: bool) -> None:
-    """Start from the file that `--init-adapter` names, if any, unless a checkpoint is going to be restored.
-
-    Raises ValueError for a file that is missing or does not hold what is trained.
-    """
+    """Start from the file of `--init-adapter`, if any, unless resuming; raise ValueError if it does not fit."""
     if options.init_adapter is None or resuming:
         return
     path = Path(options.init_adapter)

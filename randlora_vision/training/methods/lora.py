@@ -56,10 +56,7 @@ def weight_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
 
 
 def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> dict[str, LowRank]:
-    """Freeze `model` and add LoRA to the targets; return the trained modules by target name.
-
-    Raises ValueError, before anything changes, when the rank is above the smaller side of a target.
-    """
+    """Freeze `model`, add LoRA to the targets and return it by target; raise ValueError for a rank above a side."""
     found = {target: weight_of(model, target) for target in targets}
     for target, (module, name) in found.items():
         weight = getattr(module, name)

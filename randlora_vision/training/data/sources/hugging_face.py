@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from randlora_vision.errors import one_line
 from randlora_vision.names import listing
 from randlora_vision.training.data.cleaning import clean_label
 from randlora_vision.training.data.options import SourceOptions
@@ -64,9 +63,7 @@ def _open(name: str, options: SourceOptions) -> Mapping[str, Any]:
             repository, _, config = name.partition(":")
             found = datasets.load_dataset(repository, config or None, cache_dir=options.data_root)
     except Exception as error:  # from any file reader or from the network
-        hint = "" if options.download else "; --download allows downloading it"
-        reason = one_line(str(error))[:300] or type(error).__name__
-        raise ValueError(f"cannot open the dataset {name}: {reason}{hint}") from error
+        raise options.cannot_open(f"the dataset {name}", error) from error
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 

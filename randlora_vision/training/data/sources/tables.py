@@ -33,10 +33,7 @@ class Columns:
 
 
 def find_columns(columns: Sequence[str], options: SourceOptions, source: str) -> Columns:
-    """Return the columns that the options name, or else those with well-known names, captions before labels.
-
-    Raises ValueError, listing the existing columns, when one is missing.
-    """
+    """Return the columns that the options name, or well-known ones; raise ValueError, listing all, without one."""
     image = _find(columns, options.image_column, "--image-column", IMAGES, source)
     label = None if options.caption_column else _given(columns, options.label_column, "--label-column", source)
     caption = None if label else _given(columns, options.caption_column, "--caption-column", source)

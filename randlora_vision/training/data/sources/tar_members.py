@@ -166,10 +166,7 @@ def _check_uncompressed(path: Path) -> None:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Raise ReadError unless the archive ends at `end` with its mark, a block of zeros, and nothing follows.
-
-    For tarfile, a broken header and the end of the file are the end of the archive as well.
-    """
+    """Raise ReadError unless the end mark, zeros, is at `end` and last: tarfile takes any fault for the end."""
     with path.open("rb") as file:
         file.seek(end)
         block = file.read(_BLOCK)

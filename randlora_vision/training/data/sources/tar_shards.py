@@ -83,10 +83,7 @@ def shard_paths(pattern: str) -> list[Path]:
 
 
 def shards_parts(spec: str, options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
-    """Read shards as the splits that their folders (train/, test/) or files (train-000.tar) are named after.
-
-    Without such names, all are for training. Raises ValueError as `shards_part` does.
-    """
+    """Read shards as the splits their folders or files are named after, else all as train; raises as `shards_part`."""
     groups = shard_groups(spec, skipped)
     return {
         split: shards_part(spec if len(groups) == 1 else f"{spec} ({split})", paths, options, skipped)
@@ -144,10 +141,7 @@ def shards_part(name: str, paths: Sequence[Path], options: SourceOptions, skippe
 def samples_part(
     source: str, samples: Sequence[Sample], captioned: bool, options: SourceOptions, skipped: SkipList, hint: str = ""
 ) -> Part:
-    """Return the images of samples with their captions, or else classes; record samples that lack one or the other.
-
-    `hint` is appended to the reason.
-    """
+    """Return images with captions, or else classes; record samples that lack one, with `hint` after the reason."""
     images, words = [], []
     for sample in samples:
         text = _captions(sample, options.caption_column) if captioned else _label(sample, options.label_column)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from randlora_vision.errors import one_line
+from randlora_vision.errors import reason_of
 from randlora_vision.files.text import require_regular
 from randlora_vision.training.data.sources.tar_members import COMPRESSIONS, Sample, content_of, wanted
 
@@ -60,16 +60,13 @@ def require_webdataset() -> None:
 
 
 def stream_shard(url: str) -> Iterator[Sample]:
-    """Yield the samples of a shard in order; members of a sample follow each other.
-
-    Raises OSError, after the samples before that place, where the shard cannot be read to its end.
-    """
+    """Yield the adjacent samples of a shard; raise OSError, after those before that place, where it cannot be read."""
     stream: Any = None
     try:
         stream = _open(url)
         yield from _grouped(url, _members(stream))
     except Exception as error:  # from any library that uses the network or decompresses
-        reason = _ended(stream) or one_line(str(error))[:300] or type(error).__name__
+        reason = _ended(stream) or reason_of(error)
         raise OSError(reason) from error
     finally:
         with contextlib.suppress(Exception):  # a program whose output is not read to its end fails

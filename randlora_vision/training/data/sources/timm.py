@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from randlora_vision.errors import one_line
 from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.sources.torchvision import (
@@ -50,9 +49,7 @@ def _open(name: str, split: str, options: SourceOptions) -> Any:
     except ModuleNotFoundError as error:
         raise ValueError(f"timm:{name} needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # from any dataset library, assertions included
-        hint = "" if options.download else "; --download allows downloading it"
-        reason = one_line(str(error))[:300] or type(error).__name__
-        raise ValueError(f"cannot open the split {split!r} of timm:{name}: {reason}{hint}") from error
+        raise options.cannot_open(f"the split {split!r} of timm:{name}", error) from error
     return dataset
 
 

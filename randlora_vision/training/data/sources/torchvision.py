@@ -3,12 +3,11 @@
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from randlora_vision.errors import one_line
-from randlora_vision.names import listing
+from randlora_vision.errors import one_line, reason_of
+from randlora_vision.names import close_matches
 from randlora_vision.training.data.options import SourceOptions
 from randlora_vision.training.data.part import Part
 from randlora_vision.training.data.pictures import StoredImage
@@ -86,10 +85,8 @@ def torchvision_parts(name: str, split: str | None, options: SourceOptions) -> d
     from torchvision import datasets
 
     if name not in datasets.__all__:
-        close = get_close_matches(name, datasets.__all__, n=3)
-        raise ValueError(
-            f"torchvision has no dataset {name!r}" + (f"; close matches: {listing(close)}" if close else "")
-        )
+        hint = close_matches(name, datasets.__all__)
+        raise ValueError(f"torchvision has no dataset {name!r}{hint and f'; {hint}'}")
     parameters = inspect.signature(getattr(datasets, name).__init__).parameters
     if split is not None:
         return {"train": _part(f"{name}@{split}", _open(name, _chosen(name, split, parameters), options))}
@@ -138,11 +135,9 @@ def _open(name: str, arguments: dict[str, Any], options: SourceOptions) -> Any:
     try:
         return getattr(datasets, name)(**arguments)
     except Exception as error:  # from any file reader or from the network
-        reason = one_line(str(error))[:300] or type(error).__name__
-        if isinstance(error, ValueError) and "Valid values are" in reason:
-            raise _NoSplit(f"torchvision's {name}: {reason}") from error
-        hint = "" if options.download else "; --download allows downloading it"
-        raise ValueError(f"cannot open torchvision's {name} in {options.data_root}: {reason}{hint}") from error
+        if isinstance(error, ValueError) and "Valid values are" in str(error):
+            raise _NoSplit(f"torchvision's {name}: {reason_of(error)}") from error
+        raise options.cannot_open(f"torchvision's {name} in {options.data_root}", error) from error
 
 
 def _part(source: str, dataset: Any) -> Part:
