@@ -33,7 +33,7 @@ REMEDIES = {
     "randlora_vision/layers": (
         "Adapted layers",
         "Something changes an adapted layer in a way that would lose the adapter: call `merge` and `remove` first, "
-        "or do it before `inject`. [Things to know](method.md#the-functions) lists the order of operations.",
+        "or do it before `inject`. [Things to know](method.md#things-to-know) lists the order of operations.",
     ),
     "randlora_vision/injection": (
         "Adding, merging and removing adapters",

@@ -28,6 +28,7 @@ from randlora_vision.injection.learning_rate import suggest_lr as suggest_lr
 from randlora_vision.injection.merge import disabled as disabled
 from randlora_vision.injection.merge import merge as merge
 from randlora_vision.injection.merge import unmerge as unmerge
+from randlora_vision.injection.per_sample import per_sample as per_sample
 from randlora_vision.report import InjectionReport as InjectionReport
 from randlora_vision.report import Target as Target
 
@@ -46,6 +47,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "per_sample",
     "plan",
     "remove",
     "save_adapter",

@@ -119,6 +119,12 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
                     table.pop(key, None)
 
 
+def set_call_hooks(module: nn.Module, key: int, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Register hooks of calls under a fixed key, so that compiled code does not depend on when that was."""
+    module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key] = before, True
+    module._forward_hooks[key], module._forward_hooks_always_called[key] = after, True
+
+
 def makes_empty(fn: Callable[[Tensor], Tensor]) -> bool:
     """True for the function that ``nn.Module.to_empty`` applies: its results have no values."""
     return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")

@@ -107,6 +107,27 @@ def test_load_hooks_come_off_again() -> None:
     assert calls == ["before", "after"]
 
 
+def test_call_hooks_have_the_given_key_and_come_off_again() -> None:
+    calls: list[object] = []
+
+    def before(module: nn.Module, args: object, kwargs: object) -> None:
+        calls.append(kwargs)
+
+    def after(module: nn.Module, args: object, output: object) -> None:
+        calls.append(output)
+
+    module = nn.Linear(2, 2)
+    handle = module.register_forward_pre_hook(lambda module, args: None)
+    internals.set_call_hooks(module, -5, before, after)
+    with pytest.raises(RuntimeError):
+        module(input=torch.ones(3))
+    assert [list(call) if call else call for call in calls] == [["input"], None]  # also after an error
+    assert -5 in module._forward_hooks and handle.id in module._forward_pre_hooks
+    internals.remove_hooks(module, before, after)
+    module(torch.ones(2))
+    assert len(calls) == 2
+
+
 def test_emptying_is_told_from_moving() -> None:
     found: list[bool] = []
 

@@ -22,6 +22,7 @@ from randlora_vision.injection.record import (
     make_record,
     own_record,
     records,
+    refuse_in_block,
     unwrap,
 )
 from randlora_vision.injection.trained_in_full import install_saved, own_saved
@@ -119,6 +120,7 @@ def remove(model: nn.Module) -> None:
     """
     model = unwrap(model)
     for _, root, record in records(model):
+        refuse_in_block(record, "remove adapters")
         refuse_held_adapters(root, "remove adapters")
         refuse_offloaded_tensors(root, record.installed, "remove adapters")
     for _, root, record in records(model):
@@ -150,6 +152,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for root, record in owners:
         if adapter_name in record.switches.merged:
             raise ValueError(f"adapter {adapter_name!r} is merged into the weights: unmerge it first")
+        refuse_in_block(record, "delete an adapter")
         refuse_held_adapters(root, "delete an adapter")
         if len(record.adapters) == 1:
             remove(root)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from randlora_vision.injection.changes import refuse_changes
 from randlora_vision.injection.held import refuse_held_weights, refuse_offloaded_tensors
-from randlora_vision.injection.record import ModelRecord, check_names, own_record, records, unwrap
+from randlora_vision.injection.record import ModelRecord, check_names, own_record, records, refuse_in_block, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.parametrised import set_computed
@@ -92,6 +92,7 @@ def _set_merged(root: nn.Module, record: ModelRecord, names: tuple[str, ...], sa
     """Make exactly the named adapters merged: compute all weights first, then assign them."""
     if names == record.switches.merged:
         return
+    refuse_in_block(record, "merge or unmerge adapters")
     refuse_held_weights(root, "merge or unmerge adapters", unmerging=set(names) < set(record.switches.merged))
     refuse_changes(root, record, set(names) ^ set(record.switches.merged))
     weights: dict[int, nn.Parameter | None] = {}

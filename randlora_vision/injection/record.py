@@ -134,6 +134,12 @@ def records(model: nn.Module) -> list[tuple[str, nn.Module, ModelRecord]]:
     return found
 
 
+def refuse_in_block(record: ModelRecord, what: str) -> None:
+    """Raise ValueError within `per_sample`, where the adapters of the samples are in use."""
+    if record.switches.mixture is not None:
+        raise ValueError(f"cannot {what} within per_sample: leave the block first")
+
+
 def count_base(model: nn.Module) -> int:
     """Number of parameters without the adapters; lazy parameters, whose size is not known yet, are left out."""
     lazy = nn.parameter.UninitializedParameter

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from randlora_vision.injection.candidates import described
 from randlora_vision.injection.record import AdapterRecord, ModelRecord
+from randlora_vision.layers.adapted import AdaptedModule
 from randlora_vision.names import is_adapter_name, listing, suffixes, with_parents
 from randlora_vision.torch_internals import persistent_names
 
@@ -113,6 +114,39 @@ def current_saved(model: nn.Module, record: ModelRecord, adapter_name: str) -> d
         if holder == adapter_name:
             _keep(record, path, holder, _installed(model, record, path))
     return record.adapters[adapter_name].saved
+
+
+def saved_by_module(
+    model: nn.Module, record: ModelRecord, names: Sequence[str | None]
+) -> list[tuple[nn.Module, dict[str | None, dict[str, Tensor]]]]:
+    """Every module whose own tensors differ from those now in it for one of these adapters, or None for the base.
+
+    Returns:
+        (module, {adapter: {name in the module: tensor}}).
+
+    Raises:
+        ValueError: If such a module has parts of its own or an adapted weight, and cannot be called once per adapter.
+    """
+    own = {name: record.originals if name is None else current_saved(model, record, name) for name in names}
+    found: dict[nn.Module, dict[str | None, dict[str, Tensor]]] = {}
+    for path, holder in record.installed.items():
+        if holder is None and not any(name is not None and path in tensors for name, tensors in own.items()):
+            continue
+        current = _installed(model, record, path)
+        _keep(record, path, holder, current)
+        for module in model.modules():
+            tables = (*module._parameters.items(), *module._buffers.items())
+            for key in [key for key, tensor in tables if tensor is current]:
+                if module._modules or isinstance(module, AdaptedModule):
+                    raise ValueError(
+                        f"per_sample: {path} is trained in full (modules_to_save) and belongs to a "
+                        f"{type(module).__name__} that cannot be called once per adapter: run the samples of each "
+                        "adapter separately (randlora_vision.set_active)"
+                    )
+                for name, tensors in own.items():
+                    tensor = _alike(tensors.get(path, record.originals[path]), current)
+                    found.setdefault(module, {}).setdefault(name, {})[key] = tensor
+    return list(found.items())
 
 
 def _installed(model: nn.Module, record: ModelRecord, path: str) -> Tensor:

@@ -20,6 +20,7 @@ from randlora_vision.compute.functional import effective_weight, randlora_linear
 from randlora_vision.compute.recompute import Recipe, current_scope
 from randlora_vision.layers import readers
 from randlora_vision.layers.guarded import GuardedParameters
+from randlora_vision.layers.mixed import unknown_weight
 from randlora_vision.layers.parametrised import computed_without_merging
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_packed, is_sharded
@@ -101,6 +102,8 @@ class AdaptedModule(GuardedParameters):
 
     def _effective(self, param: str) -> Tensor:
         base, state = self.base_weight(param), self._randlora[param]
+        if state.mixture is not None:
+            return unknown_weight(state.mixture, self, param, base)
         # FSDP 2 and DeepSpeed read sharded parameters by attribute and must find their own objects.
         live = state.live()
         if not live or is_sharded(base) or (base.is_meta and not self.adapter_tensors(param, live[0])[0].is_meta):

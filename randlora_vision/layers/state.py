@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from randlora_vision.bases import Bases
 from randlora_vision.compute.planner import ANY, PINNED, Plan
+
+
+@dataclasses.dataclass
+class Mixture:
+    """The adapters of one batch, within `randlora_vision.per_sample`."""
+
+    names: tuple[str | None, ...]
+    """The adapter of every sample; None stands for the base."""
+    paths: dict[int, str]
+    """Identity -> path of every module of the model, for messages."""
+    recorded: bool = False
+    """True if gradients of lambda and gamma were recorded in the block."""
+    in_model: bool = False
+    """True during a call of the whole model, whose input has the right batch size."""
+
+    def __post_init__(self) -> None:
+        self.distinct = tuple(dict.fromkeys(self.names))
+        self.samples = len(self.names)
 
 
 @dataclasses.dataclass
@@ -20,6 +39,8 @@ class Switches:
     enabled: bool = True
     call_scale: float = 1.0
     """Factor of all updates during one call, from the arguments that a host passes."""
+    mixture: Mixture | None = None
+    """The adapters of the samples instead of `active`."""
 
 
 @dataclasses.dataclass
@@ -68,6 +89,13 @@ class ParameterState:
     """The values, before merging, of the tensors that a parametrization computes the merged weight from."""
     written: bool = False
     """True if PEFT has merged its own adapters into the merged weight, or unmerged them."""
+    stacks: Any = None
+    """The adapters of the samples within `per_sample`: `randlora_vision.layers.mixed.Stacks`."""
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The adapters of the samples, if adapters are in effect."""
+        return self.switches.mixture if self.switches.enabled else None
 
     def pinned(self, names: list[str]) -> Plan:
         """The pinned orders of computation if the named adapters agree, otherwise none."""

@@ -31,6 +31,7 @@ from randlora_vision.layers.adapted import (
     autocast_dtype,
     is_quantized,
 )
+from randlora_vision.layers.mixed import by_adapter, mixed_linear, only
 from randlora_vision.layers.peft_around import watch_hosts
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_sharded, is_sharder, replaced_message, wants_parameter
@@ -130,13 +131,16 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
     if weight.is_meta and not input.is_meta:
         raise RuntimeError("forward of an adapted layer on the meta device got values: load the weight's values first")
+    dtype, state = autocast_dtype(weight), self._randlora["weight"]
+    if state.switches.mixture is not None and state.switches.enabled:
+        mixed = mixed_linear(self, state.switches.mixture, input, weight, bias, dtype or weight.dtype)
+        return F.linear(input, weight, bias) if mixed is None else mixed
     fused, dropped = self._split_dropout()
-    dtype = autocast_dtype(weight)
     if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):
         return F.linear(input, weight, bias)  # the base layer, including its error for a wrong dtype
     dtype = dtype or weight.dtype
     if fused:
-        terms, pinned, out = self._terms("weight", fused, dtype), self._randlora["weight"].pinned(fused), None
+        terms, pinned, out = self._terms("weight", fused, dtype), state.pinned(fused), None
         if not torch.is_grad_enabled() and pinned.forward != "factored":
             out = _from_cache(input, weight, bias, terms, dtype)
         if out is None:
@@ -167,8 +171,11 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
         out = base.forward(self, input, *args, **kwargs)
         if not isinstance(self, AdaptedModule):  # as in `_linear_forward`
             return out
+        dtype, mixture = autocast_dtype(input) or input.dtype, self._randlora["weight"].mixture
+        if mixture is not None:
+            mixed = mixed_linear(self, mixture, input, None, None, dtype)
+            return out if mixed is None else out + mixed.to(out.dtype)
         kept, dropped = self._split_dropout()
-        dtype = autocast_dtype(input) or input.dtype
         for names, drop in ((kept, False), (dropped, True)):
             branch = self._branch(input, names, dtype, drop)
             if branch is not None:
@@ -182,6 +189,9 @@ def _scoped_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The base's forward, for modules that read their weights and pass them to a matrix product."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mixture = self._randlora[next(iter(self._randlora))].mixture if isinstance(self, AdaptedModule) else None
+        if mixture is not None:
+            return by_adapter(self, mixture, MethodType(base.forward, self), args, kwargs, only(mixture, self))
         if torch.compiler.is_compiling() or is_exporting():  # the compiler itself decides what to save
             return base.forward(self, *args, **kwargs)
         with scope():

@@ -18,6 +18,7 @@ from randlora_vision import (
     delete_adapter,
     disabled,
     inject,
+    per_sample,
     set_active,
     set_scale,
 )
@@ -274,6 +275,22 @@ def test_the_bases_are_inputs_of_the_graph() -> None:
     model = cold(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))).requires_grad_(True)
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(5, 8))
     assert sorted(tuple(tensor.shape) for tensor in given) == [(2, 8), (8, 8)]  # one A and one B for three layers
+
+
+@pytest.mark.parametrize("kind", ["uniform", pytest.param("structured", marks=pytest.mark.slow)])
+def test_other_adapters_per_sample_are_not_compiled_again(kind: str) -> None:
+    model, seed = mlp(), next(SEEDS)  # adapters of one seed share their bases
+    for name in ("a", "b", "c"):
+        cold(model, name, bases=kind, seed=seed)
+    compiler, x = Counting(), torch.randn(3, 5, 8)
+    compiled = compiler(model)
+    with torch.no_grad():
+        for names in (["a", "b", "a"], ["c", "c", "b"], [None, "a", "b"]):
+            with per_sample(model, names):
+                torch.testing.assert_close(compiled(x), model(x), **TOLERANCE)
+    assert compiler.compilations == 1
+    with per_sample(model, ["a", "b", "c"]), pytest.raises(Exception, match="enter the block within torch.no_grad"):
+        compiler(model)(x)
 
 
 def test_copies_compile() -> None:
