@@ -131,11 +131,7 @@ def saved_bytes_and_load_time(trainee: Trainee, base: nn.Module, method: str) ->
 
 
 def peak_memory(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the peak bytes of three steps in a fresh process: CUDA's allocations, or the resident set.
-
-    The resident set is measured relative to its size before the model is built: this leaves out the libraries
-    themselves, which are the same for every method.
-    """
+    """Return the peak bytes of three steps in a fresh process: CUDA's, or resident beyond those before the model."""
     command = [sys.executable, "-m", "benchmarks.measure", row.workload, str(row.size), row.which, method]
     command += [str(device), str(dtype).removeprefix("torch.")]
     answer = subprocess.run(command, check=True, capture_output=True, text=True)

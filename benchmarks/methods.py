@@ -14,19 +14,12 @@ _SCALING = 20  # alpha / rank, the same for PEFT's RandLora and ours
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is adapted, saved and loaded.
+    """How a model is adapted, saved and loaded."""
 
-    Attributes:
-        title: Name in the tables.
-        apply: (model, target paths, rank of RandLoRA) -> the model to train.
-        save: (model to train, folder) -> writes the files that a user would keep.
-        load: (fresh base model, folder) -> the adapted model.
-    """
-
-    title: str
-    apply: Callable[[nn.Module, Sequence[str], int], nn.Module]
-    save: Callable[[nn.Module, Path], None]
-    load: Callable[[nn.Module, Path], nn.Module]
+    title: str  # name in the tables
+    apply: Callable[[nn.Module, Sequence[str], int], nn.Module]  # model, target paths, rank of RandLoRA
+    save: Callable[[nn.Module, Path], None]  # writes the files that a user would keep
+    load: Callable[[nn.Module, Path], nn.Module]  # into a fresh base model
 
 
 def trained_numbers(model: nn.Module) -> int:

@@ -96,10 +96,10 @@ def shares(times: Times) -> dict[str, float]:
     return {**parts, "rest": rest, "outside forward and backward": 1 - parts["forward"] - parts["backward"]}
 
 
-def write_images(folder: Path, per_class: int, classes: int = 4) -> None:
+def write_images(folder: Path, per_class: int) -> None:
     """Write JPEG files of coloured clouds: as smooth as photographs, and as expensive to decode."""
     rng = np.random.default_rng(0)
-    for number in range(classes):
+    for number in range(4):
         (folder / f"class {number}").mkdir(parents=True)
         for index in range(per_class):
             noise = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))

@@ -28,29 +28,17 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, the sizes that it is measured at, and the nn.Linear layers that are adapted.
+    """A model, the sizes that it is measured at, and the nn.Linear layers that are adapted."""
 
-    Attributes:
-        title: Name in the tables.
-        unit: Unit of the sizes ("images" or "tokens").
-        sizes: The sizes of the full run.
-        build: Builds the model in float32 on the CPU.
-        inputs: Returns the keyword arguments of the model for a size, device and dtype.
-        loss: Maps the model's output to a scalar.
-        attention: Regular expression for complete paths of the attention layers.
-        mlp: The same for the MLP layers.
-        rank: Rank of RandLoRA.
-    """
-
-    title: str
-    unit: str
-    sizes: tuple[int, ...]
-    build: Callable[[], nn.Module]
-    inputs: Callable[[int, torch.device, torch.dtype], Inputs]
-    loss: Callable[[Any], Tensor]
-    attention: str
-    mlp: str
-    rank: int = 32
+    title: str  # name in the tables
+    unit: str  # of the sizes ("images" or "tokens")
+    sizes: tuple[int, ...]  # of the full run
+    build: Callable[[], nn.Module]  # in float32 on the CPU
+    inputs: Callable[[int, torch.device, torch.dtype], Inputs]  # for a size
+    loss: Callable[[Any], Tensor]  # maps the model's output to a scalar
+    attention: str  # regular expression for complete paths of the attention layers
+    mlp: str  # the same for the MLP layers
+    rank: int = 32  # of RandLoRA
 
     def targets(self, model: nn.Module, which: str) -> list[str]:
         """Return the paths of the adapted layers; `which` is "attention" or "attention+mlp"."""

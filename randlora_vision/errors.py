@@ -29,10 +29,10 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def reason_of(error: BaseException, most: int = 300) -> str:
-    """Return what an exception of another library says, in one line, or its type if it says nothing."""
+def reason_of(error: BaseException) -> str:
+    """Return what an exception of another library says, in one line of 300 characters, or its type for nothing."""
     text = one_line(str(error)) or type(error).__name__
-    return text if len(text) <= most else f"{text[: most - 4]} ..."
+    return text if len(text) <= 300 else f"{text[:296]} ..."
 
 
 @contextlib.contextmanager

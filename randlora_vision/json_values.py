@@ -21,11 +21,7 @@ _WORDS = {
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: If the text is not valid JSON; the message starts with `where`.
-    """
+    """Return the value of a JSON text; raise ValueError, starting with `where`, if it is not valid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -59,11 +55,7 @@ def check_type(value: Any, kind: Any, where: object, key: str = "") -> Any:
 
 
 def check_object(value: Any, kinds: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return the listed keys of a JSON object; a key that may be null may be absent, and is then None.
-
-    Raises:
-        ValueError: If `value` is not an object, a key is absent, or a value is of another type than its kind.
-    """
+    """Return the listed keys of a JSON object, None for one that may be null and is absent; or raise ValueError."""
     check_type(value, dict, where)
     absent = [key for key, kind in kinds.items() if key not in value and NoneType not in get_args(kind)]
     if absent:

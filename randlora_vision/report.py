@@ -39,6 +39,11 @@ class Target:
         return min(self.shape)
 
     @property
+    def trained_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of lambda (R, N) and gamma (N, m)."""
+        return (self.rank, self.bases), (self.bases, self.narrow)
+
+    @property
     def num_parameters(self) -> int:
         """Number of trained parameters: R * N + N * m."""
         return self.bases * (self.rank + self.narrow)

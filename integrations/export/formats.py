@@ -30,17 +30,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Piece(NamedTuple):
-    """One entry of a file.
+    """One entry of a file."""
 
-    Attributes:
-        key: Name of the entry, without a suffix.
-        parts: The layers whose rows it stacks; a number stands for that many rows of an unadapted layer.
-        swapped: True if the second half of the rows comes first.
-    """
-
-    key: str
-    parts: tuple[Update | int, ...]
-    swapped: bool = False
+    key: str  # without a suffix
+    parts: tuple[Update | int, ...]  # whose rows it stacks; a number stands for that many unadapted rows
+    swapped: bool = False  # whether the second half of the rows comes first
 
     @property
     def name(self) -> str:

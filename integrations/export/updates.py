@@ -22,21 +22,13 @@ from randlora_vision.layers.torch_around import is_sharded
 
 
 class Update(NamedTuple):
-    """One adapted parameter.
+    """One adapted parameter."""
 
-    Attributes:
-        component: Name of the pipeline's component; "" for a bare model.
-        path: Path of the module in its component.
-        param: Name of the module's adapted parameter.
-        module: The module.
-        adapters: Names of the adapters whose updates are summed.
-    """
-
-    component: str
-    path: str
-    param: str
-    module: AdaptedModule
-    adapters: tuple[str, ...]
+    component: str  # name of the pipeline's component; "" for a bare model
+    path: str  # path of the module in its component
+    param: str  # name of the module's adapted parameter
+    module: AdaptedModule  # the module
+    adapters: tuple[str, ...]  # names of the adapters whose updates are summed
 
     @property
     def name(self) -> str:
@@ -75,15 +67,7 @@ def components(host: Any) -> dict[str, nn.Module]:
 
 
 def updates(host: Any, adapter_name: str | None) -> list[Update]:
-    """Return every adapted parameter of a model or pipeline.
-
-    Args:
-        host: A model with adapters, or a pipeline with such components.
-        adapter_name: Name of the adapter; None means all merged or active ones.
-
-    Raises:
-        ValueError: If there is no adapter, or none with that name.
-    """
+    """Return the adapted parameters of an adapter, or (None) of all in effect; raise ValueError if there are none."""
     found = []
     for component, prefix, root, record in _roots(host):
         names = in_force(record) if adapter_name is None else (adapter_name,)

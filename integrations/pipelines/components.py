@@ -43,11 +43,7 @@ def adapted(pipe: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
 
 
 def holding(pipe: Any, names: str | Sequence[str] | None) -> dict[str, tuple[nn.Module, list[str] | None]]:
-    """Return the adapted components, each with those of the names that it has; None stays None.
-
-    Raises:
-        ValueError: If no component has an adapter of one of the names.
-    """
+    """Return the adapted components, each with those of the names that it has (None: all); ValueError without any."""
     if names is None:
         return {part: (model, None) for part, model in adapted(pipe).items()}
     found: dict[str, tuple[nn.Module, list[str] | None]] = {}

@@ -163,17 +163,14 @@ class PeftAdapter:
         return dataclasses.replace(config, target_modules=f"(?:{exact})")
 
     def _target(self, candidate: Candidate, config: RandLoRAConfig, lam: Tensor, gamma: Tensor) -> Target:
-        assert candidate.shape is not None
-        narrow = min(candidate.shape)
-        bases = -(-narrow // config.rank)
-        if (tuple(lam.shape), tuple(gamma.shape)) != ((config.rank, bases), (bases, narrow)):
+        target = candidate.target(config.rank, config.alpha_of(candidate.paths))
+        found, needed = (tuple(lam.shape), tuple(gamma.shape)), target.trained_shapes
+        if found != needed:
             raise ValueError(
-                f"{self.source}: lambda and gamma of {candidate.name!r} are {tuple(lam.shape)} and "
-                f"{tuple(gamma.shape)}, but rank {config.rank} and the model's layer need {(config.rank, bases)} and "
-                f"{(bases, narrow)}"
+                f"{self.source}: lambda and gamma of {candidate.name!r} are {found[0]} and {found[1]}, but rank "
+                f"{config.rank} and the model's layer need {needed[0]} and {needed[1]}"
             )
-        alpha = config.alpha_of(candidate.paths)
-        return Target(candidate.name, candidate.kind, candidate.shape, config.rank, alpha, bases, candidate.aliases)
+        return target
 
     def _choose_bases(self, config: RandLoRAConfig, targets: tuple[Target, ...]) -> RandLoRAConfig:
         """Choose the kind of bases: PEFT's generator if it reproduces the stored ones bit for bit."""

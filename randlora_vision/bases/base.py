@@ -31,23 +31,14 @@ _Made = TypeVar("_Made")
 
 @dataclasses.dataclass(frozen=True)
 class BasesSpec:
-    """Everything that determines a pair of bases.
+    """Everything that determines a pair of bases."""
 
-    Attributes:
-        kind: One of `randlora_vision.config.BASES_KINDS`.
-        seed: Key of the generator.
-        rank: Rows of A (the largest rank among the adapted targets).
-        narrow: Columns of A (the largest m).
-        wide: Rows of B (the largest M).
-        columns: Columns of B (the largest N * R).
-    """
-
-    kind: str
-    seed: int
-    rank: int
-    narrow: int
-    wide: int
-    columns: int
+    kind: str  # one of `randlora_vision.config.BASES_KINDS`
+    seed: int  # key of the generator
+    rank: int  # rows of A (the largest rank among the adapted targets)
+    narrow: int  # columns of A (the largest m)
+    wide: int  # rows of B (the largest M)
+    columns: int  # columns of B (the largest N * R)
 
 
 class Bases:

@@ -51,25 +51,15 @@ class DenseBases(Bases, kinds=("uniform", "normal")):
 
 
 class DenseTerm(NamedTuple):
-    """A dense pair of bases with its lambda and gamma.
+    """A dense pair of bases with its lambda and gamma."""
 
-    Attributes:
-        a: A (R, m), in the dtype of lambda and gamma.
-        b: B (M, K), in the dtype of the matrix products, or int8 for ternary bases.
-        lam: lambda (R, N).
-        gamma: gamma (N, m).
-        scale: s = alpha / rank times the run-time scale.
-        unit: The factor that ternary values are multiplied by.
-        dtype: The dtype of the products if B is ternary; None means B's.
-    """
-
-    a: Tensor
-    b: Tensor
-    lam: Tensor
-    gamma: Tensor
-    scale: float
-    unit: float = 1.0
-    dtype: torch.dtype | None = None
+    a: Tensor  # A (R, m), in the dtype of lambda and gamma
+    b: Tensor  # B (M, K), in the dtype of the matrix products, or int8 for ternary bases
+    lam: Tensor  # lambda (R, N)
+    gamma: Tensor  # gamma (N, m)
+    scale: float  # s = alpha / rank times the run-time scale
+    unit: float = 1.0  # the factor that ternary values are multiplied by
+    dtype: torch.dtype | None = None  # the dtype of the products if B is ternary; None means B's
 
     @property
     def frozen(self) -> tuple[Tensor, ...]:

@@ -17,13 +17,9 @@ STORED = "stored"
 
 @dataclasses.dataclass(frozen=True)
 class StoredSpec(BasesSpec):
-    """Sizes and identity of stored bases.
+    """Sizes and identity of stored bases."""
 
-    Attributes:
-        sha256: As `randlora_vision.bases.Bases.sha256`.
-    """
-
-    sha256: str
+    sha256: str  # as `randlora_vision.bases.Bases.sha256`
 
 
 class StoredBases(DenseBases):

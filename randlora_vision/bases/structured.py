@@ -63,27 +63,16 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
 
 
 class StructuredTerm(NamedTuple):
-    """Structured bases with their lambda and gamma; the factors are signs, exact in any dtype.
+    """Structured bases with their lambda and gamma; the factors are signs, exact in any dtype."""
 
-    Attributes:
-        q: Q (R, P).
-        own: s (m,), the signs of A's columns.
-        right: (ceil(K / b), b, b) with right[n, k, q] = D[n, q] * core[q, k].
-        left: (a, ceil(K / b)).
-        lam: lambda (R, N).
-        gamma: gamma (N, m).
-        scale: s = alpha / rank times the run-time scale.
-        wide: M.
-    """
-
-    q: Tensor
-    own: Tensor
-    right: Tensor
-    left: Tensor
-    lam: Tensor
-    gamma: Tensor
-    scale: float
-    wide: int
+    q: Tensor  # Q (R, P)
+    own: Tensor  # s (m,), the signs of A's columns
+    right: Tensor  # (ceil(K / b), b, b) with right[n, k, q] = D[n, q] * core[q, k]
+    left: Tensor  # (a, ceil(K / b))
+    lam: Tensor  # lambda (R, N)
+    gamma: Tensor  # gamma (N, m)
+    scale: float  # s = alpha / rank times the run-time scale
+    wide: int  # M
 
     @property
     def frozen(self) -> tuple[Tensor, ...]:

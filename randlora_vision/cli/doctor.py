@@ -150,8 +150,8 @@ def _devices() -> list[str]:
     return found + (["MPS"] if torch.backends.mps.is_available() else [])
 
 
-def _images(device: torch.device, side: int = 32) -> Tensor:
-    return torch.linspace(-1, 1, 2 * 3 * side * side, device=device).reshape(2, 3, side, side)
+def _images(device: torch.device) -> Tensor:
+    return torch.linspace(-1, 1, 2 * 3 * 32 * 32, device=device).reshape(2, 3, 32, 32)
 
 
 def _timm() -> nn.Module:

@@ -29,19 +29,12 @@ _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that is not built yet.
+    """A base model that is not built yet."""
 
-    Attributes:
-        library: "timm", "open_clip" or "diffusers".
-        name: Name of the model in the library.
-        weights: A checkpoint or tag; "pretrained" for timm; None for random weights (diffusers has its own).
-        options: Further arguments for timm.create_model.
-    """
-
-    library: str
-    name: str
-    weights: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    library: str  # "timm", "open_clip" or "diffusers"
+    name: str  # in the library
+    weights: str | None = None  # a checkpoint or tag, "pretrained" for timm; None: random, or those of diffusers
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments for timm.create_model
 
     @property
     def has_weights(self) -> bool:
@@ -49,13 +42,9 @@ class Base:
         return self.library == "diffusers" or self.weights is not None or self.name.startswith(_SCHEMES)
 
     def build(self, adapter: Path | None = None) -> Any:
-        """Build the model, in eval mode, or the pipeline, on the CPU.
+        """Build the model, in eval mode, or the pipeline, on the CPU; raise ValueError if that is not possible.
 
-        Args:
-            adapter: An adapter file whose classifier determines the number of classes of a timm model.
-
-        Raises:
-            ValueError: If the library is not installed, does not know the model, or cannot load the weights.
+        The classifier in the file `adapter` determines the number of classes of a timm model.
         """
         if self.library == "open_clip":
             return self._open_clip().eval()

@@ -23,15 +23,10 @@ _ROUNDING = 1e-8  # smaller singular values, relative to the largest, are roundi
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted parameter of a file.
+    """One adapted parameter of a file."""
 
-    Attributes:
-        target: The parameter, with the pipeline's component as a prefix of its name.
-        values: Singular values of the update (m,), largest first.
-    """
-
-    target: Target
-    values: Tensor
+    target: Target  # the parameter, with the pipeline's component as a prefix of its name
+    values: Tensor  # singular values of the update (m,), largest first
 
     @property
     def norm(self) -> float:

@@ -37,7 +37,7 @@ from randlora_vision.files import metadata as _metadata
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.metadata import FORMAT
 from randlora_vision.files.untrusted import check_finite, read_tensors
-from randlora_vision.names import listing, matches_one_of, with_parents
+from randlora_vision.names import PARTS, listing, matches_one_of, with_parents
 from randlora_vision.report import Target
 
 BUNDLE_VERSION = 2
@@ -155,8 +155,8 @@ def file_bytes(
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
     for group, members in _groups(targets).items():
         first = next(t for t in targets if t.name == members[0])
-        shapes[f"lambda.{group}"] = (dtype, [len(members), first.rank, first.bases])
-        shapes[f"gamma.{group}"] = (dtype, [len(members), first.bases, first.narrow])
+        for part, sides in zip(PARTS, first.trained_shapes, strict=True):
+            shapes[f"{part}.{group}"] = (dtype, [len(members), *sides])
     shapes.update({f"saved.{name}": (tensor.dtype, list(tensor.shape)) for name, tensor in saved.items()})
     if spec.kind == STORED:
         shapes["bases.A"] = (torch.float32, [spec.rank, spec.narrow])
@@ -230,11 +230,10 @@ def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
         )
     check_finite(path, {name: tensors[name] for name in sorted(expected)})
     trained: dict[str, tuple[Tensor, Tensor]] = {}
+    by_name = {target.name: target for target in targets}
     for group, members in groups.items():
         lam, gamma = tensors[f"lambda.{group}"], tensors[f"gamma.{group}"]
-        size, narrow = group.split(".")
-        rank, count = (int(part) for part in size.split("x"))
-        shapes = ((len(members), rank, count), (len(members), count, int(narrow)))
+        shapes = tuple((len(members), *shape) for shape in by_name[members[0]].trained_shapes)
         if (tuple(lam.shape), tuple(gamma.shape)) != shapes:
             raise ValueError(f"{path}: tensors of group {group} have shapes {lam.shape}, {gamma.shape}, not {shapes}")
         if not (lam.is_floating_point() and gamma.is_floating_point()):

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from randlora_vision.layers.adapted import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized
 from randlora_vision.layers.peft_around import plain_modules
 from randlora_vision.names import is_adapter_name, matches_suffix, with_parents
+from randlora_vision.report import Target
 
 LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
     "linear",
@@ -38,27 +39,22 @@ _HEAD_NAMES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A parameter that can be adapted, or one that cannot, with the reason.
-
-    Attributes:
-        name: The canonical name of the parameter.
-        aliases: Its names under other parents, and the names of tied parameters.
-        paths: Every path that a pattern may match: those of the module, of the parameter, and the aliases of both.
-        owners: (module, parameter name) pairs; more than one if the parameter is tied.
-        kind: The kind of module that holds it.
-        shape: (O, I), with convolution kernels flattened into I; None if unknown.
-        problem: Why it cannot be adapted, or None.
-        head: True for a classifier or task head.
-    """
+    """A parameter that can be adapted, or one that cannot, with the reason."""
 
     name: str
-    aliases: tuple[str, ...]
-    paths: tuple[str, ...]
-    owners: tuple[tuple[nn.Module, str], ...]
+    aliases: tuple[str, ...]  # its names under other parents, and those of tied parameters
+    paths: tuple[str, ...]  # that a pattern may match: of the module and of the parameter, with aliases
+    owners: tuple[tuple[nn.Module, str], ...]  # (module, parameter name), several if it is tied
     kind: str
-    shape: tuple[int, int] | None
-    problem: str | None
-    head: bool
+    shape: tuple[int, int] | None  # (O, I), with convolution kernels flattened into I; None if unknown
+    problem: str | None  # why it cannot be adapted
+    head: bool  # whether it belongs to a classifier or task head
+
+    def target(self, rank: int, alpha: float) -> Target:
+        """Return the report's entry for an adapter of this rank and alpha."""
+        assert self.shape is not None
+        bases = math.ceil(min(self.shape) / rank)
+        return Target(self.name, self.kind, self.shape, rank, alpha, bases, self.aliases)
 
 
 class _Tree:

@@ -20,13 +20,7 @@ _GROUPS = "enable_group_offload"
 
 
 def refuse_offloaded(model: nn.Module, what: str, prefix: str = "") -> None:
-    """Raise ValueError if a part of `model` is offloaded layer by layer.
-
-    Args:
-        model: The module whose weights are to be changed.
-        what: What cannot be done, as an imperative.
-        prefix: What comes before the paths of modules in the message.
-    """
+    """Raise ValueError, `cannot WHAT: PREFIX.PATH ...`, if a part of `model` is offloaded layer by layer."""
     offloaded = offloaded_modules(model)
     for path, module in model.named_modules():
         if module in offloaded or _is_grouped(module):

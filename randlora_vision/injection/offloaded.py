@@ -18,15 +18,10 @@ from randlora_vision.names import is_adapter_name
 
 
 class Offloaded(NamedTuple):
-    """How one module is offloaded.
+    """How one module is offloaded."""
 
-    Attributes:
-        hook: The hook of accelerate.
-        prefix: What comes before the names of the module's tensors in the hook.
-    """
-
-    hook: Any
-    prefix: str
+    hook: Any  # the hook of accelerate
+    prefix: str  # what comes before the names of the module's tensors in the hook
 
     @property
     def device(self) -> torch.device:

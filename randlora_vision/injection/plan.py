@@ -18,26 +18,18 @@ from randlora_vision.injection.record import check_root, count_base, own_record,
 from randlora_vision.injection.selection import select, select_listed
 from randlora_vision.injection.sizing import bases_spec
 from randlora_vision.injection.trained_in_full import find_saved, listed_saved
-from randlora_vision.report import InjectionReport, Target
+from randlora_vision.report import InjectionReport
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPlan:
-    """Everything that is decided about a new adapter before the model is changed.
+    """Everything that is decided about a new adapter before the model is changed."""
 
-    Attributes:
-        model: The module that the adapter is added to.
-        report: The report that `inject` returns.
-        candidates: The weights of the report's targets, in the same order.
-        bases: The bases that all targets share.
-        saved: Path -> the model's own tensor of a module to be trained in full.
-    """
-
-    model: nn.Module
-    report: InjectionReport
-    candidates: tuple[Candidate, ...]
-    bases: Bases
-    saved: Mapping[str, Tensor]
+    model: nn.Module  # the module that the adapter is added to
+    report: InjectionReport  # the report that `inject` returns
+    candidates: tuple[Candidate, ...]  # the weights of the report's targets, in the same order
+    bases: Bases  # the bases that all targets share
+    saved: Mapping[str, Tensor]  # path -> the model's own tensor of a module to be trained in full
 
 
 def make_plan(
@@ -47,19 +39,7 @@ def make_plan(
     given: Bases | None = None,
     content: AdapterFile | None = None,
 ) -> AdapterPlan:
-    """Make the plan of an adapter.
-
-    Args:
-        model: The model.
-        config: The adapter's settings.
-        adapter_name: The adapter's name.
-        given: The bases if they are stored in a file.
-        content: An adapter read from a file: exactly its targets and tensors are adapted and trained in full, whatever
-            the configuration would choose in this model.
-
-    Raises:
-        ValueError: Under the conditions of `randlora_vision.inject`.
-    """
+    """Plan an adapter, or exactly the `content` of a file (`given`: its bases); raises ValueError as `inject` does."""
     check_root(model)
     model = unwrap(model)
     refuse_unfit(model, "add an adapter")
@@ -72,15 +52,12 @@ def make_plan(
         raise ValueError(f"the model already has an adapter {adapter_name!r}: choose another name or delete it first")
     if content is None:
         chosen, skipped, notes = select(model, config)
-        targets = tuple(
-            _target(candidate, config.rank_of(candidate.paths), config.alpha_of(candidate.paths))
-            for candidate in chosen
-        )
+        targets = tuple(c.target(config.rank_of(c.paths), config.alpha_of(c.paths)) for c in chosen)
         saved = find_saved(model, config.modules_to_save)
     else:
         listed = {target.name: target for target in content.targets}
         (chosen, skipped), notes = select_listed(model, listed), []
-        targets = tuple(_target(c, listed[c.name].rank, listed[c.name].alpha) for c in chosen)
+        targets = tuple(c.target(listed[c.name].rank, listed[c.name].alpha) for c in chosen)
         saved = listed_saved(model, content.saved, [weight_of(candidate) for candidate in chosen])
     spec = bases_spec(config, targets, given)
     bases = given if given is not None and given.spec == spec else get_bases(spec)
@@ -101,12 +78,6 @@ def make_plan(
         file_bytes=file_bytes(config, spec, targets, _file_dtype(chosen), saved),
     )
     return AdapterPlan(model, report, tuple(chosen), bases, saved)
-
-
-def _target(candidate: Candidate, rank: int, alpha: float) -> Target:
-    assert candidate.shape is not None
-    bases = -(-min(candidate.shape) // rank)
-    return Target(candidate.name, candidate.kind, candidate.shape, rank, alpha, bases, candidate.aliases)
 
 
 def weight_of(candidate: Candidate) -> Tensor:

@@ -75,19 +75,7 @@ def select(
 
 
 def select_listed(model: nn.Module, listed: Mapping[str, Target]) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """Select exactly the candidates that a file lists, in the model's order.
-
-    Args:
-        model: The model.
-        listed: The file's targets by name.
-
-    Returns:
-        The candidates, and (name, reason) of those that differ from them only in their numbers: further blocks of a
-        deeper model, for example.
-
-    Raises:
-        ValueError: If the model lacks one of the targets, has it in another shape, or it cannot be adapted there.
-    """
+    """Select exactly the targets of a file, in the model's order, or raise ValueError; and name those like them."""
     everything = candidates(model)
     chosen = [candidate for candidate in everything if candidate.name in listed]
     missing = sorted(listed.keys() - {candidate.name for candidate in chosen})
@@ -167,11 +155,7 @@ def _why(model: nn.Module, everything: list[Candidate], name: str) -> str:
 
 
 def preset_names(model: nn.Module, preset: str) -> list[str]:
-    """The target names that ``integration:preset`` selects in this model.
-
-    Raises:
-        ValueError: If the integration or the preset does not exist, or does not fit the model.
-    """
+    """The target names that ``integration:preset`` selects; raises ValueError if there is none, or it does not fit."""
     integration, _, name = preset.partition(":")
     module_name = f"randlora_vision.integrations.{integration}"
     try:

@@ -16,12 +16,7 @@ _LARGEST_RANK = 1024
 
 
 def bases_spec(config: RandLoRAConfig, targets: tuple[Target, ...], given: Bases | None = None) -> BasesSpec:
-    """The spec of the smallest bases that fit all targets, of PEFT's sizes for its generator, or of `given` bases.
-
-    Raises:
-        ValueError: If a rank is above a target's narrow side, there are several ranks for PEFT's generator, or the
-            given bases are too small.
-    """
+    """The spec of the smallest bases that fit all targets (PEFT: of its sizes), or of `given` ones; or ValueError."""
     needed = smallest_bases(targets)
     if config.bases in (STORED, *PEFT_KINDS) and needed["rank"] > max(needed["wide"], _LARGEST_RANK):
         # PEFT allows ranks above the narrow side, but B grows with the rank: a small file must not fill the memory.

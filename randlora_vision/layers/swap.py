@@ -43,10 +43,7 @@ WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 
 
 def adapt_module(module: nn.Module, param: str, state: ParameterState) -> None:
-    """Attach `state` to `param` and swap the module's class for the adapted one.
-
-    Call `watch_hosts` first, once for all modules of a model.
-    """
+    """Attach `state` to `param` and swap the module's class; call `watch_hosts` first, once for a model."""
     _set_states(module, {**module.__dict__.get("_randlora", {}), param: state})
 
 

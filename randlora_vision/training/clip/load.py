@@ -21,10 +21,7 @@ from randlora_vision.training.methods.lora import LowRank, load_lora
 def load_classifier(
     clip: LoadedClip, class_names: Sequence[str] | None, settings: ClipSettings, path: Path, scale: float = 1.0
 ) -> ClipClassifier | None:
-    """Call `load_trained` and return the classifier of the adapted model, if there are classes.
-
-    At a `scale` s, the features of a linear probe are prompts + s * (probe - prompts).
-    """
+    """Call `load_trained`; return the classifier, of a linear probe at prompts + scale * (probe - prompts), if any."""
     probe = load_trained(clip.model, path, scale)
     if class_names is None:
         if probe is not None:

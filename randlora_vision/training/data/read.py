@@ -28,12 +28,7 @@ _REMOTE = ("http:", "https:", "s3:", "gs:", "gcs:", "hdfs:", "pipe:", "ftp:", "f
 
 
 def read_data(options: DataOptions, skipped: SkipList, class_names: str | None = None) -> Splits:
-    """Return the splits of --data, with the requested part of `train`, validation and test data, and class names.
-
-    Data with captions gives `PairSplits`; data with classes gives `ImageSplits`.
-
-    Raises ValueError or FileNotFoundError, with a message for the user, when the data cannot be used as requested.
-    """
+    """Return the splits of --data, `train` cut as requested; raise ValueError or FileNotFoundError for the user."""
     if options.streaming:
         return _finished(_streamed(options, skipped), options, class_names)
     splits = _embedded(options) or _make_splits(_all_parts(options, skipped), options)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from randlora_vision.training.data.batches import worker_count
-from randlora_vision.training.data.decode import WHITE, Colour, Note
+from randlora_vision.training.data.decode import WHITE, Colour
 from randlora_vision.training.data.pictures import Picture, open_picture
 from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_mask
 from randlora_vision.training.dreambooth.captions import Variants
@@ -72,10 +72,10 @@ class Item:
         return self.caption if self.variants is None else self.variants.draw()
 
 
-def read_picture(image: Picture, background: Colour = WHITE, note: Note = lambda rule: None) -> Image.Image:
+def read_picture(image: Picture, background: Colour = WHITE) -> Image.Image:
     """Return the image as upright RGB (see `open_picture`). Raises ValueError if it cannot be read."""
     try:
-        return open_picture(image, background, note)
+        return open_picture(image, background)
     except OSError as error:
         raise ValueError(f"cannot read the image {image}: {error}") from error
 

@@ -29,21 +29,13 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of a run.
+    """The base model of a run."""
 
-    Attributes:
-        library: The library of the model: timm, open_clip or diffusers.
-        task: What the model does, as the Hub calls it.
-        name: The model as its library names it; that of a local folder without its path.
-        repository: Its repository on the Hub, if it came from there.
-        revision: The commit or version of it, if known.
-    """
-
-    library: str
-    task: str
-    name: str
-    repository: str | None = None
-    revision: str | None = None
+    library: str  # the library of the model: timm, open_clip or diffusers
+    task: str  # what the model does, as the Hub calls it
+    name: str  # the model as its library names it; that of a local folder without its path
+    repository: str | None = None  # its repository on the Hub, if it came from there
+    revision: str | None = None  # the commit or version of it, if known
 
     def record(self) -> dict[str, Any]:
         """Return the entry for summary.json."""
@@ -71,17 +63,7 @@ def write_card(
     code: Sequence[str],
     repository: str | None = None,
 ) -> None:
-    """Write the card of a finished run.
-
-    Args:
-        run: The run folder with its pictures.
-        base: The base model.
-        data: The name of the training data.
-        training: How it was trained.
-        summary: The content of summary.json.
-        code: The Python code that loads the adapter from the run folder.
-        repository: If given, the code loads the adapter from this repository of the Hub instead.
-    """
+    """Write the card of a finished run; its `code` loads the adapter from the folder, or from `repository`."""
     import yaml
 
     name = (repository or run.path.resolve().name).rpartition("/")[2]

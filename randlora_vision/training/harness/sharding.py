@@ -30,16 +30,7 @@ from randlora_vision.training.harness.optimizer_state import (
 
 
 class Replicated:
-    """Every process holds everything: one process, or several under DistributedDataParallel.
-
-    Every process must call every method.
-
-    Args:
-        accelerator: The accelerator.
-        model: The prepared model.
-        optimizer: PyTorch's optimiser, not accelerate's wrapper of it.
-        names: The names of the trained parameters.
-    """
+    """Every process holds everything: one, or several under DistributedDataParallel. All must call every method."""
 
     def __init__(
         self,

@@ -57,15 +57,7 @@ class Adaptation(Protocol):
 def randlora_config(
     adapter: AdapterOptions, rank: int, seed: int, preset: str, modules_to_save: Iterable[str] = ()
 ) -> RandLoRAConfig:
-    """Return the RandLoRA configuration for a script's options.
-
-    Args:
-        adapter: The adapter options, apart from the rank.
-        rank: The rank.
-        seed: Seed of the random bases.
-        preset: What is adapted when the options name no target.
-        modules_to_save: Modules that are trained in full alongside the adapters.
-    """
+    """Return the configuration of RandLoRA for a script's options; `preset` is adapted if they name no target."""
     named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
     return RandLoRAConfig(
         rank=rank,
