@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import sys
@@ -66,11 +67,13 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
     The library raises these two for wrong input, including missing files; any other exception is a
     bug in the library and keeps its traceback. If the environment variable RANDLORA_DEBUG is set,
     these exceptions keep their tracebacks too. `Stopped` ends with its message and code, Ctrl-C with one
-    line and code 130.
+    line and code 130. What the encoding of the terminal lacks, such as the bytes of a file name, is printed escaped.
     """
 
     @functools.wraps(main)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
         try:
             return main(*args, **kwargs)
         except Stopped as stopped:

@@ -10,6 +10,11 @@ from randlora_vision.files.atomic import replacing
 STYLE = Path(__file__).with_name("style.mplstyle")
 
 
+def plain(text: str) -> str:
+    """Return a text from outside for matplotlib, to which two dollar signs would be a formula."""
+    return text.replace("$", r"\$")
+
+
 @contextmanager
 def figure_file(path: Path, size: tuple[float, float], title: str, **options: Any) -> Iterator[Any]:
     """Yield a new `matplotlib.figure.Figure` of `size` inches; write it to `path` with its title at the end.
@@ -22,6 +27,6 @@ def figure_file(path: Path, size: tuple[float, float], title: str, **options: An
     with matplotlib.rc_context(fname=STYLE):
         figure = Figure(figsize=size, **options)
         yield figure
-        figure.suptitle(title)
+        figure.suptitle(plain(title))
         with replacing(path) as temporary:
             figure.savefig(temporary)

@@ -51,5 +51,12 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def as_utf8(text: object) -> str:
-    r"""Return a name as it can be written to a UTF-8 file; bytes of a file name that are not UTF-8 become ``\xff``."""
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""Return a name or text as it can be written to a UTF-8 file.
+
+    Bytes of a file name that are not UTF-8 become ``\xff``, and other surrogates, as JSON may have them, ``\ud800``.
+    """
+    name = str(text)
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from randlora_vision.files.text import require_regular
 from randlora_vision.json_values import check_type, parse_json
 from randlora_vision.names import PARTS
 
@@ -30,6 +31,7 @@ def check_container(path: Path) -> None:
     """Raise ValueError unless `path` can be a safetensors file, judging only by its name and first bytes."""
     if path.suffix.lower() in _PICKLES:
         raise ValueError(f"{path} {_ADVICE}")
+    require_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(10)
@@ -56,6 +58,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a small file; raise ValueError if it is too large or holds something else."""
+    require_regular(path)
     if path.stat().st_size > _JSON_LIMIT:
         raise ValueError(f"{path} is too large for a configuration: {path.stat().st_size:,} bytes")
     values: dict[str, Any] = check_type(parse_json(path.read_bytes(), path), dict, path, "the file's content")

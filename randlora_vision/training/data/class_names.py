@@ -1,6 +1,7 @@
 """Class names of a dataset and the prompt templates for them: the user's, or open_clip's."""
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ def read_templates(given: Sequence[str]) -> tuple[str, ...]:
     for item in given:
         if item in _TEMPLATE_SETS:
             templates += _open_clip_templates(item)
-        elif "{}" not in item and Path(item).is_file():
+        elif "{}" not in item and os.path.isfile(item):
             templates += _read_words(Path(item), "--templates")
         else:
             templates.append(item)
@@ -227,7 +228,10 @@ def _columns(lines: Sequence[str], path: Path, own: Sequence[str]) -> dict[str, 
     if all("\t" in line for line in lines):
         rows = [line.split("\t", 1) for line in lines]
     elif path.suffix.lower() == ".csv":
-        rows = list(csv.reader(lines, strict=True))
+        try:
+            rows = list(csv.reader(lines, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"--class-names: {path} is not a readable table (is a quote missing?): {error}") from error
     if not rows or any(len(row) != 2 for row in rows):
         ways = ([line.split(mark, 1) for line in lines] for mark in ";: ")
         rows = next((way for way in ways if {_key(row[0]) for row in way} == keys), [])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from randlora_vision.errors import one_line
+from randlora_vision.files.text import as_utf8
 from randlora_vision.training.data.part import Label, Part
 from randlora_vision.training.data.skipped import SkipList
 
@@ -16,13 +17,15 @@ _WHOLE = re.compile(r"(\d+)(?:\.0+)?")  # 7, 007, and 7.0 as spreadsheets write 
 
 
 def clean_label(label: Label) -> str:
-    """Return the text of a label: NFC, without white space around it, inner white space as single spaces.
+    r"""Return the text of a label: NFC, without white space around it, inner white space as single spaces.
+
+    What is not Unicode text (bytes of a folder's name, lone surrogates) is spelled out: ``\xe9``.
 
     It is empty for an image without a class: no label, only white space, NaN (in words too) or -1.
     """
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return ""
-    text = one_line(unicodedata.normalize("NFC", str(label)).strip(_INVISIBLE)).strip(_INVISIBLE)
+    text = one_line(unicodedata.normalize("NFC", as_utf8(label)).strip(_INVISIBLE)).strip(_INVISIBLE)
     return "" if text.lower() in ("-1", "-1.0", "nan", "<na>") else text
 
 
@@ -33,8 +36,11 @@ def whole_number(label: str) -> int | None:
 
 
 def clean_caption(caption: str | None) -> str:
-    """Return a caption without white space and invisible characters around it; empty for a missing one."""
-    return "" if caption is None else caption.strip().strip(_INVISIBLE).strip()
+    """Return a caption without white space and invisible characters around it; empty for a missing one.
+
+    Lone surrogates, for which tokenizers raise errors, are spelled out.
+    """
+    return "" if caption is None else as_utf8(caption).strip().strip(_INVISIBLE).strip()
 
 
 def cleaned(part: Part, skipped: SkipList) -> Part:

@@ -1,9 +1,12 @@
 """The data of the training scripts: one reader for every form of --data."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from randlora_vision.files.text import as_utf8
+from randlora_vision.names import printable
 from randlora_vision.training.data.captioned import class_captions
 from randlora_vision.training.data.class_names import with_class_names
 from randlora_vision.training.data.cleaning import cleaned
@@ -129,7 +132,7 @@ def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping
         return table_parts(path, options, skipped)
     if is_shards(spec):
         return shards_parts(spec, options, skipped)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, it returns False for a name that is too long
         raise ValueError(f"--data {spec}: a file must be a .csv, a .tsv or a .tar")
     if is_saved_dataset(path):
         return hf_parts(spec, None, options)
@@ -139,6 +142,6 @@ def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping
 
 
 def _title(spec: str) -> str:
-    """Return a short name of a source: its path without the parent folders."""
+    """Return a short name of a source, as it can be printed and written: its path without the parent folders."""
     scheme, _, name = spec.partition(":")
-    return name if scheme in ("torchvision", "timm", "hf") else Path(spec).name
+    return printable(as_utf8(name if scheme in ("torchvision", "timm", "hf") else Path(spec).name))

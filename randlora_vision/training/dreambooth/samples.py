@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from randlora_vision.files.atomic import replacing
+from randlora_vision.training.data.pictures import whole_images
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.caption_folder import read_captions
 from randlora_vision.training.dreambooth.buckets import Size
@@ -131,7 +132,7 @@ def class_images(
         return []
     prompts = options.class_prompt
     folder.mkdir(parents=True, exist_ok=True)
-    missing = options.num_class_images - len(list_images(folder, "--class-data-dir"))
+    missing = options.num_class_images - sum(whole_images(list_images(folder, "--class-data-dir"), skipped))
     names = ((number, folder / f"made-{number:05}.png") for number in range(options.num_class_images))
     accelerator.wait_for_everyone()  # before the folder changes
     wanted = [(number, path) for number, path in names if not path.exists()][: max(0, missing)]
@@ -148,8 +149,10 @@ def class_images(
             with replacing(path) as temporary:
                 as_image(picture).save(temporary)
     accelerator.wait_for_everyone()
-    found = read_captions(folder, skipped)[: options.num_class_images]
-    return [(path, caption or prompts[0]) for path, caption in found]
+    found = read_captions(folder, skipped)
+    whole = whole_images([path for path, _ in found], skipped)
+    found = [item for item, readable in zip(found, whole, strict=True) if readable][: options.num_class_images]
+    return [(path, prompts[0] if caption is None else caption) for path, caption in found]
 
 
 def quoted(prompts: Sequence[str]) -> str:

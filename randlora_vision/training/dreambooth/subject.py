@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+from randlora_vision.files.text import as_utf8
+from randlora_vision.names import printable
 from randlora_vision.training.data.cleaning import clean_caption
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.pictures import Picture, readable
@@ -35,7 +37,9 @@ class Subject:
         """Return the record for the run folder: the files and their captions."""
         return {
             "name": self.name,
-            "images": [str(image) if isinstance(image, Path) else number for number, image in enumerate(self.images)],
+            "images": [
+                as_utf8(image) if isinstance(image, Path) else number for number, image in enumerate(self.images)
+            ],
             "captions": list(self.captions),
         }
 
@@ -63,11 +67,11 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
     return Subject(name, images, captions, read_masks(images, options))
 
 
-def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[tuple[Picture, str]]]:
+def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[tuple[Picture, str | None]]]:
     assert options.instance_data_dir is not None
     folder = Path(options.instance_data_dir)
     list_images(folder, "--instance-data-dir")  # raises if it is not a folder
-    return folder.name, [*read_captions(folder, skipped)]
+    return printable(as_utf8(folder.name)), [*read_captions(folder, skipped)]
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:
@@ -77,7 +81,7 @@ def list_images(folder: Path, flag: str) -> list[Path]:
     return caption_folder.list_images(folder)
 
 
-def _read_dataset(options: SubjectOptions) -> tuple[str, list[tuple[Picture, str]]]:
+def _read_dataset(options: SubjectOptions) -> tuple[str, list[tuple[Picture, str | None]]]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     name = options.dataset_name

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from randlora_vision.files.text import as_utf8
 from randlora_vision.training.dreambooth.batches import (
     CachedLatents,
     CaptionedPixels,
@@ -48,7 +49,10 @@ class TrainingSet:
 
     def record(self) -> dict[str, Any]:
         """Return the record for the run folder."""
-        return {**self.subject.record(), "class_images": {path.name: caption for path, caption in self.class_images}}
+        return {
+            **self.subject.record(),
+            "class_images": {as_utf8(path.name): caption for path, caption in self.class_images},
+        }
 
     def __str__(self) -> str:
         captions = list(dict.fromkeys(caption for _, caption in self.class_images))

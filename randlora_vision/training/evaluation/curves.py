@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from randlora_vision.figures import figure_file
+from randlora_vision.figures import figure_file, plain
+from randlora_vision.names import printable
 from randlora_vision.training.evaluation.grids import shortened
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
@@ -130,7 +131,7 @@ def plot_scales(
     with figure_file(path, (7, 4.4), title, layout="constrained") as figure:
         axes = figure.subplots()
         for name, line in values.items():
-            axes.plot(scales, line, marker="o", label=name)
+            axes.plot(scales, line, marker="o", label=plain(printable(name)))
         axes.set(xlabel="scale of the adapter (0: base model, 1: as trained)")
         _percent(axes, "", ylabel)
         axes.legend()
@@ -147,7 +148,7 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], title:
         shown = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="answer", ylabel="true class")
         if classes <= _NAMED:
-            short = [shortened(name) for name in names]
+            short = [plain(shortened(name)) for name in names]
             axes.set_xticks(range(classes), short, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(classes), short)
         else:
@@ -195,7 +196,9 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared], task: str, ylabel: s
         places = [number + position * width for number in range(len(tasks))]
         drawn = axes.bar(places, heights, width * 0.92, color=colour)
         axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=7, padding=1)
-    axes.set_xticks([number + width * len(runs) / 2 for number in range(len(tasks))], tasks)
+    axes.set_xticks(
+        [number + width * len(runs) / 2 for number in range(len(tasks))], [plain(printable(task)) for task in tasks]
+    )
     axes.grid(axis="x", visible=False)
     _percent(axes, f"{task.capitalize()} images (grey: before training)", ylabel)
 

@@ -10,14 +10,16 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
-from randlora_vision.figures import figure_file
+from randlora_vision.figures import figure_file, plain
+from randlora_vision.names import printable
 
 _RIGHT, _WRONG, _QUIET = "#1a7f37", "#c62828", "#666666"
 _TITLE = 0.5  # inches, above every grid
 
 
 def shortened(name: str, most: int = 16) -> str:
-    """Return `name` with at most so many characters, the last one an ellipsis if it was cut."""
+    """Return `name`, printable, with at most so many characters, the last one an ellipsis if it was cut."""
+    name = printable(name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -209,4 +211,4 @@ def _place(figure: Any, left: float, top: float, width: float, height: float) ->
 def _write(figure: Any, left: float, top: float, text: str, **style: Any) -> None:
     """Write text; in inches from the upper left corner, vertically centred unless `va` says otherwise."""
     full_width, full_height = figure.get_size_inches()
-    figure.text(left / full_width, 1 - top / full_height, text, **{"va": "center", **style})
+    figure.text(left / full_width, 1 - top / full_height, plain(text), **{"va": "center", **style})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_images_of_the_class_are_filled_up(pipe: Any, tmp_path: Path) -> None:
     found = [(path.name, caption) for path, caption in made_in(own)]
     assert found[:2] == [("made-00000.png", "a digit"), ("made-00001.png", "a seven")]
     assert found[2:] == [("made.png", "a digit"), ("x.png", "an x"), ("y.png", "a digit")]
+
+
+def test_the_empty_prompt_is_a_prompt_of_the_class_and_broken_class_images_are_made_up_for(
+    pipe: Any, tmp_path: Path
+) -> None:
+    """Guidance compares every picture with that of the empty prompt: an image made for it must keep it as caption."""
+    family = FAMILIES[type(pipe).__name__](pipe, ObjectiveOptions(), CONTEXT)
+    sampler = Sampler(family, (16, 16), at_once=4, autocast=contextlib.nullcontext, steps=1, guidance=2.0)
+    options = SubjectOptions(with_prior_preservation=True, class_prompt=("a digit", ""), num_class_images=4)
+    for broken in ("a.png", "b.png"):
+        (tmp_path / broken).write_bytes(b"?")
+    os.mkfifo(tmp_path / "c.png")
+    skipped = SkipList(tmp_path.with_suffix(".skipped"))
+    for _ in range(2):
+        found = class_images(options, tmp_path, sampler, Accelerator(), skipped)
+        assert [(path.name, caption) for path, caption in found] == [
+            (f"made-{number:05}.png", ("a digit", "")[number % 2]) for number in range(4)
+        ]
+    assert skipped.count() == 3
 
 
 def test_a_pipeline_is_loaded_in_the_dtype_asked_for_and_its_vae_in_float32(tmp_path: Path) -> None:

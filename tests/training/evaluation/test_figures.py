@@ -245,3 +245,18 @@ def test_nothing_is_written_when_drawing_fails(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), figure_file(tmp_path / "x.png", (3, 3), "title"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dollar_signs_and_control_characters_are_text(tmp_path: Path, drawn: list[Figure]) -> None:
+    """To matplotlib, what is between two dollar signs is a formula, and an unknown one is an error."""
+    odd = r"$5 \x $ or $7"
+    picture = Image.new("RGB", (4, 4))
+    answers = [Prediction(picture, odd, None, odd, 0.5)]
+    plot_predictions(answers, odd, tmp_path / "a.png")
+    plot_found([Found(picture, odd, None, (odd + "\n\x07", True))], odd, tmp_path / "b.png")
+    plot_confusion([[1, 0], [0, 1]], [odd, "b"], odd, tmp_path / "c.png")
+    plot_scales([0.0, 1.0], {odd: [0.1, 0.5]}, "recall", odd, tmp_path / "d.png")
+    plot_samples([(odd, [("step 1", [picture])])], odd, tmp_path / "e.png")
+    runs = [Compared("RandLoRA", run_of(20, top1=0.4), {odd: (0.1, 0.5)})]
+    plot_comparison(runs, odd, "test", tmp_path / "f.png")
+    assert len(drawn) == 6

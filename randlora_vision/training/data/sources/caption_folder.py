@@ -1,5 +1,6 @@
 """A folder of images with their captions: in text files beside them, or in a metadata file."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,12 +41,15 @@ def _is_sidecar(name: str) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder itself, sorted by name, without hidden ones."""
-    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
+    """Return the image files in a folder itself, sorted by name, without hidden ones.
+
+    Links to nothing and what is not a regular file are among them: they are recorded when they are read.
+    """
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
 
 
-def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
-    """Return the images of a folder, and those that its metadata names, with their captions; '' for none.
+def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str | None]]:
+    """Return the images of a folder, and those that its metadata names, with their captions; None for none.
 
     A text file beside an image (1.txt or 1.caption for 1.jpg; 1.jpg.txt) takes precedence over the metadata. Captions
     without an image are recorded in `skipped`.
@@ -53,13 +57,16 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
     Raises ValueError for a file that is not UTF-8 text and for a malformed metadata file.
     """
     images = list_images(folder)
-    files = [path for path in folder.iterdir() if _is_sidecar(path.name) and path.is_file()]
-    beside = {(path.stem, path.suffix.lower()): path for path in sorted(files)}
+    files = sorted(path for path in folder.iterdir() if _is_sidecar(path.name) and not path.is_dir())
+    for path in files:
+        if not path.is_file():
+            skipped.add(str(path), "it is not a regular file")
+    beside = {(path.stem, path.suffix.lower()): path for path in files if path.is_file()}
     listed = {}
     for place, name, caption in _metadata(folder):
         image = folder / name
-        if image.is_file():
-            listed[image] = caption
+        if os.path.isfile(image):  # unlike Path's, it returns False for a name that is too long
+            listed[image] = caption or None  # an empty cell is not a caption, but an empty text file is one
         else:
             skipped.add(place, f"there is no image {name} for its caption")
     names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
@@ -68,7 +75,8 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str]]:
     found = []
     for image in (*images, *(image for image in listed if image not in names)):
         own = next((beside[key] for key in names.get(image, ()) if key in beside), None)
-        found.append((image, clean_caption(read_text(own) if own else listed.get(image))))
+        caption = read_text(own) if own else listed.get(image)
+        found.append((image, None if caption is None else clean_caption(caption)))
     return found
 
 

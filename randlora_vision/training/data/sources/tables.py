@@ -79,6 +79,8 @@ def read_table(path: Path, skipped: SkipList) -> tuple[list[str], list[Row]]:
     Raises OSError for anything but a regular file, and ValueError for a file that is not a table of UTF-8 text.
     """
     text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
     first = text.partition("\n")[0]
     separator = next((mark for mark in "\t,;" if mark in first), ",")
     tabs = separator == "\t"

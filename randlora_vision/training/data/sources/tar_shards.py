@@ -33,7 +33,7 @@ _SUFFIXES = (
 def is_shards(spec: str) -> bool:
     """Return whether `spec` names shards: files by their suffix, or a folder of some without class folders."""
     path = Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, it returns False for a long list of shards
         return bool(
             _shards_in(path) or any(_shards_in(folder) for folder in _split_folders(path).values())
         ) and not any(has_images(folder) for folder in subfolders(path))
@@ -77,8 +77,9 @@ def shard_paths(pattern: str) -> list[Path]:
     spelled = [name for part in split_spec(pattern) for name in ([part] if os.path.exists(part) else expand(part))]
     is_pattern = {name: glob.has_magic(name) and not os.path.exists(name) for name in spelled}
     paths = [Path(path) for name in spelled for path in (sorted(glob.glob(name)) if is_pattern[name] else [name])]
-    if not any(path.is_file() for path in paths):
-        raise ValueError(f"no shard found: {pattern}")
+    if not any(map(os.path.isfile, paths)):
+        there = next(filter(os.path.exists, paths), None)
+        raise ValueError(f"no shard found: {pattern}" if there is None else f"{there} is not a regular file")
     return list(dict.fromkeys(paths))  # an image that is read twice could be both trained on and held out
 
 
