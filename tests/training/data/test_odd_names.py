@@ -126,7 +126,7 @@ def test_special_files_beside_captioned_images_are_recorded(kind: str, tmp_path:
 def test_special_files_in_place_of_data_are_an_error(kind: str, tmp_path: Path) -> None:
     for name in ("x.csv", "x.tar", "names.txt", "x.safetensors", "x.json"):
         SPECIAL[kind](tmp_path / name)
-    splits = ImageSplits("x", ["a"], {}, {}, "")
+    splits = ImageSplits(name="x", class_names=["a"], images={}, labels={}, origin="")
     for attempt in (
         lambda: read(tmp_path / "x.csv"),
         lambda: read(tmp_path / "x.tar"),
@@ -142,7 +142,7 @@ def test_special_files_in_place_of_data_are_an_error(kind: str, tmp_path: Path) 
 
 
 def test_a_stray_quote_in_a_table_of_class_names(tmp_path: Path) -> None:
-    splits = ImageSplits("x", ["a", "b"], {}, {}, "")
+    splits = ImageSplits(name="x", class_names=["a", "b"], images={}, labels={}, origin="")
     with pytest.raises(ValueError, match=r"names.csv is not a readable table \(is a quote missing"):
         with_class_names(splits, str(write_text(tmp_path / "names.csv", 'a,cat\nb,"dog\n')))
 
