@@ -62,7 +62,7 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str | Non
         if not path.is_file():
             skipped.add(str(path), "it is not a regular file")
     beside = {(path.stem, path.suffix.lower()): path for path in files if path.is_file()}
-    listed = {}
+    listed: dict[Path, str | None] = {}
     for place, name, caption in _metadata(folder):
         image = folder / name
         if os.path.isfile(image):  # unlike Path's, it returns False for a name that is too long
@@ -72,7 +72,7 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str | Non
     names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
     for key in sorted(set(beside) - {key for keys in names.values() for key in keys}):
         skipped.add(str(beside[key]), "there is no image of its name for its caption")
-    found = []
+    found: list[tuple[Path, str | None]] = []
     for image in (*images, *(image for image in listed if image not in names)):
         own = next((beside[key] for key in names.get(image, ()) if key in beside), None)
         caption = read_text(own) if own else listed.get(image)
