@@ -75,8 +75,8 @@ def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str | Non
     found: list[tuple[Path, str | None]] = []
     for image in (*images, *(image for image in listed if image not in names)):
         own = next((beside[key] for key in names.get(image, ()) if key in beside), None)
-        caption = read_text(own) if own else listed.get(image)
-        found.append((image, None if caption is None else clean_caption(caption)))
+        text = read_text(own) if own else listed.get(image)
+        found.append((image, None if text is None else clean_caption(text)))
     return found
 
 
