@@ -194,7 +194,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         r"no column 'kaption' \(--caption-column\); it has filepath, caption",
     ),
     "two kinds": (lambda folder: table(folder), {"caption_column": "a", "label_column": "b"}, "give only one"),
-    "empty table": (lambda folder: write_text(folder / "x.csv", ""), {}, "has no column"),
+    "empty table": (lambda folder: write_text(folder / "x.csv", ""), {}, "x.csv is empty"),
     "no lines": (lambda folder: write_text(folder / "x.csv", "image,text\n"), {}, "no readable images in .*x.csv"),
     "no text": (
         lambda folder: write_text(folder / "x.csv", b"image,text\n\xff\xfe"),
