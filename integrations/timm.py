@@ -145,6 +145,8 @@ def _classifiers(model: nn.Module, prefix: str = "") -> list[str]:
         classifier = ()
     modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
     known = _towers.configured(model, "classifier")
+    if not modules and not known:  # almost every module
+        return []
     paths = [
         path
         for path, module in model.named_modules()

@@ -7,6 +7,7 @@ is done once. The processes find one another by the variables that torchrun sets
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -222,6 +223,8 @@ if __name__ == "__main__":
 
     from randlora_vision.train_scripts import train_classifier, train_clip, train_dreambooth  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # every run collects garbage
     with socket.create_server(("127.0.0.1", 0)) as free:
         chosen = free.getsockname()[1]
     start_processes(main, (chosen, Path(sys.argv[1]), Path(sys.argv[2])), nprocs=2, start_method="fork")

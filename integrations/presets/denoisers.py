@@ -60,7 +60,9 @@ def skipped_targets(model: nn.Module, preset: str) -> dict[str, str]:
         return {}
     paths = dict(plain_modules(model))
     roots = _roots(model)
-    narrow = [matrix for matrix in _candidates(model, paths, roots) if _width(matrix) < _narrowest(model, paths, roots)]
+    found = _candidates(model, paths, roots)
+    narrowest = _narrowest(found)
+    narrow = [matrix for matrix in found if _width(matrix) < narrowest]
     if preset == "attention":
         narrow = [matrix for matrix in narrow if in_attention(matrix.name, paths, _ATTENTION)]
     beside = {name for name, child in model.named_children() if name not in roots and _has_layers(name, child)}
@@ -86,7 +88,7 @@ def text_targets(model: nn.Module) -> list[str]:
         and any(isinstance(paths[path], nn.ModuleList) for path in parents(matrix.name))
         and not any(_NO_TEXT.search(part) for part in matrix.name.split("."))
     ]
-    narrowest = min(_NARROWEST, max(map(_width, found), default=0))
+    narrowest = _narrowest(found)
     if not found or not hasattr(model, "get_input_embeddings"):
         raise ValueError(
             f"diffusers:text is for text encoders from transformers (CLIP, T5), got {type(model).__name__}; for "
@@ -103,8 +105,9 @@ def _body(model: nn.Module, paths: Mapping[str, nn.Module]) -> list[Matrix]:
             f"the diffusers presets are for the denoisers of its pipelines (UNets, transformers), but this "
             f"{type(model).__name__} has no blocks with an attention; for other models, list the target_modules"
         )
-    narrowest = _narrowest(model, paths, roots)
-    return [matrix for matrix in _candidates(model, paths, roots) if _width(matrix) >= narrowest]
+    found = _candidates(model, paths, roots)
+    narrowest = _narrowest(found)
+    return [matrix for matrix in found if _width(matrix) >= narrowest]
 
 
 def _roots(model: nn.Module) -> set[str]:
@@ -120,8 +123,8 @@ def _candidates(model: nn.Module, paths: Mapping[str, nn.Module], roots: set[str
     ]
 
 
-def _narrowest(model: nn.Module, paths: Mapping[str, nn.Module], roots: set[str]) -> int:
-    return min(_NARROWEST, max((_width(matrix) for matrix in _candidates(model, paths, roots)), default=0))
+def _narrowest(found: list[Matrix]) -> int:
+    return min(_NARROWEST, max(map(_width, found), default=0))
 
 
 def _width(matrix: Matrix) -> int:

@@ -77,8 +77,11 @@ class _Tree:
         """Paths of classifiers and task heads, found by name and with timm's `get_classifier`."""
         roots = {path for path in self.by_path if path.rpartition(".")[2] in _HEAD_NAMES or path == "fc"}
         # SigLIP's attention pooling is called `head`, but it is not a classifier.
-        attentions = [path for path, module in self.by_path.items() if _holds_attention(module)]
-        roots = {root for root in roots if not any(f"{path}.".startswith(f"{root}.") for path in attentions)}
+        roots = {
+            root
+            for root in roots
+            if not any(f"{p}.".startswith(f"{root}.") and _holds_attention(m) for p, m in self.by_path.items())
+        }
         for module in self.modules:
             try:
                 classifier = module.get_classifier()  # type: ignore[operator]

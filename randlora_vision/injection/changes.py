@@ -64,6 +64,8 @@ def refuse_changes(root: nn.Module, record: ModelRecord, adapter_names: Collecti
 def replaced_projections(attention: nn.Module) -> list[str]:
     """Names of the parts of a diffusers attention that are not used: those that fusing replaced, or the fused ones."""
     processor = getattr(attention, "processor", None)
+    if processor is None and not hasattr(attention, "to_q"):
+        return []
     fused = getattr(attention, "fused_projections", False)
     if type(attention).__name__ == "Attention":  # it may hold both; its processor decides which ones are used
         fused = fused and type(processor).__name__.startswith("Fused")

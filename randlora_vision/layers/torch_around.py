@@ -62,7 +62,10 @@ def is_packed(weight: Tensor) -> bool:
     """True for the integers and the tensor subclasses of quantisation libraries."""
     if isinstance(weight, nn.parameter.UninitializedParameter) or is_sharded(weight):
         return False
-    return not weight.is_floating_point() or type(weight.detach()) is not Tensor
+    if not weight.is_floating_point():
+        return True
+    # A copy costs more than all else that a plan asks of a layer, so it is made for subclasses alone.
+    return type(weight) not in (Tensor, nn.Parameter) and type(weight.detach()) is not Tensor
 
 
 def replaced_message(type_name: str, param: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from randlora_vision import RandLoRAConfig, plan
+from randlora_vision.integrations.presets import denoisers
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=16)
 
@@ -61,3 +62,19 @@ def test_narrow_weights_are_in_the_report_and_tiny_models_are_adapted() -> None:
                     preset="diffusers:attention")  # fmt: skip
     gates = {name: reason for name, reason in gated.skipped if "gate" in name}
     assert gates and set(gates.values()) == {"narrower than 16: a gate or a bias per head"}
+
+
+@pytest.mark.parametrize("preset", ["attention", "backbone", "conv"])
+def test_the_depth_of_a_model_does_not_change_how_often_it_is_walked(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[int] = []
+    matrices = denoisers.matrices
+    monkeypatch.setattr(denoisers, "matrices", lambda model: (walks.append(1), matrices(model))[1])
+    counts = []
+    for layers in (1, 3):
+        walks.clear()
+        planned("FluxTransformer2DModel", preset=f"diffusers:{preset}", **HEADS, num_layers=layers, num_single_layers=1,
+                joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))  # fmt: skip
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0

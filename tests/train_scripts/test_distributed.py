@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,26 @@ from tests.distributed_cases import (
     run_case,
 )
 from tests.tiny_pipelines import PIPELINES
-from tests.training_helpers import TINY_CONFIG, write_class_folders, write_tiny_clip, write_tiny_vit
+from tests.training_helpers import (
+    TINY_CONFIG,
+    draw_nothing,
+    script,
+    write_class_folders,
+    write_tiny_clip,
+    write_tiny_vit,
+)
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_figures() -> Iterator[None]:
+    """Those of the runs in this process; those on two leave them out too."""
+    for case in (*CASES, DREAMBOOTH):
+        script(case.script)  # imports what draws
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

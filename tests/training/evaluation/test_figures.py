@@ -55,9 +55,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 def check(figure: Figure) -> None:
     """Hold what every figure promises."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
     page = figure.bbox
     unseen = {label for axes in figure.axes for label in labels_outside(axes)}
     texts = [text for text in figure.findobj(Text) if is_shown(text) and text not in unseen]
