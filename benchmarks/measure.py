@@ -56,7 +56,7 @@ def prepare(row: Row, base: nn.Module, method: str, device: torch.device, dtype:
     seconds = time.perf_counter() - started
     model.train().to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    inputs = workload.inputs(row.size, device, torch.float32)
+    inputs = workload.inputs(row.size, device)
     return Trainee(model, optimizer, inputs, workload.loss, dtype), seconds
 
 

@@ -1,7 +1,8 @@
 """The five fine-tuning methods that are compared, on the same layers and with equally many trained numbers."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,27 +40,32 @@ def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
     return max(1, round(budget / per_rank))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore warnings; also a decorator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_quiet()
 def peft_model(model: nn.Module, config: object) -> nn.Module:
     """Add adapters of PEFT to a model, without its warnings."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return get_peft_model(model, config)
+    return get_peft_model(model, config)
 
 
+@_quiet()
 def _peft_load(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
+@_quiet()
 def _peft_save(model: nn.Module, folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _peft_lora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import size_text, table
 from randlora_vision.files.atomic import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def demo_table() -> str:
         accuracies = [f"{figures['before'][task]:.1%} → {figures['after'][task]:.1%}" for task in ("test", "original")]
         size = f"{figures['file_bytes'] / 1e3:,.0f} KB"
         rows.append([_METHODS[method], f"{figures['trained_numbers']:,}", size, *accuracies])
-    return _table(rows)
+    return table(rows)
 
 
 def cost_table() -> str:
@@ -102,8 +103,8 @@ def cost_table() -> str:
         values = [int(timed[method][column]) for method in _COSTS]
         rows.append([f"{what}, {_ROWS[0]}", *(f"{value / values[0]:.2f}" for value in values)])
     sizes = [int(timed[method]["file_bytes"]) for method in _COSTS]
-    rows.append(["file, ViT-S/16", *(_size(size) for size in sizes)])
-    return _table(rows)
+    rows.append(["file, ViT-S/16", *(size_text(size) for size in sizes)])
+    return table(rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {"demo": demo_table, "cost": cost_table}
@@ -156,16 +157,6 @@ def _answers(adapter: Path) -> list[dict[str, Any]]:
         {"test_image": index, "digit": digit, "base": before, "adapted": after}
         for digit, (index, before, after) in enumerate(zip(chosen, base, adapted, strict=True))
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *lines = ([*row] for row in rows)
-    parts = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in parts)
-
-
-def _size(value: int) -> str:
-    return f"{value / 1e3:,.0f} KB" if value < 1e6 else f"{value / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from benchmarks.methods import METHODS
-from randlora_vision.files.atomic import replacing, write_text
+from randlora_vision.figures import figure_file
+from randlora_vision.files.atomic import write_text
 
 _REFERENCES = {"peft_randlora": "PEFT RandLora", "peft_lora": "PEFT LoRA"}
 
@@ -64,38 +65,43 @@ def markdown(results: Sequence[Result]) -> str:
         header = ["method", "trained", "GFLOPs", "of PEFT RandLora's", "of PEFT LoRA's"]
         header += ["step time to PEFT RandLora", "step time to PEFT LoRA", "kept for backward", "peak memory"]
         header += ["file", "load", "inject", "DDP bytes per step"]
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        parts.append(f"### {row}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        parts.append(f"### {row}\n\n{table([header, *rows])}")
     return "\n".join(parts)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose first row is its head; all but the first column are right-aligned."""
+    head, *lines = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *lines))
+
+
+def size_text(value: int | None) -> str:
+    """Return a number of bytes as a text; "-" if it was not measured."""
+    if value is None:
+        return "-"
+    return f"{value / 1e3:,.0f} KB" if value < 1e6 else f"{value / 1e6:,.1f} MB"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """Plot FLOPs and step time of every method as ratios to PEFT RandLora."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     by = _by_row(results)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 0.55 * len(by) * 2 + 1.5), sharey=True, layout="constrained")
     height = 0.8 / len(METHODS)
-    for index, (name, method) in enumerate(METHODS.items()):
-        places = [row + index * height for row in range(len(by))]
-        own = [methods[name] for methods in by.values()]
-        references = [methods["peft_randlora"] for methods in by.values()]
-        flops = [a.flops / b.flops for a, b in zip(own, references, strict=True)]
-        times = [median(ratios(a, b) or [float("nan")]) for a, b in zip(own, references, strict=True)]
-        for axis, values in zip(axes, (flops, times), strict=True):
-            axis.barh(places, values, height, label=method.title)
-    for axis, title in zip(axes, ("FLOPs of a step", "step time"), strict=True):
-        axis.axvline(1.0, color="grey", linewidth=0.8)
-        axis.set_xlabel(f"{title}, PEFT RandLora = 1")
-    axes[0].set_yticks([row + 0.4 - height / 2 for row in range(len(by))], list(by))
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    with figure_file(path, (13, 1.1 * len(by) + 1.5), "PEFT RandLora = 1", layout="constrained") as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        for index, (name, method) in enumerate(METHODS.items()):
+            places = [row + index * height for row in range(len(by))]
+            own = [methods[name] for methods in by.values()]
+            references = [methods["peft_randlora"] for methods in by.values()]
+            flops = [a.flops / b.flops for a, b in zip(own, references, strict=True)]
+            times = [median(ratios(a, b) or [float("nan")]) for a, b in zip(own, references, strict=True)]
+            for axis, values in zip(axes, (flops, times), strict=True):
+                axis.barh(places, values, height, label=method.title)
+        for axis, title in zip(axes, ("FLOPs of a step", "step time"), strict=True):
+            axis.axvline(1.0, color="grey", linewidth=0.8)
+            axis.set_xlabel(title)
+        axes[0].set_yticks([row + 0.4 - height / 2 for row in range(len(by))], list(by))
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
 
 
 def _by_row(results: Sequence[Result]) -> dict[str, dict[str, Result]]:
@@ -115,12 +121,12 @@ def _line(result: Result, methods: Mapping[str, Result]) -> list[str]:
         f"{result.flops / lora.flops:.2f}",
         _spread(ratios(result, randlora)),
         _spread(ratios(result, lora)),
-        _bytes(result.kept_bytes),
-        _bytes(result.peak_bytes),
-        _bytes(result.file_bytes),
+        size_text(result.kept_bytes),
+        size_text(result.peak_bytes),
+        size_text(result.file_bytes),
         _seconds(result.load_seconds),
         _seconds(result.inject_seconds),
-        _bytes(result.ddp_bytes),
+        size_text(result.ddp_bytes),
     ]
 
 
@@ -131,12 +137,6 @@ def _spread(values: Sequence[float] | None) -> str:
         return f"{median(values):.2f}"
     low, _, high = quantiles(values, n=4)
     return f"{median(values):.2f} ({low:.2f}-{high:.2f})"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value / 1e3:,.0f} KB" if value < 1e6 else f"{value / 1e6:,.1f} MB"
 
 
 def _seconds(value: float | None) -> str:

@@ -22,7 +22,8 @@ from benchmarks import measure
 from benchmarks.methods import METHODS
 from benchmarks.workloads import Layer
 from randlora_vision import RandLoRAConfig, inject
-from randlora_vision.files.atomic import replacing, write_text
+from randlora_vision.figures import figure_file
+from randlora_vision.files.atomic import write_text
 
 _RANK = 32
 
@@ -150,27 +151,18 @@ def _plot(
     shape: str,
     path: Path,
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
-    for name, values in flops.items():
-        style = {"linestyle": "--"} if "always" in name else {}
-        relative = [own / other for own, other in zip(values, flops["PEFT RandLora"], strict=True)]
-        axes[0].plot(tokens, relative, label=name, **style)
-        axes[1].plot(timed, times[name], label=name, **style)
-    for axis, title in zip(axes, ("FLOPs of a step", "time of a step"), strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.set_xlabel("tokens")
-        axis.set_title(f"{title}, PEFT RandLora = 1 ({shape})")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    with figure_file(path, (13, 5), f"PEFT RandLora = 1 ({shape})", layout="constrained") as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        for name, values in flops.items():
+            style = {"linestyle": "--"} if "always" in name else {}
+            relative = [own / other for own, other in zip(values, flops["PEFT RandLora"], strict=True)]
+            axes[0].plot(tokens, relative, label=name, **style)
+            axes[1].plot(timed, times[name], label=name, **style)
+        for axis, title in zip(axes, ("FLOPs of a step", "time of a step"), strict=True):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.set(xlabel="tokens", title=title)
+        axes[0].legend()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Workload:
     unit: str  # of the sizes ("images" or "tokens")
     sizes: tuple[int, ...]  # of the full run
     build: Callable[[], nn.Module]  # in float32 on the CPU
-    inputs: Callable[[int, torch.device, torch.dtype], Inputs]  # for a size
+    inputs: Callable[[int, torch.device], Inputs]  # for a size, in float32
     loss: Callable[[Any], Tensor]  # maps the model's output to a scalar
     attention: str  # regular expression for complete paths of the attention layers
     mlp: str  # the same for the MLP layers
@@ -91,8 +91,8 @@ def _vit(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _images(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-    return {"x": torch.randn(size, 3, 224, 224, device=device, dtype=dtype)}
+def _images(size: int, device: torch.device) -> Inputs:
+    return {"x": torch.randn(size, 3, 224, 224, device=device)}
 
 
 def _clip() -> nn.Module:
@@ -101,9 +101,9 @@ def _clip() -> nn.Module:
     return CLIPModel(CLIPConfig())  # the defaults are ViT-B/32, with separate q, k, v layers that PEFT can adapt
 
 
-def _pairs(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+def _pairs(size: int, device: torch.device) -> Inputs:
     return {
-        "pixel_values": torch.randn(size, 3, 224, 224, device=device, dtype=dtype),
+        "pixel_values": torch.randn(size, 3, 224, 224, device=device),
         "input_ids": torch.randint(1, 49000, (size, 77), device=device),
     }
 
@@ -120,11 +120,11 @@ def _sdxl_block() -> nn.Module:
     return BasicTransformerBlock(dim=1280, num_attention_heads=20, attention_head_dim=64, cross_attention_dim=2048)
 
 
-def _sdxl_tokens(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+def _sdxl_tokens(size: int, device: torch.device) -> Inputs:
     return {
         # The block's input needs a gradient too, as in the middle of a network.
-        "hidden_states": torch.randn(1, size, 1280, device=device, dtype=dtype, requires_grad=True),
-        "encoder_hidden_states": torch.randn(1, 77, 2048, device=device, dtype=dtype),
+        "hidden_states": torch.randn(1, size, 1280, device=device, requires_grad=True),
+        "encoder_hidden_states": torch.randn(1, 77, 2048, device=device),
     }
 
 
@@ -134,12 +134,12 @@ def _flux_block() -> nn.Module:
     return FluxSingleTransformerBlock(dim=3072, num_attention_heads=24, attention_head_dim=128)
 
 
-def _flux_tokens(size: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+def _flux_tokens(size: int, device: torch.device) -> Inputs:
     text = size // 8
     return {
-        "hidden_states": torch.randn(1, size - text, 3072, device=device, dtype=dtype, requires_grad=True),
-        "encoder_hidden_states": torch.randn(1, text, 3072, device=device, dtype=dtype, requires_grad=True),
-        "temb": torch.randn(1, 3072, device=device, dtype=dtype),
+        "hidden_states": torch.randn(1, size - text, 3072, device=device, requires_grad=True),
+        "encoder_hidden_states": torch.randn(1, text, 3072, device=device, requires_grad=True),
+        "temb": torch.randn(1, 3072, device=device),
     }
 
 

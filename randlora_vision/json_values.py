@@ -29,17 +29,11 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def check_type(value: Any, kind: Any, where: object, key: str = "") -> Any:
-    """Return `value` if it is of a type.
+    """Return a value parsed from JSON if it is of a type; raise ValueError, which names the place, if not.
 
-    Args:
-        value: A value parsed from JSON.
-        kind: ``bool``, ``int``, ``float`` (an integer is a number too), ``str``, ``list[...]``, ``dict[str, ...]``,
-            or a union of these and None. ``True`` is not an integer, and 3.0 is not one either.
-        where: The file, and the place in it.
-        key: The key of the value, or the path to it.
-
-    Raises:
-        ValueError: If it is of another type; the message names `where`, the key, the expected type and the found one.
+    `kind` is ``bool``, ``int``, ``float`` (an integer is one too), ``str``, ``list[...]``, ``dict[str, ...]``, or a
+    union of these and None. ``True`` is not an integer, and 3.0 is not one either. `where` is the file and the place in
+    it, `key` the key of the value or the path to it.
     """
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     for each in kinds:

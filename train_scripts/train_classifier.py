@@ -20,7 +20,7 @@ from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
 from randlora_vision.training.classifier.data import read_images
 from randlora_vision.training.classifier.defaults import DEFAULTS, resolve
-from randlora_vision.training.classifier.evaluation import Exam, evaluate, write_results
+from randlora_vision.training.classifier.evaluation import Evaluation, evaluate, write_results
 from randlora_vision.training.classifier.loaded import LoadedClassifier
 from randlora_vision.training.classifier.loss import ClassifierLoss
 from randlora_vision.training.classifier.methods import adapt, head_parameters, own_rates
@@ -31,14 +31,14 @@ from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.model_card import write_card
 from randlora_vision.training.evaluation.publishing import check_login, publish
-from randlora_vision.training.evaluation.results import Answers, check_equal, closing_words
+from randlora_vision.training.evaluation.results import Measured, check_equal, closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
-from randlora_vision.training.harness.loaders import training_loader
 from randlora_vision.training.harness.memory import checkpoint_activations, placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.harness.streaming import training_loader
 from randlora_vision.training.methods.adaptation import Adaptation, start
 from randlora_vision.training.methods.task import AdaptedTask
 
@@ -69,8 +69,8 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         say(f"note: {note}")
 
     set_seed(training.seed)
-    exam = Exam(splits, original, loaded.eval_transform, training, skipped)
-    before = take_before(settings, loaded, exam, original is not None, accelerator.device)
+    evaluation = Evaluation(splits, original, loaded.eval_transform, training, skipped)
+    before = evaluate_before(settings, loaded, evaluation, original is not None, accelerator.device)
     head_numbers = sum(parameter.numel() for _, parameter in head_parameters(model))
     if settings.speed.gradient_checkpointing:
         checkpoint_activations(model, "the backbone")
@@ -96,11 +96,11 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     prepared = loaded.preprocessing(splits, settings.augment, settings.data.background)
     speed = fit(task, settings, splits, run, accelerator, resume, prepared)
     model.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
-    after = exam.take(model)
+    after = evaluation.run(model)
     summary: dict[str, Any] = {}
     if run.writing:
-        difference = check_reload(settings, accelerator.device, adaptation, exam, after, run)
-        summary = write_results(run, settings, adaptation, head_numbers, exam, before, after, speed, difference)
+        difference = check_reload(settings, accelerator.device, adaptation, evaluation, after, run)
+        summary = write_results(run, settings, adaptation, head_numbers, evaluation, before, after, speed, difference)
         code = [*loaded.code, *adaptation.loading_code(run.adapter), *loaded.using_code(splits.class_names)]
         say(closing_words(run, before or NO_HEAD, after, summary, code))
         card = partial(write_card, run, loaded.base(chosen), splits.name, training, summary, code)
@@ -125,28 +125,28 @@ def choose_model(options: ClassifierOptions) -> ClassifierModel:
     return ClassifierModel(**without(given, "model", "pretrained", "cache_dir"), model=name, pretrained=pretrained)
 
 
-def take_before(
-    settings: ClassifierSettings, loaded: LoadedClassifier, exam: Exam, demo: bool, device: torch.device
-) -> Answers | None:
+def evaluate_before(
+    settings: ClassifierSettings, loaded: LoadedClassifier, evaluation: Evaluation, demo: bool, device: torch.device
+) -> Measured | None:
     """Evaluate the base model with the pretrained head; None if that head is for other classes."""
     if demo:  # its head has five of the ten classes
-        return exam.take(with_own_head(settings.model, settings.training.seed).to(device))
-    return None if loaded.fresh_head else exam.take(loaded.model)
+        return evaluation.run(with_own_head(settings.model, settings.training.seed).to(device))
+    return None if loaded.fresh_head else evaluation.run(loaded.model)
 
 
 def check_reload(
     settings: ClassifierSettings,
     device: torch.device,
     adaptation: Adaptation,
-    exam: Exam,
-    trained: Answers,
+    evaluation: Evaluation,
+    trained: Measured,
     run: RunFolder,
 ) -> float:
     """Load the saved file into a fresh base model and return the largest difference between logits."""
-    loaded = load_classifier(settings.model, len(exam.class_names), settings.training.seed)
+    loaded = load_classifier(settings.model, len(evaluation.class_names), settings.training.seed)
     fresh = placed(loaded.model, device, settings.speed.channels_last)
     adaptation.load(fresh, run.adapter)
-    return check_equal(exam.predict(fresh), trained.logits, run)
+    return check_equal(evaluation.predict(fresh), trained.logits, run)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.defaults import DEFAULTS, resolve
-from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
+from randlora_vision.training.clip.evaluation import ClipMeasured, Evaluation
 from randlora_vision.training.clip.load import load_classifier, load_trained
 from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_rates
 from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
-from randlora_vision.training.clip.results import Measured, base_of, loading_code, write_evaluation, write_results
+from randlora_vision.training.clip.results import RunResults, base_of, loading_code, write_evaluation, write_results
 from randlora_vision.training.clip.tasks import loss_of, preprocessing_of, training_data, validation
 from randlora_vision.training.data.captioned import PairSplits, truncated_captions
 from randlora_vision.training.data.class_names import require_words
@@ -43,11 +43,11 @@ from randlora_vision.training.evaluation.results import Results, check_equal, cl
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
-from randlora_vision.training.harness.loaders import training_loader
 from randlora_vision.training.harness.memory import placed
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder
+from randlora_vision.training.harness.streaming import training_loader
 from randlora_vision.training.methods.adaptation import start
 from randlora_vision.training.methods.task import AdaptedTask
 
@@ -83,10 +83,10 @@ def train(options: ClipOptions) -> dict[str, Any]:
         say(f"note: {truncated} captions are longer than the model's context and are truncated")
 
     set_seed(training.seed)
-    exam = Exam(clip, read_tests(settings, data, skipped), settings, skipped)
+    evaluation = Evaluation(clip, read_tests(settings, data, skipped), settings, skipped)
     if settings.evaluation.eval_only:
-        return evaluate(settings, clip, exam, run, accelerator)
-    before = exam.take(clip)
+        return evaluate(settings, clip, evaluation, run, accelerator)
+    before = evaluation.run(clip)
     if settings.speed.gradient_checkpointing:
         checkpoint_towers(clip.model, settings)
     classifier, adaptation = adapt(clip, class_names, settings)
@@ -106,15 +106,15 @@ def train(options: ClipOptions) -> dict[str, Any]:
     prepared = preprocessing_of(clip, data, settings)
     speed = fit(task, settings, data, run, accelerator, resume, prepared)
     task.loss.requires_grad_(False)  # PyTorch chooses kernels by this flag: use those of the reloaded model
-    after = exam.take(clip, classifier)
+    after = evaluation.run(clip, classifier)
     accelerator.wait_for_everyone()  # until the file that every process now reads is written
-    difference = check_reload(settings, accelerator.device, exam, after, run)
-    scales = take_scales(settings, accelerator.device, exam, run.adapter)
+    difference = check_reload(settings, accelerator.device, evaluation, after, run)
+    scales = evaluate_scales(settings, accelerator.device, evaluation, run.adapter)
     summary: dict[str, Any] = {}
     if run.writing:
-        measured = Measured(exam, before, after, scales, truncated)
+        measured = RunResults(evaluation, before, after, scales, truncated)
         summary = write_results(run, settings, adaptation, measured, speed, difference)
-        code = loading_code(run, settings, adaptation, exam.class_names)
+        code = loading_code(run, settings, adaptation, evaluation.class_names)
         say(closing_words(run, before, after, summary, code))
         card = partial(write_card, run, base_of(settings), data.name, training, summary, code)
     finish(run, accelerator, speed.steps)
@@ -124,23 +124,23 @@ def train(options: ClipOptions) -> dict[str, Any]:
 
 
 def evaluate(
-    settings: ClipSettings, clip: LoadedClip, exam: Exam, run: RunFolder, accelerator: Accelerator
+    settings: ClipSettings, clip: LoadedClip, evaluation: Evaluation, run: RunFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Evaluate the model, also with the adapter if one is given; return the content of summary.json."""
-    before, after = exam.take(clip), None
+    before, after = evaluation.run(clip), None
     scales: list[tuple[float, Results]] = []
     if settings.evaluation.adapter is not None:
         path = Path(settings.evaluation.adapter)
-        prepared = {"evaluation": preprocessing_of(clip, exam.tests[exam.task], settings)["evaluation"]}
+        prepared = {"evaluation": preprocessing_of(clip, evaluation.tests[evaluation.task], settings)["evaluation"]}
         check_preprocessing(
             path.with_name(run.preprocessing.name), prepared, "give the --force-image-size and --background of that run"
         )
-        after = exam.take(clip, load_classifier(clip, exam.class_names, settings, path))
-        scales = take_scales(settings, accelerator.device, exam, path)
+        after = evaluation.run(clip, load_classifier(clip, evaluation.class_names, settings, path))
+        scales = evaluate_scales(settings, accelerator.device, evaluation, path)
     run.write_config(settings)
     summary: dict[str, Any] = {}
     if run.writing:
-        summary = write_evaluation(run, settings, Measured(exam, before, after, scales))
+        summary = write_evaluation(run, settings, RunResults(evaluation, before, after, scales))
         with_adapter = f"\nwith {settings.evaluation.adapter}: {after}" if after else ""
         accelerator.print(f"base model: {before}{with_adapter}\n\nresults: {run.path}")
     finish(run, accelerator, step=0)
@@ -199,22 +199,24 @@ def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> Loade
     return clip
 
 
-def take_scales(settings: ClipSettings, device: torch.device, exam: Exam, path: Path) -> list[tuple[float, Results]]:
+def evaluate_scales(
+    settings: ClipSettings, device: torch.device, evaluation: Evaluation, path: Path
+) -> list[tuple[float, Results]]:
     """Evaluate the model at every requested scale of the adapter."""
     results = []
     for scale in settings.evaluation.scales:
         clip = load(settings.clip, settings, device)
-        classifier = load_classifier(clip, exam.class_names, settings, path, scale)
-        results.append((scale, exam.take(clip, classifier).results))
+        classifier = load_classifier(clip, evaluation.class_names, settings, path, scale)
+        results.append((scale, evaluation.run(clip, classifier).results))
     return results
 
 
 def check_reload(
-    settings: ClipSettings, device: torch.device, exam: Exam, trained: ClipAnswers, run: RunFolder
+    settings: ClipSettings, device: torch.device, evaluation: Evaluation, trained: ClipMeasured, run: RunFolder
 ) -> float:
     """Load the saved file into a fresh base model and return the largest difference between logits."""
     fresh = load(settings.clip, settings, device)
-    logits = exam.predict(fresh, load_classifier(fresh, exam.class_names, settings, run.adapter))
+    logits = evaluation.predict(fresh, load_classifier(fresh, evaluation.class_names, settings, run.adapter))
     return check_equal(logits, trained.logits, run)
 
 

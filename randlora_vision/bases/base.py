@@ -74,41 +74,21 @@ class Bases:
         return self.kept(B, device, dtype)[0]
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> Term:
-        """The update of one adapter on one parameter, which must be cheap: every forward pass of a layer needs it.
-
-        Args:
-            lam: lambda (R, N).
-            gamma: gamma (N, m).
-            wide: M.
-            scale: s = alpha / rank times the run-time scale.
-            dtype: The dtype of the matrix products.
-        """
+        """The update of one adapter on one parameter, for M = `wide` and s = `scale`; every forward pass needs it."""
         raise NotImplementedError
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
-        """Generate a (rows, columns) float32 matrix of unit variance.
+        """Generate matrix 0 (A) or 1 (B), (rows, columns), in float32 with unit variance.
 
-        Args:
-            kind: One of the kinds of this class.
-            seed: Key of the generator.
-            matrix: 0 for A, 1 for B, which use separate streams.
-            rows: Number of rows.
-            columns: Number of columns.
-            narrow: Narrow side, which sets the density of ``very_sparse``; other kinds ignore it.
+        `narrow`, the narrow side, sets the density of ``very_sparse``; other kinds ignore it.
         """
         raise NotImplementedError
 
     def kept(self, key: Hashable, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The tensors of a key on `device` in `dtype`, drawn on first use.
+        """The tensors of a key, drawn on first use: `A`, `B`, or what a term needs, such as a part of a matrix.
 
-        Args:
-            key: `A` or `B`, or what a term needs, such as the part of a matrix that a layer of some size uses.
-            device: Where the tensors are.
-            dtype: Their dtype.
-
-        Raises:
-            RuntimeError: On first use while a CUDA graph is captured.
+        Raises RuntimeError on first use while a CUDA graph is captured.
         """
         tensors = self._tensors.get((key, device, dtype))
         return self._keep(key, device, dtype) if tensors is None else tensors
@@ -237,7 +217,7 @@ class _Inputs:
 def outside_modes(make: Callable[[], _Made]) -> _Made:
     """Call `make` where no mode of PyTorch is on: fake tensors, tracing, torch.func, inference, a default device.
 
-    What it returns may be kept for the whole process: whoever needs it first does not shape it. Modes belong to a
+    What it returns may be kept for the whole process, so it must not depend on who needs it first. Modes belong to a
     thread, so a new thread has none of them.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:

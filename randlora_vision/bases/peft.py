@@ -35,12 +35,7 @@ class PeftBases(DenseBases, kinds=PEFT_KINDS):
 def draw(kind: str, seed: int, rank: int, narrow: int, wide: int) -> tuple[Tensor, Tensor]:
     """Draw A (rank, narrow) and B (wide, rank * ceil(narrow / rank)) as PEFT does for this key, in float32.
 
-    Args:
-        kind: One of `PEFT_KINDS`.
-        seed: PEFT's `projection_prng_key`.
-        rank: The rank R.
-        narrow: min(largest output, largest input) of the adapted layers, which is PEFT's m.
-        wide: The largest side of the adapted layers.
+    `narrow` is PEFT's m, min(largest output, largest input) of the adapted layers; `wide` is their largest side.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     bases = -(-narrow // rank)

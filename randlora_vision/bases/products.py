@@ -107,13 +107,9 @@ class Products(Term, Protocol):
         """Return ``weight`` (O, I) + delta W."""
 
     def gradients(self, u: Tensor, narrow: Tensor, classes: Any = None, projected: Any = None) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma.
+        """Gradients of lambda and gamma from u (T, K), the wide side times B, and the narrow side (T, m).
 
-        Args:
-            u: The wide side's tokens times B (T, K).
-            narrow: The narrow side's tokens (T, m).
-            classes: The second result of `times_af` for this u, if known.
-            projected: The second result of `times_af_t` for this narrow side and the factor s, if known.
+        `classes` and `projected` are the second results of `times_af` and `times_af_t` for them, if known.
         """
 
     def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:

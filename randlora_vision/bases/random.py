@@ -16,29 +16,14 @@ _ROW = 2**128  # number of counters per row; each counter yields four 64-bit wor
 
 
 def words(seed: int, matrix: int, row: int, count: int) -> np.ndarray:
-    """The first `count` 64-bit words of a row's stream; the counter starts at (matrix, row).
-
-    Args:
-        seed: Key of the Philox generator, whose stream NumPy guarantees.
-        matrix: 0 for A, 1 for B.
-        row: Index of the stream within that matrix.
-        count: Number of words.
-    """
+    """The first `count` 64-bit words of a row of matrix 0 (A) or 1 (B): the counter starts at (matrix, row)."""
     return np.random.Philox(key=seed, counter=((matrix << 64) | row) * _ROW).random_raw(count)
 
 
 def filled(
     out: np.ndarray, seed: int, matrix: int, count: int, convert: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Fill the rows of `out` with the first `count` words of their streams, converted.
-
-    Args:
-        out: (rows, columns).
-        seed: As for `words`.
-        matrix: As for `words`.
-        count: Number of words of a row.
-        convert: Maps (n, count) words to (n, at least `columns`) numbers.
-    """
+    """Fill the rows of `out` with the first `count` `words` of their streams, converted n rows at a time."""
     rows, columns = out.shape
     generator = np.random.Philox(key=seed, counter=(matrix << 64) * _ROW)
     to_next = _ROW - -(-count // 4)  # from the counter after a row to that of the next row

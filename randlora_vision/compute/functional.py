@@ -102,10 +102,8 @@ def randlora_linear(
 def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Compute ``W + sum of the updates``, differentiable in lambda, gamma and W, in W's shape.
 
-    Args:
-        weight: (O, ...); more than two dimensions (convolutions) are treated as (O, I).
-        terms: The active adapters' parts; their bases may have a lower precision than W (autocast).
-        dtype: The dtype of the result; None means W's.
+    W is (O, I) or a convolution's (O, ...). The bases of `terms` may have a lower precision than W (autocast); the
+    result has `dtype`, or else W's.
     """
     dtype = weight.dtype if dtype is None else dtype
     ready = [term.prepared() for term in terms]

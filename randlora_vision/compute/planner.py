@@ -68,16 +68,11 @@ def forward_flops(problem: Problem, order: str) -> int:
 
 
 def backward_flops(problem: Problem, plan: Plan, weight_grad: bool = False) -> int:
-    """FLOPs of computing the gradients of the input and of the adapter.
+    """FLOPs of the gradients of the input and of the adapter, if g^T x of the weight is computed anyway or not.
 
-    `tokens` needs the wide side's tokens times B. For a tall map, the ``factored`` input gradient computes this
-    product anyway; for a wide map, the ``factored`` forward does. Structured bases share more with the ``factored``
-    input gradient.
-
-    Args:
-        problem: The call.
-        plan: The orders, including that of the forward pass.
-        weight_grad: True if the frozen weight's gradient g^T x is computed anyway.
+    `tokens` needs the wide side's tokens times B. For a tall map, the ``factored`` input gradient computes this product
+    anyway; for a wide map, the ``factored`` forward does. Structured bases share more with the ``factored`` input
+    gradient.
     """
     t, costs = problem.tokens, problem.costs
     total = 0 if plan.grad_input is None else forward_flops(problem, plan.grad_input)
@@ -126,10 +121,6 @@ def variants(problem: Problem, *rest: Any) -> tuple[tuple[int, Plan], ...]:
     """The plans of compiled code, whose number of tokens may not be known: (least number of tokens, plan), downwards.
 
     Plans change only at powers of four, the same ones for all layers, so that a model is compiled for few ranges.
-
-    Args:
-        problem: The call; its number of tokens is ignored.
-        rest: As for `choose`.
     """
     found: list[tuple[int, Plan]] = []
     for start in (0, *(4**power for power in range(1, 16))):
@@ -185,13 +176,7 @@ def cheapest(
 ) -> Plan:
     """`choose`, remembered, as all blocks of a model have the same problem.
 
-    Args:
-        tokens: T.
-        call: The call's sizes.
-        terms: The active adapters.
-        needed: As for `choose`: gradients of the input, the adapter and the weight.
-        pinned: As for `choose`.
-        compiling: True while torch.compile traces, where the number of tokens may be a symbol.
+    `needed` are the gradients: of the input, the adapter and the weight. While compiling, `tokens` may be a symbol.
     """
     if compiling:
         problem = call.problem(0, terms)

@@ -28,12 +28,9 @@ def refuse_offloaded(model: nn.Module, what: str, prefix: str = "") -> None:
 
 
 def refuse_held_weights(root: nn.Module, what: str, unmerging: bool = False) -> None:
-    """Raise ValueError if new weights of adapted layers would be lost.
+    """Raise ValueError if new weights of adapted layers under `root` would be lost; `what` (imperative) cannot be done.
 
-    Args:
-        root: The module that adapters were injected into.
-        what: What cannot be done, as an imperative.
-        unmerging: True if merged weights are replaced by former ones, which may all be on the meta device.
+    With `unmerging`, merged weights are replaced by former ones, which may all be on the meta device.
     """
     offloaded, grouped = offloaded_modules(root), any(map(_is_grouped, root.modules()))
     for path, module, param, _ in adapted_modules(root):

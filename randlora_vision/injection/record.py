@@ -121,11 +121,7 @@ def check_root(model: nn.Module) -> None:
 
 
 def records(model: nn.Module) -> list[tuple[str, nn.Module, ModelRecord]]:
-    """(path, module, record) of every module in `model` that adapters were injected into.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """(path, module, record) of every module in `model` that was injected into; ValueError if there is none."""
     found = [(path, module, module.__dict__[_KEY]) for path, module in model.named_modules() if _KEY in module.__dict__]
     if not found:
         raise ValueError(

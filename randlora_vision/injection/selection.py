@@ -35,19 +35,9 @@ from randlora_vision.report import Target
 def select(
     model: nn.Module, config: RandLoRAConfig, everything: list[Candidate] | None = None
 ) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
-    """Select the candidates that a configuration asks for.
+    """Return the candidates to adapt, (name, reason) of those left out, and warnings about unused patterns.
 
-    Args:
-        model: The model.
-        config: What to adapt.
-        everything: The model's candidates, if they are known already.
-
-    Returns:
-        The candidates to adapt, (name, reason) of each matching candidate that is left out, and warnings about
-        patterns that match nothing.
-
-    Raises:
-        ValueError: If nothing matches; the message says what the model has. If a pattern was read from a file.
+    Raises ValueError if nothing matches, saying what the model has, or if a pattern was read from a file.
     """
     for option in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, option), UntrustedPattern):

@@ -16,10 +16,10 @@ from randlora_vision.training.evaluation.collapse import collapse_warning
 from randlora_vision.training.evaluation.curves import plot_curves
 from randlora_vision.training.evaluation.grids import Prediction, list_predictions
 from randlora_vision.training.evaluation.results import (
-    Answers,
+    Measured,
     confidence,
     log_results,
-    plot_answers,
+    plot_results,
     summarise,
     task_name,
 )
@@ -37,7 +37,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int) -> Scores
     return measure(model, batches, classes, next(model.parameters()).device)
 
 
-class Exam:
+class Evaluation:
     """The test (or else validation) split with a sample of its pictures, and that of the original task, if any.
 
     `task` is the name of the results on the former: "test" or "validation".
@@ -64,10 +64,10 @@ class Exam:
         self.pictures, self.truths = sample_pictures(data[self.task], _PICTURES)
         self.images = torch.stack([transform(picture) for picture in self.pictures])
 
-    def take(self, model: nn.Module) -> Answers:
+    def run(self, model: nn.Module) -> Measured:
         """Evaluate a model."""
         scores = {name: evaluate(model, batches, classes) for name, (batches, classes) in self._tests.items()}
-        return Answers(self.tasks, scores, self.predict(model))
+        return Measured(self.tasks, scores, self.predict(model))
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> Tensor:
@@ -76,7 +76,7 @@ class Exam:
         logits: Tensor = model(self.images.to(next(model.parameters()).device))
         return logits.float().cpu()
 
-    def predictions(self, before: Answers | None, after: Answers) -> Sequence[Prediction]:
+    def predictions(self, before: Measured | None, after: Measured) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions."""
         was = before.logits if before else None
         return list_predictions(self.pictures, self.truths, self.class_names, was, after.logits)
@@ -87,9 +87,9 @@ def write_results(
     settings: ClassifierSettings,
     adaptation: Adaptation,
     head_numbers: int,
-    exam: Exam,
-    before: Answers | None,
-    after: Answers,
+    evaluation: Evaluation,
+    before: Measured | None,
+    after: Measured,
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
@@ -99,15 +99,15 @@ def write_results(
     method, title = settings.adapter.method, settings.model.title
     metrics, augment = run.read_metrics(), settings.augment
     plot_curves(metrics, f"{method} on {title}", run.curves)
-    scores, names = after.scores[exam.task], exam.class_names
+    scores, names = after.scores[evaluation.task], evaluation.class_names
     when = "after training" if before is None else "before and after training"
-    plot_answers(run, exam.predictions(before, after), scores, names, exam.task, when)
+    plot_results(run, evaluation.predictions(before, after), scores, names, evaluation.task, when)
     plain = not (augment.bce_loss or augment.mixup or augment.cutmix)
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference, exam.skipped),
-        "warning": collapse_warning(scores, names, exam.task, metrics, settings.training, plain),
+        **summarise(run, method, title, adaptation, speed, reload_difference, evaluation.skipped),
+        "warning": collapse_warning(scores, names, evaluation.task, metrics, settings.training, plain),
         "head_numbers": head_numbers,
-        "tasks": exam.tasks,
+        "tasks": evaluation.tasks,
         "before": was,
         "after": after.results,
         **confidence({"before": was, "after": after.results}),

@@ -42,16 +42,9 @@ DEFAULTS = ScriptDefaults(
 
 
 def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions: bool) -> ClipSettings:
-    """Return the options with every default filled in.
+    """Return the options with every default filled in, for the loaded model and for data with captions or classes.
 
-    Args:
-        options: The options as given.
-        chosen: The model, by name.
-        model: The loaded model.
-        captions: True for data with captions, False for data with classes.
-
-    Raises:
-        ValueError: If the loss or the method cannot be used with such data.
+    Raises ValueError if the loss or the method cannot be used with such data.
     """
     embedded, images, adapter, training = options.images.embedded, options.images, options.adapter, options.training
     loss = options.loss.loss or ("clip" if captions else "class-prompts")

@@ -20,14 +20,14 @@ from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.splits import Splits
 from randlora_vision.training.evaluation.grids import Found, Prediction, list_predictions
-from randlora_vision.training.evaluation.results import Answers, Results
+from randlora_vision.training.evaluation.results import Measured, Results
 
 _PICTURES = 96  # sampled; those drawn are chosen among them
 _FOUND = 12
 
 
 @dataclass(frozen=True)
-class ClipAnswers(Answers):
+class ClipMeasured(Measured):
     """The results of a CLIP model; the logits of data with captions (P, P) are for each picture's first caption."""
 
     features: Mapping[str, Features]  # for the tests with captions
@@ -39,7 +39,7 @@ class ClipAnswers(Answers):
         return {name: values[name] for name in self.tasks}
 
 
-class Exam:
+class Evaluation:
     """The final split of the task (zero-shot, or retrieval for captions) and of others, with a sample of pictures."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Exam:
                     self.captions.append(images.captions[index][0])
         self.images = torch.stack([self.transform(picture) for picture in self.pictures])
 
-    def take(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> ClipAnswers:
+    def run(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> ClipMeasured:
         """Evaluate a model. `classifier`, if given, replaces the zero-shot classifier on a task with classes."""
         scores, features = {}, {}
         for name, test in self.tests.items():
@@ -81,7 +81,7 @@ class Exam:
             else:
                 pairs = test.select(test.final, self.transform, self.tokenize, self.skipped, draw=False)
                 features[name] = retrieval_features(clip.model, pairs, self.batch_size, self.workers)
-        return ClipAnswers(self.tasks, scores, self.predict(clip, classifier), features)
+        return ClipMeasured(self.tasks, scores, self.predict(clip, classifier), features)
 
     @torch.no_grad()
     def predict(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> Tensor:
@@ -90,13 +90,13 @@ class Exam:
             return (classifier or ClipClassifier(clip, self.class_names, self.templates)).predict(self.images)
         return ClipClassifier(clip, self.captions, ["{}"]).predict(self.images)
 
-    def predictions(self, before: ClipAnswers | None, after: ClipAnswers) -> Sequence[Prediction]:
+    def predictions(self, before: ClipMeasured | None, after: ClipMeasured) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions, for data with classes."""
         assert self.class_names is not None
         was = before.logits if before else None
         return list_predictions(self.pictures, self.truths, self.class_names, was, after.logits)
 
-    def found(self, before: ClipAnswers | None, after: ClipAnswers) -> Sequence[Found]:
+    def found(self, before: ClipMeasured | None, after: ClipMeasured) -> Sequence[Found]:
         """Return the sample of pictures with their nearest captions, for data with captions."""
         return [
             Found(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from randlora_vision.training.clip.evaluation import ClipAnswers, Exam
+from randlora_vision.training.clip.evaluation import ClipMeasured, Evaluation
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.evaluation.collapse import collapse_warning
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
@@ -15,7 +15,7 @@ from randlora_vision.training.evaluation.results import (
     confidence,
     headline,
     log_results,
-    plot_answers,
+    plot_results,
     summarise,
 )
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -26,28 +26,28 @@ _SHOWN = 20  # class names in the code of the printed summary
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunResults:
     """All evaluation results of a run."""
 
-    exam: Exam
-    before: ClipAnswers
-    after: ClipAnswers | None  # None if only the base model was evaluated
+    evaluation: Evaluation
+    before: ClipMeasured
+    after: ClipMeasured | None  # None if only the base model was evaluated
     scales: Sequence[tuple[float, Results]] = ()  # between the base model and the adapted one
     truncated_captions: int = 0
 
     @property
-    def last(self) -> ClipAnswers:
+    def last(self) -> ClipMeasured:
         """The results after training, or those of the base model if nothing was trained."""
         return self.after or self.before
 
     def record(self) -> dict[str, Any]:
         """Return the content for summary.json."""
-        names = self.exam.class_names
+        names = self.evaluation.class_names
         found = {"before": self.before, "after": self.after}
         scores = {
-            when: answers.scores[self.exam.task]
-            for when, answers in found.items()
-            if names is not None and answers is not None
+            when: measured.scores[self.evaluation.task]
+            for when, measured in found.items()
+            if names is not None and measured is not None
         }
         per_class = (
             {
@@ -60,9 +60,9 @@ class Measured:
             if scores
             else {}
         )
-        results = {when: answers.results if answers else None for when, answers in found.items()}
+        results = {when: measured.results if measured else None for when, measured in found.items()}
         return {
-            "tasks": self.exam.tasks,
+            "tasks": self.evaluation.tasks,
             **results,
             **confidence(results),
             **(per_class or {"truncated_captions": self.truncated_captions}),
@@ -74,7 +74,7 @@ def write_results(
     run: RunFolder,
     settings: ClipSettings,
     adaptation: Adaptation,
-    measured: Measured,
+    measured: RunResults,
     speed: Speed,
     reload_difference: float,
 ) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def write_results(
     assert measured.after is not None
     log_results(run, measured.before.results, measured.after.results, speed.steps)
     method, title = settings.adapter.method, settings.clip.title
-    metrics, names, task = run.read_metrics(), measured.exam.class_names, measured.exam.task
+    metrics, names, task = run.read_metrics(), measured.evaluation.class_names, measured.evaluation.task
     plot_curves(metrics, f"{method} on {title}", run.curves)
     _draw(run, measured, "before and after training")
     warning = None
@@ -90,7 +90,7 @@ def write_results(
         entropy = settings.loss.loss == "class-prompts"
         warning = collapse_warning(measured.after.scores[task], names, task, metrics, settings.training, entropy)
     summary = {
-        **summarise(run, method, title, adaptation, speed, reload_difference, measured.exam.skipped),
+        **summarise(run, method, title, adaptation, speed, reload_difference, measured.evaluation.skipped),
         "warning": warning,
         **measured.record(),
     }
@@ -98,7 +98,7 @@ def write_results(
     return summary
 
 
-def write_evaluation(run: RunFolder, settings: ClipSettings, measured: Measured) -> dict[str, Any]:
+def write_evaluation(run: RunFolder, settings: ClipSettings, measured: RunResults) -> dict[str, Any]:
     """Write the run folder of an evaluation-only run; return the content of summary.json."""
     for name, values in measured.last.results.items():
         run.log(0, name, values)
@@ -108,25 +108,27 @@ def write_evaluation(run: RunFolder, settings: ClipSettings, measured: Measured)
         "model": settings.clip.title,
         "adapter": settings.evaluation.adapter,
         **measured.record(),
-        "skipped_images": measured.exam.skipped.count(),
-        "changed": measured.exam.skipped.changes(),
+        "skipped_images": measured.evaluation.skipped.count(),
+        "changed": measured.evaluation.skipped.changes(),
     }
     run.write(run.summary, summary)
     return summary
 
 
-def _draw(run: RunFolder, measured: Measured, when: str) -> None:
-    exam, last = measured.exam, measured.last
+def _draw(run: RunFolder, measured: RunResults, when: str) -> None:
+    evaluation, last = measured.evaluation, measured.last
     before = measured.before if measured.after else None
-    if exam.class_names is None:
-        title = f"{exam.task.capitalize()} images and nearest captions {when}"
-        plot_found(exam.found(before, last), title, run.predictions)
+    if evaluation.class_names is None:
+        title = f"{evaluation.task.capitalize()} images and nearest captions {when}"
+        plot_found(evaluation.found(before, last), title, run.predictions)
     else:
-        scores = last.scores[exam.task]
-        plot_answers(run, exam.predictions(before, last), scores, exam.class_names, exam.task, when)
+        scores = last.scores[evaluation.task]
+        plot_results(run, evaluation.predictions(before, last), scores, evaluation.class_names, evaluation.task, when)
     if measured.scales:
-        lines = {task: [headline(results[name]) for _, results in measured.scales] for name, task in exam.tasks.items()}
-        kind = HEADLINES["mean_recall" if exam.class_names is None else "top1"]
+        lines = {
+            task: [headline(results[name]) for _, results in measured.scales] for name, task in evaluation.tasks.items()
+        }
+        kind = HEADLINES["mean_recall" if evaluation.class_names is None else "top1"]
         scales, title = [scale for scale, _ in measured.scales], f"{kind.capitalize()} between base and adapted model"
         plot_scales(scales, lines, kind, title, run.scales)
 

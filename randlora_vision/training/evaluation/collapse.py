@@ -13,16 +13,9 @@ def collapse_warning(
 ) -> str | None:
     """Return what is wrong with a trained classifier, or None.
 
-    That is one answer for all images, or a training loss that rose after the warmup above both ln(classes), the loss
-    of guessing, and its value at the start.
-
-    Args:
-        scores: The results on the images of the task.
-        names: The classes.
-        task: "test" or "validation".
-        metrics: The lines of metrics.jsonl.
-        training: The settings, for the rate that is too high.
-        entropy: Whether the training loss is the plain cross entropy, of which ln(classes) is the value of guessing.
+    That is one answer for all images of the `task` ("test" or "validation"), or a training loss that rose after the
+    warmup above its value at the start and, if it is the plain cross `entropy`, above ln(classes), the loss of
+    guessing.
     """
     remedy = f"--lr {training.lr:g} is probably too high: try --lr {training.lr / 3:.1g} or a longer --warmup-fraction"
     answers = scores.confusion.sum(dim=0).nonzero().flatten().tolist()

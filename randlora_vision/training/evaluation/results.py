@@ -25,7 +25,7 @@ def log_results(run: RunFolder, before: Results | None, after: Results, steps: i
             run.log(step, name, values)
 
 
-def plot_answers(
+def plot_results(
     run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], task: str, when: str
 ) -> None:
     """Plot the sample with its predictions, and the confusion of all images of the task ("test" or "validation")."""
@@ -35,7 +35,7 @@ def plot_answers(
 
 
 @dataclass(frozen=True)
-class Answers:
+class Measured:
     """The results of a model on the tests."""
 
     tasks: Mapping[str, str]  # test -> name of its data

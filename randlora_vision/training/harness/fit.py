@@ -22,14 +22,6 @@ from randlora_vision.training.harness.task import OwnBatches, Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
 
 
-class MeasuredTask(Task, Protocol):
-    """A task that says what its validation measures."""
-
-    @property
-    def measured(self) -> str:
-        """The kind of images on which `evaluate` measures, for messages."""
-
-
 class RunSettings(Protocol):
     """The options of a run."""
 
@@ -78,7 +70,7 @@ def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[
 
 
 def fit(
-    task: MeasuredTask,
+    task: Task,
     options: Settings,
     data: Data,
     run: RunFolder,

@@ -1,4 +1,4 @@
-"""Training batches from shards that are read in order while training goes on, each by one worker of one process.
+"""Training batches: common ones that accelerate shares out, or a process's own from shards that are read in order.
 
 The workers of all processes are lanes. In every epoch, the shards are put in an order that depends on the seed and the
 epoch alone. Each lane takes every L-th of them, shuffles their samples in a buffer, and gives as many batches as the
@@ -16,14 +16,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from randlora_vision.names import listing
-from randlora_vision.training.data.batches import Pictures, worker_count
+from randlora_vision.training.data.batches import Pictures, training_batches, worker_count
 from randlora_vision.training.data.part import Stream
+from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.seeding import seed_everything
+from randlora_vision.training.harness.task import OwnBatches
 
 _BUFFER = 1000  # encoded samples of a lane, among which the next one is drawn
+
+
+def training_loader(images: Pictures, training: Training, accelerator: Accelerator) -> DataLoader[Any] | OwnBatches:
+    """Return the batches of the training `images`."""
+    if images.stream is None:
+        count = training.batches(accelerator.num_processes)
+        return training_batches(images, training.batch_size, count, training.seed, training.workers)
+    return StreamedBatches(
+        stream=images.stream,
+        reader=images,
+        batch_size=training.batch_size,
+        batches=training.batches(1),
+        epoch_images=training.epoch_images or 0,  # the options require it
+        seed=training.seed,
+        workers=training.workers,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
 
 
 @dataclass(kw_only=True)
@@ -80,12 +101,12 @@ class StreamedBatches:
 class _Lanes(IterableDataset):
     """The items of the worker that iterates over it; the k-th batch of a process is of its lane k modulo W."""
 
-    def __init__(self, of: StreamedBatches, done: int) -> None:
-        self.stream, self.reader, self.batch_size, self.seed = of.stream, of.reader, of.batch_size, of.seed
-        self.batches = range(done, of.batches)
-        self.own = range(of.process * of.lanes, (of.process + 1) * of.lanes)
-        self.lanes = of.lanes * of.processes
-        self.per_epoch = max(1, round(of.epoch_images / (of.batch_size * self.lanes)))  # batches of each lane
+    def __init__(self, own: StreamedBatches, done: int) -> None:
+        self.stream, self.reader, self.batch_size, self.seed = own.stream, own.reader, own.batch_size, own.seed
+        self.batches = range(done, own.batches)
+        self.own = range(own.process * own.lanes, (own.process + 1) * own.lanes)
+        self.lanes = own.lanes * own.processes
+        self.per_epoch = max(1, round(own.epoch_images / (own.batch_size * self.lanes)))  # batches of each lane
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

@@ -21,7 +21,7 @@ class OwnBatches(Protocol):
 
 
 class Task(Protocol):
-    """A training task: any object with these six members."""
+    """A training task: any object with these seven members."""
 
     @property
     def loss(self) -> nn.Module:
@@ -37,6 +37,10 @@ class Task(Protocol):
     @property
     def own_lr(self) -> Mapping[nn.Parameter, float]:
         """The peak learning rates of parameters for which it is not that of the options."""
+
+    @property
+    def measured(self) -> str:
+        """The kind of images on which `evaluate` measures, for messages."""
 
     def evaluate(self) -> dict[str, float]:
         """Return the validation metrics by name."""

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from randlora_vision.files.atomic import fingerprint, replacing, write_json
-from randlora_vision.training.clip.evaluation import Exam
+from randlora_vision.training.clip.evaluation import Evaluation
 from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.evaluation.results import check_equal
@@ -100,12 +100,12 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
         labels={"test": [0, 1] * 3},
         origin="",
     )
-    exam = Exam(clip, {"test": splits, "original": splits}, clip_settings(ClipOptions()), NO_SKIPS)
-    before = exam.take(clip)
+    evaluation = Evaluation(clip, {"test": splits, "original": splits}, clip_settings(ClipOptions()), NO_SKIPS)
+    before = evaluation.run(clip)
     assert set(before.results) == {"test", "original"}
     assert str(before).count("colours, test images: top-1") == 1 and str(before).count("; colours top-1") == 1
     assert str(before).count(" 6 images)") == 2
-    predictions = exam.predictions(before, before)
+    predictions = evaluation.predictions(before, before)
     assert len(predictions) == 6
     right = [item.before == item.truth for item in predictions]
     assert before.results["test"]["top1"] == pytest.approx(sum(right) / 6)
