@@ -137,7 +137,6 @@ def collect_demo(folder: Path) -> dict[str, Any]:
 
 
 def _answers(adapter: Path) -> list[dict[str, Any]]:
-    """Return the base's and the adapted model's answer to the first test image of each digit."""
     import torch
 
     from randlora_vision import load_adapter

@@ -158,7 +158,6 @@ class _Loader:
 
 
 def _write(model: nn.Module, folder: Path, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-    """Write both files of a checkpoint."""
     record = own_record(model)
     assert record is not None
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def row(family: Family, model: nn.Module) -> tuple[str, ...]:
 
 
 def patterns(names: list[str]) -> str:
-    """The last two components of paths that are no numbers, the most frequent first."""
+    """The last two components of paths that are not numbers, the most frequent first."""
     groups = Counter(".".join([part for part in name.split(".") if not part.isdecimal()][-2:]) for name in names)
     shown = [f"`{group}` ({count})" for group, count in groups.most_common(SHOWN)]
     rest = sum(groups.values()) - sum(count for _, count in groups.most_common(SHOWN))

@@ -18,7 +18,6 @@ from accelerate.utils import set_seed
 
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
-from randlora_vision.training.classifier.data import read_images
 from randlora_vision.training.classifier.defaults import DEFAULTS, resolve
 from randlora_vision.training.classifier.evaluation import Evaluation, evaluate, write_results
 from randlora_vision.training.classifier.loaded import LoadedClassifier
@@ -28,7 +27,10 @@ from randlora_vision.training.classifier.models import load_classifier, with_own
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
 from randlora_vision.training.classifier.timm_flags import TIMM
 from randlora_vision.training.data.batches import evaluation_batches
+from randlora_vision.training.data.labelled import ImageSplits
+from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.data.sources import digits
 from randlora_vision.training.evaluation.model_card import write_card
 from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import Measured, check_equal, closing_words
@@ -108,6 +110,15 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     if run.writing:
         publish(run, settings.hub, card, say)
     return summary
+
+
+def read_images(options: ClassifierOptions, skipped: SkipList) -> tuple[ImageSplits, ImageSplits | None]:
+    """Return the images, and those of the base model's original task if known; raise ValueError for captions."""
+    splits = read_data(options.data, skipped)
+    if not isinstance(splits, ImageSplits):
+        raise ValueError(f"--data {options.data.data} has captions, not classes: --label-column names the classes")
+    known = options.embedded and options.model.model is None
+    return splits, digits.read_digits(digits.KNOWN_DIGITS) if known else None
 
 
 _USUAL_MODEL = "vit_base_patch16_224"

@@ -102,7 +102,6 @@ def in_force(record: ModelRecord) -> tuple[str, ...]:
 
 
 def _roots(host: Any) -> Iterator[tuple[str, str, nn.Module, ModelRecord]]:
-    """Yield (component, path in it, module, record) for every module that adapters were injected at."""
     for component, model in components(host).items():
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
             for path, root, record in records(model):

@@ -130,7 +130,6 @@ def _content(model: nn.Module, adapter_name: str) -> AdapterFile:
 def _sum(
     contents: Mapping[str, AdapterFile], weights: Mapping[str, float], base: Callable[[str], Tensor] | None
 ) -> AdapterFile:
-    """The single adapter that equals the weighted sum."""
     names = list(contents)
     first = contents[names[0]]
     alphas = {target.name: target.alpha for target in first.targets}

@@ -98,7 +98,6 @@ class Bases:
         raise NotImplementedError
 
     def _tensors_for(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The tensors of the bases for a term."""
         # Fake tensors and those of transforms are not Parameters, and compiled code multiplies lambda by its scale.
         plain = type(lam) is nn.Parameter and not is_jit_tracing()
         key = (wide, lam.shape, gamma.shape, dtype, lam.dtype, lam.device) if plain else None
@@ -146,7 +145,6 @@ class Bases:
         return tensors
 
     def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
-        """The tensors that `kept` keeps."""
         if device.type == "meta":
             return (torch.empty(self._shape(key), dtype=dtype, device=device),)
         return (self._draw(key, dtype).to(device=device, dtype=dtype),)
@@ -163,7 +161,6 @@ class Bases:
         return self._drawn.pop(matrix) if matrix in self._drawn else self._numbers(matrix)
 
     def _numbers(self, matrix: int) -> Tensor:
-        """A newly drawn matrix, in float32."""
         spec = self.spec
         rows, columns = self._shape(matrix)
         return torch.from_numpy(self.generate(spec.kind, spec.seed, matrix, rows, columns, spec.narrow))

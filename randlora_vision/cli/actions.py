@@ -199,7 +199,6 @@ def _existing(file: str) -> Path:
 
 
 def _bases_check(path: Path, parts: Mapping[str, AdapterFile]) -> tuple[str, bool, str]:
-    """Check the bases of a file that does not fit the model."""
     try:
         for content in parts.values():
             bases_of(path, content)
@@ -217,7 +216,6 @@ def _about(content: AdapterFile) -> dict[str, Any]:
 
 
 def _adapted(base: Base, adapter: str) -> tuple[Any, list[randlora_vision.InjectionReport]]:
-    """Build the model and load the adapter into it."""
     path = _existing(adapter)
     host = base.build(path)
     reports = base.attach(host, path)

@@ -146,7 +146,6 @@ def parse_base(name: str, weights: str | None = None, options: str | None = None
 
 
 def _library(name: str) -> Any:
-    """Import a host library."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -26,8 +26,6 @@ from randlora_vision.torch_internals import is_functorch_wrapped, version
 
 
 class _Entry(NamedTuple):
-    """A cached matrix and what it was built from."""
-
     built: Tensor
     recipe: Recipe
     state: tuple[Any, ...]

@@ -101,6 +101,5 @@ def _products_dtype(chosen: list[Candidate]) -> torch.dtype:
 
 
 def _file_dtype(chosen: list[Candidate]) -> torch.dtype:
-    """The common dtype of lambda and gamma in the file."""
     dtypes = {master_dtype(weight_of(candidate)) for candidate in chosen}
     return torch.float64 if torch.float64 in dtypes else torch.float32

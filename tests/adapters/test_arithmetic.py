@@ -108,7 +108,7 @@ def test_scales_of_the_run_do_not_count() -> None:
     expect(model, {"a": 1, "b": 1})
 
 
-def test_a_sum_that_is_no_adapter_is_refused_and_still_computed_by_weights_and_merging() -> None:
+def test_a_sum_beyond_one_adapter_is_refused_and_still_computed_by_weights_and_merging() -> None:
     model = two(None)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"no single adapter equals this sum of 'a', 'b'.* at 0 and 1 more.*bilinear"):

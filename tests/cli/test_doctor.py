@@ -51,7 +51,7 @@ class Forgetful(nn.Linear):
         (lambda: (_ for _ in ()).throw(ImportError("libfoo.so:\n not found")), "ImportError: libfoo.so: not found"),
     ],
 )
-def test_what_fails_is_told_in_one_line(build, expected: str, monkeypatch, capsys) -> None:
+def test_failures_are_reported_in_one_line(build, expected: str, monkeypatch, capsys) -> None:
     broken = replace(HOSTS["torch"], build=build, run=lambda model, device: model(doctor._images(device).flatten(1)))
     monkeypatch.setattr(doctor, "HOSTS", {"torch": HOSTS["torch"], "broken": broken})
     assert run("doctor", "--device", "cpu") == 1

@@ -300,7 +300,7 @@ def test_errors_say_what_to_do_and_change_nothing(case: str) -> None:
 
 
 @pytest.mark.parametrize("call", [remove, merge, unmerge, lambda m: set_active(m, []), lambda m: set_scale(m, 1.0)])
-def test_a_model_without_adapters_is_told(call: Callable[[nn.Module], Any]) -> None:
+def test_a_model_without_adapters_is_an_error(call: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(ValueError, match="has no adapters"):
         call(mlp())
 

@@ -190,7 +190,7 @@ def test_adapters_that_do_not_train_are_not_judged(
         check_gradients(model)
 
 
-def test_an_adapter_that_is_dead_everywhere_is_seen_beside_one_that_learns() -> None:
+def test_an_adapter_without_any_gradient_is_found_beside_one_that_learns() -> None:
     model = mlp()
     inject(model, CONFIG)
     inject(model, CONFIG, "second")

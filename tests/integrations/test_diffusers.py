@@ -24,7 +24,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_the_whole_way_of_an_adapter(family: str, tmp_path: Path) -> None:
+def test_an_adapter_from_injection_to_removal(family: str, tmp_path: Path) -> None:
     pipe = PIPELINES[family]()
     base = sample(pipe)
     reports = adapt(pipe)
@@ -278,7 +278,7 @@ def signed(parts: Any) -> dict[str, str]:
     return {"format": "randlora_vision", "format_version": "2", "parts": text, "sha256": digest}
 
 
-def test_what_is_no_pipeline_or_has_no_adapter_is_told_so(tmp_path: Path) -> None:
+def test_other_objects_and_pipelines_without_adapters_are_refused(tmp_path: Path) -> None:
     pipe = PIPELINES["sd15"]()
     with pytest.raises(ValueError, match="expected a diffusers pipeline, got UNet2DConditionModel"):
         integration.load_adapter(pipe.unet, tmp_path / "a.safetensors")

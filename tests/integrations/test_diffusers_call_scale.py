@@ -99,7 +99,7 @@ def test_the_argument_of_the_caller_is_not_changed(unet: Any) -> None:
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", [0.5]])
-def test_what_is_no_number_is_refused(unet: Any, scale: Any) -> None:
+def test_only_numbers_are_accepted(unet: Any, scale: Any) -> None:
     with pytest.raises(ValueError, match="must be a finite number, got"):
         call(unet, cross_attention_kwargs={"scale": scale})
 

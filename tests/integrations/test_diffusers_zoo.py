@@ -128,7 +128,7 @@ def test_adapters_act_and_learn(entry: Entry) -> None:
 
 @every_family
 @torch.no_grad()
-def test_adapters_merge_travel_and_leave(entry: Entry, tmp_path: Path) -> None:
+def test_adapters_are_merged_moved_and_removed(entry: Entry, tmp_path: Path) -> None:
     model = entry.build()
     reference = entry.run(model)
     before, expected = snapshot(model), plan(model, config()).targets

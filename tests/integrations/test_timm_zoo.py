@@ -119,7 +119,7 @@ def test_unreachable_weights_are_so_in_the_base(family: Family) -> None:
 
 
 @every_family
-def test_an_adapters_life(family: Family, tmp_path: Path) -> None:
+def test_an_adapter_from_injection_to_removal(family: Family, tmp_path: Path) -> None:
     """One model all the way, so that what one step leaves behind shows in the next."""
     model = build(family)
     before, base = snapshot(model), model.state_dict().keys()

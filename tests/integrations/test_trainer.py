@@ -181,7 +181,7 @@ def test_models_of_other_libraries(tmp_path: Path) -> None:
     assert losses(again)[4] == losses(first)[4]
 
 
-def test_mistakes_are_told(tmp_path: Path, folder: Path) -> None:
+def test_mistakes_are_reported(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match="has no adapters: call inject before the Trainer is created"):
         trainer(EXAMPLES["vit"].build(), tmp_path, Rows("vit"))
     with pytest.raises(ValueError, match="no adapter 'other'"):

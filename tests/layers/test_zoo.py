@@ -201,7 +201,7 @@ def slope_error(entry: Entry, model: nn.Module, parameter: nn.Parameter, generat
     return abs((above - below) / (2 * step) - slope) / parameter.grad.norm().item()
 
 
-def test_an_adapters_life(entry: Entry, tmp_path: Path) -> None:
+def test_an_adapter_from_injection_to_removal(entry: Entry, tmp_path: Path) -> None:
     """One model all the way, so that what one step leaves behind shows in the next."""
     model = frozen(entry)
     reference, before = entry.run(model), snapshot(model)

@@ -543,7 +543,7 @@ def test_the_comparison_twice_into_one_folder(
     assert f"{tmp_path}/comparison.png" in printed
 
 
-def test_the_comparison_refuses_a_method_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_refuses_method_and_lr(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         script("compare_clip").main(["--method", "lora"])
     assert stopped.value.code == 2

@@ -52,7 +52,7 @@ def train(tiny: Path, tmp_path: Path) -> Any:
 def test_a_run_on(
     source: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw_nothing(monkeypatch)  # test_what_was_skipped_and_cut_is_told draws captions, the embedded defaults classes
+    draw_nothing(monkeypatch)  # test_what_was_skipped_and_cut_is_reported draws captions, the embedded defaults classes
     write, argv = SOURCES[source]
     folder = train(write(tmp_path), *argv)
     split = json.loads((folder / "split.json").read_text())
@@ -67,7 +67,7 @@ def test_a_run_on(
         assert max(split["chosen"]) >= len(split["chosen"])  # indices into the whole split, not into the subset
 
 
-def test_what_was_skipped_and_cut_is_told(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_skipped_and_cut_is_reported(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = table(tmp_path)
     text = path.read_text().splitlines()
     text[1] = text[1].partition(",")[0] + "," + "so many words " * 10

@@ -270,7 +270,7 @@ def test_names_that_kohya_has_for_the_same(capsys: pytest.CaptureFixture[str]) -
 # The text encoder
 
 
-def test_a_text_encoder_that_gets_no_gradient_is_an_error(
+def test_a_text_encoder_without_a_gradient_is_an_error(
     train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = Prompts.__init__

@@ -112,7 +112,6 @@ def _check_name(name: str) -> None:
 
 
 def _is_fixed(name: str, img_size: int) -> bool:
-    """Return whether a model must be built for a fixed image size."""
     import timm
 
     config = None if name.startswith(_SCHEMES) else timm.get_pretrained_cfg(name)

@@ -52,7 +52,6 @@ def with_class_names(splits: ImageSplits, source: str | None, data: str | None =
 
 
 def _known_names(known: KnownData, own: Sequence[str], data: str) -> list[str]:
-    """Return the names of a well-known data set for the classes of the data."""
     if known.title == IMAGENET:  # Hugging Face's and torchvision's are in the order of WordNet's ids
         return _imagenet_names() if len(own) == 1000 and not Path(data).exists() else list(own)
     words = {_key(name): word for name, word in known.names.items()}
@@ -73,7 +72,6 @@ def require_words(splits: ImageSplits, data: str | None) -> None:
 
 
 def _by_key(given: Mapping[str, Any], own: Sequence[str], source: str) -> list[str]:
-    """Return the name of every class, looked up by its name in the data."""
     words = {_key(key): str(name) for key, name in given.items()}
     _check_same(words, [_key(name) for name in own], source)
     return [words[_key(name)] for name in own]

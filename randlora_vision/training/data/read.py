@@ -72,7 +72,6 @@ def read_evaluation(
 
 
 def _only(splits: Splits, wanted: str) -> Splits:
-    """Return the splits with only one of them."""
     if wanted not in splits.images:
         raise ValueError(f"--eval-split {wanted}: {splits.name} has {' and '.join(splits.images)}")
     places = {wanted: splits.all_places()[wanted]}
@@ -106,7 +105,6 @@ def _all_parts(options: DataOptions, skipped: SkipList) -> Mapping[str, Part]:
 
 
 def _held_out(options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
-    """Read --val-data and --test-data."""
     parts = {}
     for split, spec, other in (("val", options.val_data, "test"), ("test", options.test_data, "val")):
         if spec is not None:
@@ -116,7 +114,6 @@ def _held_out(options: SourceOptions, skipped: SkipList) -> dict[str, Part]:
 
 
 def _read_parts(spec: str, options: SourceOptions, skipped: SkipList) -> Mapping[str, Part]:
-    """Read one source, named as on the command line."""
     scheme, _, name = spec.partition(":")
     path = Path(spec)
     if scheme == "timm":

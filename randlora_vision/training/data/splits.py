@@ -157,7 +157,6 @@ def _classes(names: Sequence[str], source: Part) -> Classes:
 
 
 def _positions(part: Part, classes: Classes, source: Part) -> list[int]:
-    """Return the labels of a part as numbers of classes."""
     known = {label: classes.position(str(label)) for label in set(part.labels or ())}
     unknown = sorted(str(label) for label, position in known.items() if position is None)
     if unknown:
@@ -166,7 +165,6 @@ def _positions(part: Part, classes: Classes, source: Part) -> list[int]:
 
 
 def _with_held_out(splits: Splits, source: str, fraction: float, seed: int) -> Splits:
-    """Move a fraction of `train` to `val`."""
     count = len(splits.images["train"])
     if isinstance(splits, ImageSplits):
         kept, held_out = hold_out(splits.labels["train"], splits.class_names, fraction, seed)

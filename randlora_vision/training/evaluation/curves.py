@@ -120,7 +120,6 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, colour: str) -> None:
-    """Draw a line; with few points, mark them, as a single one would not be visible."""
     axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < _SMOOTHED else "")
 
 

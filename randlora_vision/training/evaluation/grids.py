@@ -178,7 +178,6 @@ def plot_sheet(
 
 
 def _tiles(figure: Any, left: float, top: float, side: float, pictures: Sequence[Any]) -> None:
-    """Draw square pictures, two in a line."""
     for number, picture in enumerate(pictures):
         line, column = divmod(number, 2)
         _place(figure, left + column * side, top + line * side, 0.98 * side, 0.98 * side).imshow(picture)

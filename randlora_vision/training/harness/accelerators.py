@@ -23,7 +23,7 @@ from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.progress import wrapped
 
 
-class _Speaking(Accelerator):
+class _WrappingAccelerator(Accelerator):
     """An accelerator whose lines are broken at spaces on a terminal; in files, they stay whole."""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ def make_accelerator(options: TrainingOptions, unused_parameters: bool = False) 
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)]
     if deepspeed and os.environ.get("DS_ACCELERATOR") == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))  # accelerate starts no processes without a backend
-    accelerator = _Speaking(
+    accelerator = _WrappingAccelerator(
         mixed_precision=options.mixed_precision,
         kwargs_handlers=handlers,
         # Not synchronised with the end of the data: a task that joins batches reaches it before it computes.

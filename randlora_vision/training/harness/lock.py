@@ -48,7 +48,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def unlock_folder(folder: Path) -> None:
-    """Give a lock of this process back, if it has one."""
+    """Release the lock of this folder, if this process holds it."""
     path = folder.resolve() / NAME
     file = _held.pop((os.getpid(), path), None)
     if file is not None:

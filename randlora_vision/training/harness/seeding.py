@@ -36,13 +36,15 @@ def seeded_items(loader: _L, seed: int) -> "_L | DataLoader[Any]":
     """Return a loader of the same batches in which augmentation depends only on (seed, position) of an item.
 
     The position counts items from the start of training, so loader processes, prefetching and resuming do
-    not change a picture. A loader without a batch sampler has no positions: its dataset must use its own
-    random generators. So must what is not a loader.
+    not change a picture. Anything but a loader with a batch sampler has no positions and is returned as it is:
+    it must use random generators of its own.
     """
     _has_accelerator()  # a process forked from one that uses CUDA could not tell
-    if not isinstance(loader, DataLoader):
-        return loader
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+    ):
         return loader
     return with_batches(loader, _SeededItems(loader.dataset, seed), _Numbered(loader.batch_sampler))
 

@@ -55,7 +55,7 @@ class Replicated:
         yield
 
     def keep_whole(self) -> None:
-        """Do so from now on."""
+        """As `whole`, from now on."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the trained parameters on the CPU; of several processes that share them, the first gets them."""

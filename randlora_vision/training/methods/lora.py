@@ -91,7 +91,6 @@ def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float)
 
 
 def _tensors(added: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
-    """Return the factors by their names in a file."""
     return {f"{t}.{name}": p for t, part in added.items() for name, p in (("lora_A", part.down), ("lora_B", part.up))}
 
 

@@ -277,7 +277,7 @@ def test_the_contrastive_loss_is_clips_where_captions_differ() -> None:
     torch.testing.assert_close(contrastive_loss(image, text, scale, torch.arange(6)), expected)
 
 
-def test_pairs_of_one_caption_are_no_negatives() -> None:
+def test_pairs_with_equal_captions_are_not_negatives() -> None:
     """Two images with one caption, perfectly matched: only the multi-positive loss is at its minimum."""
     features = F.normalize(torch.tensor([[1.0, 0], [1, 0], [0, 1]]), dim=-1).requires_grad_()
     captions = torch.tensor([0, 0, 1])

@@ -208,7 +208,7 @@ def test_tables_that_contradict_themselves(case: str, tmp_path: Path) -> None:
         read(table(tmp_path, text))
 
 
-def test_labels_that_are_no_labels(tmp_path: Path) -> None:
+def test_missing_labels(tmp_path: Path) -> None:
     skipped = SkipList(tmp_path / "skipped.txt")
     labels = ["3.0", "3", "nan", "NaN", "<NA>", "-1", "", "2", "03", "2.0"]
     splits = read(table(tmp_path, "image,label\n" + rows(*labels), 10), skipped)
@@ -217,7 +217,7 @@ def test_labels_that_are_no_labels(tmp_path: Path) -> None:
     assert mixed.class_names == ["3", "3.0", "x"] and "the spelling of a number: 3, 3.0" in mixed.notes[0]
 
 
-def test_captions_that_are_lists_in_json(tmp_path: Path) -> None:
+def test_captions_as_lists_in_json(tmp_path: Path) -> None:
     lists = "image,caption\n" + rows(*['"[""one"", ""two""]"'] * 4)
     assert read(table(tmp_path, lists)).captions["train"][0] == ["one", "two"]
     words = lists + '4.png,"[sic] a word"\n'

@@ -108,7 +108,7 @@ def test_other_encodings_name_the_file_and_the_remedy(case: str, tmp_path: Path)
     assert names
 
 
-def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_any_text(tmp_path: Path) -> None:
     names = write_images(tmp_path, IMAGES[:3])
     mark = b"\xef\xbb\xbf"
     for name in names:

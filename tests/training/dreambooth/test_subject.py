@@ -155,7 +155,7 @@ def test_a_pipeline_is_loaded_in_the_dtype_asked_for_and_its_vae_in_float32(tmp_
 
 
 @pytest.mark.parametrize("method", ["randlora", "lora", "full"])
-def test_a_file_is_lent_and_training_goes_on(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_replaces_the_weights_for_a_while(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError("this version of PEFT is not compatible")
 

@@ -96,7 +96,7 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         parse(ClipOptions, ["--config", str(tmp_path / "none.yaml")], "A test.")
 
 
-def test_the_flag_itself_is_in_the_help_and_its_mistakes_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_is_in_the_help_and_its_mistakes_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(ClipOptions, ["--help"], "A test.")
     assert "--config" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def test_the_lock_dies_with_its_process(tmp_path: Path, other: subprocess.Popen[
     assert not list(tmp_path.iterdir())
 
 
-def test_the_lock_holds_against_others_until_it_is_given_back(tmp_path: Path) -> None:
+def test_the_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
     lock_folder(tmp_path)
     lock_folder(tmp_path)  # the process itself may come again
     attempt = [sys.executable, "-S", "-c", TRY, str(tmp_path / NAME)]

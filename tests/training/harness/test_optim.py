@@ -153,7 +153,7 @@ def test_schedules_share_their_warmup_and_end_differently() -> None:
     assert set(constant[10:]) == {1.0}
 
 
-def test_averages_follow_the_formula_and_are_lent() -> None:
+def test_averages_follow_the_formula_and_are_applied_for_a_while() -> None:
     parameter = nn.Parameter(torch.tensor([1.0]))
     ema = Ema({"x": parameter}, decay=0.3)
     expected = 1.0

@@ -137,7 +137,7 @@ def test_options_of_an_earlier_version_are_understood(words: Any, expected: dict
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help", "--help-all"])
-def test_help_is_printed_and_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_exits_without_an_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(DreamBoothOptions, ["--steps", "3", flag], "A test.")
     assert stopped.value.code == 0

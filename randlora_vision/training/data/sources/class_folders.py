@@ -31,7 +31,6 @@ def class_folder_parts(root: Path, options: SourceOptions, skipped: SkipList) ->
 
 
 def _chosen(root: Path, words: Sequence[str]) -> dict[str, Path]:
-    """Return the folders that --split-folders names."""
     if list(words) == ["none"]:
         return {"train": root}
     folders = {}
@@ -92,7 +91,6 @@ def _recognised(root: Path, skipped: SkipList) -> dict[str, Path]:
 
 
 def _named(folders: Sequence[Path], split_named: Callable[[str], str | None]) -> dict[str, list[Path]]:
-    """Return the folders with class folders by the split that they are named after."""
     return {
         split: [folder for folder in folders if split_named(folder.name) == split and _classes(folder)]
         for split in SPLITS
@@ -114,7 +112,6 @@ def _refuse_alike(root: Path, folders: Sequence[Path]) -> None:
 
 
 def _classes(folder: Path) -> set[str]:
-    """Return the names of the folders of images in a folder."""
     return {path.name for path in subfolders(folder) if has_images(path)}
 
 

@@ -49,7 +49,6 @@ def _is_secret(part: Part) -> bool:
 
 
 def _open(name: str, options: SourceOptions) -> Mapping[str, Any]:
-    """Return the splits of a dataset by name."""
     if not options.download:
         forbid_fetching()
     try:

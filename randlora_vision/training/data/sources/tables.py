@@ -145,7 +145,6 @@ def table_parts(path: Path, options: SourceOptions, skipped: SkipList) -> dict[s
 def _split_rows(
     path: Path, names: Sequence[str], rows: Sequence[Row], columns: Columns, skipped: SkipList
 ) -> dict[str, list[Row]]:
-    """Return the rows of each split; without splits, all are for training."""
     at = next((at for at, name in enumerate(names) if name.lower() in _SPLIT_COLUMNS and name != columns.label), None)
     if at is None or not rows:
         return {"train": list(rows)}

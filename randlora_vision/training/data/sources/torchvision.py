@@ -114,7 +114,6 @@ def _chosen(name: str, split: str, parameters: Mapping[str, Any]) -> dict[str, A
 
 
 def _own_splits(parameters: Mapping[str, Any]) -> Mapping[str, Sequence[dict[str, Any]]]:
-    """Return the arguments that may open each split."""
     if "train" in parameters:
         return {"train": [{"train": True}], "test": [{"train": False}]}
     if "split" in parameters:
