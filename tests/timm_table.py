@@ -1,5 +1,6 @@
 """The table of timm families in docs/timm_families.md: ``python -m tests.timm_table`` writes it."""
 
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def notes(family: Family, report: InjectionReport) -> str:
     return "; ".join(found)
 
 
+@functools.cache
 @torch.no_grad()
 def read_weights(family: Family) -> set[str]:
     """Targets whose layer is not called in a forward pass of the family's small member, though its weight is used."""

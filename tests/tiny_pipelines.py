@@ -5,6 +5,7 @@ bit for bit, compare two built pipelines or two loaded ones: memory that safeten
 allocated memory, and a matrix product may round differently.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from string import ascii_letters, digits, punctuation
 from typing import Any
@@ -45,6 +46,12 @@ def clip_tokenizer(context: int) -> Any:
     kept = [*tokens[: len(tokens) - len(merges) - 2 + _MERGES], *tokens[-2:]]
     numbered = {token: number for number, token in enumerate(kept)}
     return CLIPTokenizer(vocab=numbered, merges=merges[:_MERGES], model_max_length=context)
+
+
+@functools.cache
+def _whole_tokenizer() -> Any:
+    """It takes longer to make than all the rest of a pipeline."""
+    return tokenizers.clip_tokenizer(CONTEXT)
 
 
 PIXELS, LATENTS, CONTEXT = 16, 4, 16
@@ -100,8 +107,8 @@ def sdxl() -> Any:
             vae=vae(scaling_factor=0.13025),
             text_encoder=clip_text(vocabulary=WHOLE),
             text_encoder_2=clip_text(projected=True, vocabulary=WHOLE),
-            tokenizer=tokenizers.clip_tokenizer(CONTEXT),
-            tokenizer_2=tokenizers.clip_tokenizer(CONTEXT),
+            tokenizer=_whole_tokenizer(),
+            tokenizer_2=_whole_tokenizer(),
             unet=UNet2DConditionModel(**SDXL),
             scheduler=DDIMScheduler(**NOISE),
         )

@@ -71,7 +71,9 @@ def tiny_clip(folder: Path) -> LoadedClip:
     """Load a tiny CLIP, written to `folder` at the first call."""
     if not folder.exists():
         write_tiny_clip(folder)
-    return load_clip(f"local-dir:{folder}", None, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.factory, "SimpleTokenizer", _tokenizer)
+        return load_clip(f"local-dir:{folder}", None, seed=0)
 
 
 def clip_settings(options: ClipOptions, model: nn.Module | None = None, captions: bool = False) -> ClipSettings:

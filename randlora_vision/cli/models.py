@@ -18,6 +18,7 @@ from randlora_vision.integrations import timm as timm_adapters
 from randlora_vision.integrations._download import download
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import close_matches
+from randlora_vision.skeletons import shapes_only
 
 HELP = (
     "a timm model (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a diffusers "
@@ -60,7 +61,7 @@ class Base:
         """Build the model, or a component of the pipeline (None: its denoiser), without weights, on the meta device."""
         if component is not None and self.library != "diffusers":
             raise ValueError(f"--component is for diffusers pipelines, but {self.library}:{self.name} is one model")
-        with torch.device("meta"):
+        with shapes_only():
             if self.library == "diffusers":
                 return self._component(component)
             bare = Base(self.library, self.name, None, self.options)

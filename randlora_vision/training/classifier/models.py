@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from randlora_vision.errors import failures
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.names import close_matches, listing
+from randlora_vision.skeletons import shapes_only
 from randlora_vision.training.classifier.loaded import LoadedClassifier
 from randlora_vision.training.classifier.options import ClassifierModel, ModelOptions
 
@@ -117,7 +118,7 @@ def _is_fixed(name: str, img_size: int) -> bool:
     config = None if name.startswith(_SCHEMES) else timm.get_pretrained_cfg(name)
     if config is not None:
         return config.fixed_input_size
-    with torch.device("meta"):
+    with shapes_only():
         _create(name, {}, seed=0)  # raises if it is not the size that is wrong
         try:
             _create(name, {"img_size": img_size}, seed=0)
@@ -143,7 +144,7 @@ def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any], 
     path = options.initial_checkpoint
     if path is None and not options.pretrained:
         return None
-    with torch.device("meta"):
+    with shapes_only():
         if path is None:
             return int(_create(options.model, {**arguments, "pretrained": False}, seed=0).num_classes)
         model = _create(options.model, {**arguments, "num_classes": classes}, seed=0)

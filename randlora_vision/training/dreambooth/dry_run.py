@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from randlora_vision import RandLoRAConfig, plan
+from randlora_vision.skeletons import shapes_only
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.loading import family_class
 from randlora_vision.training.dreambooth.methods import adapter_configs, trained_components
@@ -120,7 +121,7 @@ def _empty(cls: Any, path: str, name: str, options: Mapping[str, Any]) -> nn.Mod
         with init_empty_weights():
             return cls.from_config(cls.load_config(path, subfolder=name, **options))
     config = cls.config_class.from_pretrained(path, subfolder=name, **options)
-    with torch.device("meta"):  # accelerate's way would untie tied weights
+    with shapes_only():  # accelerate's way would untie tied weights
         return cls(config)
 
 
