@@ -37,7 +37,7 @@ from randlora_vision.training.evaluation.results import Measured, check_equal, c
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
-from randlora_vision.training.harness.memory import checkpoint_activations, placed
+from randlora_vision.training.harness.memory import checkpoint_activations, on_device
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.streaming import training_loader
@@ -62,7 +62,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         splits, original = read_images(options, skipped)
         chosen = choose_model(options)
         loaded = load_classifier(chosen, len(splits.class_names), options.training.seed)
-    model = placed(loaded.model, accelerator.device, options.speed.channels_last)
+    model = on_device(loaded.model, accelerator.device, options.speed.channels_last)
     settings = in_steps(resolve(options, chosen, model), len(splits.images["train"]), accelerator.num_processes)
     training = settings.training
     say(f"model: {chosen.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
@@ -155,7 +155,7 @@ def check_reload(
 ) -> float:
     """Load the saved file into a fresh base model and return the largest difference between logits."""
     loaded = load_classifier(settings.model, len(evaluation.class_names), settings.training.seed)
-    fresh = placed(loaded.model, device, settings.speed.channels_last)
+    fresh = on_device(loaded.model, device, settings.speed.channels_last)
     adaptation.load(fresh, run.adapter)
     return check_equal(evaluation.predict(fresh), trained.logits, run)
 

@@ -43,7 +43,7 @@ from randlora_vision.training.evaluation.results import Results, check_equal, cl
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
-from randlora_vision.training.harness.memory import placed
+from randlora_vision.training.harness.memory import on_device
 from randlora_vision.training.harness.options import parse, without
 from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -192,7 +192,7 @@ def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> Loade
     clip = load_clip(
         chosen.model, chosen.pretrained, options.training.seed, chosen.force_image_size, chosen.augmentation
     )
-    placed(clip.model, device, options.speed.channels_last)
+    on_device(clip.model, device, options.speed.channels_last)
     adapter = options.evaluation.adapter
     if adapter is not None and not options.evaluation.eval_only and load_trained(clip.model, adapter) is not None:
         raise ValueError(f"--adapter {adapter} is itself a linear classifier: it has no features to train on")

@@ -20,8 +20,8 @@ _LORA = {"lora-diffusers": "diffusers", "lora-kohya": "kohya", "lora-peft": "pef
 CONVERSIONS = ("randlora", "peft", *_LORA)
 
 
-def info(file: str, all: bool, plot: str | None, json: bool) -> int:
-    """Show the content of an adapter file; layers that differ only in their numbers in one row, unless `all`."""
+def info(file: str, each: bool, plot: str | None, as_json: bool) -> int:
+    """Show the content of an adapter file: `each` layer by itself, or layers that differ only in numbers together."""
     path = _existing(file)
     if path.is_dir():
         raise ValueError(f"{file!r} is a folder: give a file (`randlora convert --to randlora` converts a PEFT folder)")
@@ -32,7 +32,7 @@ def info(file: str, all: bool, plot: str | None, json: bool) -> int:
         plot_spectra(layers, path.name, Path(plot))
     numbers = sum(layer.target.num_parameters for layer in layers)
     whole = {name: tuple(t.shape) for content in parts.values() for name, t in content.saved.items()}
-    if json:
+    if as_json:
         show_json(
             {
                 "file": file,
@@ -60,7 +60,7 @@ def info(file: str, all: bool, plot: str | None, json: bool) -> int:
         rows.append(("bases' SHA-256", about["bases_sha256"]))
         show_table(part or path.name, ("setting", "value"), rows)
     columns = ("layer", "shape", "rank", "bases", "parameters", "norm", "effective rank")
-    show_table("layers", columns, [_row([layer]) for layer in layers] if all else [_row(g) for g in groups(layers)])
+    show_table("layers", columns, [_row([layer]) for layer in layers] if each else [_row(g) for g in groups(layers)])
     if whole:
         show_table("trained in full", ("tensor", "shape"), [(name, str(shape)) for name, shape in whole.items()])
     say(f"{len(layers)} layers, {numbers:,} trained numbers, {path.stat().st_size:,} bytes")
@@ -98,7 +98,7 @@ def targets(
     exclude_modules: list[str],
     rank: int,
     model_args: str | None,
-    json: bool,
+    as_json: bool,
 ) -> int:
     """Show the layers that an injection would adapt."""
     base = parse_base(model, options=model_args)
@@ -107,11 +107,11 @@ def targets(
         wanted = wanted[0]
     config = RandLoRAConfig(rank=rank, target_modules=wanted, exclude_modules=exclude_modules)
     report = plan(base.skeleton(component), config)
-    show(report.to_dict(), str(report), json)
+    show(report.to_dict(), str(report), as_json)
     return 0
 
 
-def merge(base: str, adapter: str, output: str, weights: str | None, model_args: str | None, json: bool) -> int:
+def merge(base: str, adapter: str, output: str, weights: str | None, model_args: str | None, as_json: bool) -> int:
     """Write the merged model in the format of its library."""
     found = parse_base(base, weights, model_args)
     if not found.has_weights:
@@ -123,7 +123,7 @@ def merge(base: str, adapter: str, output: str, weights: str | None, model_args:
     save(host, output)
     layers = sum(len(report.targets) for report in reports)
     about = {"output": output, "layers": layers, "library": found.library, "model": found.name}
-    show(about, f"{output}: {found.library} model {found.name} with {layers} merged layers", json)
+    show(about, f"{output}: {found.library} model {found.name} with {layers} merged layers", as_json)
     return 0
 
 
@@ -135,7 +135,7 @@ def convert(
     rank: int | None,
     energy: float | None,
     model_args: str | None,
-    json: bool,
+    as_json: bool,
 ) -> int:
     """Write an adapter in another format."""
     if to not in _LORA and (rank is not None or energy is not None):
@@ -146,7 +146,7 @@ def convert(
 
         with progress("layers") as step:
             report = export_lora(host, output, rank, energy, _LORA[to], progress=step)
-        show(report.to_dict(), str(report), json)
+        show(report.to_dict(), str(report), as_json)
         return 0
     if to == "peft":
         from randlora_vision.integrations import peft
@@ -158,11 +158,11 @@ def convert(
         from randlora_vision.integrations import diffusers
 
         diffusers.save_adapter(host, output)
-    show({"output": output, "format": to}, f"{output}: {to}", json)
+    show({"output": output, "format": to}, f"{output}: {to}", as_json)
     return 0
 
 
-def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
+def verify(adapter: str, model: str, model_args: str | None, as_json: bool) -> int:
     """Check a file by itself and against its base model; return 1 if a check fails."""
     path = _existing(adapter)
     base = parse_base(model, options=model_args)
@@ -183,7 +183,7 @@ def verify(adapter: str, model: str, model_args: str | None, json: bool) -> int:
             checks += [_bases_check(path, parts)] if parts else []
             checks.append(("model", False, str(error)))
     passed = all(ok for _, ok, _ in checks)
-    if json:
+    if as_json:
         listed = [{"check": name, "passed": ok, "detail": detail} for name, ok, detail in checks]
         show_json({"file": adapter, "model": model, "passed": passed, "checks": listed})
     else:

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", actions.info, "show the settings, layers, norms and ranks of an adapter file")
     info.add_argument("file", help="an adapter file")
-    info.add_argument("--all", action="store_true", help="show every layer, not groups of layers that repeat")
+    info.add_argument(
+        "--all", dest="each", action="store_true", help="show every layer, not groups of layers that repeat"
+    )
     info.add_argument("--plot", metavar="PNG", help="plot the singular values of every update")
 
     targets = _command(commands, "targets", actions.targets, "show what would be adapted in a model; loads no weights")
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: argparse._SubParsersAction, name: str, action: object, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=_EXIT_CODES)
-    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON on stdout")
     parser.set_defaults(action=action)
     return parser
 

@@ -21,9 +21,9 @@ def show_json(value: Any) -> None:
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
-def show(value: Any, text: str, json: bool) -> None:
+def show(value: Any, text: str, as_json: bool) -> None:
     """Print `value` as JSON, or else `text`."""
-    show_json(value) if json else say(text)
+    show_json(value) if as_json else say(text)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

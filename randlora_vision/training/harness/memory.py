@@ -9,7 +9,7 @@ from torch import nn
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's, transformers'
 
 
-def placed(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+def on_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     """Move a timm or open_clip model to a device, in place, optionally in channels-last format.
 
     The input pictures are converted to that format too: the weight that an adapter computes has the default format,

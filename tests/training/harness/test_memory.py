@@ -13,7 +13,7 @@ from randlora_vision import RandLoRAConfig, inject
 from randlora_vision.training.clip.classifier import belongs_to
 from randlora_vision.training.clip.methods import checkpoint_towers
 from randlora_vision.training.clip.options import ClipOptions, ModelOptions, Towers
-from randlora_vision.training.harness.memory import checkpoint_activations, placed
+from randlora_vision.training.harness.memory import checkpoint_activations, on_device
 from tests.training_helpers import tiny_clip
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def test_channels_last_changes_the_order_and_nothing_else(adapted: bool) -> None
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 2))
         return model.double()
 
-    plain, ordered = network(), placed(network(), torch.device("cpu"), channels_last=True)
+    plain, ordered = network(), on_device(network(), torch.device("cpu"), channels_last=True)
     for model in (plain, ordered):
         if adapted:
             inject(model, RandLoRAConfig(rank=2, target_modules="all", init="gamma-zero"))
