@@ -4,7 +4,6 @@ The models are those of the zoo and two more; the reference outputs come from th
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from randlora_vision import (
 )
 from randlora_vision.injection.selection import preset_names
 from tests.layers.test_zoo import MOVED, SAME, assert_same, difference, draw, is_rounding, is_unreachable, snapshot
+from tests.layers.test_zoo import one_thread as one_thread
 from tests.zoo.base import Entry, numbers, reading
 from tests.zoo.from_diffusers import CHANNELS, HEADS, TEXT, denoiser, denoising, flux, steps
 from tests.zoo.from_diffusers import ENTRIES as SHARED
@@ -69,15 +69,6 @@ every_family = pytest.mark.parametrize("entry", [pytest.param(e, id=e.name.parti
 PRESETS = ("attention", "backbone", "conv")
 # Parts in the blocks of a denoiser besides attention, MLPs and convolutions.
 OUTSIDE = re.compile(r"norm|emb|time|modulation|(^|\.)(img|txt)_mod\.|adaln|caption|guidance|pooler|context_embedder")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: models this small spend their time on thread overhead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(preset: str = "conv") -> RandLoRAConfig:

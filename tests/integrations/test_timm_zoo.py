@@ -3,7 +3,7 @@
 The reference outputs come from the frozen base: see test_zoo.py.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from randlora_vision import RandLoRAConfig, adapter_parameters, disabled, inject, merge, remove, save_adapter, unmerge
 from randlora_vision.integrations import timm as integration
 from tests.layers.test_zoo import MOVED, SAME, assert_same, difference, draw, is_rounding, snapshot
+from tests.layers.test_zoo import one_thread as one_thread
 from tests.timm_families import FAMILIES, Family, build, images
 from tests.zoo.base import reading
 
@@ -24,15 +25,6 @@ def families(*chosen: Family) -> pytest.MarkDecorator:
 
 
 every_family = families(*FAMILIES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: models this small spend their time on thread overhead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(family: Family, **settings: Any) -> RandLoRAConfig:
