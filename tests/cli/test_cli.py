@@ -276,9 +276,9 @@ def test_info_makes_no_bases_that_a_small_file_only_claims(
 ) -> None:
     path = claiming(tmp_path / "a.safetensors", rows, narrow, rank)
     assert path.stat().st_size < 20_000
-    started = time.monotonic()
+    started = time.process_time()
     error = complaint(capsys, "info", path)
-    assert f"claims bases of {rows:,} x" in error and time.monotonic() - started < 5
+    assert f"claims bases of {rows:,} x" in error and time.process_time() - started < 5
     code, found = answer(capsys, "verify", path, *MODEL)
     assert code == 1 and [check["passed"] for check in found["checks"]] == [True, False, False]
 

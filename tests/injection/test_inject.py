@@ -227,9 +227,9 @@ def test_a_meta_model_is_planned_and_injected_without_generating_bases(monkeypat
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(16384, 16384) for _ in range(8)))
     monkeypatch.setattr("randlora_vision.bases.Bases._numbers", lambda *_: pytest.fail("bases were generated"))
-    start = time.perf_counter()
+    start = time.process_time()
     report = inject(model, RandLoRAConfig(rank=64))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert report.num_parameters == 8 * 256 * (64 + 16384)
     assert model(torch.empty(2, 16384, device="meta")).shape == (2, 16384)
 

@@ -168,11 +168,11 @@ def test_half_precision_keeps_the_adapter_in_float32(loaded: str, adapter: Path,
 
 
 def shallow() -> Any:
-    """A pipeline whose UNet has one block a side: compiling takes its time by the block."""
+    """A pipeline whose UNet has one block with attention and one without: compiling takes its time by the block."""
     from diffusers import UNet2DConditionModel
 
     pipe = PIPELINES["sd15"]()
-    sides = dict(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+    sides = dict(down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",))
     torch.manual_seed(0)
     pipe.unet = UNet2DConditionModel(**{**SD15, **sides, "block_out_channels": (16,)}).eval()
     unmute(pipe.unet)

@@ -179,9 +179,9 @@ def test_other_families_from_random_weights(train: Any, model: str, capsys: pyte
 
 @pytest.mark.parametrize("method", ["randlora", "lora", "full"])
 def test_the_statistics_of_batch_normalisation_stay_the_bases(train: Any, tmp_path: Path, method: str) -> None:
-    model = timm.create_model("resnet10t", num_classes=3, zero_init_last=False)
+    model = timm.create_model("test_resnet", num_classes=3, zero_init_last=False)
     torch.save(model.state_dict(), tmp_path / "resnet.pth")
-    start = ["--model", "resnet10t", "--initial-checkpoint", str(tmp_path / "resnet.pth")]
+    start = ["--model", "test_resnet", "--initial-checkpoint", str(tmp_path / "resnet.pth")]
     assert summary(train(*start, "--img-size", "32", "--method", method))["reload_difference"] == 0
 
 
@@ -324,7 +324,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the default, with a base that is pretrained for a third of its steps."""
     monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=60))
-    argv = ["--steps", "30", "--eval-every", "15", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    argv = ["--steps", "30", "--eval-every", "30", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_classifier", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")

@@ -21,6 +21,7 @@ from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.evaluation.accuracy import Scores
 from tests.training_helpers import (
     QUICK,
+    TINY_CONFIG,
     Killed,
     draw_nothing,
     printed_code,
@@ -431,8 +432,11 @@ def test_the_towers_of_a_resnet_cannot_be_checkpointed(
 def test_a_compiled_run_learns_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Other backends compile the same graphs; tests/layers/test_compile.py compares their results for the adapters.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    plain = train("--output-dir", str(tmp_path / "plain"), "--towers", "vision").parent / "plain"
-    train("--torch-compile", "--output-dir", str(tmp_path / "compiled"), "--towers", "vision")
+    vision = {**TINY_CONFIG["vision_cfg"], "layers": 1}  # compiling takes its time by the layer
+    model = write_tiny_clip(tmp_path / "model", {**TINY_CONFIG, "vision_cfg": vision})
+    flags = ["--model", f"local-dir:{model}", "--towers", "vision"]
+    plain = train(*flags, "--output-dir", str(tmp_path / "plain")).parent / "plain"
+    train(*flags, "--torch-compile", "--output-dir", str(tmp_path / "compiled"))
     for one, other in zip(numbers(plain), numbers(tmp_path / "compiled"), strict=True):
         assert one.pop("split") == other.pop("split")
         assert one == pytest.approx(other, rel=1e-3)
@@ -511,7 +515,7 @@ def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the default, with a base that is pretrained for a third of its steps."""
     monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=50))
-    argv = ["--steps", "30", "--eval-every", "15", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    argv = ["--steps", "30", "--eval-every", "30", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_clip", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     summary = summary_of(tmp_path / "run")
