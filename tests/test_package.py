@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(wheel: Path) -> Path:
     """A clean folder with only the wheel; Python finds the libraries of this environment after it."""
     target = wheel.parent / "site"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)]
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     return target
 

@@ -24,6 +24,8 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: If a name matches nothing that can be trained or saved; the message says what it matches.
     """
+    if not names:
+        return {}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     unmatched, wanted = dict.fromkeys(names), set(names)

@@ -1,5 +1,6 @@
 """What one entry of the zoo is, and the few helpers that all its builders share."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -75,9 +76,13 @@ def precision(model: nn.Module) -> torch.dtype:
 
 def numbers(model: nn.Module, *shape: int) -> Tensor:
     """Fixed inputs, spread evenly over [-1.5, 1.5] and shuffled, in the model's precision."""
-    count = math.prod(shape)
+    return _spread(math.prod(shape)).reshape(shape).to(precision(model), copy=True)
+
+
+@functools.cache
+def _spread(count: int) -> Tensor:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
-    return torch.linspace(-1.5, 1.5, count, dtype=torch.float64)[order].reshape(shape).to(precision(model))
+    return torch.linspace(-1.5, 1.5, count, dtype=torch.float64)[order]
 
 
 def tokens(*shape: int, vocabulary: int = 32) -> Tensor:
