@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = replace(options.run, output_dir=str(folder / method), overwrite=True)
         summaries[method] = train(replace(options, adapter=adapter, run=run))
     write_json(folder / "comparison.json", summaries)
-    task = next(iter(summaries["randlora"]["tasks"]))
     remark = f" {_REMARK}" if options.images.data is None else ""
-    words = f"{table(summaries)}\n\nAccuracies are measured on {task} images, before and after training.{remark}\n"
+    words = f"{table(summaries)}\n\nThe figures are those before and after training.{remark}\n"
     write_text(folder / "comparison.md", words)
     draw(folder, summaries)
     print(f"\n{words}\nresults: {folder}/comparison.png, comparison.md, comparison.json")
@@ -71,7 +70,15 @@ def table(summaries: Summaries) -> str:
     """Return the comparison as a Markdown table whose columns also align in a terminal."""
     tasks: Mapping[str, str] = summaries["randlora"]["tasks"]
     kind = "top-1" if "top1" in summaries["randlora"]["after"][next(iter(tasks))] else "mean recall"
-    rows = [["method", "trained numbers", "file (bytes)", *(f"{name}, {kind}" for name in tasks.values()), "training"]]
+    rows = [
+        [
+            "method",
+            "trained numbers",
+            "file (bytes)",
+            *(f"{name}, {kind}" for name in measured(summaries["randlora"]).values()),
+            "training",
+        ]
+    ]
     for method, summary in summaries.items():
         ends = [[headline(summary[when][task]) for when in ("before", "after")] for task in tasks]
         moves = [f"{before:.1%} -> {after:.1%}" for before, after in ends]
@@ -84,6 +91,14 @@ def table(summaries: Summaries) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def measured(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return, for every test of a run, its data and which and how many of its images were measured."""
+    counts = {test: values.get("samples", values.get("images")) for test, values in summary["after"].items()}
+    return {
+        test: f"{name} ({counts[test]} {summary['splits'][test]} images)" for test, name in summary["tasks"].items()
+    }
+
+
 def draw(folder: Path, summaries: Summaries) -> None:
     """Plot the accuracy of each method over the steps, and before and after training."""
     first = summaries["randlora"]
@@ -93,13 +108,13 @@ def draw(folder: Path, summaries: Summaries) -> None:
             metrics=RunFolder(folder / method).read_metrics(),
             accuracies={
                 name: (headline(summary["before"][task]), headline(summary["after"][task]))
-                for task, name in summary["tasks"].items()
+                for task, name in measured(summary).items()
             },
         )
         for method, summary in summaries.items()
     ]
-    task, name = next(iter(first["tasks"].items()))
-    plot_comparison(runs, f"{first['model']} adapted to {name}", task, folder / "comparison.png")
+    name = next(iter(first["tasks"].values()))
+    plot_comparison(runs, f"{first['model']} adapted to {name}", folder / "comparison.png")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import closing_words
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
-from randlora_vision.training.harness.fit import finish, fit, open_run
+from randlora_vision.training.harness.fit import EVALUATED, finish, fit, open_run
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.trackers import report_pictures
@@ -133,7 +133,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         family.pipe.to("cpu")  # frees memory
         difference = check_reload(settings, device, accelerator.autocast, adaptation, run, gallery, trained)
         if pictures:
-            album.finish([line["step"] for line in run.read_metrics() if line["split"] == "val"])
+            album.finish([line["step"] for line in run.read_metrics() if line["split"] == EVALUATED])
         summary = write_results(run, settings, adaptation, speed, difference, skipped)
         before, after = in_words(summary["before"]), in_words(summary["after"])
         after = "\n".join([after, *lost_words(summary["before"], summary["after"])])

@@ -41,14 +41,15 @@ class Judge:
 
         `subject` is that of inverted sevens for the subject's prompt, `class_kept` that of upright digits for the
         class prompt, and `digits_kept` that of the named digit, upright, for the prompts of the ten digits. `balance`
-        is the harmonic mean of the first and the last.
+        is the harmonic mean of the first and the last. The numbers of pictures are among the values.
         """
         ten = len(digits.NAMES)
         of_subject, of_class, of_digits = np.split(_judge().predict(_features(self._draws())), [_SAMPLES, 2 * _SAMPLES])
         learnt = float((of_subject == ten + DIGIT).mean())
         kept = float((of_digits == np.repeat(np.arange(ten), _SAMPLES_PER_DIGIT)).mean())
         shares = {"subject": learnt, "class_kept": float((of_class < ten).mean()), "digits_kept": kept}
-        return {**shares, "balance": balance(learnt, kept)}
+        counts = {"subject_pictures": _SAMPLES, "class_pictures": _SAMPLES, "digits_pictures": len(of_digits)}
+        return {**shares, "balance": balance(learnt, kept), **counts}
 
 
 @cache

@@ -137,7 +137,7 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert values["head_numbers"] == 3 * 33 < values["trained_numbers"]
     assert values["before"] is None  # the head is new
     assert set(values["tasks"]) == {"validation"}  # there is no test split
-    assert set(values["after"]["validation"]) == {"top1", "top5", "loss", "samples"}
+    assert set(values["after"]["validation"]) == {"top1", "loss", "samples"}
     assert values["per_class_samples"] == dict.fromkeys(
         values["per_class"], values["after"]["validation"]["samples"] // 3
     )
@@ -211,7 +211,7 @@ def test_a_checkpoint_with_the_right_head_is_measured_before(train: Any, tiny: P
     model = timm.create_model(f"local-dir:{tiny}", pretrained=True, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "three.pth")
     start = ["--model", f"local-dir:{tiny}", "--initial-checkpoint", str(tmp_path / "three.pth")]
-    assert summary(train(*start))["before"]["validation"].keys() == {"top1", "top5", "loss", "samples"}
+    assert summary(train(*start))["before"]["validation"].keys() == {"top1", "loss", "samples"}
     assert summary(train(*start, "--fresh-head", "--overwrite"))["before"] is None
 
 

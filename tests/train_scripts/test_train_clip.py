@@ -93,7 +93,7 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert summary["file_bytes"] == (folder / "adapter.safetensors").stat().st_size
     assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
     ends = [summary[when]["validation"] for when in ("before", "after")]  # there is no test split
-    assert [set(end) for end in ends] == [{"top1", "top5", "loss", "samples"}] * 2
+    assert [set(end) for end in ends] == [{"top1", "loss", "samples"}] * 2
     for when, end in zip(("before", "after"), ends, strict=True):
         low, high = summary["confidence"][when]["validation"]["top1"]
         assert 0 <= low <= end["top1"] <= high <= 1
@@ -334,8 +334,10 @@ def test_a_run_on_captions(
     ways = {f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     assert set(summary["before"]["validation"]) == {*ways, "mean_recall", "images", "captions", "texts"}
     assert set(summary["confidence"]["after"]["validation"]) == ways
-    assert set(summary["after"]["retention"]) == {"top1", "top5", "loss", "samples"} and "per_class" not in summary
+    assert set(summary["after"]["retention"]) == {"top1", "loss", "samples"} and "per_class" not in summary
     assert summary["after"]["retention"]["samples"] == len(list(images.glob("*/*.png")))  # nothing is trained on it
+    assert summary["splits"] == {"validation": "validation", "retention": "all"}
+    assert all(set(scale.pop("confidence")["validation"]) == ways for scale in summary["scales"])
     assert [scale.pop("scale") for scale in summary["scales"]] == [0, 0.5, 1]
     assert summary["scales"][0] == summary["before"] and summary["scales"][2] == summary["after"]
     assert summary["scales"][1] not in (summary["before"], summary["after"])
@@ -356,7 +358,7 @@ def test_a_run_on_captions(
 
 def test_classes_are_trained_on_their_captions_too(train: Any) -> None:
     folder = train("--loss", "clip", "--gradient-accumulation-steps", "2")
-    assert set(summary_of(folder)["after"]["validation"]) == {"top1", "top5", "loss", "samples"}
+    assert set(summary_of(folder)["after"]["validation"]) == {"top1", "loss", "samples"}
 
 
 def test_an_adapter_is_measured_without_training(
@@ -475,7 +477,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "resumed measuring": (["--eval-only", "--resume", "latest"], "--eval-only does not train: leave --resume out"),
     "unknown tracker": (["--report-to", "tensorbord"], "--report-to tensorbord is not known"),
     "retention data that is missing": (["--retention-data", "{tmp}/nowhere"], "nowhere"),
-    "unknown metric": (["--best-metric", "top3"], "--best-metric top3 is not measured; choose one of top1, top5, loss"),
+    "unknown metric": (["--best-metric", "top3"], "--best-metric top3 is not measured; choose one of top1, loss"),
     "unknown key in the file": (["--config", "{tmp}/typo.yaml"], "no option training: stepz; close matches: steps"),
     "missing checkpoint": (["--resume", "{tmp}/old/checkpoints/step-000010"], "there is no checkpoint"),
     "a run is there already": (["--output-dir", "{tmp}/old"], "already holds a run"),

@@ -26,7 +26,8 @@ from tests.training_helpers import Killed, draw_nothing, printed_code, script
 
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
 PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
-MEASURED = {"loss", "prior_loss", "prior_drift"}
+SHARES = {"subject", "class_kept", "digits_kept"}
+MEASURED = {"loss", "loss_samples", "prior_loss", "prior_loss_samples", "prior_drift", "prior_pictures"}
 RUN_FILES = {
     "README.md",
     "adapter.safetensors",
@@ -154,7 +155,7 @@ def test_a_run(train: Any, images: Path, models: Path, capsys: pytest.CaptureFix
     assert summary["before"]["prior_drift"] == 0 < summary["after"]["prior_drift"]
     assert summary["after"] != summary["before"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["split"] == "val"] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 1, 2, 3]  # not "val": on training images
     record = json.loads((folder / "split.json").read_text())
     assert record["captions"] == [PROMPT] * 3 and record["images"] == [str(images / f"{i}.png") for i in range(3)]
     assert yaml.safe_load((folder / "config.yaml").read_text())["subject"]["class_prompt"] == [CLASS_PROMPT]
@@ -428,7 +429,13 @@ def test_the_embedded_default(
     argv += ["--steps", "2", "--num-class-images", "2", "--num-inference-steps", "1", "--report-to", "none"]
     script("train_dreambooth").main(argv)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert set(summary["after"]) == {*MEASURED, "subject", "class_kept", "digits_kept", "balance"}
+    assert set(summary["after"]) == MEASURED | SHARES | {
+        "balance",
+        "subject_pictures",
+        "class_pictures",
+        "digits_pictures",
+    }
+    assert set(summary["confidence"]["after"]) == SHARES
     assert summary["reload_difference"] == 0
     record = json.loads((tmp_path / "run/split.json").read_text())
     assert list(record["class_images"].values()) == ["a photo of a digit", "a photo of the digit zero"]

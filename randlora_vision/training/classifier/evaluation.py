@@ -56,6 +56,7 @@ class Evaluation:
         self.task = task_name(splits.final)
         tests = {self.task: splits, **({"original": original} if original else {})}
         self.tasks = {name: test.name for name, test in tests.items()}
+        self.splits = {name: task_name(test.final) for name, test in tests.items()}
         data = {name: test.select(test.final, transform, skipped) for name, test in tests.items()}
         self._tests = {
             name: (evaluation_batches(data[name], training.batch_size, training.workers), len(test.class_names))
@@ -67,7 +68,7 @@ class Evaluation:
     def run(self, model: nn.Module) -> Measured:
         """Evaluate a model."""
         scores = {name: evaluate(model, batches, classes) for name, (batches, classes) in self._tests.items()}
-        return Measured(self.tasks, scores, self.predict(model))
+        return Measured(self.tasks, self.splits, scores, self.predict(model))
 
     @torch.no_grad()
     def predict(self, model: nn.Module) -> Tensor:
@@ -108,6 +109,7 @@ def write_results(
         "warning": collapse_warning(scores, names, evaluation.task, metrics, settings.training, plain),
         "head_numbers": head_numbers,
         "tasks": evaluation.tasks,
+        "splits": evaluation.splits,
         "before": was,
         "after": after.results,
         **confidence({"before": was, "after": after.results}),

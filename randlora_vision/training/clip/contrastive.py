@@ -1,9 +1,10 @@
 """The CLIP and SigLIP losses for images with captions, over the pairs of all processes.
 
 They correspond to `ClipLoss(local_loss=True, gather_with_grad=True)` and `SigLipLoss` of open_clip, which do not
-compare captions: there, two images with the same caption are negatives of each other. Here they are positives. If
-no caption repeats, values and gradients equal those of open_clip. Its classes are not used, because only the two
-matrix products could be shared, and because they gather with functions that PyTorch has deprecated.
+compare captions: there, two images with the same caption are negatives of each other, and so are two captions of one
+image. Here they are positives. If no caption and no image repeats, values and gradients equal those of open_clip. Its
+classes are not used, because only the two matrix products could be shared, and because they gather with functions that
+PyTorch has deprecated.
 
 Shapes: b pairs of this process, B pairs of all processes, D shared dimension.
 """
@@ -90,7 +91,7 @@ class ContrastiveLoss(nn.Module):
         """Return the loss of a batch, a scalar; for a `Replay`, one with value and gradient of the joint loss."""
         if isinstance(batch, Replay):
             return self._replay(batch)
-        return self.pair_loss(*self.features(batch), batch["captions"])
+        return self.pair_loss(*self.features(batch), batch["captions"], batch["indices"])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the towers but not the loss, which communicates between processes."""
@@ -102,10 +103,16 @@ class ContrastiveLoss(nn.Module):
         texts = self.clip.encode_text(batch["tokens"], normalize=True)
         return _at_least_float32(images), _at_least_float32(texts)
 
-    def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor, alone: bool = False) -> Tensor:
-        """Return this process's share of the loss for features (b, D) and captions (b,); `alone`: of its own pairs."""
+    def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor, owners: Tensor, alone: bool = False) -> Tensor:
+        """Return this process's share of the loss for features (b, D); `alone`: of its own pairs.
+
+        Pairs with equal `captions` (b,) or `owners` (b,), the numbers of the images, are positives. A number below 0 is
+        that of no image.
+        """
         counts = [len(captions)] if alone else row_counts(len(captions), captions.device)
-        positive = captions[:, None] == gather_rows(captions, counts)
+        ids = torch.stack((captions, owners), dim=1)
+        same_caption, same_image = (ids[:, None] == gather_rows(ids, counts)).unbind(-1)
+        positive = same_caption | (same_image & (owners >= 0)[:, None])
         with torch.autocast(images.device.type, enabled=False):  # at a logit scale of 100, rounding errs by up to 0.5
             scale = self.clip.logit_scale.exp()
             logits = scale * images @ gather_rows(texts, counts).T
@@ -120,16 +127,16 @@ class ContrastiveLoss(nn.Module):
         return total * (len(counts) / sum(counts))
 
     @torch.no_grad()
-    def mean_loss(self, images: Tensor, texts: Tensor, captions: Tensor, pairs: int) -> float:
+    def mean_loss(self, images: Tensor, texts: Tensor, captions: Tensor, owners: Tensor, pairs: int) -> float:
         """Return the mean loss of N pairs on the CPU, `pairs` at a time in a fixed random order.
 
-        Features are (N, D), caption ids (N,). The loss depends on how many pairs are compared at a time.
+        Features are (N, D), caption and image ids (N,). The loss depends on how many pairs are compared at a time.
         """
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
         total = 0.0
         for rows in order.split(pairs):
-            some = [column[rows].to(self.clip.logit_scale.device) for column in (images, texts, captions)]
-            total += self.pair_loss(some[0], some[1], some[2], alone=True).item() * len(rows)
+            some = [column[rows].to(self.clip.logit_scale.device) for column in (images, texts, captions, owners)]
+            total += self.pair_loss(*some, alone=True).item() * len(rows)
         return total / len(captions)
 
     def join(self, batches: Sequence[PairBatch], seed: Callable[[int], None]) -> list[Replay]:
@@ -148,7 +155,8 @@ class ContrastiveLoss(nn.Module):
         sizes = [len(images) for images, _ in features]
         images, texts = (torch.cat(column).requires_grad_() for column in zip(*features, strict=True))
         with torch.enable_grad():
-            loss = self.pair_loss(images, texts, torch.cat([batch["captions"] for batch in batches]))
+            captions, owners = (torch.cat([batch[name] for batch in batches]) for name in ("captions", "indices"))
+            loss = self.pair_loss(images, texts, captions, owners)
         at_images, at_texts, *others = torch.autograd.grad(loss, [images, texts, *self.trained_scalars()])
         parts = zip(batches, at_images.split(sizes), at_texts.split(sizes), strict=True)
         return [Replay(*part, others, loss.detach(), len(batches)) for part in parts]

@@ -20,7 +20,7 @@ from randlora_vision.training.data.labelled import ImageSplits, sample_pictures
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.splits import Splits
 from randlora_vision.training.evaluation.grids import Found, Prediction, list_predictions
-from randlora_vision.training.evaluation.results import Measured, Results
+from randlora_vision.training.evaluation.results import Measured, Results, task_name
 
 _PICTURES = 96  # sampled; those drawn are chosen among them
 _FOUND = 12
@@ -51,6 +51,7 @@ class Evaluation:
         self.templates = settings.images.templates
         self.batch_size, self.workers = settings.training.batch_size, settings.training.workers
         self.tasks = {name: test.name for name, test in tests.items()}
+        self.splits = {name: task_name(test.final) for name, test in tests.items()}
         self.transform, self.tokenize = clip.eval_transform, clip.tokenize
         self.task, task = next(iter(tests.items()))
         self.class_names = task.class_names if isinstance(task, ImageSplits) else None
@@ -81,7 +82,7 @@ class Evaluation:
             else:
                 pairs = test.select(test.final, self.transform, self.tokenize, self.skipped, draw=False)
                 features[name] = retrieval_features(clip.model, pairs, self.batch_size, self.workers)
-        return ClipMeasured(self.tasks, scores, self.predict(clip, classifier), features)
+        return ClipMeasured(self.tasks, self.splits, scores, self.predict(clip, classifier), features)
 
     @torch.no_grad()
     def predict(self, clip: LoadedClip, classifier: ClipClassifier | None = None) -> Tensor:

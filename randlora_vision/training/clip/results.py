@@ -9,6 +9,7 @@ from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.evaluation.collapse import collapse_warning
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
 from randlora_vision.training.evaluation.grids import plot_found
+from randlora_vision.training.evaluation.intervals import intervals
 from randlora_vision.training.evaluation.model_card import Base, commit_of
 from randlora_vision.training.evaluation.results import (
     Results,
@@ -63,11 +64,17 @@ class RunResults:
         results = {when: measured.results if measured else None for when, measured in found.items()}
         return {
             "tasks": self.evaluation.tasks,
+            "splits": self.evaluation.splits,
             **results,
             **confidence(results),
             **(per_class or {"truncated_captions": self.truncated_captions}),
-            **({"scales": [{"scale": scale, **results} for scale, results in self.scales]} if self.scales else {}),
+            **({"scales": [_at_scale(*found) for found in self.scales]} if self.scales else {}),
         }
+
+
+def _at_scale(scale: float, results: Results) -> dict[str, Any]:
+    found = {name: intervals(values) for name, values in results.items()}
+    return {"scale": scale, **results, "confidence": found}
 
 
 def write_results(

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from randlora_vision.training.data.batches import evaluation_batches
 from randlora_vision.training.data.captioned import CaptionedImages
 from randlora_vision.training.data.labelled import NOT_MEASURED
+from randlora_vision.training.evaluation.intervals import RECALL_AT
 from randlora_vision.training.harness.distributed import measure_all
 
-RECALL_AT = (1, 5, 10)
 _QUERIES_AT_ONCE = 256
 
 
@@ -51,9 +51,9 @@ class Features:
         counts = {"images": len(self.images), "captions": len(self.text_of), "texts": len(self.texts)}
         return {**self.recalls(), **counts}
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the image and text features (T, D) of every caption, and the numbers of the texts (T,)."""
-        return self.images[self.image_of], self.texts[self.text_of], self.numbers[self.text_of]
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the image and text features (T, D) of every caption, the numbers of the texts and the images (T,)."""
+        return self.images[self.image_of], self.texts[self.text_of], self.numbers[self.text_of], self.image_of
 
     def text_ranks(self) -> Tensor:
         """Return, for each image (I,), how many wrong texts are at least as near as the nearest correct one."""

@@ -24,7 +24,7 @@ def training_data(clip: LoadedClip, data: Splits, settings: ClipSettings, skippe
     if not isinstance(data, PairSplits):
         if settings.loss.loss == "class-prompts":
             return data.select("train", transform, skipped)
-        data = class_captions(data, settings.images.templates)
+        data = class_captions(data, settings.images.templates, clip.tokenize)
     return data.select("train", transform, clip.tokenize, skipped)
 
 

@@ -24,7 +24,7 @@ class PairBatch(TypedDict):
 
     `captions` holds numbers. Equal numbers mark captions with the same meaning (the same tokens, or made from
     the same class), so neither is a negative of the other. `indices` are the images' positions in their
-    split.
+    split, or `NOT_MEASURED` where they have none.
     """
 
     images: Tensor  # (B, 3, H, W) float32
@@ -86,7 +86,7 @@ class CaptionedImages(Pictures):
         return self.read(self.images[index], self.captions[index], group, index)
 
     def read(
-        self, image: Picture, captions: Sequence[str], group: int | None, index: int = 0
+        self, image: Picture, captions: Sequence[str], group: int | None, index: int = NOT_MEASURED
     ) -> tuple[Tensor, Tensor, int, int] | None:
         """Return the same for an image with its captions, and their class if they were made from one."""
         # Before the picture is read and augmented, so that the caption does not depend on what these draw.
@@ -140,14 +140,20 @@ def token_number(tokens: Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
-def class_captions(splits: ImageSplits, templates: Sequence[str]) -> PairSplits:
-    """Turn images with classes into images with captions: every template filled with the class name."""
+def class_captions(splits: ImageSplits, templates: Sequence[str], tokenize: Tokenize | None = None) -> PairSplits:
+    """Turn images with classes into images with captions: every template filled with the class name.
+
+    Classes whose captions have equal tokens are one group, given the tokenizer.
+    """
     captions = [tuple(template.replace("{}", name) for template in templates) for name in splits.class_names]
+    alike: dict[Any, int] = {}
+    meanings = (texts if tokenize is None else tuple(map(token_number, tokenize(texts))) for texts in captions)
+    groups = [alike.setdefault(meaning, label) for label, meaning in enumerate(meanings)]
     common = {field.name: getattr(splits, field.name) for field in fields(SplitImages)}
     return PairSplits(
-        **{**common, "stream": splits.stream and splits.stream.from_classes(captions)},
+        **{**common, "stream": splits.stream and splits.stream.from_classes(captions, groups)},
         captions={split: [captions[label] for label in labels] for split, labels in splits.labels.items()},
-        groups=splits.labels,
+        groups={split: [groups[label] for label in labels] for split, labels in splits.labels.items()},
     )
 
 

@@ -20,8 +20,8 @@ class Stream(Protocol):
     def usable(self, shard: str, skipped: SkipList) -> Iterator[tuple[Picture, tuple[Any, ...]]]:
         """Yield the images of a shard, each with its class or captions."""
 
-    def from_classes(self, prompts: Sequence[Sequence[str]]) -> "Stream":
-        """Return the same images with captions that are made from their classes."""
+    def from_classes(self, prompts: Sequence[Sequence[str]], groups: Sequence[int]) -> "Stream":
+        """Return the same images with captions that are made from their classes, and the groups of these."""
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ class ShardStream:
     options: SourceOptions
     classes: Classes | None
     prompts: Sequence[Sequence[str]] = ()  # of each class: captions that are made from it
+    groups: Sequence[int] = ()  # of each class: equal for classes whose captions mean the same
 
-    def from_classes(self, prompts: Sequence[Sequence[str]]) -> "ShardStream":
-        """Return the images with captions, those of their classes."""
-        return replace(self, prompts=prompts)
+    def from_classes(self, prompts: Sequence[Sequence[str]], groups: Sequence[int]) -> "ShardStream":
+        """Return the images with captions, those of their classes, and the groups of these."""
+        return replace(self, prompts=prompts, groups=groups)
 
     def usable(self, shard: str, skipped: SkipList) -> Iterator[tuple[Picture, tuple[Any, ...]]]:
         """Yield the images of a shard that have a caption or a known class, by the rules of all other sources.
@@ -60,7 +61,7 @@ class ShardStream:
             if position is None:
                 skipped.add(f"{sample.shard}:{sample.key}", f"its class {label!r} is not in the validation data")
             else:
-                yield part.images[0], (self.prompts[position], position) if self.prompts else (position,)
+                yield part.images[0], ((self.prompts[position], self.groups[position]) if self.prompts else (position,))
 
     def _part(self, samples: Sequence[Sample], skipped: SkipList) -> Part:
         return samples_part(self.source, samples, self.classes is None, self.options, skipped, _ADJACENT)

@@ -68,12 +68,13 @@ class PriorMeasure:
         """Return the measures of the current weights.
 
         `prior_drift` is the root mean square of the difference between the pixels of the base and of the current
-        pictures. With an encoder, `prior_likeness` is the mean cosine between the features of the two,
-        `subject_likeness` that between all pictures of the subject and all of its images (the DINO score of
-        DreamBooth), and `balance` the harmonic mean of both.
+        pictures, of which there are `prior_pictures`. With an encoder, `prior_likeness` is the mean cosine between the
+        features of the two, `subject_likeness` that between all pictures of the subject and all of its images (the DINO
+        score of DreamBooth), and `balance` the harmonic mean of both.
         """
         pictures = self.prior()
-        values = {"prior_drift": float((pictures - self.base).square().mean().sqrt())}
+        drift = float((pictures - self.base).square().mean().sqrt())
+        values = {"prior_drift": drift, "prior_pictures": len(pictures)}
         if self.encoder is not None and self.subject is not None:
             assert self.features is not None and self.instances is not None
             kept = float((self.encoder(pictures) * self.features).sum(1).mean())

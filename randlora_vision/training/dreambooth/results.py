@@ -8,8 +8,10 @@ from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
 from randlora_vision.training.evaluation.curves import plot_curves
+from randlora_vision.training.evaluation.intervals import intervals, samples_of
 from randlora_vision.training.evaluation.model_card import Base, commit_of
 from randlora_vision.training.evaluation.results import summarise
+from randlora_vision.training.harness.fit import EVALUATED
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 
@@ -59,11 +61,13 @@ def write_results(
     metrics = run.read_metrics()
     losses = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
     plot_curves(metrics, f"{method} on {title}", run.curves, losses, _LINES)
-    measured = [line for line in metrics if line["split"] == "val"]
+    measured = [line for line in metrics if line["split"] == EVALUATED]
+    before, after = _values(measured[0]), _values(measured[-1])
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, skipped),
-        "before": _values(measured[0]),
-        "after": _values(measured[-1]),
+        "before": before,
+        "after": after,
+        "confidence": {"before": intervals(before), "after": intervals(after)},
     }
     run.write(run.summary, summary)
     return summary
@@ -96,7 +100,9 @@ def in_words(values: Mapping[str, float]) -> str:
         words += f", {values['prior_loss']:.4f} on its class"
     if "prior_likeness" in values:
         words += f", likeness to the subject {values['subject_likeness']:.3f}"
-    shares = ", ".join(f"{text} {values[name]:.0%}" for name, text in _SHARES.items() if name in values)
+    shares = ", ".join(
+        f"{text} {values[name]:.0%} of {samples_of(name, values)}" for name, text in _SHARES.items() if name in values
+    )
     return f"{words}; {shares}" if shares else words
 
 
@@ -105,14 +111,16 @@ def lost_words(before: Mapping[str, float], after: Mapping[str, float]) -> list[
     words = []
     if "prior_drift" in after:
         words.append(
-            f"pictures of other prompts differ by {after['prior_drift']:.3f} from the base's at equal seeds "
-            "(root mean square, pixels from 0 to 1)"
+            f"{after['prior_pictures']} pictures of other prompts differ by {after['prior_drift']:.3f} from the base's "
+            "at equal seeds (root mean square, pixels from 0 to 1)"
         )
     if "prior_likeness" in after:
         words.append(f"their likeness to the base's is {after['prior_likeness']:.3f}")
     if "digits_kept" in after:
+        low, high = intervals(after)["digits_kept"]
         words.append(
-            f"the correct digit for the digit prompts {before['digits_kept']:.0%} -> {after['digits_kept']:.0%}"
+            f"the correct digit for the digit prompts {before['digits_kept']:.0%} -> {after['digits_kept']:.0%} of "
+            f"{samples_of('digits_kept', after)} pictures (95% interval {low:.0%} to {high:.0%})"
         )
     return [f"prior:  {'; '.join(words)}"] if words else []
 

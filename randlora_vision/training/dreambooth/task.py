@@ -108,7 +108,8 @@ def fixed_losses(loss: DiffusionLoss, data: Items, batches: Sequence[Sequence[Pl
         batch = collate([seeded_entry(data, index, "evaluation", seed, number) for number, index in places])
         name = "prior_loss" if batch["prior"][0] else "loss"
         errors[name] += loss.errors(batch).tolist()
-    return {name: sum(values) / len(values) for name, values in errors.items()}
+    means = {name: sum(values) / len(values) for name, values in errors.items()}
+    return {**means, **{f"{name}_samples": len(values) for name, values in errors.items()}}
 
 
 def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[Place]]:

@@ -16,22 +16,24 @@ from randlora_vision.training.data.labelled import NOT_MEASURED, Batch
 from randlora_vision.training.evaluation.intervals import wilson
 from randlora_vision.training.harness.distributed import measure_all
 
+_TOP = 5
+
 
 @dataclass(frozen=True)
 class Scores:
     """The results of a model on some images."""
 
     confusion: Tensor  # (C, K) int64: how many images of each class (row) got which answer
-    top5: float
+    top5: float | None  # None where the model has five outputs or fewer: it would be 100%
     loss: float | None  # None where the model does not know every class of the data
 
     @property
     def values(self) -> dict[str, float]:
-        """The metrics by name: top1, top5, loss if there is one, and the number of samples that were measured."""
+        """The metrics by name: top1, top5 and loss if there are such, and the number of samples that were measured."""
         samples = int(self.confusion.sum())
         top1 = self.confusion.diagonal().sum().item() / samples
-        loss = {} if self.loss is None else {"loss": self.loss}
-        return {"top1": top1, "top5": self.top5, **loss, "samples": samples}
+        others = {"top5": self.top5, "loss": self.loss}
+        return {"top1": top1, **{name: v for name, v in others.items() if v is not None}, "samples": samples}
 
     @property
     def per_class(self) -> list[float | None]:
@@ -58,7 +60,7 @@ def measure(
 ) -> Scores:
     """Evaluate `logits_of`, images (B, 3, H, W) to logits (B, K), on data with `classes` classes.
 
-    Answers outside the data's classes count as wrong. With fewer than five outputs, top-5 counts all of them.
+    Answers outside the data's classes count as wrong.
     Several processes share the batches and all get the same results.
     """
     outputs = 0
@@ -68,7 +70,7 @@ def measure(
         labels = batch["labels"].to(device)
         logits = logits_of(batch["images"].to(device)).float()
         outputs = logits.shape[1]
-        ranking = logits.topk(min(5, outputs)).indices
+        ranking = logits.topk(min(_TOP, outputs)).indices
         losses = (
             F.cross_entropy(logits, labels, reduction="none", ignore_index=NOT_MEASURED)
             if outputs >= classes
@@ -80,4 +82,4 @@ def measure(
     labels, answers, hits, losses = (column[columns[0] != NOT_MEASURED] for column in columns)
     confusion = torch.bincount(labels * outputs + answers, minlength=classes * outputs).view(classes, outputs)
     loss = losses.double().mean().item() if outputs >= classes else None
-    return Scores(confusion, int(hits.sum()) / len(labels), loss)
+    return Scores(confusion, int(hits.sum()) / len(labels) if outputs > _TOP else None, loss)

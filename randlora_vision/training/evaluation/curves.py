@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ _DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image
 _RECALL_LINES = {1: "-", 5: "--", 10: ":"}
 _NAMED, _NUMBERED = 30, 15  # most classes of a confusion matrix drawn with names, and with numbers
 _INSIDE = 4  # most lines whose legend is drawn among them
+_LABEL = 24  # characters in a line below a bar
 _SMOOTHED = 20  # from so many points on, a smoothed line is drawn over a training loss
 
 
@@ -25,6 +27,12 @@ def series(metrics: Metrics, split: str, name: str) -> tuple[list[int], list[flo
     """Return the steps and values of one metric."""
     lines = [line for line in metrics if line["split"] == split and name in line]
     return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def evaluations(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of a metric that was measured during training, on held-out images or others."""
+    held_out = series(metrics, "val", name)
+    return held_out if held_out[0] else series(metrics, "eval", name)
 
 
 def plot_curves(
@@ -38,7 +46,7 @@ def plot_curves(
 
     `losses` and `shares` map the names of validation losses, and of other metrics between 0 and 1, to their labels.
     """
-    measured = any(series(metrics, "val", name)[0] for name in (*HEADLINES, *shares))
+    measured = any(evaluations(metrics, name)[0] for name in (*HEADLINES, *shares))
     size = (12, 4.2) if measured else (9.5, 3.9)
     with figure_file(path, size, title, layout="constrained") as figure:
         loss, *between, rate = figure.subplots(1, 3 if measured else 2, width_ratios=(3, 3, 2) if measured else (3, 2))
@@ -57,7 +65,7 @@ def _losses(axes: Axes, metrics: Metrics, validation: Mapping[str, str]) -> None
     elif steps:
         _line(axes, steps, values, "training batches", "C0")
     for (name, label), colour in zip(validation.items(), ("C1", "C2"), strict=False):
-        steps, values = series(metrics, "val", name)
+        steps, values = evaluations(metrics, name)
         if steps:
             axes.plot(steps, values, color=colour, marker="o", label=label)
     axes.set(title="Loss", ylabel="loss")
@@ -80,18 +88,18 @@ def _rates(axes: Axes, metrics: Metrics) -> None:
 def _accuracies(axes: Axes, metrics: Metrics) -> None:
     headline = "accuracy"
     for name, label in HEADLINES.items():
-        steps, values = series(metrics, "val", name)
+        steps, values = evaluations(metrics, name)
         if not steps:
             continue
         headline = "recall" if "recall" in label else "accuracy"
         axes.plot(steps, values, color="C0", marker="o", label=label)
         axes.axhline(values[0], color="C0", linestyle=":", label=f"before training, {values[0]:.1%}")
-    steps, values = series(metrics, "val", "top5")
+    steps, values = evaluations(metrics, "top5")
     if steps:
         axes.plot(steps, values, color="C1", marker="o", label="top-5 accuracy")
     for (way, label), colour in zip(_DIRECTIONS.items(), ("C1", "C2"), strict=True):
         for most, line in _RECALL_LINES.items():
-            steps, values = series(metrics, "val", f"{way}_r{most}")
+            steps, values = evaluations(metrics, f"{way}_r{most}")
             if steps:
                 text = f"{label}, recall@{most}"
                 axes.plot(steps, values, color=colour, linestyle=line, linewidth=1, marker=".", label=text)
@@ -101,7 +109,7 @@ def _accuracies(axes: Axes, metrics: Metrics) -> None:
 
 def _shares(axes: Axes, metrics: Metrics, shares: Mapping[str, str]) -> None:
     for name, label in shares.items():
-        steps, values = series(metrics, "val", name)
+        steps, values = evaluations(metrics, name)
         if steps:
             axes.plot(steps, values, marker="o", label=label)
     _percent(axes, "Subject and prior", "share or likeness")
@@ -170,21 +178,21 @@ class Compared:
     accuracies: Mapping[str, tuple[float, float]]  # per task: before, after
 
 
-def plot_comparison(runs: Sequence[Compared], title: str, task: str, path: Path) -> None:
-    """Plot validation accuracy over the steps, a line per method, and accuracies on `task` before and after."""
+def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
+    """Plot validation accuracy over the steps, a line per method, and the accuracies before and after."""
     with figure_file(path, (12, 4.6), title, layout="constrained") as figure:
         curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
         for run in runs:
             name, (steps, values) = next(
-                (name, found) for name in HEADLINES if (found := series(run.metrics, "val", name))[0]
+                (name, found) for name in HEADLINES if (found := evaluations(run.metrics, name))[0]
             )
             curves.plot(steps, values, marker="o", label=run.label)
         _percent(curves, "While training (validation images)", HEADLINES[name])
         _over_steps(curves)
-        _before_and_after(bars, runs, task, HEADLINES[name])
+        _before_and_after(bars, runs, HEADLINES[name])
 
 
-def _before_and_after(axes: Axes, runs: Sequence[Compared], task: str, ylabel: str) -> None:
+def _before_and_after(axes: Axes, runs: Sequence[Compared], ylabel: str) -> None:
     """Draw one grey bar for the base model and one bar per method, in the colours of the curves, for every task."""
     tasks = list(runs[0].accuracies)
     width = 0.8 / (len(runs) + 1)
@@ -196,10 +204,11 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared], task: str, ylabel: s
         drawn = axes.bar(places, heights, width * 0.92, color=colour)
         axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=7, padding=1)
     axes.set_xticks(
-        [number + width * len(runs) / 2 for number in range(len(tasks))], [plain(printable(task)) for task in tasks]
+        [number + width * len(runs) / 2 for number in range(len(tasks))],
+        ["\n".join(wrap(plain(printable(task)), _LABEL)) for task in tasks],
     )
     axes.grid(axis="x", visible=False)
-    _percent(axes, f"{task.capitalize()} images (grey: before training)", ylabel)
+    _percent(axes, "After training (grey: before)", ylabel)
 
 
 def _over_steps(axes: Axes, legend: bool = True) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+RECALL_AT = (1, 5, 10)
 _Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
 
 
@@ -15,13 +16,21 @@ def wilson(proportion: float, samples: int) -> tuple[float, float]:
     return min(max(0.0, low), proportion), max(min(1.0, high), proportion)  # despite rounding
 
 
-_SAMPLES = {"top1": "samples", "top5": "samples", "image_to_text": "images", "text_to_image": "captions"}
-"""For the beginnings of the metrics that are proportions: the metric with the number of samples behind them."""
+_SAMPLES = {
+    "top1": "samples",
+    "top5": "samples",
+    **{f"image_to_text_r{most}": "images" for most in RECALL_AT},
+    **{f"text_to_image_r{most}": "captions" for most in RECALL_AT},
+    "subject": "subject_pictures",
+    "class_kept": "class_pictures",
+    "digits_kept": "digits_pictures",
+}
+"""For the metrics that are proportions: the metric with the number of samples behind them."""
 
 
 def samples_of(name: str, values: Mapping[str, float]) -> int | None:
     """Return how many samples a metric is a proportion of, or None if it is not a proportion."""
-    counted = next((count for start, count in _SAMPLES.items() if name.startswith(start)), "")
+    counted = _SAMPLES.get(name, "")
     return int(values[counted]) if counted in values else None
 
 

@@ -72,7 +72,9 @@ def write_card(
         "library_name": base.library,
         "pipeline_tag": base.task,
         "tags": [summary["method"], "randlora_vision", *(["adapter"] if summary["method"] != "full" else [])],
-        "model-index": [{"name": name, "results": [_index(base, data, *test) for test in _tests(summary, "after")]}],
+        "model-index": [
+            {"name": name, "results": [_index(base, data, *test[:2]) for test in _tests(summary, "after")]}
+        ],
     }
     source = f"[{base.name}](https://huggingface.co/{base.repository})" if base.repository else f"`{base.name}`"
     revision = f", revision `{base.revision}`" if base.revision else ""
@@ -95,31 +97,44 @@ def at_hub(code: Sequence[str], run: RunFolder, repository: str) -> list[str]:
     return [line.replace(repr(str(run.path)), repr(repository)) for line in lines]
 
 
-def _tests(summary: Mapping[str, Any], when: str) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Yield the name of each test and its metrics, for results of several tests and for those of one."""
+_Test = tuple[str, Mapping[str, float], Mapping[str, Sequence[float]]]
+
+
+def _tests(summary: Mapping[str, Any], when: str) -> Iterator[_Test]:
+    """Yield the images of each test, its metrics and their intervals, for results of several tests or of DreamBooth."""
     results = summary[when] or {}
+    confidence = summary.get("confidence", {}).get(when) or {}
     if all(isinstance(values, Mapping) for values in results.values()):
-        tasks = summary.get("tasks", {})
-        yield from ((f"{tasks.get(name, name)}, {name}", values) for name, values in results.items())
+        tasks, splits = summary.get("tasks", {}), summary.get("splits", {})
+        for name, values in results.items():
+            split = splits.get(name, name)
+            which = name if split == name else f"{name} ({split} images)"
+            yield f"{tasks.get(name, name)}, {which}", values, confidence.get(name, {})
     else:
-        yield "training images", results
+        losses = {name: value for name, value in results.items() if "loss" in name}
+        drawn = {name: value for name, value in results.items() if name not in losses}
+        yield from (
+            (test, v, confidence) for test, v in (("training images", losses), ("generated pictures", drawn)) if v
+        )
 
 
 def _results(summary: Mapping[str, Any]) -> Iterator[str]:
     """Yield a table of the results before and after training, with their confidence intervals."""
     yield from ("| data | metric | before | after | 95% interval |", "|---|---|---:|---:|---|")
-    before = dict(_tests(summary, "before"))
-    after = (summary.get("confidence") or {}).get("after", {})
-    for test, values in _tests(summary, "after"):
-        intervals = after.get(test.rpartition(", ")[2], {})
+    before = {test: values for test, values, _ in _tests(summary, "before")}
+    for test, values, intervals in _tests(summary, "after"):
         for name, value in values.items():
             was = _number(before[test][name], name) if name in before.get(test, {}) else ""
             low_high = " to ".join(_number(end, name) for end in intervals.get(name, ()))
-            yield f"| {test} | {name} | {was} | {_number(value, name)} | {low_high} |"
+            yield f"| {_cell(test)} | {name} | {was} | {_number(value, name)} | {low_high} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _number(value: float, name: str) -> str:
-    proportion = name == "subject" or any(word in name for word in ("top", "recall", "_r1", "_r5", "_r10", "kept"))
+    proportion = name == "subject" or any(word in name for word in ("top", "recall", "_r1", "_r5", "kept"))
     return f"{value:.1%}" if proportion else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 

@@ -39,6 +39,7 @@ class Measured:
     """The results of a model on the tests."""
 
     tasks: Mapping[str, str]  # test -> name of its data
+    splits: Mapping[str, str]  # test -> which of its images were measured: "test", "validation", "train" or "all"
     scores: Mapping[str, Scores]  # for the tests with classes
     logits: Tensor  # for the sample of P pictures (P, K)
 
@@ -48,9 +49,9 @@ class Measured:
         return {name: scores.values for name, scores in self.scores.items()}
 
     def __str__(self) -> str:
-        first = next(iter(self.results))  # the task, which says on which images it was measured
-        labels = {name: f"{task}, {name} images:" if name == first else task for name, task in self.tasks.items()}
-        return "; ".join(f"{labels[name]} {_words(values)}" for name, values in self.results.items())
+        return "; ".join(
+            f"{self.tasks[name]}, {self.splits[name]} images: {_words(values)}" for name, values in self.results.items()
+        )
 
 
 def summarise(
@@ -101,9 +102,8 @@ def headline(values: Mapping[str, float]) -> float:
 def _words(values: Mapping[str, float]) -> str:
     if "top1" in values:
         low, high = wilson(values["top1"], int(values["samples"]))
-        return (
-            f"top-1 {values['top1']:.1%} (95% interval {low:.1%} to {high:.1%}, {values['samples']} images), "
-            f"top-5 {values['top5']:.1%}"
+        return f"top-1 {values['top1']:.1%} (95% interval {low:.1%} to {high:.1%}, {values['samples']} images)" + (
+            f", top-5 {values['top5']:.1%}" if "top5" in values else ""
         )
     ways = []
     for way in ("image_to_text", "text_to_image"):

@@ -18,8 +18,11 @@ from randlora_vision.training.harness.options import CheckpointOptions, RunOptio
 from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.stopping import StopRequests, seconds_of
-from randlora_vision.training.harness.task import OwnBatches, Speed, Task
+from randlora_vision.training.harness.task import HELD_OUT, OwnBatches, Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
+
+EVALUATED = "eval"
+"""The split, in metrics and trackers, of what is measured during training, but not on held-out images ("val")."""
 
 
 class RunSettings(Protocol):
@@ -123,6 +126,7 @@ def fit(
                 keep_best=run.keep_best,
                 after_save=after_save,
                 stop=stop,
+                evaluated="val" if task.measured == HELD_OUT else EVALUATED,
             )
             speed = trainer.run()
         if trainer.best:

@@ -36,7 +36,7 @@ class Trainer:
     The trained parameters are saved at every evaluation, including the one before the first step, but only
     when every metric is finite: the file on disk is always the last good state. `keep_best()` is called after
     each new best evaluation, for example to copy that file; `after_save(step)` is called after every
-    evaluation, for example to draw samples.
+    evaluation, for example to draw samples. Evaluations are logged as the split `evaluated`.
 
     Every forward pass starts from random states that depend on the seed, the process and the step, so a run
     resumed from a checkpoint computes the same numbers as an uninterrupted one.
@@ -53,6 +53,7 @@ class Trainer:
         keep_best: Callable[[], None] | None = None,
         after_save: Callable[[int], None] | None = None,
         stop: StopRequests | None = None,
+        evaluated: str = "val",
     ) -> None:
         self.task = task
         self.options = options
@@ -87,6 +88,7 @@ class Trainer:
         self.keep_best = keep_best
         self.after_save = after_save
         self.stop = stop or StopRequests()
+        self.evaluated = evaluated
         self.best: Best | None = None
         if resume is not None:
             self._restore(resume.state)
@@ -239,7 +241,7 @@ class Trainer:
         broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if broken:
             self._stop(f"in evaluation, {', '.join(broken)}")
-        self.log(self.step, "val", values)
+        self.log(self.step, self.evaluated, values)
         self.saved = f"the state of step {self.step} is kept in {self.task.save()}"
         if self.keep_best is not None or self.options.early_stopping_patience:
             self.best = best_of(self.best, self.step, values, self.options.best_metric)

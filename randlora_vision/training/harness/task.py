@@ -7,6 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 from torch.utils.data import DataLoader
 
+HELD_OUT = "validation"
+"""The kind of images on which a task measures that does not train on them."""
+
 
 @runtime_checkable
 class OwnBatches(Protocol):

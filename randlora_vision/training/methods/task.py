@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from randlora_vision.training.harness.task import OwnBatches
+from randlora_vision.training.harness.task import HELD_OUT, OwnBatches
 from randlora_vision.training.methods.adaptation import Adaptation
 
 
@@ -23,7 +23,7 @@ class AdaptedTask:
     own_lr: Mapping[nn.Parameter, float]
     path: Path | None
     """The file; None for a process that must not write."""
-    measured: str = "validation"
+    measured: str = HELD_OUT
     """The kind of images on which `evaluate` measures, for messages."""
 
     def check_gradients(self) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,13 +84,16 @@ def test_where_no_caption_repeats_it_is_open_clips_loss(contrast: Contrast, bias
     torch.testing.assert_close(gradients(model, actual), gradients(model, expected))
 
 
-def plain_loss(contrast: Contrast, model: Towers, images: Tensor, texts: Tensor, captions: Tensor) -> Tensor:
-    """The definition, pair by pair."""
+def plain_loss(
+    contrast: Contrast, model: Towers, images: Tensor, texts: Tensor, captions: Tensor, owners: Sequence[int] = ()
+) -> Tensor:
+    """The definition, pair by pair; `owners` are the images if some are there twice."""
     logits, bias = model.logit_scale.exp().to(images) * images @ texts.T, model.logit_bias
     assert bias is not None
     total, count = logits.new_zeros(()), len(captions)
     for i in range(count):
-        same = [j for j in range(count) if captions[i] == captions[j]]
+        one_image = [j for j in range(count) if owners and owners[i] == owners[j] >= 0]
+        same = sorted({j for j in range(count) if captions[i] == captions[j]} | set(one_image))
         if contrast == "siglip":
             for j in range(count):
                 total = total + F.softplus((-1 if j in same else 1) * (logits[i, j] + bias))
@@ -110,6 +114,25 @@ def test_repeated_captions_are_positives(contrast: Contrast) -> None:
     torch.testing.assert_close(gradients(model, actual), gradients(model, expected))
     distinct = ContrastiveLoss(model, contrast)({**REPEATED, "captions": torch.arange(7)})
     assert (distinct - actual).abs() > 0.1
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_the_captions_of_one_image_are_not_negatives_of_it(contrast: Contrast) -> None:
+    """A small data set has an image twice in a batch, with two of its captions; -1 is an image of a stream."""
+    model, owners = Towers(), [0, 1, 0, -1, -1, 2, 1]
+    batch: PairBatch = {**DISTINCT, "indices": torch.tensor(owners)}
+    images = model.encode_image(batch["images"], normalize=True)
+    texts = model.encode_text(batch["tokens"], normalize=True)
+    expected = plain_loss(contrast, model, images, texts, batch["captions"], owners)
+    loss = ContrastiveLoss(model, contrast)
+    torch.testing.assert_close(loss(batch), expected)
+    torch.testing.assert_close(gradients(model, loss(batch)), gradients(model, expected))
+    assert (loss(batch) - loss(DISTINCT)).abs() > 0.01
+    (first, second) = loss.join([cut(batch, 0, 3), cut(batch, 3, None)], lambda part: None)
+    torch.testing.assert_close(first.loss, expected.detach())
+    images, texts = (features.detach() for features in (images, texts))
+    mean = loss.mean_loss(images, texts, batch["captions"], batch["indices"], len(owners))
+    assert mean == pytest.approx(expected.item())
 
 
 def test_a_model_without_bias_gets_the_best_one() -> None:
@@ -192,7 +215,7 @@ def test_features_of_low_precision_are_compared_in_float32() -> None:
     loss = ContrastiveLoss(model, "clip")
     images, texts = loss.features(batch)  # type: ignore[arg-type]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = loss.pair_loss(images, texts, DISTINCT["captions"])
+        actual = loss.pair_loss(images, texts, DISTINCT["captions"], DISTINCT["indices"])
     expected = plain_loss("clip", model, images.double(), texts.double(), DISTINCT["captions"])
     assert images.dtype == actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)

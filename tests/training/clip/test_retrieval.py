@@ -182,11 +182,11 @@ def test_the_loss_of_all_pairs_at_a_time_is_that_of_one_batch(contrast: Any) -> 
     with torch.no_grad():
         features = loss.features(REPEATED)
         expected = plain_loss(contrast, loss.clip, *features, REPEATED["captions"]).item()
-    captions = REPEATED["captions"]
-    assert loss.mean_loss(*features, captions, len(captions)) == pytest.approx(expected, rel=1e-5)
+    captions, owners = REPEATED["captions"], REPEATED["indices"]
+    assert loss.mean_loss(*features, captions, owners, len(captions)) == pytest.approx(expected, rel=1e-5)
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
     parts = [
         plain_loss(contrast, loss.clip, features[0][rows], features[1][rows], captions[rows]).item() * len(rows)
         for rows in order.split(3)
     ]
-    assert loss.mean_loss(*features, captions, 3) == pytest.approx(sum(parts) / len(captions), rel=1e-5)
+    assert loss.mean_loss(*features, captions, owners, 3) == pytest.approx(sum(parts) / len(captions), rel=1e-5)

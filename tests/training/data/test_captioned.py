@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def test_classes_as_captions() -> None:
     assert data.texts.numbers[::2] == list(splits.labels["train"])
     assert pairs.augment is splits.augment and pairs.record()["sizes"] == splits.record()["sizes"]
     assert not pairs.select("val", to_tensor, tokenize, SkipList()).draw
+
+
+def test_classes_that_are_equal_to_the_model_are_one_group() -> None:
+    """A tokenizer that lowers the case cannot tell Polish from polish."""
+    splits = digits.read_digits((3, 5, 7))
+    splits = replace(splits, class_names=["Polish", "five", "polish"])
+    pairs = class_captions(splits, ("a {}.", "the {}"), open_clip.tokenize)
+    assert pairs.groups is not None and set(pairs.groups["train"]) == {0, 1}
+    for label, group in zip(splits.labels["train"], pairs.groups["train"], strict=True):
+        assert group == (0, 1, 0)[label]
 
 
 def test_a_part_of_the_pairs_keeps_every_image_with_its_class() -> None:

@@ -181,7 +181,7 @@ def test_classes_are_those_of_the_validation_data(folder: Path, tmp_path: Path) 
     splits = streamed(str(path), folder, val_data=val, label_column="kind")
     assert everything(splits, skipped) == [(pixels(i), (["one", "two", "zero"].index(n),)) for i, n in DIGITS]
     assert listed(tmp_path / "skipped.txt") == {"x.tar:new": "its class 'three' is not in the validation data"}
-    made = splits.stream.from_classes([["a"], ["b"], ["c"]])
+    made = splits.stream.from_classes([["a"], ["b"], ["c"]], range(3))
     assert [words for _, words in made.usable(str(path), skipped)][:1] == [(["c"], 2)] and names[0] == "zero"
 
 

@@ -56,15 +56,23 @@ def measure(sampler: Sampler, settings: Any, images: Any = ()) -> PriorMeasure |
 def test_the_drift_is_that_of_the_pixels() -> None:
     sampler = Sampler()
     prior = measure(sampler, Settings(("a dog", "a cat"), validation_prompt=("x",), num_prior_images=3))
-    assert prior is not None and prior() == {"prior_drift": 0.0}
+    assert prior is not None and prior() == {"prior_drift": 0.0, "prior_pictures": 3}
     assert [prompt for prompt, _ in sampler.asked] == ["a dog", "a cat", "a dog"]
     assert len({seed for _, seed in sampler.asked}) == 3
     sampler.shift = -0.25
     assert prior()["prior_drift"] == pytest.approx(0.25)
     assert lost_words({}, prior()) == [
-        "prior:  pictures of other prompts differ by 0.250 from the base's at equal seeds (root mean square, pixels "
+        "prior:  3 pictures of other prompts differ by 0.250 from the base's at equal seeds (root mean square, pixels "
         "from 0 to 1)"
     ]
+
+
+def test_what_was_lost_has_its_number_of_pictures_and_interval() -> None:
+    after = {"loss": 0.5, "subject": 0.75, "subject_pictures": 16, "digits_kept": 0.9, "digits_pictures": 30}
+    assert lost_words({"digits_kept": 1.0}, after) == [
+        "prior:  the correct digit for the digit prompts 100% -> 90% of 30 pictures (95% interval 74% to 97%)"
+    ]
+    assert "inverted sevens for the subject prompt 75% of 16" in in_words(after)
 
 
 def test_what_is_asked_for_is_measured() -> None:

@@ -237,7 +237,7 @@ def test_scales_and_comparison(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_scales([0, 0.5, 1], values, "top-1 accuracy", "Top-1 accuracy between base and adapted", tmp_path / "s.png")
     accuracies = {"inverted digits": (0.1, 0.6), "upright digits": (0.9, 0.3)}
     runs = [Compared(label, run_of(30, top1=0.4), accuracies) for label in METHODS]
-    plot_comparison(runs, "a model adapted to digits", "test", tmp_path / "comparison.png")
+    plot_comparison(runs, "a model adapted to digits", tmp_path / "comparison.png")
 
 
 @pytest.mark.parametrize("layers", [0, 3, 40])
@@ -267,5 +267,5 @@ def test_dollar_signs_and_control_characters_are_text(tmp_path: Path, drawn: lis
     plot_scales([0.0, 1.0], {odd: [0.1, 0.5]}, "recall", odd, tmp_path / "d.png")
     plot_samples([(odd, [("step 1", [picture])])], odd, tmp_path / "e.png")
     runs = [Compared("RandLoRA", run_of(20, top1=0.4), {odd: (0.1, 0.5)})]
-    plot_comparison(runs, odd, "test", tmp_path / "f.png")
+    plot_comparison(runs, odd, tmp_path / "f.png")
     assert len(drawn) == 6

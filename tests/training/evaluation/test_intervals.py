@@ -22,6 +22,8 @@ def test_the_ends_are_where_the_score_test_changes_its_answer(right: int, sample
 
 def test_only_proportions_have_intervals() -> None:
     values = {"top1": 0.5, "top5": 1.0, "loss": 2.0, "samples": 10}
+    drawn = {"subject": 0.5, "subject_likeness": 0.3, "prior_drift": 0.1, "subject_pictures": 16}
+    assert intervals(drawn) == {"subject": list(wilson(0.5, 16))}  # the others are not proportions
     assert set(intervals(values)) == {"top1", "top5"} and intervals(values)["top1"] == list(wilson(0.5, 10))
     recalls = {"image_to_text_r1": 0.5, "text_to_image_r1": 0.25, "mean_recall": 0.4, "images": 4, "captions": 20}
     assert intervals(recalls) == {

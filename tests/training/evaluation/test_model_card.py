@@ -18,6 +18,7 @@ SUMMARY: dict[str, Any] = {
     "file_bytes": 5678,
     "steps": 9,
     "tasks": {"test": "flowers", "retention": "imagenet"},
+    "splits": {"test": "test", "retention": "all"},
     "before": {"test": {"top1": 0.25, "samples": 40}, "retention": {"top1": 0.5, "samples": 10}},
     "after": {"test": {"top1": 0.75, "samples": 40}, "retention": {"top1": 0.4, "samples": 10}},
     "confidence": {"after": {"test": {"top1": [0.6, 0.86]}}},
@@ -37,13 +38,15 @@ def test_the_card_has_the_base_the_results_the_code_and_the_pictures(tmp_path: P
     assert values["base_model"] == "timm/vit.tag" and values["library_name"] == "timm"
     (first, second) = values["model-index"][0]["results"]
     assert first["metrics"] == [{"type": "accuracy", "name": "top-1 accuracy", "value": 0.75}]
-    assert second["dataset"]["name"] == "imagenet, retention"
+    assert second["dataset"]["name"] == "imagenet, retention (all images)"
     assert "revision `abc123`" in text and "![Training](curves.png)" in text and "samples.png" not in text
     assert "| flowers, test | top1 | 25.0% | 75.0% | 60.0% to 86.0% |" in text
     assert "load_adapter(model, hf_hub_download('me/x', 'adapter.safetensors'))" in text
-    losses = {"before": {"loss": 0.5}, "after": {"loss": 0.25}, "confidence": {}}
+    after = {"loss": 0.25, "subject": 0.75, "subject_pictures": 16}
+    losses = {"before": {"loss": 0.5}, "after": after, "confidence": {"after": {"subject": [0.505, 0.898]}}}
     write_card(run, Base("diffusers", "text-to-image", "sd"), "dogs", training, {**SUMMARY, **losses}, code)
     assert "| training images | loss | 0.5 | 0.25 |  |" in run.card.read_text()
+    assert "| generated pictures | subject |  | 75.0% | 50.5% to 89.8% |" in run.card.read_text()
     assert str(run.adapter) in run.card.read_text() and "base_model:" not in run.card.read_text()
 
 
