@@ -27,6 +27,8 @@ DEFAULTS = ScriptDefaults(
 
 _DIGITS = tuple(f"a photo of the digit {name}" for name in NAMES)
 """The prompts of the demo's pipeline: what its class contains."""
+_UNGUIDED = ""
+"""The prompt that guidance moves all pictures away from: if it learns the subject, the others lose what that has."""
 
 
 def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
@@ -79,7 +81,7 @@ def _demo_subject(subject: SubjectOptions) -> SubjectOptions:
         subject,
         instance_prompt=subject.instance_prompt or "a photo of sks digit",
         with_prior_preservation=True,
-        class_prompt=subject.class_prompt or ("a photo of a digit", *_DIGITS),
+        class_prompt=subject.class_prompt or ("a photo of a digit", *_DIGITS, _UNGUIDED),
     )
 
 

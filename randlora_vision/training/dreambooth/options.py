@@ -102,7 +102,8 @@ class SubjectOptions:
     class_images in the run folder."""
     class_prompt: tuple[str, ...] = ()
     """One or more prompts of the class, such as 'a photo of a dog', for which class images are generated in turn.
-    Several keep more of what the class contains. Images with captions beside them keep those."""
+    Several keep more of what the class contains, and '' among them keeps the empty prompt, which guidance compares
+    with. Images with captions beside them keep those; an empty text file is the empty prompt."""
     num_class_images: int = 100
     """Number of class images."""
     prior_loss_weight: float = 1.0
