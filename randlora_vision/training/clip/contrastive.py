@@ -135,8 +135,9 @@ class ContrastiveLoss(nn.Module):
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
         total = 0.0
         for rows in order.split(pairs):
-            some = [column[rows].to(self.clip.logit_scale.device) for column in (images, texts, captions, owners)]
-            total += self.pair_loss(*some, alone=True).item() * len(rows)
+            device = self.clip.logit_scale.device
+            image, text, caption, owner = (column[rows].to(device) for column in (images, texts, captions, owners))
+            total += self.pair_loss(image, text, caption, owner, alone=True).item() * len(rows)
         return total / len(captions)
 
     def join(self, batches: Sequence[PairBatch], seed: Callable[[int], None]) -> list[Replay]:

@@ -95,8 +95,13 @@ def make_task(
         evaluate=lambda: {name: value for measure in taken for name, value in measure().items()},
         own_lr={p: text_lr for p in texts_learn if p.requires_grad and text_lr is not None},
         path=path,
-        measured="training-image",  # a few images of the subject cannot be split
+        measured=_kind_of(training.best_metric),
     )
+
+
+def _kind_of(metric: str) -> str:
+    """Return the kind of images that a metric is measured on: a few images of a subject cannot be split."""
+    return "training-image" if "loss" in metric else "generated-picture"
 
 
 @torch.no_grad()

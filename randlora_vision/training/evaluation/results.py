@@ -29,7 +29,9 @@ def plot_results(
     run: RunFolder, predictions: Sequence[Prediction], scores: Scores, names: Sequence[str], task: str, when: str
 ) -> None:
     """Plot the sample with its predictions, and the confusion of all images of the task ("test" or "validation")."""
-    plot_predictions(predictions, f"{task.capitalize()} images {when}", run.predictions)
+    measured = int(scores.values["samples"])
+    shown = f"{len(predictions)} of the {measured} {task}" if len(predictions) < measured else task.capitalize()
+    plot_predictions(predictions, f"{shown} images {when}", run.predictions)
     title = f"Predictions on the {task} images, top-1 {scores.values['top1']:.1%}"
     plot_confusion(scores.confusion.tolist(), names, title, run.confusion)
 

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_tensor
 from randlora_vision.training.dreambooth.options import ValidationOptions
 from randlora_vision.training.dreambooth.prior import Encoder, PriorMeasure, balance, prior_measure
 from randlora_vision.training.dreambooth.results import in_words, lost_words
+from randlora_vision.training.dreambooth.task import _kind_of
 from randlora_vision.training.harness.progress import best_of
 from tests.training_helpers import write_tiny_vit
 
@@ -116,6 +117,12 @@ def test_likenesses_are_cosines_of_the_encoder(tmp_path: Path) -> None:
     assert now["balance"] == pytest.approx(2 / (1 / now["prior_likeness"] + 1 / now["subject_likeness"]))
     assert "likeness to the subject" in in_words({**now, "loss": 0.5})
     assert "their likeness to the base's is" in lost_words({}, now)[0]
+
+
+def test_what_is_measured_on_pictures_is_not_called_that_of_training_images() -> None:
+    kinds = {metric: _kind_of(metric) for metric in ("loss", "prior_loss", "balance", "prior_drift", "digits_kept")}
+    assert [metric for metric, kind in kinds.items() if kind == "training-image"] == ["loss", "prior_loss"]
+    assert set(kinds.values()) == {"training-image", "generated-picture"}
 
 
 def test_the_best_state_has_learnt_and_kept() -> None:

@@ -13,7 +13,8 @@ from randlora_vision.files.atomic import fingerprint, replacing, write_json
 from randlora_vision.training.clip.evaluation import Evaluation
 from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.data.labelled import ImageSplits
-from randlora_vision.training.evaluation.results import check_equal
+from randlora_vision.training.evaluation import results
+from randlora_vision.training.evaluation.results import check_equal, plot_answers
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder
 from randlora_vision.training.methods.adaptation import TrainedTensors, finite_gradients
@@ -90,7 +91,7 @@ def test_fingerprints_follow_the_content() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
 
 
-def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> None:
+def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = tiny_clip(tmp_path / "tiny")
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     splits = ImageSplits(
@@ -107,6 +108,12 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path) -> N
     assert str(before).count(" 6 images)") == 2
     predictions = evaluation.predictions(before, before)
     assert len(predictions) == 6
+    titles: list[str] = []
+    monkeypatch.setattr(results, "plot_predictions", lambda items, title, path: titles.append(title))
+    monkeypatch.setattr(results, "plot_confusion", lambda *_: None)
+    for shown in (predictions, predictions[:4]):
+        plot_answers(RunFolder(tmp_path), shown, before.scores["test"], ["red", "blue"], "test", "now")
+    assert titles == ["Test images now", "4 of the 6 test images now"]  # a sample says that it is one
     right = [item.before == item.truth for item in predictions]
     assert before.results["test"]["top1"] == pytest.approx(sum(right) / 6)
     assert {(item.picture.getpixel((0, 0)), item.truth) for item in predictions} == {
