@@ -14,7 +14,7 @@ from randlora_vision.training.clip.evaluation import Evaluation
 from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.evaluation import results
-from randlora_vision.training.evaluation.results import check_equal, plot_answers
+from randlora_vision.training.evaluation.results import check_equal, plot_results
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder
 from randlora_vision.training.methods.adaptation import TrainedTensors, finite_gradients
@@ -112,7 +112,7 @@ def test_an_exam_measures_the_new_task_and_the_original_one(tmp_path: Path, monk
     monkeypatch.setattr(results, "plot_predictions", lambda items, title, path: titles.append(title))
     monkeypatch.setattr(results, "plot_confusion", lambda *_: None)
     for shown in (predictions, predictions[:4]):
-        plot_answers(RunFolder(tmp_path), shown, before.scores["test"], ["red", "blue"], "test", "now")
+        plot_results(RunFolder(tmp_path), shown, before.scores["test"], ["red", "blue"], "test", "now")
     assert titles == ["Test images now", "4 of the 6 test images now"]  # a sample says that it is one
     right = [item.before == item.truth for item in predictions]
     assert before.results["test"]["top1"] == pytest.approx(sum(right) / 6)
