@@ -30,7 +30,9 @@ A scale for one call, ``{"scale": 0.5}`` in ``cross_attention_kwargs``, ``joint_
 as it does for a LoRA. It multiplies their own scales and has no effect on fused adapters.
 
 ``pipe.save_pretrained`` writes attached adapters in a form that no pipeline loads, and warns: call `save_adapter`, or
-`fuse` before saving. ``ControlNetModel.from_unet`` and other functions that make a model from the weights of another
+`fuse` before saving, or `save_pipeline`, which writes the base and the adapter beside it. `swap_adapter` puts another
+file in the place of an adapter, and a compiled denoiser is not compiled again; `scheduled` changes scales over the
+denoising steps. ``ControlNetModel.from_unet`` and other functions that make a model from the weights of another
 are refused while adapters are attached; after `fuse` they copy the adapted weights, and within `disabled` the base's.
 
 Offloading whole models (``enable_model_cpu_offload``) works before and after. Enable layer-wise offloading
@@ -54,6 +56,9 @@ from randlora_vision.integrations.pipelines.control import fuse as fuse
 from randlora_vision.integrations.pipelines.control import list_adapters as list_adapters
 from randlora_vision.integrations.pipelines.control import set_scales as set_scales
 from randlora_vision.integrations.pipelines.control import unfuse as unfuse
+from randlora_vision.integrations.pipelines.exchange import save_pipeline as save_pipeline
+from randlora_vision.integrations.pipelines.exchange import swap_adapter as swap_adapter
+from randlora_vision.integrations.pipelines.schedule import scheduled as scheduled
 from randlora_vision.integrations.presets.denoisers import (
     attention_targets,
     backbone_targets,

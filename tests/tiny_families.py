@@ -4,19 +4,28 @@ Real classes of diffusers with text encoders of transformers' real classes, or o
 same way (a T5 for UMT5, a Qwen2 for the text part of Qwen2.5-VL), and one tokenizer for all of them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from tests.tiny_pipelines import (
     CLIP_WIDTH,
+    CONTEXT,
+    FLUX,
     LATENTS,
     NOISE,
+    SD15,
+    SDXL,
     WORDS,
     built,
     clip_text,
     clip_tokenizer,
+    flux,
+    sd15,
+    sdxl,
     t5,
     t5_tokenizer,
     vae,
@@ -390,11 +399,172 @@ def hidream() -> Any:
     )
 
 
+def sd_inpaint() -> Any:
+    """A StableDiffusionInpaintPipeline."""
+    from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+
+    return _like(sd15, StableDiffusionInpaintPipeline, UNet2DConditionModel, SD15, in_channels=2 * LATENTS + 1)
+
+
+def sdxl_inpaint() -> Any:
+    """A StableDiffusionXLInpaintPipeline."""
+    from diffusers import StableDiffusionXLInpaintPipeline, UNet2DConditionModel
+
+    return _like(sdxl, StableDiffusionXLInpaintPipeline, UNet2DConditionModel, SDXL, in_channels=2 * LATENTS + 1)
+
+
+def flux_fill() -> Any:
+    """A FluxFillPipeline: a mask of 2 x 2 pixels for each place of the latents."""
+    from diffusers import FluxFillPipeline, FluxTransformer2DModel
+
+    channels = dict(in_channels=4 * (2 * LATENTS + 4), out_channels=4 * LATENTS)
+    return _like(flux, FluxFillPipeline, FluxTransformer2DModel, FLUX, **channels)
+
+
+def flux_kontext() -> Any:
+    """A FluxKontextPipeline."""
+    from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+
+    return _like(flux, FluxKontextPipeline, FluxTransformer2DModel, FLUX)
+
+
+def qwen_image_edit() -> Any:
+    """A QwenImageEditPipeline, whose text encoder sees images: use it within `small_edits`."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = _tokenizer()
+    marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer.add_tokens([*marks], special_tokens=True)
+    tokenizer.image_token, tokenizer.video_token = marks[:2]
+    image, video, start, end = tokenizer.convert_tokens_to_ids([*marks])
+    sizes = dict(hidden_size=WIDTH, intermediate_size=2 * WIDTH)
+    rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            sizes,
+            vocab_size=len(tokenizer),
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            rope_parameters=rope,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        vision_config=dict(
+            sizes,
+            depth=1,
+            num_heads=2,
+            out_hidden_size=WIDTH,
+            patch_size=4,
+            spatial_merge_size=2,
+            window_size=16,
+            fullatt_block_indexes=[0],
+        ),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        text = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    images = Qwen2VLImageProcessor(min_pixels=64, max_pixels=1024, patch_size=4, merge_size=2)
+    return built(
+        lambda: QwenImageEditPipeline(
+            scheduler=_flow(**DYNAMIC),
+            vae=AutoencoderKLQwenImage(**_VIDEO_VAE),
+            text_encoder=text,
+            tokenizer=tokenizer,
+            processor=Qwen2VLProcessor(
+                image_processor=images, tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor()
+            ),
+            transformer=QwenImageTransformer2DModel(
+                **HEADS,
+                in_channels=4 * LATENTS,
+                out_channels=LATENTS,
+                num_layers=1,
+                joint_attention_dim=WIDTH,
+                axes_dims_rope=(4, 6, 6),
+            ),
+        )
+    )
+
+
+def small_edits(patch: Any) -> None:
+    """Let Qwen-Image-Edit resize images to edit to 16 x 32 pixels instead of a million."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
+
+    patch.setattr(module, "calculate_dimensions", lambda area, ratio: (32, 16, None) if ratio > 1 else (16, 32, None))
+
+
+def kolors() -> Any:
+    """A KolorsPipeline with the ChatGLM of diffusers.
+
+    Its own tokenizer needs sentencepiece and a model file: another one stands for it, which cannot be saved. diffusers
+    has the pipeline only where sentencepiece is installed.
+    """
+    pytest.importorskip("sentencepiece")
+    from diffusers import DDIMScheduler, KolorsPipeline, UNet2DConditionModel
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+    class Tokenizer:
+        def __init__(self) -> None:
+            self.plain = _tokenizer()
+
+        def __call__(self, *given: Any, **options: Any) -> Any:
+            found = self.plain(*given, **options)
+            found["position_ids"] = torch.arange(found["input_ids"].shape[1]).expand_as(found["input_ids"])
+            return found
+
+    text = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=len(_tokenizer()),
+        hidden_size=WIDTH,
+        ffn_hidden_size=2 * WIDTH,
+        kv_channels=8,
+        num_attention_heads=2,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        add_qkv_bias=True,
+        original_rope=True,
+        torch_dtype=torch.float32,
+    )
+    sizes = dict(cross_attention_dim=CLIP_WIDTH, encoder_hid_dim=WIDTH, encoder_hid_dim_type="text_proj")
+    return built(
+        lambda: KolorsPipeline(
+            vae=vae(scaling_factor=0.13025),
+            text_encoder=ChatGLMModel(text, empty_init=False).eval(),
+            tokenizer=Tokenizer(),
+            unet=UNet2DConditionModel(
+                **{**SDXL, **sizes, "projection_class_embeddings_input_dim": 6 * 8 + WIDTH},
+            ),
+            scheduler=DDIMScheduler(**NOISE),
+        )
+    )
+
+
+def _like(make: Callable[[], Any], kind: Any, denoiser: Any, options: dict[str, Any], **changed: Any) -> Any:
+    """A pipeline of the parts of another one, with a denoiser of its own."""
+    takes = inspect.signature(kind).parameters
+    parts = {part: module for part, module in make().components.items() if part in takes}
+    name = "unet" if "unet" in parts else "transformer"
+    settings = {"requires_safety_checker": False} if kind.__name__ == "StableDiffusionInpaintPipeline" else {}
+    return built(lambda: kind(**{**parts, name: denoiser(**{**options, **changed})}, **settings))
+
+
 TINY: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (flux2, flux2_klein, qwen_image, z_image, sana, pixart_sigma, lumina2, chroma, aura_flow, hunyuan_dit,
-                 wan, ltx, hidream)
+                 wan, ltx, hidream, sd_inpaint, sdxl_inpaint, flux_fill, flux_kontext, qwen_image_edit)
 }  # fmt: skip
+LENGTHS = {"flux_fill": CONTEXT, "flux_kontext": CONTEXT}  # of texts, in tokens; 64 for the others
 SIZES = {"sana": (32, 64), "ltx": (32, 64)}  # of which the pipelines demand multiples of 32
 
 _SHIFTED_VAE = dict(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)

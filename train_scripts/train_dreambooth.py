@@ -24,6 +24,7 @@ from randlora_vision.errors import user_errors
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
+from randlora_vision.training.dreambooth.class_images import ClassImages
 from randlora_vision.training.dreambooth.defaults import DEFAULTS, resolve
 from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
 from randlora_vision.training.dreambooth.dry_run import measure
@@ -46,9 +47,10 @@ from randlora_vision.training.dreambooth.results import (
     lost_words,
     write_results,
 )
-from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, class_images, largest_difference
-from randlora_vision.training.dreambooth.subject import read_subject
-from randlora_vision.training.dreambooth.task import Measure, TrainingSet, make_task
+from randlora_vision.training.dreambooth.samples import Autocast, Gallery, Sampler, largest_difference
+from randlora_vision.training.dreambooth.shown import Shown, images_shown
+from randlora_vision.training.dreambooth.subject import read_subject, require_given
+from randlora_vision.training.dreambooth.task import Measure, TrainingSet, make_material, make_task
 from randlora_vision.training.evaluation.model_card import write_card
 from randlora_vision.training.evaluation.publishing import check_login, publish
 from randlora_vision.training.evaluation.results import closing_words
@@ -88,12 +90,15 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         settings.subject.resolution or family.default_resolution,
         family.size_multiple,
     )
+    # Text is encoded first, and the denoiser loaded when the text encoders are gone, unless they are trained.
     set_seed(settings.training.seed)
-    sampler = make_sampler(family, settings, buckets[0], accelerator.autocast)
+    require_given(subject, family.takes, family.pipeline, settings.subject)
+    shown = images_shown(subject, settings.validation.validation_image, family.takes, buckets[0])
+    sampler = make_sampler(family, settings, buckets[0], accelerator.autocast, shown)
     folder = Path(settings.subject.class_data_dir or run.class_images)
-    images = class_images(settings.subject, folder, sampler, accelerator, skipped)
-    data = TrainingSet(subject, images, buckets)
-    settings = in_steps(settings, max(len(subject.images), len(images)), accelerator.num_processes)
+    of_class = ClassImages(settings.subject, folder, sampler, accelerator, skipped)
+    data = TrainingSet(subject, of_class.images, buckets)
+    settings = in_steps(settings, max(len(subject.images), len(of_class.images)), accelerator.num_processes)
     say(f"pipeline: {model_title(settings)}, a {type(family.pipe).__name__}\nimages: {data}{skipped}")
 
     background = parse_colour(settings.subject.background)
@@ -102,6 +107,14 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     if settings.embedded:
         measures.append(make_judge(sampler, settings))
     gallery = make_gallery(sampler, settings, subject.captions[0])
+    material = make_material(family, data, settings)
+    if not settings.pipeline.train_text_encoder:
+        family.drop_text_encoders()
+    family.load_denoiser()
+    family.offload()
+    of_class.make()
+    if prior:
+        prior.begin()
     pictures = bool(settings.validation.validation_prompt) and run.writing
     if pictures and resume is None:
         write_base_pictures(run, gallery)
@@ -109,10 +122,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     start(adaptation, settings.adapter, resume is not None)
     say(f"\n{adaptation.report}\n{DEFAULTS.rank_note(options.adapter, options.embedded)}")
     path = run.adapter if run.writing else None
-    task = make_task(family, adaptation, data, settings, accelerator.num_processes, path, measures)
-    if not settings.pipeline.train_text_encoder:
-        family.drop_text_encoders()  # all prompts are already encoded
-    if settings.pipeline.gradient_checkpointing:
+    task = make_task(family, adaptation, material, settings, accelerator.num_processes, path, measures)
+    if settings.pipeline.gradient_checkpointing or settings.pipeline.offload_base:
         checkpoint_activations(getattr(family.pipe, name) for name in trained_components(family, settings))
     if settings.pipeline.torch_compile:
         task.loss.compile()
@@ -130,7 +141,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if run.writing:
         trained = gallery.draw()
-        family.pipe.to("cpu")  # frees memory
+        family.release()
         difference = check_reload(settings, device, accelerator.autocast, adaptation, run, gallery, trained)
         if pictures:
             album.finish([line["step"] for line in run.read_metrics() if line["split"] == EVALUATED])
@@ -170,12 +181,16 @@ def load(settings: DreamBoothSettings, device: torch.device) -> Family:
         dtype,
         pipeline.quantize,
         pipeline.gguf_file,
+        text_first=not pipeline.train_text_encoder,
+        offload_to=pipeline.offload_base,
     )
-    family.pipe.to(device)
+    family.move(device)
     return family
 
 
-def make_sampler(family: Family, settings: DreamBoothSettings, size: Size, autocast: Autocast) -> Sampler:
+def make_sampler(
+    family: Family, settings: DreamBoothSettings, size: Size, autocast: Autocast, shown: Shown | None
+) -> Sampler:
     """Return a sampler with the validation settings."""
     validation = settings.validation
     return Sampler(
@@ -185,6 +200,7 @@ def make_sampler(family: Family, settings: DreamBoothSettings, size: Size, autoc
         autocast,
         validation.num_inference_steps,
         validation.validation_guidance_scale,
+        shown,
     )
 
 
@@ -214,10 +230,14 @@ def check_reload(
 ) -> float:
     """Load the saved file into a fresh pipeline; return the largest difference between pixels."""
     fresh = load(settings, device)
+    sampler = make_sampler(fresh, settings, gallery.sampler.size, autocast, gallery.sampler.shown)
+    same = make_gallery(sampler, settings, gallery.prompts[0])
+    if not settings.pipeline.train_text_encoder:
+        fresh.drop_text_encoders()
+    fresh.load_denoiser()
     adaptation.load(fresh.pipe, run.adapter)
-    sampler = make_sampler(fresh, settings, gallery.sampler.size, autocast)
-    pictures = make_gallery(sampler, settings, gallery.prompts[0]).draw()
-    return check_same(largest_difference(pictures, trained), run)
+    fresh.offload()
+    return check_same(largest_difference(same.draw(), trained), run)
 
 
 if __name__ == "__main__":

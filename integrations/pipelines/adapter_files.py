@@ -92,8 +92,8 @@ def load_adapter(
         ValueError: If the file is damaged or not an adapter file, does not fit the pipeline or fits several of its
             components, or a component is offloaded layer by layer. The pipeline is then unchanged.
     """
-    parts, path = components(pipe), _local(source)
-    contents, note = _wanted(pipe, parts, _read(path), path, component)
+    parts, (held, path) = components(pipe), read_parts(source)
+    contents, note = _wanted(pipe, parts, held, path, component)
     chosen = _place(parts, contents, adapter_name, path)
     reports: dict[str, InjectionReport] = {}
     try:
@@ -108,6 +108,12 @@ def load_adapter(
         _LOG.warning(note)
         reports = {name: replace(report, warnings=(*report.warnings, note)) for name, report in reports.items()}
     return reports
+
+
+def read_parts(source: str | os.PathLike[str]) -> tuple[dict[str, _Content], Path]:
+    """Return component -> its content, and the file that `source` of `load_adapter` is; "" names no component."""
+    path = _local(source)
+    return _read(path), path
 
 
 def _local(source: str | os.PathLike[str]) -> Path:

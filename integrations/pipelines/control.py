@@ -7,6 +7,7 @@ from typing import Any
 import randlora_vision
 from randlora_vision.injection.control import scale_changes
 from randlora_vision.integrations.pipelines.components import adapted, components, holding, records_of, refuse_offloaded
+from randlora_vision.layers.state import AdapterSlot
 
 Scale = float | Mapping[str, float | Mapping[str, float]]
 """Scale of one adapter: a number, or a mapping from components to a number or to a mapping from blocks to numbers."""
@@ -30,6 +31,14 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
         ValueError: If a number is not finite, an adapter, component or block does not exist, or an adapter is merged.
             No scale is then changed.
     """
+    for slot, value in scale_changes_of(pipe, scales, adapter_name):
+        slot.scale = value
+
+
+def scale_changes_of(
+    pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str | None
+) -> list[tuple[AdapterSlot, float]]:
+    """Return what `set_scales` would change, and the new scales."""
     by_adapter: dict[str | None, Any] = {adapter_name: scales}
     if adapter_name is None and isinstance(scales, Mapping):
         by_adapter = {name: scale for name, scale in scales.items()}
@@ -39,7 +48,7 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
                 f"set_scales: expected names of adapters, got components: {', '.join(map(repr, by_adapter))}; name the "
                 "adapter, set_scales(pipe, scales, adapter_name)"
             )
-    changes = []
+    changes: list[tuple[AdapterSlot, float]] = []
     for name, scale in by_adapter.items():
         parts = adapted(pipe, name)
         by_part = scale if isinstance(scale, Mapping) else {part: scale for part in parts}
@@ -48,8 +57,7 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
                 which = "have adapters" if name is None else f"have the adapter {name!r}"
                 raise ValueError(f"set_scales: {part!r} is not among the components that {which}: {', '.join(parts)}")
             changes += scale_changes(parts[part], value, name)
-    for slot, value in changes:
-        slot.scale = value
+    return changes
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -21,6 +21,13 @@ def refill(model: nn.Module, content: AdapterFile, path: str | os.PathLike[str],
         ValueError: Unless both have the same targets, ranks, alphas, bases and modules trained in full. The adapter is
             then left unchanged.
     """
+    checked_refill(model, content, path, adapter_name)()
+
+
+def checked_refill(
+    model: nn.Module, content: AdapterFile, path: str | os.PathLike[str], adapter_name: str = "default"
+) -> Callable[[], None]:
+    """Return the function that does what `refill` does; raises as it does, before anything is changed."""
     adapter, tensors, saved = own_adapter(model, adapter_name)
     where = f"{path} does not fit the adapter of this {type(model).__name__}"
     have, want = (
@@ -32,12 +39,16 @@ def refill(model: nn.Module, content: AdapterFile, path: str | os.PathLike[str],
     _compare(shapes, wanted, where)
     if content.spec != adapter.spec or content.bases_sha256 != get_bases(adapter.spec).sha256:
         raise ValueError(f"{where}: its bases are {content.spec}, those of the adapter {adapter.spec}")
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def copy() -> None:
         for name, own in tensors.items():
             for tensor, value in zip(own, content.trained[name], strict=True):
                 tensor.copy_(value)
         for name, whole in saved.items():
             whole.copy_(content.saved[name])
+
+    return copy
 
 
 def _compare(have: Mapping[str, object], want: Mapping[str, object], where: str) -> None:

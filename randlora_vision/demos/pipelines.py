@@ -23,7 +23,7 @@ from randlora_vision.training.data.sources import digits
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.dreambooth.families import FAMILIES, Family
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
-from randlora_vision.training.dreambooth.options import DemoFamily
+from randlora_vision.training.dreambooth.pipeline_options import DemoFamily
 
 PIXELS = 16
 PROMPTS = tuple(f"a photo of the digit {name}" for name in digits.NAMES)

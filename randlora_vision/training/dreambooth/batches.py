@@ -20,11 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from randlora_vision.training.data.batches import worker_count
 from randlora_vision.training.data.decode import WHITE, Colour
 from randlora_vision.training.data.pictures import Picture, open_picture
-from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_mask
+from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_like
 from randlora_vision.training.dreambooth.captions import Variants
-from randlora_vision.training.dreambooth.families import Encoded, Family
+from randlora_vision.training.dreambooth.families import Encoded, Family, Takes
+from randlora_vision.training.dreambooth.given import as_given, random_mask
 from randlora_vision.training.dreambooth.kept import Kept, hash_of, identity
 from randlora_vision.training.harness.seeding import seed_everything
+
+_MASKS = 16  # random masks of an image whose latents are cached
 
 
 class DiffusionBatch(TypedDict):
@@ -42,6 +45,9 @@ class DiffusionBatch(TypedDict):
     """The weight of the error in each pixel (B, 1, h, w), between 0 and 1; (B, 1, 1, 1) where no item has a mask."""
     seeds: Tensor
     """The seed of the noise of each item (B,), int64."""
+    given: Tensor
+    """What a family `takes`: masks (B, 1, h, w) or images (B, 3, h, w), or its `condition` of them beside moments; for
+    other families (B, 0)."""
 
 
 class Entry(NamedTuple):
@@ -52,6 +58,7 @@ class Entry(NamedTuple):
     caption: int
     prior: bool
     mask: Tensor
+    given: Tensor
     seed: int = 0
 
 
@@ -66,6 +73,7 @@ class Item:
     background: Colour = WHITE
     variants: Variants | None = None  # of the caption
     mask: Image.Image | None = None  # of the image's proportions, mode L: white where its error counts
+    given: Picture | None = None  # of the image's proportions: the mask of inpainting, or the image to edit
 
     def draw_caption(self) -> int:
         """Return the index of the caption for training."""
@@ -83,9 +91,10 @@ def read_picture(image: Picture, background: Colour = WHITE) -> Image.Image:
 class CaptionedPixels:
     """Items as pixels; without `center_crop`, every access draws a new random crop."""
 
-    def __init__(self, items: Sequence[Item], center_crop: bool) -> None:
+    def __init__(self, items: Sequence[Item], center_crop: bool, takes: Takes = None) -> None:
         self.items = list(items)
         self.center_crop = center_crop
+        self.takes = takes
         self.masked = any(item.mask is not None for item in items)
 
     def __getitem__(self, index: int) -> Entry:
@@ -94,8 +103,16 @@ class CaptionedPixels:
         pixels, sizes = fit(read_picture(item.image, item.background), item.bucket, self.center_crop)
         mask = torch.ones(1, *(item.bucket if self.masked else (1, 1)))
         if item.mask is not None:
-            mask = fit_mask(item.mask, sizes)
-        return Entry(pixels, sizes, item.caption, item.prior, mask)
+            mask = fit_like(item.mask, sizes)
+        return Entry(pixels, sizes, item.caption, item.prior, mask, self.given(item, sizes))
+
+    def given(self, item: Item, sizes: Tensor) -> Tensor:
+        """Return the mask or the image to edit, cropped as the image was; a mask that is drawn covers a part of it."""
+        if self.takes is None:
+            return torch.zeros(0)
+        if item.given is None:
+            return random_mask(item.bucket)
+        return as_given(read_picture(item.given, item.background), sizes, self.takes)
 
 
 class CachedLatents:
@@ -104,6 +121,7 @@ class CachedLatents:
     def __init__(self, data: CaptionedPixels, family: Family, seed: int, kept: Kept | None = None) -> None:
         self.items = data.items
         self.entries: list[Entry] = []
+        self.conditions: list[list[Tensor]] = []  # several for an item with random masks
         vae = identity([family.pipe.vae]) if kept else ""
         for index in range(len(data.items)):
             seed_everything("crop", seed, index)
@@ -115,10 +133,23 @@ class CachedLatents:
                 key = ("moments", family.pipeline, vae, hash_of(pixels))
                 moments = kept(key, partial(_moments, family, pixels))["moments"]
             self.entries.append(entry._replace(inputs=moments))
+            if data.takes:
+                drawn = 0 if data.items[index].given else _MASKS - 1
+                chosen = [entry.given, *(random_mask(data.items[index].bucket) for _ in range(drawn))]
+                self.conditions.append([self._condition(family, pixels, given, vae, kept) for given in chosen])
+
+    @staticmethod
+    def _condition(family: Family, pixels: Tensor, given: Tensor, vae: str, kept: Kept | None) -> Tensor:
+        def make() -> Encoded:
+            return {"condition": family.condition(pixels, given[None])[0].cpu()}
+
+        key = ("condition", family.pipeline, vae, hash_of(pixels), hash_of(given))
+        return (make() if kept is None else kept(key, make))["condition"]
 
     def __getitem__(self, index: int) -> Entry:
         """Return an item with its own caption."""
-        return self.entries[index]
+        entry = self.entries[index]
+        return entry._replace(given=random.choice(self.conditions[index])) if self.conditions else entry
 
 
 Items = CaptionedPixels | CachedLatents
@@ -170,7 +201,7 @@ class Numbered(Sampler[list[Place]]):
 
 def collate(entries: Sequence[Entry]) -> DiffusionBatch:
     """Stack items into a batch."""
-    inputs, sizes, captions, prior, masks, seeds = zip(*entries, strict=True)
+    inputs, sizes, captions, prior, masks, given, seeds = zip(*entries, strict=True)
     return DiffusionBatch(
         inputs=torch.stack(inputs),
         captions=torch.tensor(captions),
@@ -178,6 +209,7 @@ def collate(entries: Sequence[Entry]) -> DiffusionBatch:
         sizes=torch.stack(sizes),
         masks=torch.stack(masks),
         seeds=torch.tensor(seeds),
+        given=torch.stack(given),
     )
 
 

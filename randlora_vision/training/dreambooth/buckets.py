@@ -59,10 +59,13 @@ def fit(image: Image.Image, bucket: Size, center_crop: bool) -> tuple[Tensor, Te
     return pixels, torch.tensor([image.height, image.width, top, left, height, width])
 
 
-def fit_mask(mask: Image.Image, sizes: Tensor) -> Tensor:
-    """Crop the mask of an image as `fit` cropped the image, which returned `sizes`; (1, h, w), between 0 and 1."""
+def fit_like(other: Image.Image, sizes: Tensor) -> Tensor:
+    """Crop a mask or another image of these proportions as `fit` cropped the image, which returned `sizes`.
+
+    Returns (1 or 3, h, w), float32 between 0 and 1.
+    """
     image_height, image_width, top, left, height, width = sizes.tolist()
-    scaled = _cover(mask, (image_width, image_height), (height, width))
+    scaled = _cover(other, (image_width, image_height), (height, width))
     return pil_to_tensor(scaled.crop((left, top, left + width, top + height))).float() / 255
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from randlora_vision.training.dreambooth.families import with_image_of
 from randlora_vision.training.dreambooth.options import SubjectOptions
 
 _ORDERS = 16  # of the tags of a caption: few enough to encode all of them before training
@@ -46,6 +47,7 @@ def variants_of(caption: str, options: SubjectOptions, seed: int, prompts: list[
     """Return the variants of a caption, adding their texts to `prompts`."""
 
     def place(text: str) -> int:
+        text = with_image_of(caption, text)
         if text not in prompts:
             prompts.append(text)
         return prompts.index(text)

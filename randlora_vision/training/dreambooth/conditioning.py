@@ -25,6 +25,10 @@ class Conditioned(Protocol):
     def latent_channels(self) -> int:
         """The number of channels of the latents of the VAE."""
 
+    @property
+    def condition_channels(self) -> int:
+        """The number of channels that are given beside the latents."""
+
 
 def check_conditioning(family: Conditioned) -> None:
     """Raise ValueError if the denoiser has an input that the training of its family does not provide."""
@@ -36,15 +40,19 @@ def _problems(family: Conditioned) -> Iterator[str]:
     denoiser: Any = family.denoiser
     pipe, additions, channels = family.pipe, family.additions, family.packing * family.latent_channels
     config = denoiser.config
+    taken = channels + family.packing * family.condition_channels
+    beside = " and the mask with the image around it" if family.condition_channels else ""
     if config.get("time_cond_proj_dim") is not None:
         yield (
             f"the guidance scale is an input (time_cond_proj_dim={config.time_cond_proj_dim}), as in latent "
             "consistency models, which are distilled and not trained to predict noise; train the adapter on the model "
             "that this one was distilled from, and load it into this one"
         )
-    if config.in_channels != channels:
+    if family.condition_channels and config.in_channels == channels:
+        yield "it takes no mask, only latents; load it in the pipeline that makes images from text alone"
+    elif config.in_channels != taken:
         yield (
-            f"it takes {config.in_channels} channels, but the latents have {channels}; the others hold a mask, an "
+            f"it takes {config.in_channels} channels, but the latents{beside} have {taken}; the others hold a mask, an "
             "image or a control (inpainting, editing, upscaling, control models), which training does not provide"
         )
     predicted = (None, channels, family.latent_channels, *((2 * channels,) if family.learned_variance else ()))

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from randlora_vision import RandLoRAConfig, plan
-from randlora_vision.skeletons import shapes_only
 from randlora_vision.training.dreambooth.families import Family
-from randlora_vision.training.dreambooth.loading import family_class
+from randlora_vision.training.dreambooth.loading import family_class, without_values
 from randlora_vision.training.dreambooth.methods import adapter_configs, trained_components
 from randlora_vision.training.dreambooth.options import DreamBoothSettings
 from randlora_vision.training.dreambooth.quantization import BYTES_PER_WEIGHT
@@ -38,13 +37,15 @@ class Needs:
     bases_bytes: int
     state_bytes: int
     """The trained numbers, their gradients and the optimiser's state."""
+    text_bytes: int
+    """What is loaded to encode prompts: everything but the denoiser, unless text encoders are trained."""
     training_bytes: int
     """What remains loaded while the denoiser is trained."""
 
     @property
     def peak_bytes(self) -> int:
-        """The larger of all parts together, which are loaded to encode prompts and images, and of training."""
-        return max(sum(part.bytes for part in self.parts), self.training_bytes)
+        """The larger of what encoding prompts and training need."""
+        return max(self.text_bytes, self.training_bytes)
 
     def __str__(self) -> str:
         lines = [f"{part.name}: {part.parameters:,} parameters, {_size(part.bytes)}" for part in self.parts]
@@ -69,6 +70,9 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
         for name, part in modules.items()
     }
     trained = trained_components(family, settings)
+    resting = list(dict.fromkeys((family.denoiser_name, "vae", *trained)))
+    if pipeline.offload_base:
+        resting.remove(family.denoiser_name)
     if adapter.method == "full":
         numbers = sum(_count(modules[name]) for name in trained)
         file, bases = _FLOAT32 * numbers, 0
@@ -77,14 +81,14 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
         numbers, file, bases = _adapter(modules, configs, adapter.method, adapter.rank)
     states = 2 if settings.training.use_8bit_adam else 2 * _FLOAT32
     state = numbers * (2 * _FLOAT32 + states)
-    resting = (family.denoiser_name, "vae", *trained)
     return Needs(
         tuple(Part(name, _count(part), sizes[name]) for name, part in modules.items()),
         numbers,
         file,
         bases,
         state,
-        sum(sizes[name] for name in dict.fromkeys(resting)) + state + bases,
+        sum(sizes.values()) - (0 if pipeline.train_text_encoder else sizes[family.denoiser_name]),
+        sum(sizes[name] for name in resting) + state + bases,
     )
 
 
@@ -108,21 +112,10 @@ def without_weights(path: str, settings: DreamBoothSettings) -> Family:
         if "Scheduler" in part:
             parts[name] = cls.from_pretrained(path, subfolder=name, **options)
         elif issubclass(cls, nn.Module):
-            parts[name] = _empty(cls, path, name, options)
+            parts[name] = without_values(cls, path, name, options)
     settings_of_pipe = {name: value for name, value in index.items() if name[0] != "_" and name not in parts}
     pipe = getattr(diffusers, kind.pipeline)(**parts, **{**settings_of_pipe, **kind.loading})
     return kind(pipe, settings.objective, settings.pipeline.max_sequence_length)
-
-
-def _empty(cls: Any, path: str, name: str, options: Mapping[str, Any]) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    if hasattr(cls, "load_config"):  # a model of diffusers
-        with init_empty_weights():
-            return cls.from_config(cls.load_config(path, subfolder=name, **options))
-    config = cls.config_class.from_pretrained(path, subfolder=name, **options)
-    with shapes_only():  # accelerate's way would untie tied weights
-        return cls(config)
 
 
 def _adapter(

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from randlora_vision.skeletons import shapes_only
 from randlora_vision.training.dreambooth.families import FAMILIES, Family
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
+from randlora_vision.training.dreambooth.offload import Place
 from randlora_vision.training.dreambooth.quantization import Quantization, denoiser_from_gguf, quantized
 
 
@@ -24,8 +26,13 @@ def load_family(
     dtype: torch.dtype = torch.float32,
     quantize: Quantization | None = None,
     gguf_file: str | None = None,
+    text_first: bool = False,
+    offload_to: Place | None = None,
 ) -> Family:
     """Load a pipeline and return its family; the VAE stays in float32.
+
+    With `text_first`, the denoiser is on the meta device until `Family.load_denoiser`, so that the text encoders can be
+    used and dropped before. `offload_to` says where `Family.offload` puts it.
 
     With `quantize`, the denoiser and the text encoders that are not trained are quantised; GGUF is for the denoiser
     alone, which comes from `gguf_file`.
@@ -34,19 +41,36 @@ def load_family(
     OSError if diffusers finds no pipeline.
     """
     kind, index = family_class(path, revision)
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     special: dict[str, Any] = {}
-    if quantize == "gguf":
-        assert gguf_file is not None
-        special[kind.denoiser_name] = denoiser_from_gguf(
-            index[kind.denoiser_name][1], gguf_file, path, kind.denoiser_name, dtype
-        )
-    elif quantize is not None:
+    name = kind.denoiser_name
+    config = None
+    if quantize not in (None, "gguf"):
         texts = kind.quantized_texts([name for name, home in index.items() if home and home != [None, None]])
-        special["quantization_config"] = quantized(quantize, kind.denoiser_name, texts, dtype)
+        config = special["quantization_config"] = quantized(quantize, name, texts, dtype)
+    cls = getattr(diffusers, index[name][1])
+    origin = {"subfolder": name, "revision": revision, "variant": variant}
+
+    def denoiser() -> nn.Module:
+        if quantize == "gguf":
+            assert gguf_file is not None
+            return denoiser_from_gguf(cls, gguf_file, path, name, dtype)
+        packing = None if config is None else config.quant_mapping[name]
+        with _without_loading_bars():
+            return cls.from_pretrained(path, torch_dtype=dtype, quantization_config=packing, **origin)
+
+    def ready() -> nn.Module:
+        return denoiser().requires_grad_(False).eval()
+
+    if text_first:
+        empty = without_values(cls, path, name, {"revision": revision} if revision else {})
+        special[name] = nn.Module.to(empty, dtype)  # that of diffusers warns
+    elif quantize == "gguf":
+        special[name] = denoiser()
+    pipeline = getattr(diffusers, kind.pipeline)  # `DiffusionPipeline` would load an optional denoiser that is given
     with _without_loading_bars():
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = pipeline.from_pretrained(
             path,
             revision=revision,
             variant=variant,
@@ -57,7 +81,23 @@ def load_family(
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    return kind(pipe, options, max_sequence_length)
+    family = kind(pipe, options, max_sequence_length)
+    family.offload_to = offload_to
+    if text_first:
+        family.denoiser_later = ready
+    return family
+
+
+def without_values(cls: Any, path: str, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Return the component `name` of the pipeline at `path`, of class `cls`, on the meta device."""
+    from accelerate import init_empty_weights
+
+    if hasattr(cls, "load_config"):  # a model of diffusers
+        with init_empty_weights():
+            return cls.from_config(cls.load_config(path, subfolder=name, **options))
+    config = cls.config_class.from_pretrained(path, subfolder=name, **options)
+    with shapes_only():  # accelerate's way would untie tied weights
+        return cls(config)
 
 
 def family_class(path: str, revision: str | None = None) -> tuple[type[Family], Mapping[str, Any]]:

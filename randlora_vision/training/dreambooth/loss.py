@@ -57,6 +57,9 @@ class DiffusionLoss(nn.Module):
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor  # not the masks of tokens
             for name, tensor in self.prompts(batch["captions"]).items()
         }
+        if family.takes:
+            given = batch["given"].to(family.device)
+            prompt["condition"] = (given if self.cached_latents else family.condition(inputs, given)).to(dtype)
         sizes = batch["sizes"].to(family.device)
         answer = self.predict(noised.latents.to(dtype), noised.timesteps, prompt, sizes)
         errors = noised.errors(answer, family.options.loss_type)

@@ -1,4 +1,7 @@
-"""Masks of the loss: for each image of a subject, where its error counts (white) and where it does not (black)."""
+"""Images that belong to those of a subject by their names: masks, and the images that an edit begins with.
+
+A mask is white where the error counts, or where an inpainting pipeline makes the image anew.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +22,8 @@ def read_masks(images: Sequence[Picture], options: SubjectOptions) -> list[Image
     Raises ValueError for an image without a mask, a mask of other proportions, and if no image is transparent.
     """
     if options.mask_data_dir is not None:
-        folder = Path(options.mask_data_dir)
-        if not folder.is_dir():
-            raise ValueError(f"--mask-data-dir {folder} does not exist or is not a folder")
-        files = {path.stem: path for path in list_images(folder)}
-        return [_of_file(image, files, folder) for image in images]
+        paths = _beside(images, Path(options.mask_data_dir), "--mask-data-dir", "mask")
+        return [read_picture(path).convert("L") for path in paths]
     if options.alpha_mask:
         masks = [_alpha(image) for image in images]
         if all(mask.getextrema() == (255, 255) for mask in masks):
@@ -32,15 +32,36 @@ def read_masks(images: Sequence[Picture], options: SubjectOptions) -> list[Image
     return None
 
 
-def _of_file(image: Picture, files: dict[str, Path], folder: Path) -> Image.Image:
+def read_originals(images: Sequence[Picture], options: SubjectOptions) -> list[Path] | None:
+    """Return the images of --cond-data-dir that are edited into those of the subject, or None.
+
+    Raises ValueError for an image without an original, and for an original of other proportions.
+    """
+    if options.cond_data_dir is None:
+        return None
+    return _beside(images, Path(options.cond_data_dir), "--cond-data-dir", "image to edit")
+
+
+def require_alike(other: Picture, image: Picture) -> None:
+    """Raise ValueError if an image that belongs to another one has other proportions."""
+    (width, height), (of_image, high) = read_picture(other).size, read_picture(image).size
+    if abs(width * high / (height * of_image) - 1) > _ALIKE:
+        raise ValueError(f"{other} has {width} x {height} pixels, but {image} has {of_image} x {high}")
+
+
+def _beside(images: Sequence[Picture], folder: Path, flag: str, what: str) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {folder} does not exist or is not a folder")
+    files = {path.stem: path for path in list_images(folder)}
+    return [_of_file(image, files, f"{flag} {folder} has no {what}") for image in images]
+
+
+def _of_file(image: Picture, files: dict[str, Path], missing: str) -> Path:
     assert isinstance(image, Path)
     if image.stem not in files:
-        raise ValueError(f"--mask-data-dir {folder} has no mask for {image.name}: expected {image.stem}.png")
-    file = files[image.stem]
-    mask, (width, height) = read_picture(file).convert("L"), read_picture(image).size
-    if abs(mask.width * height / (mask.height * width) - 1) > _ALIKE:
-        raise ValueError(f"{file} has {mask.width} x {mask.height} pixels, but {image} has {width} x {height}")
-    return mask
+        raise ValueError(f"{missing} for {image.name}: expected {image.stem}.png")
+    require_alike(files[image.stem], image)
+    return files[image.stem]
 
 
 def _alpha(image: Picture) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, set_active
+from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject
 from randlora_vision.adapters.refill import refill
 from randlora_vision.files import bundle
 from randlora_vision.integrations import diffusers as pipelines
@@ -24,7 +24,7 @@ from randlora_vision.training.methods.adaptation import (
     values_restored,
 )
 
-_TRAINED, _SAVED = "default", "saved"
+_TRAINED = "default"
 
 
 class PipelineAdaptation(Adaptation, Protocol):
@@ -79,21 +79,9 @@ class RandLoRAInPipeline:
         with quiet():
             pipelines.load_adapter(model, path)
 
-    @contextlib.contextmanager
-    def with_saved(self, path: Path) -> Iterator[None]:
-        """Temporarily load the file as a second adapter and deactivate the adapter in training."""
-        with quiet():
-            pipelines.load_adapter(self.pipe, path, _SAVED)
-        try:
-            self._activate(_SAVED)
-            yield
-        finally:
-            pipelines.delete_adapter(self.pipe, _SAVED)
-            self._activate(_TRAINED)
-
-    def _activate(self, adapter: str) -> None:
-        for part in self.parts.values():
-            set_active(part, adapter)
+    def with_saved(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Temporarily replace the trained numbers by those of the file."""
+        return values_restored(self, lambda: self.start_from(path))
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the code that calls `load_adapter` of the diffusers integration."""

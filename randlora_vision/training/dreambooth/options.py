@@ -6,7 +6,8 @@ from typing import Literal
 from randlora_vision.names import short_name
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
-from randlora_vision.training.dreambooth.quantization import Quantization
+from randlora_vision.training.dreambooth.pipeline_options import PipelineOptions as PipelineOptions
+from randlora_vision.training.dreambooth.pipeline_options import above
 from randlora_vision.training.harness.options import (
     FREE,
     AdapterOptions,
@@ -15,54 +16,7 @@ from randlora_vision.training.harness.options import (
     RunOptions,
     Training,
     TrainingOptions,
-    require_digits_cache,
 )
-
-DemoFamily = Literal["unet", "flow"]
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """The pipeline."""
-
-    pretrained_model_name_or_path: str | None = None
-    """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. docs/diffusion.md
-    lists what is supported. Default: a tiny pipeline pretrained on handwritten digits."""
-    revision: str | None = None
-    """Revision of the pipeline on the Hub."""
-    variant: str | None = None
-    """Variant of the weights, such as fp16."""
-    family: DemoFamily = "unet"
-    """Which tiny pipeline to use by default: a UNet with noise prediction, or a transformer with flow matching."""
-    train_text_encoder: bool = False
-    """Also adapt the CLIP text encoders."""
-    text_encoder_lr: float | None = None
-    """Peak learning rate of the text encoders. Default: --lr."""
-    max_sequence_length: int | None = None
-    """Maximum length of prompts, in tokens, where the pipeline takes one. Default: that of the pipeline."""
-    quantize: Quantization | None = None
-    """Quantise the frozen denoiser and the text encoders that are not trained; adapters stay in full precision. gguf
-    takes the denoiser from --gguf-file."""
-    gguf_file: str | None = None
-    """The denoiser as a GGUF file, with --quantize gguf."""
-    dry_run: bool = False
-    """Print the parameters and the bytes of every part, the size of the adapter and an estimate of the peak memory, and
-    stop. No weights are loaded."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: uses less memory and more time."""
-    torch_compile: bool = False
-    """Compile the forward and backward passes of the denoiser with torch.compile; pictures are sampled without it."""
-    cache_dir: str | None = None
-    """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
-
-    def __post_init__(self) -> None:
-        require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
-        if self.text_encoder_lr is not None and not self.train_text_encoder:
-            raise ValueError("--text-encoder-lr needs --train-text-encoder")
-        if (self.quantize == "gguf") != (self.gguf_file is not None):
-            raise ValueError("--quantize gguf and --gguf-file go together: the file holds the quantised denoiser")
-        _above("--text-encoder-lr", self.text_encoder_lr)
-        _above("--max-sequence-length", self.max_sequence_length)
 
 
 @dataclass(frozen=True)
@@ -92,9 +46,14 @@ class SubjectOptions:
     """The colour on which transparent pixels are composed, such as black or #808080."""
     mask_data_dir: str | None = None
     """A folder with a mask for each image of --instance-data-dir, of the same name: the loss counts where it is white
-    and does not where it is black."""
+    and does not where it is black. For inpainting: what is white is made anew. Default there: random masks."""
     alpha_mask: bool = False
     """Let the loss count only where the images of the subject are opaque."""
+    cond_data_dir: str | None = None
+    """For a pipeline that edits: a folder with the image to edit for each image of --instance-data-dir, of the same
+    name. The caption says what the edit does."""
+    cond_image_column: str | None = None
+    """The same for --dataset-name: the column of the images to edit."""
     with_prior_preservation: bool = False
     """Also train on images of the class, so that the model does not forget the class."""
     class_data_dir: str | None = None
@@ -132,10 +91,12 @@ class SubjectOptions:
         if not self.with_prior_preservation and (self.class_data_dir or self.class_prompt):
             raise ValueError("--class-data-dir and --class-prompt need --with-prior-preservation")
         for name in ("num_class_images", "sample_batch_size", "resolution"):
-            _above(f"--{name.replace('_', '-')}", getattr(self, name))
+            above(f"--{name.replace('_', '-')}", getattr(self, name))
         parse_colour(self.background)
         if self.mask_data_dir and (self.alpha_mask or not self.instance_data_dir):
             raise ValueError("--mask-data-dir needs --instance-data-dir, and excludes --alpha-mask")
+        if self.cond_data_dir and not self.instance_data_dir or self.cond_image_column and not self.dataset_name:
+            raise ValueError("--cond-data-dir needs --instance-data-dir, and --cond-image-column --dataset-name")
         if not 0 <= self.caption_dropout_rate < 1:
             raise ValueError(f"--caption-dropout-rate must be at least 0 and below 1, got {self.caption_dropout_rate}")
         if self.keep_tokens < 0 or (self.keep_tokens and not self.shuffle_caption):
@@ -152,6 +113,9 @@ class ValidationOptions:
 
     validation_prompt: tuple[str, ...] = ()
     """One or more prompts. Default: no pictures are generated."""
+    validation_image: tuple[str, ...] = ()
+    """Images to edit, or whose middle to make anew by inpainting, in turn for the pictures. Default: those of the
+    training data."""
     num_validation_images: int = 4
     """Pictures per prompt."""
     num_inference_steps: int | None = None
@@ -169,8 +133,8 @@ class ValidationOptions:
     harmonic mean of both, then selects a state that has learnt the subject and kept the rest."""
 
     def __post_init__(self) -> None:
-        _above("--num-validation-images", self.num_validation_images)
-        _above("--num-inference-steps", self.num_inference_steps)
+        above("--num-validation-images", self.num_validation_images)
+        above("--num-inference-steps", self.num_inference_steps)
         if self.num_prior_images < 0:
             raise ValueError(f"--num-prior-images must be 0 or more, got {self.num_prior_images}")
         if not self.num_prior_images and (self.prior_prompt or self.likeness_encoder):
@@ -236,6 +200,8 @@ class DreamBoothOptions:
     def __post_init__(self) -> None:
         if self.pipeline.quantize is not None and self.adapter.method == "full":
             raise ValueError("--quantize is for a frozen base: give --method randlora or lora")
+        if self.pipeline.offload_base is not None and self.adapter.method != "randlora":
+            raise ValueError("--offload-base is for --method randlora, whose adapters stay beside offloaded weights")
 
     @property
     def embedded(self) -> bool:
@@ -287,8 +253,3 @@ def model_title(options: DreamBoothOptions) -> str:
     """Return a short name of the pipeline, without the path of its folder."""
     path = options.pipeline.pretrained_model_name_or_path
     return short_name(path) if path else f"the digits pipeline ({options.pipeline.family})"
-
-
-def _above(flag: str, value: float | None) -> None:
-    if value is not None and value <= 0:
-        raise ValueError(f"{flag} must be above 0, got {value}")

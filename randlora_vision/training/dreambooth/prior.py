@@ -48,7 +48,7 @@ class Encoder:
 
 
 class PriorMeasure:
-    """Measures the drift of the prior and, with an encoder, the likeness of the subject. Made before training."""
+    """Measures the drift of the prior and, with an encoder, the likeness of the subject."""
 
     def __init__(
         self,
@@ -60,12 +60,17 @@ class PriorMeasure:
         self.prior = prior
         self.subject = subject
         self.encoder = encoder
-        self.base = prior()
-        self.features = None if encoder is None else encoder(self.base)
+        self.base: Tensor | None = None
+        self.features: Tensor | None = None
         self.instances = None if encoder is None or instances is None else encoder(instances)
 
+    def begin(self) -> None:
+        """Draw the pictures of the base, before it is adapted."""
+        self.base = self.prior()
+        self.features = None if self.encoder is None else self.encoder(self.base)
+
     def __call__(self) -> dict[str, float]:
-        """Return the measures of the current weights.
+        """Return the measures of the current weights, after `begin`.
 
         `prior_drift` is the root mean square of the difference between the pixels of the base and of the current
         pictures, of which there are `prior_pictures`. With an encoder, `prior_likeness` is the mean cosine between the
@@ -73,6 +78,7 @@ class PriorMeasure:
         score of DreamBooth), and `balance` the harmonic mean of both.
         """
         pictures = self.prior()
+        assert self.base is not None
         drift = float((pictures - self.base).square().mean().sqrt())
         values = {"prior_drift": drift, "prior_pictures": len(pictures)}
         if self.encoder is not None and self.subject is not None:

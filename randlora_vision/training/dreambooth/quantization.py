@@ -57,12 +57,12 @@ def _config(kind: Quantization, library: str, dtype: torch.dtype) -> Any:
     return host.TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def denoiser_from_gguf(class_name: str, file: str, path: str, subfolder: str, dtype: torch.dtype) -> Any:
+def denoiser_from_gguf(cls: Any, file: str, path: str, subfolder: str, dtype: torch.dtype) -> Any:
     """Load a denoiser from a GGUF file, with the configuration that the pipeline at `path` has for it."""
     import diffusers
 
     require_library("gguf")
-    return getattr(diffusers, class_name).from_single_file(
+    return cls.from_single_file(
         file,
         quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
         config=path,

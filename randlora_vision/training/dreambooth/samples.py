@@ -1,23 +1,16 @@
-"""Reproducible sampling from a pipeline during training, and generated images of the class of the subject."""
+"""Reproducible sampling from a pipeline during training."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
-from randlora_vision.files.atomic import replacing
-from randlora_vision.training.data.pictures import whole_images
-from randlora_vision.training.data.skipped import SkipList
-from randlora_vision.training.data.sources.caption_folder import read_captions
 from randlora_vision.training.dreambooth.buckets import Size
-from randlora_vision.training.dreambooth.families import Encoded, Family
-from randlora_vision.training.dreambooth.options import SubjectOptions
-from randlora_vision.training.dreambooth.subject import list_images
+from randlora_vision.training.dreambooth.families import Encoded, Family, Seen
+from randlora_vision.training.dreambooth.shown import Shown
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -26,12 +19,20 @@ class Sampler:
     """Generates pictures of one size with the current weights of a pipeline."""
 
     def __init__(
-        self, family: Family, size: Size, at_once: int, autocast: Autocast, steps: int | None, guidance: float | None
+        self,
+        family: Family,
+        size: Size,
+        at_once: int,
+        autocast: Autocast,
+        steps: int | None,
+        guidance: float | None,
+        shown: Shown | None = None,
     ) -> None:
         self.family = family
         self.size = size
         self.at_once = at_once
         self.autocast = autocast
+        self.shown = shown
         self.settings: dict[str, Any] = {}
         if steps is not None:
             self.settings["num_inference_steps"] = steps
@@ -41,6 +42,10 @@ class Sampler:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Encode prompts, one per picture, for guided sampling."""
+        if self.family.sees:
+            assert self.shown is not None
+            images = [as_image(image / 2 + 0.5) for image in self.shown[1]]
+            prompts = [Seen(prompt, images[number % len(images)]) for number, prompt in enumerate(prompts)]
         for name in self.family.text_encoder_names:
             encoder = getattr(self.family.pipe, name)
             if encoder is not None:
@@ -56,23 +61,35 @@ class Sampler:
                 self._draw_few(
                     {name: tensor[start : start + self.at_once] for name, tensor in encoded.items()},
                     seeds[start : start + self.at_once],
+                    start,
                 )
                 for start in range(0, len(seeds), self.at_once)
             ]
         )
 
-    def _draw_few(self, encoded: Encoded, seeds: Sequence[int]) -> Tensor:
+    def of_text(self) -> "Sampler":
+        """Return a sampler of whole pictures: by inpainting, it makes all of a grey image anew."""
+        if self.shown is None:
+            return self
+        other = copy.copy(self)
+        other.shown = torch.zeros(1, 3, *self.size), torch.ones(1, 1, *self.size)
+        return other
+
+    def _draw_few(self, encoded: Encoded, seeds: Sequence[int], start: int) -> Tensor:
         family, (height, width) = self.family, self.size
         family.denoiser.eval()
         # Use a second pipeline, as the scheduler keeps state; text encoders are not needed and may be elsewhere.
-        idle = dict.fromkeys(family.text_encoder_names)
-        view = type(family.pipe)(**{**family.pipe.components, **idle, **family.loading})
+        view = family.like(**dict.fromkeys(family.text_encoder_names))
         view.set_progress_bar_config(disable=True)
         generators = [
             torch.Generator().manual_seed(seed) for seed in seeds
         ]  # on the CPU, so samples do not depend on the device
+        settings = dict(self.settings)
+        if self.shown is not None:
+            rows = torch.arange(start, start + len(seeds)) % len(self.shown[0])
+            settings |= family.shown(*(images[rows].to(family.device) for images in self.shown))
         with self.autocast():
-            latents = family.generate(view, encoded, height, width, generator=generators, **self.settings)
+            latents = family.generate(view, encoded, height, width, generator=generators, **settings)
         return family.decode(latents).cpu()
 
 
@@ -117,42 +134,6 @@ def largest_difference(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence
     """Return the largest pixel difference between the pictures of two galleries, for pixels in [0, 1]."""
     pairs = [pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True)]
     return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
-
-
-def class_images(
-    options: SubjectOptions, folder: Path, sampler: Sampler, accelerator: Accelerator, skipped: SkipList
-) -> list[tuple[Path, str]]:
-    """Return the first `num_class_images` images of the folder, each with its caption.
-
-    All processes generate the missing ones, for each class prompt in turn. The name of an image contains its number,
-    which is also its seed, so an interrupted run can be continued; its prompt is kept in a text file beside it. An
-    image without a caption gets the first class prompt.
-    """
-    if not options.with_prior_preservation:
-        return []
-    prompts = options.class_prompt
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = options.num_class_images - sum(whole_images(list_images(folder, "--class-data-dir"), skipped))
-    names = ((number, folder / f"made-{number:05}.png") for number in range(options.num_class_images))
-    accelerator.wait_for_everyone()  # before the folder changes
-    wanted = [(number, path) for number, path in names if not path.exists()][: max(0, missing)]
-    own = wanted[accelerator.process_index :: accelerator.num_processes]
-    if wanted:
-        accelerator.print(f"generating {len(wanted)} images of {quoted(prompts)} in {folder}")
-    for start in tqdm(range(0, len(own), sampler.at_once), disable=not (own and accelerator.is_main_process)):
-        some = own[start : start + sampler.at_once]
-        captions = [prompts[number % len(prompts)] for number, _ in some]
-        drawn = sampler.draw(sampler.encode(captions), [number for number, _ in some])
-        for (_, path), caption, picture in zip(some, captions, drawn, strict=True):
-            with replacing(path.with_suffix(".txt")) as temporary:  # first: a caption without an image is made anew
-                temporary.write_text(caption, encoding="utf-8")
-            with replacing(path) as temporary:
-                as_image(picture).save(temporary)
-    accelerator.wait_for_everyone()
-    found = read_captions(folder, skipped)
-    whole = whole_images([path for path, _ in found], skipped)
-    found = [item for item, readable in zip(found, whole, strict=True) if readable][: options.num_class_images]
-    return [(path, prompts[0] if caption is None else caption) for path, caption in found]
 
 
 def quoted(prompts: Sequence[str]) -> str:

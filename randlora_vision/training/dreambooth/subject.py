@@ -19,7 +19,8 @@ from randlora_vision.training.data.sources.hugging_face import is_saved_dataset,
 from randlora_vision.training.dreambooth.batches import Item, read_picture
 from randlora_vision.training.dreambooth.buckets import Size, nearest_bucket
 from randlora_vision.training.dreambooth.captions import variants_of, with_trigger
-from randlora_vision.training.dreambooth.masks import read_masks
+from randlora_vision.training.dreambooth.families import Seen, Takes
+from randlora_vision.training.dreambooth.masks import read_masks, read_originals, require_alike
 from randlora_vision.training.dreambooth.options import SubjectOptions
 
 
@@ -31,7 +32,9 @@ class Subject:
     images: Sequence[Picture]
     captions: Sequence[str]
     masks: Sequence[Image.Image] | None = None
-    """Where the errors count in each image, mode L."""
+    """Where the errors count in each image, or where an inpainting pipeline makes it anew; mode L."""
+    originals: Sequence[Picture] | None = None
+    """The images that an editing pipeline makes into these."""
 
     def record(self) -> dict[str, Any]:
         """Return the record for the run folder: the files and their captions."""
@@ -54,24 +57,43 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
     if not found:
         raise ValueError(f"{name} contains no images")
     background = parse_colour(options.background)
-    kept = [(image, caption) for image, caption in found if readable(image, skipped, background) is not None]
+    kept = [entry for entry in found if readable(entry[0], skipped, background) is not None]
     if not kept:
         read_picture(found[0][0])  # raises with the reason
     found = kept
-    captions = [caption or options.instance_prompt or "" for _, caption in found]
+    captions = [caption or options.instance_prompt or "" for _, caption, _ in found]
     if "" in captions:
         image = found[captions.index("")][0]
         beside = f", or write {image.with_suffix('.txt').name} next to it" if isinstance(image, Path) else ""
         raise ValueError(f"{image} has no caption: give --instance-prompt{beside}")
-    images, captions = [image for image, _ in found], [with_trigger(text, options.trigger_word) for text in captions]
-    return Subject(name, images, captions, read_masks(images, options))
+    images = [image for image, _, _ in found]
+    captions = [with_trigger(text, options.trigger_word) for text in captions]
+    originals: Sequence[Picture] | None = read_originals(images, options)
+    if options.cond_image_column is not None:
+        originals = [original for _, _, original in found if original is not None]
+        for original, image in zip(originals, images, strict=True):
+            require_alike(original, image)
+    return Subject(name, images, captions, read_masks(images, options), originals)
 
 
-def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[tuple[Picture, str | None]]]:
+_Found = tuple[Picture, str | None, Picture | None]  # an image, its caption, and the image that is edited into it
+
+
+def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[_Found]]:
     assert options.instance_data_dir is not None
     folder = Path(options.instance_data_dir)
     list_images(folder, "--instance-data-dir")  # raises if it is not a folder
-    return printable(as_utf8(folder.name)), [*read_captions(folder, skipped)]
+    return printable(as_utf8(folder.name)), [(path, caption, None) for path, caption in read_captions(folder, skipped)]
+
+
+def require_given(subject: Subject, takes: Takes, pipeline: str, options: SubjectOptions) -> None:
+    """Raise ValueError if a pipeline of this name needs images to edit that the options do not name, or the reverse."""
+    if takes == "image" and subject.originals is None:
+        raise ValueError(f"a {pipeline} edits images: give --cond-data-dir, with the image to edit for each image")
+    if takes != "image" and subject.originals is not None:
+        raise ValueError(f"--cond-data-dir and --cond-image-column are for editing, but {pipeline} edits no images")
+    if takes == "image" and options.with_prior_preservation:
+        raise ValueError(f"--with-prior-preservation: class images are made from text, but a {pipeline} edits images")
 
 
 def list_images(folder: Path, flag: str) -> list[Path]:
@@ -81,7 +103,7 @@ def list_images(folder: Path, flag: str) -> list[Path]:
     return caption_folder.list_images(folder)
 
 
-def _read_dataset(options: SubjectOptions) -> tuple[str, list[tuple[Picture, str | None]]]:
+def _read_dataset(options: SubjectOptions) -> tuple[str, list[_Found]]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     name = options.dataset_name
@@ -91,14 +113,17 @@ def _read_dataset(options: SubjectOptions) -> tuple[str, list[tuple[Picture, str
     except Exception as error:  # datasets raises many types
         raise ValueError(f"--dataset-name {name} cannot be read: {type(error).__name__}: {error}") from error
     data = (found.get("train") or next(iter(found.values()))) if isinstance(found, DatasetDict) else found
-    for flag, column in (("--image-column", options.image_column), ("--caption-column", options.caption_column)):
+    original = options.cond_image_column
+    columns = {"--image-column": options.image_column, "--caption-column": options.caption_column}
+    for flag, column in {**columns, "--cond-image-column": original}.items():
         if column is not None and column not in data.column_names:
             raise ValueError(
                 f"{flag} {column}: there is no such column, {name} has the columns {', '.join(data.column_names)}"
             )
     column = options.caption_column
     captions = [clean_caption(caption) for caption in data[column]] if column else [""] * len(data)
-    return name, list(zip(stored_images(data, options.image_column), captions, strict=True))
+    originals = [None] * len(data) if original is None else stored_images(data, original)
+    return name, list(zip(stored_images(data, options.image_column), captions, originals, strict=True))
 
 
 def make_items(
@@ -107,6 +132,8 @@ def make_items(
     buckets: Sequence[Size],
     options: SubjectOptions,
     seed: int,
+    takes: Takes = None,
+    sees: bool = False,
 ) -> tuple[list[Item], list[str]]:
     """Return the training items and the list of prompts that their captions index.
 
@@ -114,15 +141,24 @@ def make_items(
     its caption, are assigned to the used buckets in turn, so that every used bucket gets some; if there are too few,
     they are reused.
     """
-    prompts = list(dict.fromkeys([*subject.captions, *(caption for _, caption in class_images)]))
-    variants = {caption: variants_of(caption, options, seed, prompts) for caption in dict.fromkeys(subject.captions)}
     background = parse_colour(options.background)
-    masks: Sequence[Image.Image | None] = subject.masks or [None] * len(subject.images)
+    captions = subject.captions
+    if sees:
+        assert subject.originals is not None
+        pairs = zip(captions, subject.originals, strict=True)
+        captions = [Seen(caption, read_picture(original, background)) for caption, original in pairs]
+    prompts = list(dict.fromkeys([*captions, *(caption for _, caption in class_images)]))
+    variants = {caption: variants_of(caption, options, seed, prompts) for caption in dict.fromkeys(captions)}
+    none: Sequence[None] = [None] * len(subject.images)
+    masks: Sequence[Image.Image | None] = subject.masks or none
+    given: Sequence[Picture | None] = subject.originals or none
+    if takes == "mask":  # those of the subject say what is made anew, and the error counts everywhere
+        masks, given = none, masks
     items = []
-    for image, caption, mask in zip(subject.images, subject.captions, masks, strict=True):
+    for image, caption, mask, beside in zip(subject.images, captions, masks, given, strict=True):
         picture = read_picture(image, background)
         bucket = nearest_bucket((picture.height, picture.width), buckets)
-        items.append(Item(image, prompts.index(caption), bucket, False, background, variants[caption], mask))
+        items.append(Item(image, prompts.index(caption), bucket, False, background, variants[caption], mask, beside))
     used = [item.bucket for item in items]
     for number in range(max(len(class_images), len(used)) if class_images else 0):
         (image, caption), bucket = class_images[number % len(class_images)], used[number % len(used)]

@@ -61,10 +61,34 @@ class TrainingSet:
         return f"{self.subject}{kept}; {sizes}"
 
 
+@dataclass(frozen=True)
+class Material:
+    """The items of the training with their prompts."""
+
+    items: Sequence[Item]
+    prompts: Prompts
+    kept: Kept | None
+
+
+def make_material(family: Family, train: TrainingSet, settings: DreamBoothSettings) -> Material:
+    """Return the items and their prompts, which are encoded here unless text encoders are trained."""
+    items, texts = make_items(
+        train.subject,
+        train.class_images,
+        train.buckets,
+        settings.subject,
+        settings.training.seed,
+        family.takes,
+        family.sees,
+    )
+    kept = Kept(Path(settings.subject.cache_to_disk)) if settings.subject.cache_to_disk else None
+    return Material(items, Prompts(family, texts, trained=settings.pipeline.train_text_encoder, kept=kept), kept)
+
+
 def make_task(
     family: Family,
     adaptation: PipelineAdaptation,
-    train: TrainingSet,
+    material: Material,
     settings: DreamBoothSettings,
     processes: int,
     path: Path | None,
@@ -75,13 +99,11 @@ def make_task(
     An evaluation consists of the losses at fixed noise and of `measures`, which only the writing process takes.
     """
     training, text_encoder_lr = settings.training, settings.pipeline.text_encoder_lr
-    items, texts = make_items(train.subject, train.class_images, train.buckets, settings.subject, training.seed)
-    pixels = CaptionedPixels(items, settings.subject.center_crop)
+    items, prompts = material.items, material.prompts
+    pixels = CaptionedPixels(items, settings.subject.center_crop, family.takes)
     cached = settings.subject.cache_latents
-    kept = Kept(Path(settings.subject.cache_to_disk)) if settings.subject.cache_to_disk else None
-    data = CachedLatents(pixels, family, training.seed, kept) if cached else pixels
+    data = CachedLatents(pixels, family, training.seed, material.kept) if cached else pixels
     parts: dict[str, nn.Module] = {name: getattr(family.pipe, name) for name in trained_components(family, settings)}
-    prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder, kept=kept)
     loss = DiffusionLoss(family, parts, prompts, settings.subject.prior_loss_weight, cached)
     batches = training.batches(processes)
     losses: Measure = partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed)

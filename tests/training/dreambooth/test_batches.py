@@ -40,6 +40,7 @@ class Plain:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    takes = None
     options = ObjectiveOptions()
     denoiser = nn.Linear(1, 1)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from randlora_vision.training.dreambooth.batches import DiffusionBatch, Prompts
 from randlora_vision.training.dreambooth.defaults import resolve
-from randlora_vision.training.dreambooth.families import FAMILIES, Family
+from randlora_vision.training.dreambooth.families import FAMILIES, Family, Seen
 from randlora_vision.training.dreambooth.loading import load_family, nearest
 from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import adapt
@@ -21,14 +23,35 @@ from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.options import DreamBoothAdapterOptions, DreamBoothOptions
 from randlora_vision.training.dreambooth.samples import Gallery, Sampler, largest_difference
 from tests import tiny_families, tiny_pipelines
-from tests.tiny_families import SIZES
+from tests.tiny_families import LENGTHS, SIZES
 
 PROMPT = "a photo of sks digit"
-PIPELINES = {**tiny_pipelines.PIPELINES, **tiny_families.TINY}
+PIPELINES = {**tiny_pipelines.PIPELINES, **tiny_families.TINY, "kolors": tiny_families.kolors}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`FluxPosEmbed` is deprecated:FutureWarning",
+    "ignore:`torch.jit.script` is deprecated:FutureWarning",  # the ChatGLM of diffusers
     "ignore:__array__ implementation:DeprecationWarning",  # a scheduler of diffusers with NumPy 2
 )
+
+
+@contextmanager
+def means_for_draws() -> Iterator[None]:
+    """Let distributions of latents give their means, as families do for what is around a mask."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Distribution
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distribution, "sample", lambda self, generator=None: self.mode())
+        yield
+
+
+def beside(family: Family, size: tuple[int, int], count: int = 1) -> tuple[Tensor, Tensor]:
+    """Images, and masks or images to edit."""
+    torch.manual_seed(4)
+    pixels, given = (torch.rand(2, count, 3, *size) * 255).round() / 127.5 - 1
+    if family.takes == "mask":
+        given = torch.zeros(count, 1, *size)
+        given[:, :, 3 : size[0] - 4, 5 : size[1] - 3] = 1
+    return pixels, given
 
 
 class Recorded:
@@ -36,7 +59,7 @@ class Recorded:
 
     def __init__(self, name: str) -> None:
         self.pipe = PIPELINES[name]()
-        self.length = tiny_pipelines.CONTEXT if name in tiny_pipelines.PIPELINES else 64
+        self.length = tiny_pipelines.CONTEXT if name in tiny_pipelines.PIPELINES else LENGTHS.get(name, 64)
         self.family: Family = FAMILIES[type(self.pipe).__name__](self.pipe, ObjectiveOptions(), self.length)
         self.size = SIZES.get(name, (16, 32))
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # prediction, timestep, before, after
@@ -63,14 +86,32 @@ class Recorded:
         arguments = {**self.family.sampling, **guidance, **options, "num_inference_steps": 2, "output_type": "pt"}
         if name == "hidream":
             self.pipe.default_sample_size = (height * width * (1 + 1e-6)) ** 0.5 / self.pipe.vae_scale_factor
-        with torch.no_grad():
-            self.picture = self.pipe(
-                prompt=PROMPT, height=height, width=width, generator=torch.Generator().manual_seed(3), **arguments
-            )[0][0]
+        self.pixels, self.given = beside(self.family, self.size)
+        with torch.no_grad(), means_for_draws():
+            arguments |= {"generator": torch.Generator().manual_seed(3), "height": height, "width": width}
+            if self.family.takes == "mask":
+                arguments |= {"image": self.pixels / 2 + 0.5, "mask_image": self.given}
+            if self.family.sees:
+                arguments |= {"image": to_pil_image(self.given[0] / 2 + 0.5)}
+            elif self.family.takes == "image":  # as pixels, which the pipeline encodes
+                arguments |= {"image": self.given / 2 + 0.5, "max_area": height * width, "_auto_resize": False}
+            self.picture = self.pipe(prompt=PROMPT, **arguments)[0][0]
         self.pipe.scheduler.step, self.pipe.vae.decode = step, decode
 
     def unpack(self, latents: Tensor) -> Tensor:
         return self.family.unpack(latents, *self.size)
+
+
+@pytest.fixture(autouse=True)
+def edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_families.small_edits(monkeypatch)
+
+
+def prompts(family: Family, texts: list[str], given: Tensor) -> list[str]:
+    """The texts, each with its image if the text encoder sees them."""
+    if not family.sees:
+        return texts
+    return [Seen(text, to_pil_image(image / 2 + 0.5)) for text, image in zip(texts, given, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +127,33 @@ def test_the_prediction_is_what_the_pipeline_gives_to_its_scheduler(name: str, r
     family, (height, width) = run.family, run.size
     original = (1024, 1024) if name == "hunyuan_dit" else run.size  # its default while sampling
     sizes = torch.tensor([[*original, 0, 0, height, width]])
-    encoded = family.encode([PROMPT])
+    encoded = family.encode(prompts(family, [PROMPT], run.given))
+    if family.takes:
+        encoded["condition"] = family.condition(run.pixels, run.given)
     assert len(run.steps) == 2
     for prediction, timestep, before, _ in run.steps:
         found = family.predict(run.unpack(before), timestep.expand(1), encoded, sizes)
         expected = run.unpack(prediction)
         assert expected.std() > 1e-3 and found.shape == run.unpack(before).shape
         torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd_inpaint", "sdxl_inpaint", "flux_fill", "flux_kontext", "qwen_image_edit"])
+@torch.no_grad()
+def test_pictures_are_made_from_the_images_shown(name: str, recorded: Any) -> None:
+    run = recorded(name)
+    family = run.family
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.5 if family.denoiser.config.get("guidance_embeds") else 1}
+    with means_for_draws():
+        latents = family.generate(
+            run.pipe,
+            family.encode(prompts(family, [PROMPT], run.given)),
+            *run.size,
+            generator=torch.Generator().manual_seed(3),
+            **settings,
+            **family.shown(run.pixels, run.given),
+        )
+    torch.testing.assert_close(family.decode(latents)[0], run.picture, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -150,19 +211,23 @@ def test_a_trained_adapter_makes_a_loaded_pipeline_the_trained_one(name: str, tm
     size, captions = SIZES.get(name, (16, 32)), ["a dog", PROMPT, "a photo"]
 
     def load() -> tuple[Family, Gallery]:
-        family = load_family(str(tmp_path / "base"), ObjectiveOptions(), 64)
-        sampler = Sampler(family, size, 2, nullcontext, steps=2, guidance=3.0)
+        family = load_family(str(tmp_path / "base"), ObjectiveOptions(), LENGTHS.get(name, 64))
+        shown = beside(family, size) if family.takes else None
+        sampler = Sampler(family, size, 2, nullcontext, steps=2, guidance=3.0, shown=shown)
         return family, Gallery(sampler, [PROMPT, "dog"], each=1, seed=1, text_trained=False)
 
     family, gallery = load()
     before = gallery.draw()
     adaptation = adapt(family, resolve(DreamBoothOptions(adapter=DreamBoothAdapterOptions(rank=4))))
-    loss = DiffusionLoss(family, {}, Prompts(family, captions, False, at_once=1), 1.0, cached_latents=False)
+    pixels, given = beside(family, size, 3)
+    texts = Prompts(family, prompts(family, captions, given), False, at_once=1)
+    loss = DiffusionLoss(family, {}, texts, 1.0, cached_latents=False)
     family.drop_text_encoders()
     optimizer = torch.optim.AdamW([parameter for _, parameter in adaptation.parameters()], lr=0.05)
     torch.manual_seed(0)
     batch = DiffusionBatch(
-        inputs=torch.rand(3, 3, *size) * 2 - 1,
+        inputs=pixels,
+        given=given,
         captions=torch.arange(3),
         prior=torch.zeros(3, dtype=torch.bool),
         sizes=torch.tensor([[40, 30, 0, 0, *size]] * 3),

@@ -51,7 +51,10 @@ class Settings:
 
 def measure(sampler: Sampler, settings: Any, images: Any = ()) -> PriorMeasure | None:
     anything: Any = sampler
-    return prior_measure(anything, settings, "a photo of sks dog", images, (255, 255, 255))
+    found = prior_measure(anything, settings, "a photo of sks dog", images, (255, 255, 255))
+    if found is not None:
+        found.begin()
+    return found
 
 
 def test_the_drift_is_that_of_the_pixels() -> None:

@@ -49,20 +49,46 @@ def gallery(family: Family) -> Gallery:
     return Gallery(Sampler(family, (16, 16), 2, nullcontext, steps=2, guidance=3.0), [PROMPT], 1, 1, False)
 
 
+def write_gguf(model: torch.nn.Module, path: Path) -> None:
+    """Write a model with diffusers' names, its weights in blocks of 32 eight-bit numbers where they have so many."""
+    import gguf
+
+    eight = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(str(path), "flux")
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            packed = gguf.quantize(tensor.numpy(), eight)
+            writer.add_tensor(name, packed, raw_shape=packed.shape, raw_dtype=eight)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.mark.parametrize("method", ["randlora", "lora"])
+@pytest.mark.parametrize("quantize", ["torchao-int8", "gguf"])
 def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
-    method: Any, folder: Any, tmp_path: Path
+    quantize: Any, method: Any, folder: Any, tmp_path: Path
 ) -> None:
-    pytest.importorskip("torchao")
-    base = folder("flux")
+    pytest.importorskip(quantize.partition("-")[0])
+    base, file = folder("flux"), tmp_path / "denoiser.gguf"
+    if quantize == "gguf":
+        write_gguf(PIPELINES["flux"]().transformer, file)
 
     def load(kind: Any) -> Family:
-        return load_family(base, ObjectiveOptions(), CONTEXT, quantize=kind)
+        given = str(file) if kind == "gguf" else None
+        return load_family(base, ObjectiveOptions(), CONTEXT, quantize=kind, gguf_file=given)
 
-    family = load("torchao-int8")
-    layers = (family.pipe.transformer.transformer_blocks[0].attn.to_q, family.pipe.text_encoder_2.encoder.block[0])
-    packed = {type(p).__name__ for layer in layers for p in layer.parameters() if p.ndim == 2}
-    assert "Int8Tensor" in packed and family.dtype == torch.float32
+    family = load(quantize)
+    assert family.dtype == torch.float32
+    to_q = family.pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    if quantize == "gguf":
+        assert to_q.dtype == torch.uint8 and type(to_q).__name__ == "GGUFParameter"
+    else:
+        layers = (family.pipe.transformer.transformer_blocks[0].attn.to_q, family.pipe.text_encoder_2.encoder.block[0])
+        assert {type(p).__name__ for layer in layers for p in layer.parameters() if p.ndim == 2} >= {"Int8Tensor"}
     plain = {type(p).__name__ for p in family.pipe.text_encoder.parameters()}
     assert plain == {"Parameter"}  # CLIP can be trained and is small
     options = DreamBoothOptions(adapter=DreamBoothAdapterOptions(method=method, rank=4, alpha=80.0))
@@ -78,6 +104,7 @@ def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
         sizes=torch.zeros(2, 6, dtype=torch.long),
         masks=torch.ones(2, 1, 1, 1),
         seeds=torch.arange(2),
+        given=torch.zeros(2, 0),
     )
     for _ in range(3):
         optimizer.zero_grad()
@@ -86,7 +113,7 @@ def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
     adaptation.save(tmp_path / "adapter.safetensors")
     pictures = gallery(family).draw()
     differences = []
-    for kind in ("torchao-int8", None):
+    for kind in (quantize, None):
         other = load(kind)
         before = gallery(other).draw()
         adaptation.load(other.pipe, tmp_path / "adapter.safetensors")

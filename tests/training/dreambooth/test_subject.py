@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from randlora_vision.integrations.diffusers import load_adapter
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.dreambooth.class_images import ClassImages
 from randlora_vision.training.dreambooth.defaults import resolve
 from randlora_vision.training.dreambooth.families import FAMILIES
 from randlora_vision.training.dreambooth.loading import load_family
@@ -28,7 +29,7 @@ from randlora_vision.training.dreambooth.options import (
     PipelineOptions,
     SubjectOptions,
 )
-from randlora_vision.training.dreambooth.samples import Sampler, class_images
+from randlora_vision.training.dreambooth.samples import Sampler
 from randlora_vision.training.dreambooth.subject import Subject, make_items, read_subject
 from tests.tiny_pipelines import CONTEXT, sample, sd15
 
@@ -98,13 +99,17 @@ def pipe() -> Any:
     return sd15()
 
 
-def test_images_of_the_class_are_filled_up(pipe: Any, tmp_path: Path) -> None:
+def test_images_of_the_class_are_filled_up(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[type(pipe).__name__](pipe, ObjectiveOptions(), CONTEXT)
     sampler = Sampler(family, (16, 16), at_once=2, autocast=contextlib.nullcontext, steps=1, guidance=1.0)
     options = SubjectOptions(with_prior_preservation=True, class_prompt=("a digit", "a seven"), num_class_images=5)
 
     def made_in(folder: Path, options: SubjectOptions = options) -> list[tuple[Path, str]]:
-        return class_images(options, folder, sampler, Accelerator(), SkipList())
+        found = ClassImages(options, folder, sampler, Accelerator(), SkipList())
+        monkeypatch.setattr(sampler, "encode", None)  # prompts are encoded before the denoiser is loaded
+        found.make()
+        monkeypatch.undo()
+        return found.images
 
     assert made_in(tmp_path / "none", SubjectOptions()) == []
     made, captions = zip(*made_in(tmp_path / "a"), strict=True)
@@ -140,8 +145,9 @@ def test_the_empty_prompt_is_a_prompt_of_the_class_and_broken_class_images_are_m
     os.mkfifo(tmp_path / "c.png")
     skipped = SkipList(tmp_path.with_suffix(".skipped"))
     for _ in range(2):
-        found = class_images(options, tmp_path, sampler, Accelerator(), skipped)
-        assert [(path.name, caption) for path, caption in found] == [
+        of_class = ClassImages(options, tmp_path, sampler, Accelerator(), skipped)
+        of_class.make()
+        assert [(path.name, caption) for path, caption in of_class.images] == [
             (f"made-{number:05}.png", ("a digit", "")[number % 2]) for number in range(4)
         ]
     assert skipped.count() == 3
@@ -152,6 +158,15 @@ def test_a_pipeline_is_loaded_in_the_dtype_asked_for_and_its_vae_in_float32(tmp_
     pipe = load_family(str(tmp_path), ObjectiveOptions(), dtype=torch.bfloat16).pipe
     assert {p.dtype for part in (pipe.unet, pipe.text_encoder) for p in part.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
+    family = load_family(str(tmp_path), ObjectiveOptions(), dtype=torch.bfloat16, text_first=True)
+    family.move(torch.device("cpu"))
+    assert all(p.is_meta for p in family.denoiser.parameters()) and family.dtype == torch.bfloat16
+    assert family.encode(["a dog"])["prompt_embeds"].std() > 0
+    family.drop_text_encoders()
+    family.load_denoiser()
+    same, found = pipe.unet.state_dict(), family.denoiser.state_dict()
+    assert same.keys() == found.keys() and all(torch.equal(same[name], found[name]) for name in same)
+    assert not any(p.requires_grad for p in family.denoiser.parameters()) and not family.denoiser.training
 
 
 @pytest.mark.parametrize("method", ["randlora", "lora", "full"])

@@ -1,4 +1,4 @@
-"""The base class of the families, which is the family of Stable Diffusion 1.5 and 2, and that of flow matching.
+"""The base class of the families, which is the family of Stable Diffusion 1.5 and 2.
 
 Prompts are encoded by `encode_prompt` of the pipeline, so training and sampling use the same encodings. Latents are
 always unpacked here, (B, C, H, W); a family whose denoiser needs packed latents packs them internally.
@@ -6,8 +6,8 @@ always unpacked here, (B, C, H, W); a family whose denoiser needs packed latents
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from randlora_vision.training.dreambooth.conditioning import check_conditioning
 from randlora_vision.training.dreambooth.noise import Noise
 from randlora_vision.training.dreambooth.objectives import (
-    FlowMatching,
     NoisePrediction,
     Objective,
     ObjectiveOptions,
     scheduler_for,
 )
+from randlora_vision.training.dreambooth.offload import Place, offload
 
 Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
+Takes = Literal["mask", "image"] | None
 
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -53,6 +54,10 @@ class Family:
     """The argument of the pipeline that is the scale of classifier-free guidance, or of built-in guidance."""
     sampling: ClassVar[Mapping[str, Any]] = {}
     """Further arguments of the pipeline when it samples."""
+    takes: ClassVar[Takes] = None
+    """What the denoiser is given beside the text: the image around a mask, or the image to edit."""
+    sees: ClassVar[bool] = False
+    """Whether the text encoder sees the image to edit: prompts are `Seen` then."""
 
     def __init_subclass__(cls) -> None:
         if "pipeline" in vars(cls):
@@ -62,6 +67,9 @@ class Family:
         self.pipe = pipe
         self.options = options
         self.max_sequence_length = max_sequence_length
+        self.denoiser_later: Callable[[], nn.Module] | None = None
+        self.offload_to: Place | None = None
+        self.prepare_denoiser()
         check_conditioning(self)
         pipe.scheduler = scheduler_for(pipe.scheduler, options)
         self.objective = self.make_objective()
@@ -77,8 +85,8 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        """The device of the denoiser."""
-        return next(self.denoiser.parameters()).device
+        """The device on which the pipeline computes, even while the denoiser is elsewhere."""
+        return next(self.pipe.vae.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +102,11 @@ class Family:
     def latent_channels(self) -> int:
         """The number of channels of the latents of the VAE."""
         return int(self.pipe.vae.config.latent_channels)
+
+    @property
+    def condition_channels(self) -> int:
+        """The number of channels that `condition` adds to the latents in the input of the denoiser."""
+        return 0
 
     @property
     def without_effect(self) -> tuple[str, ...]:
@@ -122,6 +135,43 @@ class Family:
             found["max_sequence_length"] = self.max_sequence_length
         return found
 
+    def prepare_denoiser(self) -> None:
+        """Change what training needs otherwise in a denoiser, when it is made and when its weights are loaded."""
+
+    def load_denoiser(self) -> None:
+        """Load the weights of the denoiser, if `load_family` left them out."""
+        if self.denoiser_later is not None:
+            setattr(self.pipe, self.denoiser_name, self.denoiser_later())
+            self.denoiser_later = None
+            self.prepare_denoiser()
+            if self.offload_to is None:
+                self.pipe.to(self.device)
+
+    def offload(self) -> None:
+        """Offload the denoiser, if the options say so."""
+        if self.offload_to is not None:
+            offload(self.denoiser, self.offload_to, self.device)
+
+    def release(self) -> None:
+        """Free the memory of the device, when the pipeline is no longer needed."""
+        if self.offload_to is None:
+            self.pipe.to("cpu")
+
+    def like(self, **parts: Any) -> Any:
+        """Return a pipeline of the same components, except those given, for sampling."""
+        cls = type(self.pipe)
+        if self.offload_to is not None:  # the device of its weights is not where it computes
+            cls = type(cls.__name__, (cls,), {"_execution_device": self.device})
+        return cls(**{**self.pipe.components, **parts, **self.loading})
+
+    def move(self, device: torch.device) -> None:
+        """Move the pipeline to a device, except a denoiser without weights."""
+        denoiser = self.denoiser
+        if self.denoiser_later is not None:
+            setattr(self.pipe, self.denoiser_name, None)
+        self.pipe.to(device)
+        setattr(self.pipe, self.denoiser_name, denoiser)
+
     def drop_text_encoders(self) -> None:
         """Remove the text encoders from the pipeline, once all needed prompts are encoded."""
         for name in self.text_encoder_names:
@@ -138,7 +188,7 @@ class Family:
         Args:
             latents: Noisy latents (B, C, H, W).
             timesteps: As in the timesteps of the scheduler (B,), of which 1000 is noise.
-            prompt: The encodings of B prompts.
+            prompt: The encodings of B prompts, and the `condition` of a family that takes one.
             sizes: Original size, crop corner and size after cropping (B, 6), height first.
 
         Returns:
@@ -159,6 +209,23 @@ class Family:
         noise = noise or Noise(len(moments))
         drawn = mean + (log_variance.clamp(-30, 20) / 2).exp() * noise.normal(mean.shape[1:], mean.device)
         return self.normalise(drawn)
+
+    def mean_latents(self, pixels: Tensor) -> Tensor:
+        """Return the means of the latents (B, C, H, W) of images (B, 3, h, w), scaled for the denoiser."""
+        return self.normalise(self.moments(pixels).chunk(2, dim=1)[0])
+
+    def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
+        """Return what `predict` gets beside the latents (B, c, H, W), if the family `takes` something.
+
+        Args:
+            pixels: The images (B, 3, h, w), between -1 and 1.
+            given: Their masks (B, 1, h, w), 1 where the image is made anew, or the images to edit (B, 3, h, w).
+        """
+        raise NotImplementedError
+
+    def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
+        """Return the arguments of the pipeline that make it sample with this `condition`."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -205,83 +272,6 @@ class Family:
 
 
 Family.registered[Family.pipeline] = Family
-
-
-class FlowFamily(Family):
-    """A transformer that is trained with flow matching; the base class of such families."""
-
-    denoiser_name = "transformer"
-    trainable_text_encoders: ClassVar[tuple[str, ...]] = ()
-    loading: ClassVar[Mapping[str, Any]] = {}
-
-    def make_objective(self) -> Objective:
-        """Return the flow matching objective."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = self.pipe.scheduler
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # a solver of the same straight lines
-            config = scheduler.config
-            if not (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
-                raise ValueError(
-                    f"the scheduler of this {type(self.pipe).__name__} must be one of flow matching, but it is a "
-                    f"{type(scheduler).__name__} with prediction_type={config.get('prediction_type')!r}"
-                )
-            scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, config.get("flow_shift", 1.0))
-        return FlowMatching(scheduler, self.options, self.patch_area)
-
-    @property
-    def patch_area(self) -> int:
-        """How many places of the latents become one token."""
-        return 4
-
-    @property
-    def size_multiple(self) -> int:
-        """The multiple for the VAE and the patches of the transformer."""
-        config: Any = self.denoiser.config
-        return int(self.pipe.vae_scale_factor) * int(config.patch_size)
-
-    def guidance(self, count: int) -> Tensor | None:
-        """Return the scales (B,) for a transformer with guidance distilled into it, else None."""
-        config: Any = self.denoiser.config
-        if not config.get("guidance_embeds"):
-            return None
-        return torch.full((count,), self.options.guidance_scale, device=self.device)
-
-
-class StatisticsOfVAE:
-    """Latents that are normalised with a mean and a standard deviation per channel, and have one frame."""
-
-    normalised = True
-    pipe: Any
-    device: torch.device
-
-    @property
-    def latent_channels(self) -> int:
-        """The number of channels of the latents of the VAE."""
-        return int(self.pipe.vae.config.z_dim)
-
-    @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:
-        """Encode images as videos of one frame."""
-        with full_precision(self.device):
-            frames = pixels.to(self.device, torch.float32).unsqueeze(2)
-            moments: Tensor = self.pipe.vae.encode(frames).latent_dist.parameters
-            return moments[:, :, 0].contiguous()
-
-    def decode_raw(self, latents: Tensor) -> Tensor:
-        """Decode videos of one frame."""
-        return self.pipe.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Return latents of mean 0 and variance 1."""
-        return (latents - self._per_channel("latents_mean", latents)) / self._per_channel("latents_std", latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """Undo `normalise`."""
-        return latents * self._per_channel("latents_std", latents) + self._per_channel("latents_mean", latents)
-
-    def _per_channel(self, name: str, latents: Tensor) -> Tensor:
-        return torch.tensor(self.pipe.vae.config[name]).view(1, -1, 1, 1).to(latents)
 
 
 def named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Encoded:

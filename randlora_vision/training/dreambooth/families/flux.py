@@ -1,4 +1,4 @@
-"""Flux.1, and Chroma, which is a Flux without the pooled encoding and the guidance."""
+"""Flux.1 and its editor Kontext, and Chroma, which is a Flux without the pooled encoding and the guidance."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import Encoded, FlowFamily, named
+from randlora_vision.training.dreambooth.families.base import Encoded, named
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
 
 
 class Flux(FlowFamily):
@@ -29,18 +30,30 @@ class Flux(FlowFamily):
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Pack the latents, call the transformer and unpack its output."""
-        count, channels, height, width = latents.shape
+        height, width = latents.shape[2:]
         text = prompt["prompt_embeds"]
+        tokens, places = self.tokens(latents, prompt)
         answer = self.denoiser(
-            hidden_states=self.pipe._pack_latents(latents, count, channels, height, width),
+            hidden_states=tokens,
             timestep=timesteps / 1000,  # the transformer multiplies them by 1000
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device, dtype=text.dtype),
-            img_ids=self.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, text.dtype),
+            img_ids=places,
             **self.conditions(latents, prompt),
         ).sample
         scale = self.pipe.vae_scale_factor
-        return self.unpack(answer, height * scale, width * scale)
+        return self.unpack(answer[:, : height * width // 4], height * scale, width * scale)
+
+    def tokens(self, latents: Tensor, prompt: Encoded) -> tuple[Tensor, Tensor]:
+        """Return the tokens of the image (B, T, C) and their positions (T, 3)."""
+        count, _, height, width = latents.shape
+        places = self.pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, latents.dtype)
+        return self.packed(latents), places
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, H, W) as tokens (B, H W / 4, 4 C)."""
+        packed: Tensor = self.pipe._pack_latents(latents, *latents.shape)
+        return packed
 
     def conditions(self, latents: Tensor, prompt: Encoded) -> dict[str, Any]:
         """Return what the transformer takes besides latents, timesteps, the text and the positions."""
@@ -50,6 +63,28 @@ class Flux(FlowFamily):
         """Undo the packing of the pipeline."""
         unpacked: Tensor = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         return unpacked
+
+
+class FluxKontext(Flux):
+    """Flux.1 Kontext: the tokens of the image to edit follow those of the image that is made."""
+
+    pipeline = "FluxKontextPipeline"
+    takes = "image"
+
+    def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
+        """Return the latents of the images to edit."""
+        return self.mean_latents(given)
+
+    def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
+        """Return the latents, and the area that leaves their size as it is."""
+        return {"image": self.condition(pixels, given), "max_area": pixels.shape[-2] * pixels.shape[-1]}
+
+    def tokens(self, latents: Tensor, prompt: Encoded) -> tuple[Tensor, Tensor]:
+        """Also return the tokens of the image to edit, whose first coordinate is 1."""
+        own, places = super().tokens(latents, prompt)
+        given, again = super().tokens(prompt["condition"], prompt)
+        again = torch.cat([torch.ones_like(again[:, :1]), again[:, 1:]], dim=1)
+        return torch.cat([own, given], dim=1), torch.cat([places, again])
 
 
 class Chroma(Flux):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import Encoded, FlowFamily
+from randlora_vision.training.dreambooth.families.base import Encoded
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
 
 
 class Flux2(FlowFamily):

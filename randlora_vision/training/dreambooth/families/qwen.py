@@ -1,12 +1,17 @@
-"""Qwen-Image."""
+"""Qwen-Image and Qwen-Image-Edit, which edits images that its text encoder sees too."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms.functional import to_pil_image
 
-from randlora_vision.training.dreambooth.families.base import Encoded, FlowFamily, StatisticsOfVAE
+from randlora_vision.training.dreambooth.families.base import Encoded
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
+from randlora_vision.training.dreambooth.families.seen import Seen, with_image_of
+from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
 
 
 class QwenImage(StatisticsOfVAE, FlowFamily):
@@ -32,7 +37,10 @@ class QwenImage(StatisticsOfVAE, FlowFamily):
         """Also return the masks of the tokens (B, T)."""
         found = self._text(prompts)
         if guided:
-            found |= {f"negative_{name}": tensor for name, tensor in self._text([""] * len(prompts)).items()}
+            found |= {
+                f"negative_{name}": tensor
+                for name, tensor in self._text([with_image_of(prompt, "") for prompt in prompts]).items()
+            }
         return found
 
     def _text(self, prompts: Sequence[str]) -> Encoded:
@@ -48,19 +56,68 @@ class QwenImage(StatisticsOfVAE, FlowFamily):
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Pack the latents, call the transformer and unpack its output."""
-        count, channels, height, width = latents.shape
+        count, _, height, width = latents.shape
+        tokens, shapes = self.tokens(latents, prompt)
         answer = self.denoiser(
-            hidden_states=self.pipe._pack_latents(latents, count, channels, height, width),
+            hidden_states=tokens,
             timestep=timesteps / 1000,  # the transformer multiplies them by 1000
             guidance=self.guidance(count),
             encoder_hidden_states=prompt["prompt_embeds"],
             encoder_hidden_states_mask=prompt["prompt_embeds_mask"],
-            img_shapes=[[(1, height // 2, width // 2)]] * count,
+            img_shapes=[shapes] * count,
         ).sample
         scale = self.pipe.vae_scale_factor
-        return self.unpack(answer, height * scale, width * scale)
+        return self.unpack(answer[:, : height * width // 4], height * scale, width * scale)
+
+    def tokens(self, latents: Tensor, prompt: Encoded) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Return the tokens of the image (B, T, C) and the shapes of the images that they are of."""
+        height, width = latents.shape[2:]
+        return self.pipe._pack_latents(latents, *latents.shape), [(1, height // 2, width // 2)]
 
     def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Undo the packing of the pipeline."""
         unpacked: Tensor = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         return unpacked[:, :, 0]
+
+
+class QwenImageEdit(QwenImage):
+    """Qwen-Image-Edit: Qwen2.5-VL sees the image to edit, whose tokens follow those of the image that is made.
+
+    The pipeline gives both about a million pixels; in training, its latents have the size of the image that is made.
+    """
+
+    pipeline = "QwenImageEditPipeline"
+    takes = "image"
+    sees = True
+
+    def _text(self, prompts: Sequence[str]) -> Encoded:
+        """Encode one by one, as images have their own numbers of tokens; shorter ones are padded."""
+        texts, masks = [], []
+        for prompt in prompts:
+            assert isinstance(prompt, Seen)
+            image = self._resized(prompt.image)
+            found, mask = self.pipe.encode_prompt([str(prompt)], image=image, device=self.device, **self.text_options)
+            texts.append(found[0])
+            masks.append(torch.ones(len(found[0]), dtype=torch.long, device=found.device) if mask is None else mask[0])
+        padded = {"prompt_embeds": texts, "prompt_embeds_mask": masks}
+        return {name: pad_sequence(parts, batch_first=True) for name, parts in padded.items()}
+
+    def _resized(self, image: Any) -> Any:
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
+
+        width, height, _ = module.calculate_dimensions(1024 * 1024, image.width / image.height)  # as the pipeline
+        return self.pipe.image_processor.resize(image, height, width)
+
+    def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
+        """Return the latents of the images to edit."""
+        return self.mean_latents(given)
+
+    def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
+        """Return the images, which this pipeline takes as pictures."""
+        return {"image": [to_pil_image((image.cpu() + 1) / 2) for image in given]}
+
+    def tokens(self, latents: Tensor, prompt: Encoded) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Also return the tokens and the shape of the image to edit."""
+        own, shapes = super().tokens(latents, prompt)
+        given, more = super().tokens(prompt["condition"], prompt)
+        return torch.cat([own, given], dim=1), [*shapes, *more]

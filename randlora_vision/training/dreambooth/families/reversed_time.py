@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, FlowFamily, named
+from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, named
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
 
 
 class Lumina2(FlowFamily):
@@ -78,10 +79,9 @@ class HiDream(FlowFamily):
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     trainable_text_encoders = ("text_encoder", "text_encoder_2")
 
-    def __init__(self, pipe: Any, *options: Any) -> None:
-        # While it is trained, the transformer would give patches instead of an image.
-        pipe.transformer.register_to_config(force_inference_output=True)
-        super().__init__(pipe, *options)
+    def prepare_denoiser(self) -> None:
+        """Ask for images: while it is trained, the transformer would give patches."""
+        self.pipe.transformer.register_to_config(force_inference_output=True)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Encode with all text encoders."""

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import POOLED, Encoded, Family, FlowFamily, named
+from randlora_vision.training.dreambooth.families.base import POOLED, Encoded, Family, named
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
 
 
 class SDXL(Family):

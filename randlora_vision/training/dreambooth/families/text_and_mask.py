@@ -6,14 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import (
-    MASKED,
-    Encoded,
-    Family,
-    FlowFamily,
-    full_precision,
-    named,
-)
+from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, Family, full_precision, named
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
 from randlora_vision.training.dreambooth.noise import Noise
 
 

@@ -6,15 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import (
-    MASKED,
-    Encoded,
-    FlowFamily,
-    StatisticsOfVAE,
-    full_precision,
-    named,
-    present,
-)
+from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, full_precision, named, present
+from randlora_vision.training.dreambooth.families.flow import FlowFamily
+from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
 
 
 class Wan(StatisticsOfVAE, FlowFamily):

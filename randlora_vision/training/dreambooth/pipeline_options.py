@@ -1,0 +1,65 @@
+"""The options of train_dreambooth.py that choose the pipeline and how it is loaded."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from randlora_vision.training.dreambooth.offload import Place
+from randlora_vision.training.dreambooth.quantization import Quantization
+from randlora_vision.training.harness.options import require_digits_cache
+
+DemoFamily = Literal["unet", "flow"]
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """The pipeline."""
+
+    pretrained_model_name_or_path: str | None = None
+    """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. docs/diffusion.md
+    lists what is supported. Default: a tiny pipeline pretrained on handwritten digits."""
+    revision: str | None = None
+    """Revision of the pipeline on the Hub."""
+    variant: str | None = None
+    """Variant of the weights, such as fp16."""
+    family: DemoFamily = "unet"
+    """Which tiny pipeline to use by default: a UNet with noise prediction, or a transformer with flow matching."""
+    train_text_encoder: bool = False
+    """Also adapt the CLIP text encoders."""
+    text_encoder_lr: float | None = None
+    """Peak learning rate of the text encoders. Default: --lr."""
+    max_sequence_length: int | None = None
+    """Maximum length of prompts, in tokens, where the pipeline takes one. Default: that of the pipeline."""
+    quantize: Quantization | None = None
+    """Quantise the frozen denoiser and the text encoders that are not trained; adapters stay in full precision. gguf
+    takes the denoiser from --gguf-file."""
+    gguf_file: str | None = None
+    """The denoiser as a GGUF file, with --quantize gguf."""
+    dry_run: bool = False
+    """Print the parameters and the bytes of every part, the size of the adapter and an estimate of the peak memory, and
+    stop. No weights are loaded."""
+    offload_base: Place | None = None
+    """Keep the weights of the frozen denoiser in main memory (cpu) or on disk, and load each layer for as long as it is
+    used: least memory, most time. Turns on --gradient-checkpointing."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: uses less memory and more time."""
+    torch_compile: bool = False
+    """Compile the forward and backward passes of the denoiser with torch.compile; pictures are sampled without it."""
+    cache_dir: str | None = None
+    """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
+
+    def __post_init__(self) -> None:
+        require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
+        if self.text_encoder_lr is not None and not self.train_text_encoder:
+            raise ValueError("--text-encoder-lr needs --train-text-encoder")
+        if (self.quantize == "gguf") != (self.gguf_file is not None):
+            raise ValueError("--quantize gguf and --gguf-file go together: the file holds the quantised denoiser")
+        if self.offload_base and (self.quantize or self.torch_compile or self.train_text_encoder):
+            raise ValueError("--offload-base excludes --quantize, --torch-compile and --train-text-encoder")
+        above("--text-encoder-lr", self.text_encoder_lr)
+        above("--max-sequence-length", self.max_sequence_length)
+
+
+def above(flag: str, value: float | None) -> None:
+    """Raise ValueError for a value that is given and not above 0."""
+    if value is not None and value <= 0:
+        raise ValueError(f"{flag} must be above 0, got {value}")

@@ -1,0 +1,184 @@
+"""The node of ComfyUI: the library's updates, added as ComfyUI's model patcher asks of its adapters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from randlora_vision import RandLoRAConfig, inject, load_adapter, merge, save_adapter
+from randlora_vision.integrations import comfyui
+from randlora_vision.integrations.diffusers import save_adapter as save_pipeline
+from tests.helpers import randomize
+
+KINDS = ("uniform", "normal", "sparse", "very_sparse", "structured")
+
+
+class Block(nn.Module):
+    """Layers of both orientations, and a convolution, as in a denoiser of diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.ff = nn.Linear(24, 24), nn.Linear(40, 24), nn.Linear(24, 56)
+        self.proj = nn.Conv2d(8, 24, 3)
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+
+class Patcher:
+    """What ComfyUI's ModelPatcher does with patches: kept per key, applied one after another to the weight."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.model = SimpleNamespace(state_dict=lambda: weights)
+        self.cond_stage_model = self.model
+        self.patches: dict[str, list[Any]] = {}
+
+    def clone(self) -> Patcher:
+        other = Patcher(self.model.state_dict())
+        other.patches = {key: list(held) for key, held in self.patches.items()}
+        return other
+
+    def add_patches(self, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> None:
+        for place, patch in patches.items():
+            key, offset = (place, None) if isinstance(place, str) else place
+            assert key in self.model.state_dict()
+            self.patches.setdefault(key, []).append((strength_patch, patch, strength_model, offset))
+
+    def patched(self, key: str) -> Tensor:
+        weight = self.model.state_dict()[key].clone()
+        for strength, patch, strength_model, offset in self.patches[key]:
+            patch = type(patch)(patch.loaded_keys, patch.weights)  # as when it is prefetched
+            part = weight if offset is None else weight.narrow(*offset)
+            found = patch.calculate_weight(part, key, strength, strength_model, offset, lambda update: update)
+            weight = found if offset is None else weight
+        return weight
+
+
+def adapted(path: Path, kind: str, rank: int = 5, **options: Any) -> tuple[Denoiser, dict[str, Tensor], Denoiser]:
+    """A model with an adapter that acts, its weights before, and the merged model; the adapter is saved to `path`."""
+    torch.manual_seed(0)
+    model = Denoiser()
+    before = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    config = RandLoRAConfig(rank=rank, target_modules="all", bases=kind, seed=7, **options)  # type: ignore[arg-type]
+    inject(model, config)
+    randomize(model, "default", seed=1)
+    save_adapter(model, path)
+    fresh = Denoiser()
+    fresh.load_state_dict(before)
+    load_adapter(fresh, path)
+    merge(fresh)
+    return model, before, fresh
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The modules of ComfyUI that the node asks: folders, and the names that its LoRA loader knows."""
+
+    def keys_unet(model: Any, known: dict[str, Any]) -> dict[str, Any]:
+        for key in model.state_dict():
+            if key.endswith(".weight"):
+                known["lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")] = (
+                    key
+                )
+        return known
+
+    def keys_clip(model: Any, known: dict[str, Any]) -> dict[str, Any]:
+        return known | {
+            f"text_encoder.{key.removeprefix('clip_l.').removesuffix('.weight')}": key for key in model.state_dict()
+        }
+
+    folders: Any = ModuleType("folder_paths")
+    folders.get_full_path_or_raise = lambda kind, name: str(tmp_path / name)
+    folders.get_filename_list = lambda kind: ["adapter.safetensors"]
+    lora: Any = ModuleType("comfy.lora")
+    lora.model_lora_keys_unet, lora.model_lora_keys_clip = keys_unet, keys_clip
+    package: Any = ModuleType("comfy")
+    package.lora = lora
+    for name, module in (("folder_paths", folders), ("comfy", package), ("comfy.lora", lora)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_patched_weights_are_the_merged_ones(kind: str, strength: float, tmp_path: Path, comfy: None) -> None:
+    rank = 5 if kind != "structured" else 6
+    options = {"rank_pattern": {"blocks.1.ff": 3}} if kind in ("normal", "structured") else {}
+    _, before, merged = adapted(tmp_path / "adapter.safetensors", kind, rank, **options)
+    weights = {f"diffusion_model.{name}": weight for name, weight in before.items()}
+    model, _ = comfyui.LoadRandLoRA().load(Patcher(weights), "adapter.safetensors", strength, 1.0)
+    assert len(model.patches) == 8
+    for key in model.patches:
+        base, whole = weights[key], merged.state_dict()[key.removeprefix("diffusion_model.")]
+        expected = base + strength * (whole - base)
+        assert (whole - base).abs().max() > 0.01
+        torch.testing.assert_close(model.patched(key), expected, rtol=0, atol=1e-5)
+
+
+def test_a_part_of_a_fused_weight_is_patched(tmp_path: Path) -> None:
+    _, before, merged = adapted(tmp_path / "adapter.safetensors", "uniform")
+    (layers,) = comfyui.read(str(tmp_path / "adapter.safetensors")).values()
+    layer = "blocks.0.to_q"
+    fused = torch.cat([before[f"{layer}.weight"]] * 3)
+    patcher = Patcher({"qkv.weight": fused})
+    known = {f"transformer.{layer}": ("qkv.weight", (0, 24, 24))}
+    patcher.add_patches(comfyui.patches({layer: layers[layer]}, "", known))
+    found = patcher.patched("qkv.weight")
+    torch.testing.assert_close(found[24:48], merged.state_dict()[f"{layer}.weight"], rtol=0, atol=1e-5)
+    assert torch.equal(found[:24], fused[:24]) and torch.equal(found[48:], fused[48:])
+
+
+def test_a_file_of_a_pipeline_patches_the_clip_too(tmp_path: Path, comfy: None) -> None:
+    from tests.pipeline_helpers import adapt, denoiser
+    from tests.tiny_pipelines import sd15
+
+    pipe = sd15()
+    adapt(pipe)
+    save_pipeline(pipe, tmp_path / "adapter.safetensors")
+    parts = comfyui.read(str(tmp_path / "adapter.safetensors"))
+    assert set(parts) == {"unet", "text_encoder"}
+    unet = {f"diffusion_model.{name}.weight": torch.zeros(update.weights[2]) for name, update in parts["unet"].items()}
+    clip = {f"clip_l.{name}.weight": torch.zeros(update.weights[2]) for name, update in parts["text_encoder"].items()}
+    load = comfyui.LoadRandLoRA().load
+    with pytest.raises(ValueError, match="also adapts text_encoder: connect the clip"):
+        load(Patcher(unet), "adapter.safetensors", 1.0, 1.0)
+    model, text = load(Patcher(unet), "adapter.safetensors", 1.0, 0.5, Patcher(clip))
+    base, prefix = denoiser(sd15()), "diffusion_model."
+    merge(pipe.unet)
+    for key in model.patches:
+        name = key.removeprefix(prefix)
+        update = pipe.unet.get_parameter(name) - base.get_parameter(name)
+        torch.testing.assert_close(model.patched(key).reshape(update.shape), update, rtol=0, atol=1e-5)
+    assert len(text.patches) == len(parts["text_encoder"])
+    assert comfyui.LoadRandLoRA.INPUT_TYPES()["required"]["adapter"] == (["adapter.safetensors"],)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, comfy: None) -> None:
+    path = tmp_path / "adapter.safetensors"
+    adapted(path, "uniform")
+    with pytest.raises(ValueError, match=r"has no layer blocks.0.to_q and 7 others: is it another model\?"):
+        comfyui.LoadRandLoRA().load(Patcher({"x.weight": torch.zeros(1)}), path.name, 1.0, 1.0)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="was altered or damaged"):
+        comfyui.read(str(path))
+    golden = Path(__file__).parents[1] / "golden"
+    assert comfyui.read(str(golden / "stored.safetensors"))
+    with pytest.raises(ValueError, match="bases of kind 'peft', which PEFT draws"):
+        comfyui.read(str(golden / "peft.safetensors"))
+    with pytest.raises(ValueError, match="trained in full"):
+        comfyui.read(str(golden / "saved_modules.safetensors"))
+
+
+def test_the_node_imports_nothing_of_the_library() -> None:
+    text = Path(comfyui.__file__).read_text(encoding="utf-8")
+    assert "import randlora_vision" not in text and "from randlora_vision" not in text
