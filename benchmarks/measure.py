@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.methods import METHODS, trained_numbers
 from benchmarks.workloads import WORKLOADS, Inputs, Row
+from randlora_vision.torch_internals import storage_key
 
 
 @dataclass
@@ -78,21 +79,20 @@ def uncomputed(row: Row, base: nn.Module, method: str) -> Trainee:
 
 def kept_bytes(trainee: Trainee) -> int:
     """Return the bytes that autograd keeps from the forward to the backward pass, without parameters and inputs."""
-    own = {t.untyped_storage().data_ptr() for t in (*trainee.model.parameters(), *trainee.model.buffers())}
-    own |= {t.untyped_storage().data_ptr() for t in trainee.inputs.values()}
-    kept: dict[int, int] = {}
+    own = {storage_key(t) for t in (*trainee.model.parameters(), *trainee.model.buffers(), *trainee.inputs.values())}
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage_key(tensor) not in own:
+            kept[storage_key(tensor)] = tensor.detach()  # holding it keeps the key from being used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainee.forward()
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     loss.backward()
     trainee.optimizer.zero_grad(set_to_none=True)
-    return sum(kept.values())
+    return size
 
 
 def step_times(trainees: dict[str, Trainee], rounds: int) -> dict[str, list[float]]:
@@ -103,11 +103,12 @@ def step_times(trainees: dict[str, Trainee], rounds: int) -> dict[str, list[floa
         trainee.step()
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(_timed(trainees[name].step, trainees[name].inputs))
+            seconds[name].append(timed(trainees[name].step, trainees[name].inputs))
     return seconds
 
 
-def _timed(function: Callable[[], None], inputs: Inputs) -> float:
+def timed(function: Callable[[], object], inputs: Inputs) -> float:
+    """Return the seconds that a call takes, including what it starts on the inputs' GPU."""
     on_gpu = next(iter(inputs.values())).is_cuda
     if on_gpu:
         torch.cuda.synchronize()

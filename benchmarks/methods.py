@@ -49,11 +49,11 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def peft_model(model: nn.Module, config: object) -> nn.Module:
+def peft_model(model: nn.Module, config: object, adapter_name: str = "default") -> nn.Module:
     """Add adapters of PEFT to a model, without its warnings."""
     from peft import get_peft_model
 
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, adapter_name)
 
 
 @_quiet()

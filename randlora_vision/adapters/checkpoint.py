@@ -123,7 +123,9 @@ def load_adapter(
 ) -> InjectionReport:
     """Add the adapter in a file to its base model; everything is checked before the model is changed.
 
-    Exactly the weights and modules that the file lists are adapted: whatever else the model has stays the base's.
+    Exactly the weights and modules that the file lists are adapted: whatever else the model has stays the base's. A
+    model on the meta device gets lambda and gamma on the CPU, and its weights may follow, by
+    ``load_state_dict(..., assign=True)`` or after ``to_empty``, which keeps such an adapter.
 
     Args:
         model: The base model. It may already have other adapters; the loaded one is added to the active ones.
@@ -139,7 +141,8 @@ def load_adapter(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is not an adapter file, is damaged, altered or of a newer format, does not fit this
-            model, or its bases cannot be reproduced. The model is then left unchanged.
+            model, or its bases cannot be reproduced; if it has modules trained in full and the model is on the meta
+            device. The model is then left unchanged.
     """
     source = Path(path)
     if not source.exists():
@@ -151,7 +154,7 @@ def load_adapter(
 
 def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> InjectionReport:
     """Carry out a plan of `plan_for` and copy the trained values."""
-    add_adapter(plan, trainable)
+    add_adapter(plan, trainable, valued=True)
     model, name = plan.model, plan.report.adapter_name
     record = own_record(model)
     assert record is not None
@@ -184,17 +187,13 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
         plan = make_plan(model, content.config, adapter_name, content.stored, content)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from None
-    offloaded = offloaded_modules(plan.model)
-    if any(
-        tensor.is_meta
-        for candidate in plan.candidates
-        for module, _ in candidate.owners
-        for tensor in module.parameters()
-        if module not in offloaded
-    ):
-        raise ValueError(f"{path} cannot be loaded on the meta device, where its values would be lost")
     whole = plan.saved
     for name, tensor in whole.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{path} trains {name} in full, which is on the meta device here, where its values would be lost: load "
+                "the model's values first"
+            )
         given = content.saved[name]
         if tensor.shape != given.shape:
             shapes = f"{tuple(tensor.shape)} in the model and {tuple(given.shape)} in the file"

@@ -63,13 +63,14 @@ def set_active(model: nn.Module, adapter_names: str | list[str] | tuple[str, ...
     wanted = check_names(model, () if not adapter_names else adapter_names)
     for _, root, record in records(model):
         refuse_offloaded_tensors(root, record.installed, "switch modules that are trained in full")
+    before = {name for _, _, record in records(model) for name in record.switches.active}
     for _, root, record in records(model):
         record.switches.active = tuple(name for name in wanted if name in record.adapters)
         install_saved(root, record)
     for _, module, param, state in adapted_modules(model):
-        for name, slot in state.slots.items():
+        for name in before.union(wanted) & state.slots.keys():  # not all adapters: there may be a thousand
             for tensor in module.adapter_tensors(param, name):
-                tensor.requires_grad_(slot.trainable and name in wanted)
+                tensor.requires_grad_(state.slots[name].trainable and name in wanted)
 
 
 def set_scale(model: nn.Module, scale: float | Mapping[str, float], adapter_name: str | None = None) -> None:

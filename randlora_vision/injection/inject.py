@@ -69,8 +69,13 @@ def inject(model: nn.Module, config: RandLoRAConfig, adapter_name: str = "defaul
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could not be trained later
-def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
+def add_adapter(plan: AdapterPlan, trainable: bool, valued: bool = False) -> None:
     """Carry out a plan, with lambda and gamma frozen unless `trainable`.
+
+    Args:
+        plan: The plan.
+        trainable: True to train the adapter.
+        valued: True if values for lambda and gamma follow: they are then never on the meta device.
 
     Raises:
         ValueError: If a module's class cannot be extended, or a host holds its weights in a way that has no place for
@@ -99,6 +104,8 @@ def add_adapter(plan: AdapterPlan, trainable: bool) -> None:
         )
         hosts = [offloaded[module] for module, _ in candidate.owners if module in offloaded]
         device = hosts[0].device if hosts else weight_of(candidate).device
+        if valued and device.type == "meta":
+            device = torch.device("cpu")
         for host in hosts:
             hide_new_adapters(host.hook)
         _add_slot(candidate, target, slot, device, adapter_name, record.switches)

@@ -149,9 +149,12 @@ def check_names(model: nn.Module, names: str | list[str] | tuple[str, ...] | Non
     Raises:
         ValueError: If the model has no adapter with one of the names.
     """
-    known = list(dict.fromkeys(name for _, _, record in records(model) for name in record.adapters))
-    wanted = tuple(known) if names is None else (names,) if isinstance(names, str) else tuple(names)
+    owners = [record.adapters for _, _, record in records(model)]
+    if names is None:
+        return tuple(dict.fromkeys(name for adapters in owners for name in adapters))
+    wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
-        if name not in known:
+        if not any(name in adapters for adapters in owners):
+            known = dict.fromkeys(name for adapters in owners for name in adapters)
             raise ValueError(f"no adapter {name!r}; this model has: {', '.join(known)}")
     return wanted

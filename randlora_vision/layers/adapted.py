@@ -147,9 +147,13 @@ class AdaptedModule(GuardedParameters):
                 for tensor in self.adapter_tensors(param, name):
                     masters.update((id(tensor), id(tensor.grad)))
         masters.discard(id(None))
+        loaded = self._loaded_ahead() if makes_empty(fn) else set()
+        kept = {id(tensor) for param, name in loaded for tensor in self.adapter_tensors(param, name)}
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
+            if id(tensor) in kept:
+                return result.copy_(tensor)
             if id(tensor) in masters and result.dtype.itemsize < torch.float32.itemsize:
                 return tensor.to(result.device)
             return result
@@ -164,7 +168,7 @@ class AdaptedModule(GuardedParameters):
         with self._all_registered():
             super()._apply(keep_precision, recurse)
         if makes_empty(fn):
-            self._restart()
+            self._restart(loaded)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

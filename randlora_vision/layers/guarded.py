@@ -83,13 +83,23 @@ class GuardedParameters(_Mixin):
         own = self._parameters.get(name)
         return self.__dict__.get(name) if own is None else own
 
+    def _loaded_ahead(self) -> set[tuple[str, str]]:
+        """(parameter, adapter) of every adapter that was loaded before the weight has values."""
+        return {
+            (param, name)
+            for param, state in self._randlora.items()
+            for name in state.slots
+            if (base := self._tensor(param)) is not None and base.is_meta
+            if not self.adapter_tensors(param, name)[0].is_meta
+        }
+
     @torch.no_grad()
-    def _restart(self) -> None:
-        """Give every adapter its start values, after ``to_empty`` has made room for values but set none."""
+    def _restart(self, loaded: set[tuple[str, str]]) -> None:
+        """Give the adapters their start values after ``to_empty`` has set none; those of `loaded` keep theirs."""
         for param, state in self._randlora.items():
             for name, slot in state.slots.items():
                 for tensor, value in zip(self.adapter_tensors(param, name), slot.start, strict=True):
-                    if not tensor.is_meta:
+                    if not tensor.is_meta and (param, name) not in loaded:
                         tensor.fill_(value)
 
     def _materialize(self) -> None:

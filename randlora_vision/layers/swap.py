@@ -126,7 +126,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         bias = self.bias
     if (type(weight) is not nn.Parameter or weight.ndim < 2) and is_sharded(weight):
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
-    if weight.is_meta and not input.is_meta:
+    if weight.is_meta and (not input.is_meta or self._loaded_ahead()):
         raise RuntimeError("forward of an adapted layer on the meta device got values: load the weight's values first")
     dtype, state = autocast_dtype(weight), self._randlora["weight"]
     if state.switches.mixture is not None and state.switches.enabled:

@@ -225,6 +225,55 @@ def test_the_file_mode_follows_the_umask(tmp_path: Path, umask: int) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+def test_an_adapter_is_loaded_before_the_weights_of_its_model(tmp_path: Path, how: str) -> None:
+    base = mlp()
+    model = copy.deepcopy(base)
+    path = saved(tmp_path, model)
+    with torch.device("meta"):
+        late = mlp()
+    load_adapter(late, path, trainable=True)
+    assert late[0].weight.is_meta and not any(p.is_meta for _, p in adapter_parameters(late))
+    for x in (X, X.to("meta")):
+        with pytest.raises(RuntimeError, match="load the weight's values first"):
+            late(x)
+    if how == "to_empty":
+        late.to_empty(device="cpu")
+    late.load_state_dict(base.state_dict(), assign=how == "assign")
+    assert torch.equal(late(X), model(X))
+    late(X).sum().backward()
+    assert all(p.grad is not None for _, p in adapter_parameters(late))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "structured"])
+def test_only_the_bases_themselves_are_drawn(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix twice, none larger than the layers need, and none at all before a file is checked or a layer called."""
+    config = RandLoRAConfig(rank=4, target_modules="all-linear", bases=kind, seed=8_421)
+    path = saved(tmp_path, vit(), config)
+    gc.collect()
+    get_bases.__globals__["_LIVE"].clear()
+    drawn: list[tuple[int, ...]] = []
+    cls = type(get_bases(BasesSpec(kind, 0, 1, 1, 1, 1)))
+    generate = cls.generate
+
+    def counted(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> Any:
+        drawn.append((matrix, rows, columns))
+        return generate(kind, seed, matrix, rows, columns, narrow)
+
+    monkeypatch.setattr(cls, "generate", staticmethod(counted))
+    with torch.device("meta"):
+        model, other = vit(), vit()
+    inject(model, config)
+    plan(other, config, "other")
+    assert drawn == []
+    load_adapter(other, path)
+    load_adapter(other, path, "again")
+    other.load_state_dict(vit().state_dict(), assign=True)
+    with torch.no_grad():
+        other(torch.randn(IMAGES))
+    assert sorted(drawn) == [(0, 4, 32), (1, 128, 32)]  # A, and B for 32 to 128 features
+
+
 def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         model, other = mlp(), mlp()
@@ -232,8 +281,6 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
     inject(model, CONFIG)
     with pytest.raises(ValueError, match="meta device"):
         save_adapter(model, tmp_path / "meta.safetensors")
-    with pytest.raises(ValueError, match="meta"):  # the values would be lost silently
-        load_adapter(other, path)
     with pytest.raises(ValueError, match=r"one .safetensors file"):
         save_adapter(model, tmp_path / "adapter.bin")
     with pytest.raises(ValueError, match="has no adapters"):
@@ -243,6 +290,9 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         load_adapter(mlp(), tmp_path / "missing.safetensors")
     assert os.listdir(tmp_path) == [path.name]
+    path = saved(tmp_path, config=RandLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["2"]))
+    with pytest.raises(ValueError, match="trains 2.weight in full, which is on the meta device"):
+        load_adapter(other, path)  # the values would be lost silently
 
 
 # Everything that can be wrong with a file.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.operations import python_calls
 from randlora_vision import (
     InjectionReport,
     RandLoRAConfig,
@@ -432,3 +433,16 @@ def test_every_weight_holds_the_records_own_switches() -> None:
         assert len(states) == 4 and all(state.switches is record.switches for state in states)
         set_active(copied, "b")
         assert [state.live() for state in states] == [["b"] if "b" in state.slots else [] for state in states]
+
+
+def test_switching_does_not_depend_on_the_number_of_adapters() -> None:
+    calls = []
+    for count in (3, 60):
+        model = mlp()
+        for i in range(count):
+            inject(model, CONFIGS["a"], f"a{i}")
+        set_active(model, "a0")
+        calls.append(python_calls(lambda model=model: set_active(model, "a1")))
+        trained = [name for name, parameter in adapter_parameters(model) if parameter.requires_grad]
+        assert len(trained) == 4 and all(".a1." in name for name in trained)
+    assert calls[0] == calls[1]

@@ -1,0 +1,172 @@
+"""Many adapters over one base: a batch of several, switching among them, and the memory of each.
+
+python -m benchmarks.serving
+
+A batch of images is classified with 1 to S different adapters in it: ours by `per_sample`, PEFT's LoRA by the
+`adapter_names` of its forward. FLOPs and device operations are counted, times are medians of ratios to PEFT within one
+run. Adapters have (nearly) as many trained numbers in both.
+"""
+
+import argparse
+import gc
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.measure import timed
+from benchmarks.methods import lora_rank, peft_model, randlora_numbers
+from benchmarks.operations import Operations, python_calls
+from benchmarks.workloads import WORKLOADS, Layer
+from randlora_vision import RandLoRAConfig, inject, per_sample, set_active
+
+_RANK = 32
+PEFT = "PEFT LoRA"
+KINDS = {"ours, dense bases": "uniform", "ours, structured bases": "structured"}
+
+
+class Served(NamedTuple):
+    """A model with several adapters.
+
+    Attributes:
+        model: The model.
+        mixed: Names of adapters -> a context and the keyword arguments of a call with an adapter per sample.
+        switch: Makes one adapter the active one.
+    """
+
+    model: nn.Module
+    mixed: Callable[[list[str]], tuple[Any, dict[str, Any]]]
+    switch: Callable[[str], None]
+
+
+def served(method: str, model: nn.Module, targets: list[str], names: list[str]) -> Served:
+    """Add adapters to a model."""
+    model.requires_grad_(False)
+    if method != PEFT:
+        for name in names:
+            inject(model, RandLoRAConfig(rank=_RANK, target_modules=targets, bases=KINDS[method]), name)
+        model.eval()
+        return Served(model, lambda chosen: (per_sample(model, chosen), {}), lambda name: set_active(model, name))
+    from peft import LoraConfig
+
+    rank = lora_rank(model, targets, randlora_numbers(model, targets, _RANK))
+    config = LoraConfig(r=rank, target_modules=targets)
+    adapted: Any = peft_model(model, config, names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, config)
+    adapted.eval()
+    return Served(adapted, lambda chosen: (nullcontext(), {"adapter_names": chosen}), adapted.set_adapter)
+
+
+@torch.no_grad()
+def mixed_batch(one: Served, chosen: list[str], x: Tensor) -> Tensor:
+    """Return the output of a batch whose samples have these adapters."""
+    context, arguments = one.mixed(chosen)
+    with context:
+        return one.model(x, **arguments)
+
+
+def batches(samples: int, rounds: int) -> Iterator[str]:
+    """Yield the lines of the table of mixed batches."""
+    workload = WORKLOADS["vit_s"]
+    x = workload.inputs(samples, torch.device("cpu"), torch.float32)["x"]
+    names = [f"a{i}" for i in range(samples)]
+    models = {}
+    for method in (PEFT, *KINDS):
+        model = workload.build()
+        models[method] = served(method, model, workload.targets(model, "attention+mlp"), names)
+    yield "| method | adapters in the batch | FLOPs | operations | time |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for different in (1, samples // 2, samples):
+        chosen = [names[i % different] for i in range(samples)]
+        seconds: dict[str, list[float]] = {method: [] for method in models}
+        for turn in range(rounds + 1):
+            for method, one in models.items():
+                took = timed(partial(mixed_batch, one, chosen, x), {"x": x})
+                seconds[method] += [took] if turn else []
+        reference: tuple[int, int] | None = None
+        for method, one in models.items():
+            with FlopCounterMode(display=False) as flops:
+                mixed_batch(one, chosen, x)
+            with Operations() as operations:
+                mixed_batch(one, chosen, x)
+            counts = flops.get_total_flops(), operations.counts.total()
+            reference = reference or counts
+            ratio = median(own / other for own, other in zip(seconds[method], seconds[PEFT], strict=True))
+            yield (
+                f"| {method} | {different} of {samples} | {counts[0] / reference[0]:.2f} | {counts[1]:,} "
+                f"| {ratio:.2f} |"
+            )
+
+
+def many(counts: list[int], rounds: int) -> Iterator[str]:
+    """Yield the lines of the table of switching."""
+    yield "| method | adapters | Python calls to switch | time to switch | tensors per adapter | objects per adapter |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for count in counts:
+        found = {method: _switching(method, [f"a{i}" for i in range(count)], rounds) for method in (PEFT, *KINDS)}
+        for method, one in found.items():
+            ratio = median(own / other for own, other in zip(one.seconds, found[PEFT].seconds, strict=True))
+            sizes = f"{one.tensors / 1e3:,.0f} KB | {one.objects / 1e3:,.1f} KB"
+            yield f"| {method} | {count:,} | {one.calls:,} | {ratio:.3f} | {sizes} |"
+
+
+class Switching(NamedTuple):
+    """What switching among adapters costs, and the bytes of one adapter in tensors and in Python's other objects."""
+
+    calls: int
+    seconds: list[float]
+    tensors: float
+    objects: float
+
+
+def _switching(method: str, names: list[str], rounds: int) -> Switching:
+    base = nn.Sequential(Layer(384, 1152), Layer(384, 384))
+    own = sum(parameter.nbytes for parameter in base.parameters())
+    gc.collect()
+    tracemalloc.start()  # traces what Python allocates: the values of tensors are not among it
+    one = served(method, base, ["0.layer", "1.layer"], names)
+    gc.collect()
+    objects = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    tensors = sum(parameter.nbytes for parameter in one.model.parameters()) - own
+    one.switch(names[1])
+    calls = python_calls(partial(one.switch, names[0]))
+    inputs = {"x": torch.empty(())}
+    seconds = [timed(partial(one.switch, names[turn % 2]), inputs) for turn in range(10 * rounds)]
+    return Switching(calls, seconds, tensors / len(names), objects / len(names))
+
+
+def main() -> None:
+    """Parse the command line, measure, and print the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving",
+        description=(__doc__ or "").partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--samples", type=int, default=8, help="images of a batch")
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", default=[10, 100, 1000], help="numbers of adapters to switch"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed repetitions")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # warnings of the compared libraries
+    for title, lines in (
+        (f"ViT-S/16, {options.samples} images, an adapter per image", batches(options.samples, options.rounds)),
+        ("Two layers of 384 to 1,152 and 384 features", many(options.adapters, options.rounds)),
+    ):
+        print(f"\n{title}\n", flush=True)
+        for line in tqdm(lines, unit="line", leave=False):
+            tqdm.write(line)
+
+
+if __name__ == "__main__":
+    main()
