@@ -50,20 +50,10 @@ def writes_are_private() -> bool:
     return not torch_exports() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
-def reshaped_as_own(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, as one that autograd does not treat as a view.
-
-    Autograd forbids writes into a view from a Function.
-    """
-    if torch.compiler.is_dynamo_compiling() or tensor._is_view() or not tensor.is_contiguous():
-        return torch.ops.aten._unsafe_view(tensor.contiguous(), tensor.shape)
-    return tensor
-
-
 unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
 """A contiguous tensor in another shape, as the output of F.linear is: autograd does not treat it as a view.
 
-FSDP 2 warns of modules that return views.
+Autograd forbids writes into a view from a Function, and FSDP 2 warns of modules that return views.
 """
 
 

@@ -26,7 +26,6 @@ from randlora_vision.compute.planner import ANY, Call, Plan, cheapest, choose
 from randlora_vision.torch_internals import (
     is_exporting,
     is_jit_tracing,
-    reshaped_as_own,
     torch_exports,
     transforms_are_active,
     unsafe_view,
@@ -86,7 +85,7 @@ def randlora_linear(
     plan = cheapest(flat.shape[0], call, ready, (for_input, for_adapter, for_weight), pinned, compiling)
     shape = (*x.shape[:-1], out_features)
     if not (for_input or for_adapter or for_weight or for_bias):
-        return unsafe_view(orders.output(flat, weight, bias, ready, tall, plan.forward), shape)
+        return unsafe_view(orders.output(flat, weight, bias, ready, tall, plan.forward).contiguous(), shape)
     kept: list[Tensor] = []
     if plan.grad_adapter == "tokens" and not tall:  # all that this gradient needs of x, and smaller
         for term in ready:
@@ -94,9 +93,10 @@ def randlora_linear(
     if compiling or transforms_are_active():  # they replace the tensors that a function computes with
         frozen = [tensor for term in ready for tensor in term.frozen]
         step = _Step(call, _blank(ready), plan, pinned, len(kept), len(frozen))
-        return unsafe_view(_RandLoRALinear.apply(flat, weight, bias, step, *kept, *frozen, *trained), shape)
-    step = _Step(call, ready, plan, pinned, len(kept), None)
-    return unsafe_view(_PlainLinear.apply(flat, weight, bias, step, *kept, *trained), shape)
+        out = _RandLoRALinear.apply(flat, weight, bias, step, *kept, *frozen, *trained)
+    else:
+        out = _PlainLinear.apply(flat, weight, bias, _Step(call, ready, plan, pinned, len(kept), None), *kept, *trained)
+    return unsafe_view(out.contiguous(), shape)  # the products of structured bases may end in a view
 
 
 def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -165,8 +165,7 @@ class _RandLoRALinear(torch.autograd.Function):
         terms, end = step.terms, step.kept + (step.frozen or 0)
         if step.frozen is not None:
             terms = _filled(terms, tensors[step.kept : end], tensors[end:])
-        out = orders.output(x, weight, bias, terms, step.call.tall, step.plan.forward, tensors[: step.kept])
-        return reshaped_as_own(out)
+        return orders.output(x, weight, bias, terms, step.call.tall, step.plan.forward, tensors[: step.kept])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

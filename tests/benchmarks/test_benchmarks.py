@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import measure, tokens
+from benchmarks import measure, memory, tokens
 from benchmarks.expectations import verdicts
 from benchmarks.methods import METHODS, lora_rank, randlora_numbers
 from benchmarks.report import Result, markdown, plot, ratios, write_csv
@@ -113,3 +113,21 @@ def test_tables_and_verdicts(tmp_path):
     lines = verdicts(measured)
     assert any("step time of ours to peft_randlora" in line and "MISSED by 7%" in line for line in lines)
     assert any("step time of ours_structured to peft_lora" in line and line.endswith("met") for line in lines)
+
+
+def kept_by(choice, device, tokens):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24)).requires_grad_(False)
+    model = memory.CHOICES[choice](model, ["0", "2"], 8).to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    x = torch.randn(tokens, 24, device=device, requires_grad=True)
+    return measure.kept_bytes(measure.Trainee(model, optimizer, {"input": x}, torch.sum, torch.float32))
+
+
+def test_bytes_are_counted_without_computing_and_compute_memory_keeps_the_fewest():
+    auto, fewest = (f"ours, dense bases, compute={compute}" for compute in ("auto", "memory"))
+    for choice in (auto, fewest, "PEFT LoRA"):
+        assert kept_by(choice, "meta", 100) == kept_by(choice, "cpu", 100) > 0
+    assert kept_by(fewest, "meta", 9000) < kept_by(auto, "meta", 9000)
+    shared = 4 * 96 * 24  # B, one for all layers of a model
+    assert kept_by(fewest, "meta", 9000) - shared < kept_by("PEFT RandLora", "meta", 9000)

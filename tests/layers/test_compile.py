@@ -283,6 +283,28 @@ def test_the_bases_are_inputs_of_the_graph() -> None:
     assert sorted(tuple(tensor.shape) for tensor in given) == [(2, 8), (8, 8)]  # one A and one B for three layers
 
 
+@pytest.mark.slow
+def test_a_run_compiles_each_of_its_states_once() -> None:
+    """Steps of an optimiser, scales, batch sizes, evaluation of the base, and sets of adapters, again and again."""
+    compiler, model = Counting(), cold(cold(mlp()), "other")
+    compiled, optimizer = compiler(model), torch.optim.SGD([p for _, p in adapter_parameters(model)], lr=1e-3)
+    counts = []
+    for _ in range(3):
+        for active in ("default", "other", ["default", "other"]):
+            set_active(model, active)
+            for batch, scale in ((5, 1.0), (9, 0.0), (14, 0.5)):
+                set_scale(model, scale, "other")
+                x = torch.randn(batch, 8)
+                torch._dynamo.mark_dynamic(x, 0)
+                optimizer.zero_grad()
+                compiled(x).square().sum().backward()
+                optimizer.step()
+            with torch.no_grad(), disabled(model):
+                compiled(x)
+        counts.append(compiler.compilations)
+    assert counts == [4, 4, 4]  # two adapters, both, and the base
+
+
 @pytest.mark.parametrize("kind", ["uniform", pytest.param("structured", marks=pytest.mark.slow)])
 def test_other_adapters_per_sample_are_not_compiled_again(kind: str) -> None:
     model, seed = mlp(), next(SEEDS)  # adapters of one seed share their bases

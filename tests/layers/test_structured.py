@@ -47,6 +47,18 @@ def test_any_shape_and_kind_of_layer(rank: int) -> None:
     torch.testing.assert_close(model(x).double(), truth(x.double()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("sides", [(13, 47), (47, 13)])
+def test_outputs_are_contiguous_and_their_own(sides: tuple[int, int], mode: Any) -> None:
+    layer = nn.Linear(*sides)
+    inject(layer, RandLoRAConfig(rank=5, bases="structured", target_modules=["weight"]))
+    for tokens in (2, 500):
+        with mode():
+            out = layer(torch.randn(2, tokens, sides[0]))
+            assert out.is_contiguous() and not out._is_view()
+            out.add_(1).view(-1)
+
+
 def test_ranks_of_one_model_have_bases_of_their_own() -> None:
     model, truth = adapted(vit(), rank_pattern={"qkv": 7, "fc1": 3})
     x = torch.randn(IMAGES)

@@ -247,13 +247,14 @@ def test_backward_keeps_what_full_fine_tuning_keeps_and_no_matrix(kind: str, aut
 
 
 @pytest.mark.parametrize("compute", ["auto", "memory"])
-def test_memory_savers_together_change_no_gradient(compute: str) -> None:
+@pytest.mark.parametrize("bases", ["uniform", "structured"])
+def test_memory_savers_together_change_no_gradient(bases: str, compute: str) -> None:
     """Recomputed activations, saved tensors moved to the CPU, and the fewest kept bytes."""
 
     def trained(compute: str, saver: str) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)).double()
-        inject(model, RandLoRAConfig(rank=2, compute=compute))
+        inject(model, RandLoRAConfig(rank=2, bases=bases, compute=compute))
         randomize(model)
         x = torch.randn(150, 8, dtype=torch.float64, requires_grad=True)
         with torch.autograd.graph.save_on_cpu() if "offload" in saver else contextlib.nullcontext():
