@@ -2,9 +2,10 @@
 
     make demo && python -m benchmarks.step --quick
     python -m benchmarks.published --demo runs/demo --step runs/benchmarks
-    python -m benchmarks.published          # write the tables and pictures again from benchmarks/results/
+    python -m benchmarks.published          # write the tables and pictures again from the committed results
 
-`--demo` and `--step` take figures from the folders of these runs into benchmarks/results/. Tables stand between
+`--demo` and `--step` take figures from the folders of these runs into benchmarks/results/; those of
+`benchmarks.quality` are in its own results/. Tables stand between
 ``<!-- figures: NAME -->`` and ``<!-- end -->`` in Markdown files, and are replaced there; a test compares them.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import choosing
 from benchmarks.report import size_text, table
 from randlora_vision.files.atomic import write_json, write_text
 
@@ -107,7 +109,13 @@ def cost_table() -> str:
     return table(rows)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"demo": demo_table, "cost": cost_table}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "cost": cost_table,
+    "methods": choosing.methods_table,
+    "rates": choosing.rates_table,
+    "bases": choosing.bases_table,
+}
 
 
 def collect_demo(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import argparse
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from benchmarks.quality.plots import plot_budgets, plot_rates
 from benchmarks.quality.report import markdown
 from benchmarks.quality.search import next_run, plan
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.train import Run, read_lines, step_ratios, train
+from benchmarks.quality.train import Run, read_lines, read_results, step_ratios, train
 from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_text
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     warnings.simplefilter("ignore")  # of the compared libraries
     path = options.out / "runs.jsonl"
-    results = {_run_of(line): line for line in read_lines(path)}
+    results = read_results(path)
     if not options.gather:
         _train(options, path, results)
         _time(options)
@@ -77,10 +76,6 @@ def _time(options: argparse.Namespace) -> None:
             problem = TASKS[task].make(options.data, 0)
             for name, ratio in step_ratios(TASKS[task], problem, missing, _REFERENCE):
                 _append(path, {"task": task, "method": name, "to": _REFERENCE, "ratio": ratio})
-
-
-def _run_of(line: dict[str, Any]) -> Run:
-    return Run(**{field.name: line[field.name] for field in fields(Run)})
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -82,7 +82,12 @@ def markdown(results: Results, steps: Iterable[Mapping[str, Any]]) -> str:
     ratios = {(line["task"], line["method"]): line["ratio"] for line in steps}
     tasks = [task for task in TASKS if any(run.task == task for run in results)]
     parts = [_task_section(TASKS[task], rows(results, task), ratios) for task in tasks]
-    return "\n".join([*parts, _default_section(results, tasks), _bases_section(results, tasks)])
+    default, bases = (
+        table(head, lines) for head, lines in (default_rates(results, tasks), kinds_of_bases(results, tasks))
+    )
+    parts.append(f"## The default rate of RandLoRA (`suggest_lr`)\n\n{default}\n")
+    parts.append(f"## Kinds of bases, each at its best rate\n\n{bases}\n")
+    return "\n".join(parts)
 
 
 def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, str], float]) -> str:
@@ -107,10 +112,10 @@ def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, s
                 f"{row.result['file_bytes']:,}",
             ]
         )
-    return f"## {task.title}\n\n{_table(header, lines)}\n\n{_told_apart(found)}\n"
+    return f"## {task.title}\n\n{table(header, lines)}\n\n{told_apart(found)}\n"
 
 
-def _told_apart(found: Sequence[Row]) -> str:
+def told_apart(found: Sequence[Row]) -> str:
     """Return a sentence on which methods have an interval that reaches that of the best one."""
     adapters = [row for row in found if row.method not in ("full", "probe")]
     if not adapters:
@@ -135,8 +140,8 @@ def _sized_name(row: Row, among: Sequence[Row]) -> str:
     return f"{METHODS[row.method].title} ({row.result['trained']:,})" if several else METHODS[row.method].title
 
 
-def _default_section(results: Results, tasks: Sequence[str]) -> str:
-    """Return the scores at the default rate, a third and three times it, over the seeds that all rates have."""
+def default_rates(results: Results, tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and lines: scores at the default rate, a third and thrice it, over the seeds of all rates."""
     header = ["task", "bases", "trained", "a third", "default", "three times", "best of the grid", "default below best"]
     lines = []
     for task in tasks:
@@ -156,11 +161,11 @@ def _default_section(results: Results, tasks: Sequence[str]) -> str:
                     f"{100 * (best - default):+.1f}",
                 ]
             )
-    return f"## The default rate of RandLoRA (`suggest_lr`)\n\n{_table(header, lines)}\n"
+    return header, lines
 
 
-def _bases_section(results: Results, tasks: Sequence[str]) -> str:
-    """Return the difference of every kind of bases to uniform ones, seed by seed."""
+def kinds_of_bases(results: Results, tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return a header and lines: the difference of every kind of bases to uniform ones, seed by seed."""
     header = ["task", "bases", "trained", "minus uniform, points, 95%", "seeds"]
     lines = []
     for task in tasks:
@@ -184,9 +189,10 @@ def _bases_section(results: Results, tasks: Sequence[str]) -> str:
                     str(len(common)),
                 ]
             )
-    return f"## Kinds of bases, each at its best rate\n\n{_table(header, lines)}\n"
+    return header, lines
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, without a line break at its end."""
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])

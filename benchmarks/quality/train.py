@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def read_results(path: Path) -> dict[Run, dict[str, Any]]:
+    """Return the lines of runs.jsonl by the run that each describes."""
+    names = [field.name for field in fields(Run)]
+    return {Run(**{name: line[name] for name in names}): line for line in read_lines(path)}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import published
+from benchmarks import choosing, published
+from benchmarks.quality.search import DEFAULT_RATES
 
 ROOT = Path(__file__).parents[2]
 # Percentages, and numbers with a unit of size or a thousands separator.
@@ -48,6 +49,34 @@ def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "demo.json").write_text(json.dumps(figures))
     monkeypatch.setattr(published, "RESULTS", tmp_path)
     assert "12.3%" in published.filled("<!-- figures: demo -->\n<!-- end -->")
+
+
+def test_the_page_on_choosing_has_the_figures_of_the_quality_benchmark() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in choosing.RUNS.read_text(encoding="utf-8").splitlines()]
+    on_mnist = [line for line in lines if (line["task"], line["method"], line["seed"]) == ("mnist16", "lora", 0)]
+    best = max(on_mnist, key=lambda line: line["val"])
+    width = 1.96 * (best["test"] * (1 - best["test"]) / 500) ** 0.5
+    cells = next(line for line in page.splitlines() if line.startswith("| LoRA |")).split(" | ")
+    assert cells[-1] == f"{best['test']:.1%} ± {width:.1%} |".replace("%", "")
+    default = next(line["test"] for line in lines if line["method"] == "uniform" and line["task"] == "mnist16" and
+                   line["exponent"] == DEFAULT_RATES[0])  # fmt: skip
+    assert f"| MNIST, 16 shots, DINOv2-S | uniform | 239,616 | 75.4 | {100 * default:.1f} |" in page
+    # What the prose concludes.
+    assert (
+        "MNIST, 16 shots, DINOv2-S (accuracy): Best adapter: OFT. This task does not tell the 4 adapters apart" in page
+    )
+    assert "inverted digits, demo ViT (accuracy): Best adapter: RandLoRA, uniform." in page
+    assert "linear map, Gaussian change (explained): Best adapter: LoRA; one seed, no interval." in page
+
+
+def test_a_changed_run_changes_the_page_on_choosing(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    changed = {run: {**line, "test": 0.5 * line["test"]} for run, line in choosing.results().items()}
+    monkeypatch.setattr(choosing, "results", lambda: changed)
+    for table in ("methods", "rates", "bases"):
+        assert f"<!-- figures: {table} -->" in page
+        assert published.TABLES[table]() not in page
 
 
 def test_badges_are_true() -> None:
