@@ -15,7 +15,7 @@ RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra 
 	--no-emit-package torch --no-emit-package torchvision \
 	--quiet --upgrade --no-annotate --custom-compile-command 'make lock'
 
-.PHONY: demo docs figures test test-fast test-core test-newest test-lowest lint lock wheel clean
+.PHONY: demo docs figures notebooks test test-fast test-core test-newest test-lowest lint lock wheel clean
 
 PIP := $(BIN)/python -m pip install $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file))
 
@@ -38,6 +38,9 @@ docs: $(READY)-docs  ## the site into build/site; a warning is an error
 
 figures: $(READY)  ## the tables and pictures of the README and docs from benchmarks/results/
 	$(BIN)/python -m benchmarks.published
+
+notebooks: $(READY)  ## the outputs of the notebooks in examples/, once more
+	$(BIN)/python -m examples.execute
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files

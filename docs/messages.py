@@ -7,6 +7,7 @@ Every package that raises needs a remedy below: its own, or that of the package 
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def _order(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    text = " ".join(text.split())
+    text = re.sub("…+", "…", " ".join(text.split()))
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 

@@ -212,8 +212,10 @@ def _indices(value: object) -> tuple[int, ...]:
 
 def _integer(field: str, value: object, low: int, high: int) -> int:
     """The value as a plain int; NumPy's integers are accepted, True and 3.0 are not."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
-        raise ValueError(f"{field} must be an integer in [{low}, {high}], got {value!r}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < low:
+        raise ValueError(f"{field} must be an integer of at least {low}, got {value!r}")
+    if int(value) > high:
+        raise ValueError(f"{field} must be at most {high}, got {value!r}")
     return int(value)
 
 

@@ -68,7 +68,7 @@ def notes(family: Family, report: InjectionReport) -> str:
     if report.skipped:
         found.append(f"{len(report.skipped)} narrower than rank {RANK}, left out")
     if any(isinstance(module, nn.RNNBase) for module in build(family).modules()):
-        found.append("its LSTMs are no targets")
+        found.append("its LSTMs are not targets")
     return "; ".join(found)
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import logging
 import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -81,12 +83,24 @@ def _check(name: str, host: Host, device: torch.device) -> Check:
         return Check(name, "missing", f"pip install 'randlora_vision[{host.extra}]'")
     started = time.monotonic()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # those of the host about itself
+        with _quiet_hosts(), torch.random.fork_rng(devices=[]):
             detail = _life(host, device)
     except Exception as error:  # whatever a host raises is the answer
         return Check(name, "FAILED", one_line(f"{type(error).__name__}: {error}")[:500])
     return Check(name, "passed", f"{detail} ({time.monotonic() - started:.1f} s)")
+
+
+@contextmanager
+def _quiet_hosts() -> Iterator[None]:
+    """Leave out what hosts say about themselves and one another when they are imported."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _life(host: Host, device: torch.device) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision.compute.functional import effective_weight
+from randlora_vision.injection.record import unwrap
 from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
 
@@ -43,7 +44,7 @@ def suggest_lr(model: nn.Module, relative_step: float = RELATIVE_STEP, adapter_n
     Raises:
         ValueError: If there is no such adapter, or none of its weights is a dense one that is not zero.
     """
-    places = [found for found in adapted_modules(model) if adapter_name in found[3].slots]
+    places = [found for found in adapted_modules(unwrap(model)) if adapter_name in found[3].slots]
     if not places:
         raise ValueError(f"this {type(model).__name__} has no adapter {adapter_name!r}")
     chosen = places[:: max(1, len(places) // _LAYERS)]

@@ -59,10 +59,33 @@ class ModelRecord:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile`, DistributedDataParallel and FSDP."""
+    """The model inside the wrappers of `torch.compile`, DistributedDataParallel and FSDP.
+
+    Raises:
+        ValueError: If it is not a module: a name, or a pipeline of diffusers.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(_not_a_module(model))
     while isinstance(model := inside(model), nn.parallel.DistributedDataParallel):
         model = model.module
     return model
+
+
+def _not_a_module(value: object) -> str:
+    if isinstance(value, type):
+        return f"expected a torch.nn.Module, got the class {value.__name__}: create the model first"
+    if isinstance(value, str):
+        return f"expected a torch.nn.Module, got the string {value!r}: create the model first"
+    parts = getattr(value, "components", None)
+    modules = [name for name, part in parts.items() if isinstance(part, nn.Module)] if isinstance(parts, dict) else []
+    if modules:
+        return (
+            f"expected a torch.nn.Module, got a {type(value).__name__}: pass one of its parts ({', '.join(modules)}); "
+            "for files and scales of the whole pipeline, use the functions of randlora_vision.integrations.diffusers"
+        )
+    inside_it = isinstance(value, (tuple, list)) and any(isinstance(part, nn.Module) for part in value)
+    hint = ": pass the model in it alone" if inside_it else ""
+    return f"expected a torch.nn.Module, got a {type(value).__name__}{hint}"
 
 
 def own_record(model: nn.Module) -> ModelRecord | None:
@@ -107,9 +130,10 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
 
 def check_root(model: nn.Module) -> None:
     """Raise ValueError unless adapters may be injected into this module: a model has one root for all of them."""
+    unwrapped = unwrap(model)
     if isinstance(inside(model), nn.parallel.DistributedDataParallel):
         raise ValueError("inject before wrapping the model in DistributedDataParallel, which registers parameters")
-    model = unwrap(model)
+    model = unwrapped
     inner = [path for path, module in model.named_modules() if path and _KEY in module.__dict__]
     if inner:
         raise ValueError(f"adapters were already injected into {inner[0]!r}: inject there, or remove them first")

@@ -31,6 +31,8 @@ from randlora_vision.names import (
 )
 from randlora_vision.report import Target
 
+PRESET_HOSTS = ("diffusers", "open_clip", "timm", "transformers")
+
 
 def select(
     model: nn.Module, config: RandLoRAConfig, everything: list[Candidate] | None = None
@@ -153,7 +155,10 @@ def preset_names(model: nn.Module, preset: str) -> list[str]:
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name != module_name:
             raise
-        raise ValueError(f"target_modules={preset!r}: there is no integration {integration!r} with presets") from None
+        raise ValueError(
+            f"target_modules={preset!r}: there is no integration {integration!r} with presets; there are "
+            f"{', '.join(PRESET_HOSTS)}"
+        ) from None
     if name not in presets:
         raise ValueError(f"target_modules={preset!r}: {integration} has the presets {', '.join(sorted(presets))}")
     return list(presets[name](model))
@@ -214,6 +219,8 @@ def _nothing(
     if not groups:
         return f"{message}: the model has no linear layer, attention projection or convolution"
     components = {part for group in groups for part in group.split(" ")[0].split(".")}
+    if isinstance(asked, str):
+        components |= {"all-linear", "all"}
     close = [c for word in words for c in difflib.get_close_matches(word[-100:].split(".")[-1], components, n=2)]
     hint = f"; did you mean {' or '.join(repr(c) for c in dict.fromkeys(close))}?" if close else ""
     return f"{message}{hint}; the model has: {', '.join(groups[:12])}{', ...' if len(groups) > 12 else ''}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -59,6 +61,18 @@ def test_failures_are_reported_in_one_line(build, expected: str, monkeypatch, ca
     (line,) = [line for line in printed.splitlines() if line.startswith("FAILED")]
     assert line.startswith(f"FAILED   broken        {expected}")
     assert "2 passed, 1 failed, 0 not installed" in printed
+
+
+def test_hosts_do_not_interrupt_the_list(caplog: pytest.LogCaptureFixture) -> None:
+    def build() -> nn.Module:
+        warnings.warn("this library is old", FutureWarning, stacklevel=1)
+        logging.getLogger("host").warning("another library is missing")
+        return HOSTS["torch"].build()
+
+    check = _check("loud", replace(HOSTS["torch"], build=build), torch.device("cpu"))
+    assert check.result == "passed" and not caplog.records
+    logging.getLogger("host").warning("after the check")
+    assert [record.message for record in caplog.records] == ["after the check"]
 
 
 def test_a_missing_host_is_no_failure() -> None:

@@ -1,0 +1,1 @@
+"""Notebooks: see README.md."""
