@@ -10,9 +10,10 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.report import Row, default_rates, kinds_of_bases, rows, table, told_apart
 from benchmarks.quality.search import Results
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.train import read_results
+from benchmarks.quality.train import CENTRE_STEP, Run, read_results
 
 RUNS = Path(__file__).parent / "quality" / "results" / "runs.jsonl"
+_GRID = "mnist16"
 
 
 @cache
@@ -46,6 +47,21 @@ def rates_table() -> str:
 def bases_table() -> str:
     """Return the difference of every kind of bases to uniform ones."""
     return f"{table(*kinds_of_bases(results(), tasks()))}\n"
+
+
+def grid_table() -> str:
+    """Return RandLoRA's test scores on 16-shot MNIST (seed 0) by the relative step c of its rate."""
+    by_bases = {
+        method: {run.exponent: line for run, line in results().items() if run == Run(_GRID, method, 1, run.exponent, 0)}
+        for method in ("uniform", "structured")
+    }
+    exponents = sorted(by_bases["uniform"])
+    header = ["`c`", *(f"{CENTRE_STEP * 10 ** (exponent / 2):.2g}" for exponent in exponents)]
+    lines = [
+        [f"{method} bases", *(f"{100 * found[exponent]['test']:.1f}" for exponent in exponents)]
+        for method, found in by_bases.items()
+    ]
+    return f"{table(header, lines)}\n"
 
 
 def _score(row: Row) -> str:

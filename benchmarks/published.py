@@ -115,6 +115,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "methods": choosing.methods_table,
     "rates": choosing.rates_table,
     "bases": choosing.bases_table,
+    "grid": choosing.grid_table,
 }
 
 

@@ -70,13 +70,13 @@ def test_the_page_on_choosing_has_the_figures_of_the_quality_benchmark() -> None
     assert "linear map, Gaussian change (explained): Best adapter: LoRA; one seed, no interval." in page
 
 
-def test_a_changed_run_changes_the_page_on_choosing(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+def test_a_changed_run_changes_the_pages_on_choosing_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("choosing.md", "learning-rate.md"))
     changed = {run: {**line, "test": 0.5 * line["test"]} for run, line in choosing.results().items()}
     monkeypatch.setattr(choosing, "results", lambda: changed)
-    for table in ("methods", "rates", "bases"):
-        assert f"<!-- figures: {table} -->" in page
-        assert published.TABLES[table]() not in page
+    for table in ("methods", "rates", "bases", "grid"):
+        assert f"<!-- figures: {table} -->" in pages
+        assert published.TABLES[table]() not in pages
 
 
 def test_badges_are_true() -> None:
