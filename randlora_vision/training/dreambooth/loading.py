@@ -4,12 +4,14 @@ import contextlib
 import difflib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from randlora_vision.errors import reason_of
 from randlora_vision.skeletons import shapes_only
 from randlora_vision.training.dreambooth.families import FAMILIES, Family
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
@@ -109,7 +111,17 @@ def family_class(path: str, revision: str | None = None) -> tuple[type[Family], 
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
     if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~"))):
         raise ValueError(f"--pretrained-model-name-or-path {path} is not a pipeline folder written by save_pretrained")
-    index = DiffusionPipeline.load_config(path, revision=revision)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers passes an argument that huggingface_hub no longer has
+            index = DiffusionPipeline.load_config(path, revision=revision)
+    except OSError as error:
+        if os.path.isdir(path):
+            raise
+        raise ValueError(
+            f"cannot read the pipeline {path}: there is no such folder, and it was not found on the Hugging Face Hub. "
+            f"Check the name and the connection, or give a folder written by save_pretrained ({reason_of(error)})"
+        ) from error
     name = index.get("_class_name")
     family = FAMILIES.get(str(name))
     if family is None:
