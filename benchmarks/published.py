@@ -120,7 +120,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def collect_demo(folder: Path) -> dict[str, Any]:
-    """Return what is shown of a run of compare_clip.py, with the answers to one test image of each digit."""
+    """Return what is shown of a run of compare.py, with the answers to one test image of each digit."""
     summaries = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     environment = json.loads((folder / "randlora" / "environment.json").read_text(encoding="utf-8"))
     methods = {
@@ -130,9 +130,9 @@ def collect_demo(folder: Path) -> dict[str, Any]:
             **{when: {task: summary[when][task]["top1"] for task in summary["tasks"]} for when in ("before", "after")},
             "interval": {task: summary["confidence"]["after"][task]["top1"] for task in summary["tasks"]},
         }
-        for method, summary in summaries.items()
+        for method, (summary, *_) in summaries.items()
     }
-    first = summaries["randlora"]
+    first = summaries["randlora"][0]
     samples = {task: values["samples"] for task, values in first["after"].items()}
     versions = environment["packages"]
     return {

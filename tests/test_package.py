@@ -96,7 +96,7 @@ sys.argv = ["randlora", "--version"]
 with contextlib.suppress(SystemExit):
     runpy.run_path({bin!r}, run_name="__main__")
 print("helps")
-for name in ("compare_clip", "train_classifier", "train_dreambooth"):
+for name in ("compare", "train_classifier", "train_dreambooth"):
     with contextlib.suppress(SystemExit):
         importlib.import_module(f"randlora_vision.train_scripts.{{name}}").main(["--help"])
 importlib.import_module("randlora_vision.train_scripts.train_clip").main(["--model", "ViT-B-33"])

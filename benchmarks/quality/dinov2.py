@@ -16,12 +16,9 @@ _PREFIX = "backbone."
 
 
 def read_dinov2(graph_bytes: bytes) -> dict[str, Tensor]:
-    """Return the state of timm's `vit_small_patch14_dinov2` without a head; raise ValueError if onnx is missing."""
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ModuleNotFoundError as error:
-        raise ValueError("reading the weights needs the package onnx: pip install -e '.[quality]'") from error
+    """Return the state of timm's `vit_small_patch14_dinov2` without a head."""
+    import onnx
+    from onnx import numpy_helper
 
     graph = onnx.load_from_string(graph_bytes).graph
     held = {tensor.name: torch.tensor(numpy_helper.to_array(tensor)) for tensor in graph.initializer}

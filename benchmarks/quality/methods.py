@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from benchmarks.methods import peft_model, randlora_numbers, trained_numbers
-from benchmarks.quality.nola import inject_nola
 from randlora_vision import RandLoRAConfig, inject
+from randlora_vision.training.methods.rivals import inject_rival
 
 ALPHA_PER_RANK = 20  # of RandLoRA, as in the training scripts
 _FROZEN = ("patch_embed", "cls_token", "pos_embed")  # in full fine-tuning too: the pictures' part is not compared
@@ -65,7 +65,8 @@ def _peft(kind: str, settings: Callable[[int, int], dict[str, Any]]) -> Apply:
 
 
 def _nola(model: nn.Module, targets: Sequence[str], number: int, seed: int) -> nn.Module:
-    return inject_nola(model, targets, number)
+    inject_rival(model, "nola", targets, number, 1.0, seed)
+    return model
 
 
 def _full(model: nn.Module, targets: Sequence[str], knob: int, seed: int) -> nn.Module:

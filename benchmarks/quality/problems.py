@@ -100,10 +100,24 @@ class Classification(Problem):
         return len(outputs.argmax(-1).unique()) == 1
 
 
+class Cosine(nn.Module):
+    """Logits of features (B, D) -> (B, C): cosines to `texts` (C, D), which stay as they are, over a temperature."""
+
+    def __init__(self, texts: Tensor, temperature: float) -> None:
+        super().__init__()
+        self.register_buffer("texts", texts)
+        self.temperature = temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits."""
+        return F.normalize(features, dim=-1) @ self.texts.T / self.temperature
+
+
+@dataclass
 class Retrieval(Problem):
     """Pictures and the features (N, D) of their captions, which stay as they are: contrastive loss and mean recall."""
 
-    temperature = 0.05
+    temperature: float = 0.05
 
     def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
         """Return the symmetric contrastive loss of a batch."""

@@ -10,6 +10,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.search import DEFAULT_RATES, Results, best_exponent, exponent_means, unsearched
 from benchmarks.quality.tasks import TASKS, Task
 from benchmarks.quality.train import RATE_STEP
+from randlora_vision.training.evaluation.intervals import seeds_half_width
 
 _Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
 BASES = tuple(name for name, method in METHODS.items() if method.lr is None)
@@ -50,10 +51,7 @@ def half_width(scores: Sequence[float], samples: int) -> float:
     samples_part = _Z * math.sqrt(inside * (1 - inside) / samples) if samples else 0.0
     if len(scores) == 1:
         return samples_part if samples else math.nan
-    from scipy.stats import t
-
-    seeds_part = float(t.ppf(0.975, len(scores) - 1)) * statistics.stdev(scores) / math.sqrt(len(scores))
-    return math.hypot(samples_part, seeds_part)
+    return math.hypot(samples_part, seeds_half_width(scores))
 
 
 def rows(results: Results, task: str) -> list[Row]:

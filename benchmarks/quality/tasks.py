@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.quality.dinov2 import load_dinov2
-from benchmarks.quality.problems import Classification, Problem, Regression, Retrieval
+from benchmarks.quality.problems import Classification, Cosine, Problem, Regression, Retrieval
 
 _VALIDATION, _TEST = 200, 500
 _BATCH = 32
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_RIDGE = 1.0  # of the image projection, in units of the mean squared feature
+_RIDGE = 1e-2  # of the image projection, relative to the mean of the diagonal of the Gram matrix
+_TEMPERATURE = 0.05
 _LINEAR = 128  # width of the linear maps
 _RELATIVE_TARGET = 0.5  # norm of the change that is to be learned, relative to the weight
 
@@ -79,11 +80,23 @@ def _emoji_categories(shots: int, pixels: int) -> Callable[[Path, int], Problem]
 def _emoji_retrieval(pixels: int) -> Callable[[Path, int], Problem]:
     def make(folder: Path, seed: int) -> Problem:
         first, second = (_emoji(folder, pixels)[artist] for artist in ("google", "twitter"))
-        texts = load_file(folder / "captions.safetensors")["features"]
+        texts = _texts(folder)["captions"]
         pool, tests = _parts(second, texts)
         tests = {**tests, "first artist": _parts(first, texts)[1]["test"]}
         base, head = _dinov2(folder, pixels), _aligned(folder, pixels)
-        return Retrieval(base, head, second[pool], texts[pool], tests, _BATCH, seed)
+        return Retrieval(base, head, second[pool], texts[pool], tests, _BATCH, seed, temperature=_TEMPERATURE)
+
+    return make
+
+
+def _emoji_prompts(shots: int, pixels: int) -> Callable[[Path, int], Problem]:
+    def make(folder: Path, seed: int) -> Problem:
+        first, second, labels = (_emoji(folder, pixels)[name] for name in ("google", "twitter", "labels"))
+        pool, tests = _parts(second, labels)
+        tests = {**tests, "first artist": _parts(first, labels)[1]["test"]}
+        chosen = _shots(labels, pool, shots, seed)
+        head = nn.Sequential(_aligned(folder, pixels), Cosine(_texts(folder)["categories"], _TEMPERATURE))
+        return Classification(_dinov2(folder, pixels), head, second[chosen], labels[chosen], tests, _BATCH, seed)
 
     return make
 
@@ -148,6 +161,13 @@ TASKS: dict[str, Task] = {
         (64, 32, 16),
         _emoji_retrieval(42),
     ),
+    "emoji-prompts": Task(
+        "emoji class prompts, other artist, DINOv2-S and MiniLM",
+        "accuracy",
+        60,
+        (64, 32, 16),
+        _emoji_prompts(16, 42),
+    ),
 }
 
 
@@ -210,6 +230,12 @@ def _emoji(folder: Path, pixels: int) -> dict[str, Tensor]:
     return {**pictures, "labels": held["labels"]}
 
 
+@cache
+def _texts(folder: Path) -> dict[str, Tensor]:
+    """Return MiniLM's features of the captions (N, D) and of the names of the categories (C, D)."""
+    return load_file(folder / "captions.safetensors")
+
+
 def _normalised(images: Tensor, pixels: int) -> Tensor:
     """Return images (N, 3, P, P) as DINOv2 takes them, from bytes of any size."""
     x = images.float() / 255
@@ -221,21 +247,25 @@ def _normalised(images: Tensor, pixels: int) -> Tensor:
 
 @cache
 def _aligned(folder: Path, pixels: int) -> nn.Linear:
-    """Return the projection from image features to caption features, fitted to the first artist by ridge regression."""
+    """Return the projection from image features to caption features, fitted to the first artist by ridge regression.
+
+    It is frozen: Adam's first steps at the rate of a new classifier would undo the alignment. Without an adapter,
+    nothing is trained.
+    """
     images, base = _emoji(folder, pixels)["google"], _dinov2(folder, pixels).eval()
-    texts = load_file(folder / "captions.safetensors")["features"]
+    texts = _texts(folder)["captions"]
     pool, _ = _parts(images, texts)
     with torch.no_grad():
         x = torch.cat([base(part) for part in images[pool].split(250)])
     x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     gram = x.T @ x
-    gram += _RIDGE * gram.diagonal().mean() / len(x) * len(x) * 1e-2 * torch.eye(len(gram), dtype=gram.dtype)
+    gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     solution = torch.linalg.solve(gram, x.T @ texts[pool].double()).T.float()
     head = nn.Linear(x.shape[1] - 1, texts.shape[1])
     with torch.no_grad():
         head.weight.copy_(solution[:, :-1])
         head.bias.copy_(solution[:, -1])
-    return head
+    return head.requires_grad_(False)
 
 
 @cache

@@ -59,7 +59,7 @@ class Trainee:
         self.model = method.apply(base.requires_grad_(False), targets_of(base), knob, seed)
         self.trained = trained_numbers(self.model)
         self.lr = (method.lr or suggest_lr(self.model, CENTRE_STEP)) * RATE_STEP**exponent
-        head = list(problem.head.parameters())
+        head = [parameter for parameter in problem.head.parameters() if parameter.requires_grad]
         head_lr = task.head_lr if self.trained else self.lr
         self.parameters = [*(p for p in self.model.parameters() if p.requires_grad), *head]
         self.optimizer = (

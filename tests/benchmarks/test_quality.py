@@ -1,19 +1,24 @@
 """The quality benchmark: its search, its sizes, its scores and intervals, and that it goes on after a stop."""
 
 import hashlib
+import io
 import json
+import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 
 from benchmarks.methods import randlora_numbers, trained_numbers
 from benchmarks.quality import __main__ as command
+from benchmarks.quality import data, prepare
 from benchmarks.quality.data import Archive
 from benchmarks.quality.methods import METHODS, knob_for
-from benchmarks.quality.nola import inject_nola
 from benchmarks.quality.problems import Classification, Retrieval
 from benchmarks.quality.report import half_width
 from benchmarks.quality.search import DEFAULT_RATES, WIDEST, best_exponent, next_run
@@ -67,22 +72,6 @@ def test_knobs_match_the_budget_as_well_as_any(name):
     assert distances[chosen] == min(distances.values())
 
 
-def test_nola_is_its_sum():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(12, 20)), torch.randn(3, 12)
-    before = model(x)
-    weight = model[0].weight.detach().clone()
-    inject_nola(model, ["0"], 5)
-    torch.testing.assert_close(model(x), before)
-    part = model[0].parametrizations.weight[0]
-    nn.init.normal_(part.b)
-    (bank,) = part.bank
-    down = sum(part.a[k] * bank[k, :, :12] for k in range(5)) / 12**0.5
-    up = sum(part.b[k] * bank[k, :, :20].T for k in range(5)) / 5**0.5
-    torch.testing.assert_close(model[0].weight, weight + up @ down)
-    assert trained_numbers(model) == 10
-
-
 def test_mean_recall_against_a_sorted_list():
     torch.manual_seed(0)
     images, texts = (nn.functional.normalize(torch.randn(40, 6), dim=-1) for _ in range(2))
@@ -129,11 +118,67 @@ def test_an_archive_is_verified(tmp_path):
         replace(archive, sha256="0").get(tmp_path)
 
 
-def test_without_npm_the_archive_is_named(tmp_path, monkeypatch):
+def test_without_npm_both_archives_are_named_before_anything_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(data, "find_spec", lambda module: module)
+    place = r"https://registry.npmjs.org/emoji-datasource-{0}/-/emoji-datasource-{0}-16.0.0.tgz"
+    with pytest.raises(ValueError, match=f"npm is not installed: put {place.format('google')} and .*twitter"):
+        data.get(tmp_path, ["dinov2", "emoji"])
+    assert not list((tmp_path / "archives").iterdir())
+
+
+def test_a_missing_module_is_named_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda module: None if module == "onnx" else module)
+    with pytest.raises(ValueError, match=r"needs onnx: pip install -e '.\[quality\]'"):
+        data.get(tmp_path)
+    assert not (tmp_path / "archives").exists()
+
+
+def test_a_failed_download_says_what_the_downloader_said(tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="npm error code E404\n\nnpm error 404 Not Found\n")
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: failed)
     archive = Archive("npm", "emoji", "16", "emoji-16.tgz", "0", 1.0, "pictures")
-    with pytest.raises(ValueError, match=r"npm is not installed: put emoji-16.tgz of emoji 16 from npm into"):
+    with pytest.raises(
+        ValueError, match=r"npm could not get emoji 16: npm error code E404 / npm error 404 .*; put http"
+    ):
         archive.get(tmp_path)
+
+
+def emoji_archive(path, artist, rows):
+    """An npm archive of emoji, each a name, a category and the grey of its left half on a transparent ground."""
+    table, files = [], {}
+    for number, (name, category, grey) in enumerate(rows):
+        own = {"image": f"{number}.png", "name": name, "short_name": f"emoji_{number}", "category": category}
+        table.append({**own, **{f"has_img_{name}": True for name in prepare.ARTISTS}})
+        picture = Image.new("RGBA", (64, 64), (0, 255, 0, 0))  # transparent, but green
+        picture.paste((grey, grey, grey, 255), (0, 0, 32, 64))
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        files[f"package/img/{artist}/64/{number}.png"] = content.getvalue()
+    with tarfile.open(path, "w:gz") as archive:
+        for name, held in {"package/emoji.json": json.dumps(table).encode(), **files}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(held)
+            archive.addfile(member, io.BytesIO(held))
+    return path
+
+
+def test_emoji_of_both_artists_on_white_without_copies(tmp_path):
+    rows = [
+        ("RED HEART", "Symbols", 1),
+        (None, "Flags", 2),
+        ("skin", "Component", 3),
+        ("ISLAND", "Flags", 2),  # the same drawing as the first flag
+        ("Red heart", "Flags", 4),  # the same caption as the heart
+        ("END", "Flags", 5),
+    ]
+    paths = {artist: emoji_archive(tmp_path / f"{artist}.tgz", artist, rows) for artist in prepare.ARTISTS}
+    prepare.prepare_emoji(paths, tmp_path)
+    held, words = load_file(tmp_path / "emoji.safetensors"), json.loads((tmp_path / "emoji.json").read_text())
+    assert words == {"captions": ["red heart", "emoji 1", "end"], "categories": ["Flags", "Symbols"]}
+    assert held["labels"].tolist() == [1, 0, 0]
+    assert held["google"].shape == (3, 64, 64, 3)
+    assert held["google"][:, 0, 0, 0].tolist() == [1, 2, 5] and held["twitter"][0, 0, 63].tolist() == [255, 255, 255]
 
 
 def test_the_command_goes_on_after_a_stop(tmp_path, monkeypatch):

@@ -14,14 +14,20 @@ import pytest
 
 from randlora_vision.cli import command
 from randlora_vision.cli.train import SCRIPTS
-from randlora_vision.train_scripts import train_classifier, train_clip, train_dreambooth
+from randlora_vision.train_scripts import (
+    compare,
+    explain,
+    run_recipes,
+    train_classifier,
+    train_clip,
+    train_dreambooth,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SCRIPTS: dict[str, Any] = {
     "train_clip": train_clip,
-    "compare_clip": train_clip,
     "train_classifier": train_classifier,
     "train_dreambooth": train_dreambooth,
 }
@@ -85,17 +91,31 @@ def commands(page: Path) -> Iterator[str]:
         yield from re.findall(r"train_scripts/\w+\.py [^']*", text.replace("\\\n", " "))
 
 
+def parse_comparison(arguments: list[str]) -> None:
+    own, rest = compare._parser().parse_known_args(arguments)
+    script = compare.SCRIPTS[own.script]
+    compare._comparison(own, script, compare.parse(script.options, rest, "", script.flags))
+
+
+OWN_PARSERS: dict[str | None, Any] = {
+    "train_scripts/compare.py": parse_comparison,
+    "train_scripts/run_recipes.py": lambda words: run_recipes._parser().parse_args(words),
+    "train_scripts/explain.py": lambda words: explain._parser().parse_args(words),
+}
 COMMANDS = [(name(page), line) for page in PAGES for line in commands(page)]
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_commands_are_accepted(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)
-    script = next((word for word in words if Path(word).stem in _SCRIPTS or word.split(".")[-1] in _SCRIPTS), None)
+    known = {*_SCRIPTS, *(Path(path).stem for path in OWN_PARSERS)}
+    script = next((word for word in words if Path(word).stem in known or word.split(".")[-1] in known), None)
     if words[:2] == ["randlora", "train"]:
         parse(SCRIPTS[words[2]], words[3:])
     elif words[0] == "randlora":
         command._parser().parse_args(words[1:])
+    elif script in OWN_PARSERS:
+        OWN_PARSERS[script](words[words.index(script) + 1 :])
     elif script is not None:
         parse(script.removesuffix(".py").rpartition(".")[2].rpartition("/")[2], words[words.index(script) + 1 :])
     elif words[0] == "make":

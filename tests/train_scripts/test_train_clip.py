@@ -1,4 +1,4 @@
-"""Tests of train_clip.py and compare_clip.py, run as a user would run them."""
+"""Tests of train_clip.py, run as a user would run it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.training.clip.classifier import ClipClassifier
 from randlora_vision.training.evaluation.accuracy import Scores
 from tests.training_helpers import (
-    QUICK,
     TINY_CONFIG,
     Killed,
     draw_nothing,
@@ -525,38 +524,3 @@ def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pyt
     assert summary["before"]["test"]["top1"] < 0.2
     assert summary["after"]["test"]["top1"] > summary["before"]["test"]["top1"] + 0.2
     assert summary["reload_difference"] == 0
-
-
-@pytest.mark.slow
-def test_the_comparison_twice_into_one_folder(
-    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = ["--model", f"local-dir:{tiny}", "--data", str(images), "--rank", "2", *QUICK]
-    draw_nothing(monkeypatch)  # tests/training/evaluation/test_figures.py draws the comparison
-    script("compare_clip").main(["--output-dir", str(tmp_path), *small])
-    assert (tmp_path / "comparison.png").is_file()
-    capsys.readouterr()
-    script("compare_clip").main(["--output-dir", str(tmp_path), *small])
-    printed = capsys.readouterr().out
-    summaries = json.loads((tmp_path / "comparison.json").read_text())
-    assert list(summaries) == ["randlora", "lora", "full"]
-    numbers = {method: summary["trained_numbers"] for method, summary in summaries.items()}
-    assert abs(numbers["lora"] - numbers["randlora"]) < 0.25 * numbers["randlora"]
-    for method in summaries:
-        assert {path.name for path in (tmp_path / method).iterdir()} == RUN_FILES
-    table = (tmp_path / "comparison.md").read_text()
-    assert all(label in table and label in printed for label in ("RandLoRA", "LoRA", "full fine-tuning"))
-    assert f"{tmp_path}/comparison.png" in printed
-
-
-def test_the_comparison_refuses_method_and_lr(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        script("compare_clip").main(["--method", "lora"])
-    assert stopped.value.code == 2
-    assert "leave --method and --lr out" in capsys.readouterr().err
-
-
-def test_the_comparison_does_not_resume(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        script("compare_clip").main(["--resume", "latest"])
-    assert "trains from the start" in capsys.readouterr().err

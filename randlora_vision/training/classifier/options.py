@@ -10,7 +10,6 @@ from randlora_vision.training.harness.options import (
     AdapterOptions,
     CheckpointOptions,
     HubOptions,
-    Method,
     RateOptions,
     RunOptions,
     SpeedOptions,
@@ -20,6 +19,7 @@ from randlora_vision.training.harness.options import (
     require_epoch,
 )
 
+Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 

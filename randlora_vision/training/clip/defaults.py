@@ -21,18 +21,25 @@ from randlora_vision.training.methods.adaptation import suggested_lr
 from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults, rank_of
 
 # The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
-# of two or less. The others are the usual ones for pretrained CLIP models, but for
-# RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for a logit scale that is trained too.
+# of two or less; those of DoRA, VeRA and NoLA were not searched. The others are the usual ones for pretrained CLIP
+# models, but for RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for a logit scale that is
+# trained too.
 DEFAULTS = ScriptDefaults(
     own={
         "randlora": Defaults(1e-3, 32, suggested=True),
         "lora": Defaults(1e-3, 8),
+        "dora": Defaults(1e-3, 8),
+        "vera": Defaults(1e-2, 256),
+        "nola": Defaults(1e-2, 512),
         "full": Defaults(1e-5),
         "linear-probe": Defaults(1e-3),
     },
     digits={
         "randlora": Defaults(2e-3, 16),
         "lora": Defaults(9e-3, 8),
+        "dora": Defaults(9e-3, 8),
+        "vera": Defaults(3e-2, 256),
+        "nola": Defaults(3e-2, 512),
         "full": Defaults(1.2e-3),
         "linear-probe": Defaults(1e-1),
     },
@@ -80,9 +87,10 @@ def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> Ra
     if adapter.method == "full" or adapter.method == "linear-probe":
         return PlainAdapter(**without(adapter, "method"), method=adapter.method)
     rank = rank_of(adapter, defaults.rank, model, lambda: adapter_targets(model, options))
+    scale = ALPHA_PER_RANK.get(adapter.method)
     return RankedAdapter(
         **without(adapter, "method", "rank", "alpha", "budget"),
         method=adapter.method,
         rank=rank,
-        alpha=adapter.alpha or ALPHA_PER_RANK[adapter.method] * rank,
+        alpha=adapter.alpha or (scale * rank if scale else None),
     )

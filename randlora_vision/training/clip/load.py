@@ -16,6 +16,7 @@ from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.methods.adaptation import move, quiet
 from randlora_vision.training.methods.lora import FORMAT as LORA_FORMAT
 from randlora_vision.training.methods.lora import LowRank, load_lora
+from randlora_vision.training.methods.rivals import is_rival, load_rival
 
 
 def load_classifier(
@@ -66,6 +67,8 @@ def load_trained(model: nn.Module, path: Path | str, scale: float = 1.0) -> Tens
         for part in model.modules():
             if isinstance(part, LowRank):
                 part.scale *= scale
+    elif is_rival(metadata):
+        load_rival(model, path, scale)
     elif set(tensors) == {PROBE}:
         return tensors[PROBE]
     else:

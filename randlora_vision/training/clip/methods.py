@@ -9,7 +9,7 @@ from torch import nn
 from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to
-from randlora_vision.training.clip.options import ClipOptions, ClipSettings
+from randlora_vision.training.clip.options import ClipOptions, ClipSettings, RankedAdapter
 from randlora_vision.training.harness.memory import checkpoint_activations
 from randlora_vision.training.harness.optim import (
     AS_THE_ONE_BEFORE,
@@ -27,6 +27,7 @@ from randlora_vision.training.methods.adaptation import (
     target_names,
 )
 from randlora_vision.training.methods.lora import LoRA
+from randlora_vision.training.methods.rivals import RivalAdaptation
 
 _FULL_CODE = (
     "from safetensors.torch import load_file",
@@ -61,8 +62,11 @@ def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
     adapter = settings.adapter
     if adapter.method == "randlora":
         return RandLoRA(model, config_of(settings, adapter.rank, _scalars(model, settings)))
-    if adapter.method == "lora":
-        return LoRA(model, adapter_targets(model, settings), adapter.rank, adapter.alpha)
+    if isinstance(adapter, RankedAdapter):
+        targets, alpha = adapter_targets(model, settings), adapter.alpha or adapter.rank
+        if adapter.method == "lora":
+            return LoRA(model, targets, adapter.rank, alpha)
+        return RivalAdaptation(model, adapter.method, targets, adapter.rank, alpha, settings.training.seed)
     towers = _towers(settings)
     # Token embeddings stay frozen: the prompts use few of their rows, and training them slows down every step.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}

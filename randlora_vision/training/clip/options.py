@@ -23,7 +23,7 @@ from randlora_vision.training.harness.options import (
 )
 
 Towers = Literal["vision", "text", "both"]
-ClipMethod = Literal["randlora", "lora", "full", "linear-probe"]
+ClipMethod = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]
 Loss = Literal["class-prompts", "clip", "siglip"]
 
 
@@ -102,7 +102,13 @@ class ClipAdapterOptions(AdapterOptions):
     """The training method and its adapter."""
 
     method: ClipMethod = "randlora"
-    """RandLoRA, LoRA on the same weights, full fine-tuning, or a linear classifier on frozen features."""
+    """RandLoRA; LoRA, DoRA, VeRA or NoLA on the same weights; full fine-tuning; or a linear classifier on frozen
+    features."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and self.method in ("vera", "nola"):
+            raise ValueError(f"--alpha: --method {self.method} has no scale, leave it out")
 
 
 @dataclass(frozen=True)
@@ -206,9 +212,8 @@ class ChosenLoss(LossOptions):
 class RankedAdapter(ClipAdapterOptions):
     """A method with a rank."""
 
-    method: Literal["randlora", "lora"]
+    method: Literal["randlora", "lora", "dora", "vera", "nola"]
     rank: int
-    alpha: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,7 @@ class Compared:
 
     label: str
     metrics: Metrics
-    accuracies: Mapping[str, tuple[float, float]]  # per task: before, after
+    accuracies: Mapping[str, tuple[float | None, float]]  # per task: before (None: not measured), after
 
 
 def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
@@ -196,7 +196,8 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared], ylabel: str) -> None
     """Draw one grey bar for the base model and one bar per method, in the colours of the curves, for every task."""
     tasks = list(runs[0].accuracies)
     width = 0.8 / (len(runs) + 1)
-    bars = [([runs[0].accuracies[task][0] for task in tasks], "#bbbbbb")]
+    base = [before for before, _ in runs[0].accuracies.values() if before is not None]
+    bars = [(base, "#bbbbbb")] if base else []
     for number, run in enumerate(runs):
         bars.append(([run.accuracies[task][1] for task in tasks], f"C{number}"))
     for position, (heights, colour) in enumerate(bars):
@@ -208,7 +209,7 @@ def _before_and_after(axes: Axes, runs: Sequence[Compared], ylabel: str) -> None
         ["\n".join(wrap(plain(printable(task)), _LABEL)) for task in tasks],
     )
     axes.grid(axis="x", visible=False)
-    _percent(axes, "After training (grey: before)", ylabel)
+    _percent(axes, "After training (grey: before)" if base else "After training", ylabel)
 
 
 def _over_steps(axes: Axes, legend: bool = True) -> None:

@@ -1,7 +1,8 @@
-"""Confidence intervals of proportions."""
+"""Confidence intervals of proportions, and of means over seeds."""
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 
 RECALL_AT = (1, 5, 10)
 _Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
@@ -39,3 +40,10 @@ def intervals(values: Mapping[str, float]) -> dict[str, list[float]]:
     return {
         name: list(wilson(value, samples)) for name, value in values.items() if (samples := samples_of(name, values))
     }
+
+
+def seeds_half_width(values: Sequence[float]) -> float:
+    """Return half the 95% interval of the mean over two or more seeds, by Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

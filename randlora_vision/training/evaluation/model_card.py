@@ -14,6 +14,8 @@ from randlora_vision.versions import versions
 _METHODS = {
     "randlora": "RandLoRA adapter ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987))",
     "lora": "LoRA adapter",
+    "dora": "DoRA adapter",
+    "nola": "NoLA adapter",
     "vera": "VeRA adapter",
     "full": "full fine-tuning",
     "linear-probe": "linear classifier",

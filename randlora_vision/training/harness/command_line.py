@@ -50,7 +50,7 @@ def parse(
             raise SystemExit(0)
     own = translate(argv, options, table)
     file = translate(config_words(own, options, table), options, table)
-    words = [*_without_rivals(file, own), *own]
+    words = [*without_rivals(file, own), *own]
     command_line = make_dataclass(
         "CommandLine",
         [("options", options, field(default_factory=options)), ("file", ConfigFile, field(default_factory=ConfigFile))],
@@ -63,7 +63,7 @@ def parse(
         raise ValueError(_one_line_complaint(complaint.getvalue(), table)) from None
 
 
-def _without_rivals(file: Sequence[str], own: Sequence[str]) -> list[str]:
+def without_rivals(file: Sequence[str], own: Sequence[str]) -> list[str]:
     """Return the words of a file without the options that the command line sets in another unit.
 
     Raises ValueError for rivals in the same place.

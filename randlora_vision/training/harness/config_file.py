@@ -47,12 +47,13 @@ def _read(path: Path, options: type, foreign: Collection[str]) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     try:
-        return _flags(content or {}, options, foreign)
+        return flags_of(content or {}, options, foreign)
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
 
 
-def _flags(content: Any, options: type, foreign: Collection[str]) -> list[str]:
+def flags_of(content: Any, options: type, foreign: Collection[str] = ()) -> list[str]:
+    """Return grouped options as flags; raise ValueError for an unknown group or option, or a value of a wrong kind."""
     groups = {name: get_type_hints(group) for name, group in get_type_hints(options).items()}
     homes = {name: group for group, names in groups.items() for name in names}
     if not isinstance(content, Mapping):

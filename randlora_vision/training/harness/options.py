@@ -12,7 +12,7 @@ from randlora_vision.training.harness.command_line import parse as parse
 from randlora_vision.training.harness.optim import Schedule, check_optimizer_name
 from randlora_vision.training.harness.stopping import seconds_of
 
-Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]  # each script has a subset
+Method = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]  # each script has a subset
 FREE = {"free": True}
 """Metadata of settings, or groups of settings, that may differ on resuming."""
 
@@ -24,11 +24,13 @@ class AdapterOptions:
     method: Method = "randlora"
     """How the model is trained."""
     rank: int | None = None
-    """RandLoRA: the rank of one random base: a LARGER rank means FEWER trained numbers, the opposite of LoRA."""
+    """RandLoRA: the rank of one random base: a LARGER rank means FEWER trained numbers, the opposite of LoRA. NoLA: the
+    number of random matrices in a bank."""
     alpha: float | None = None
     """Numerator of the scale alpha / rank."""
     budget: int | None = None
-    """LoRA: choose the rank whose number of trained parameters is closest to this, instead of --rank."""
+    """LoRA, DoRA, VeRA and NoLA: choose the rank whose number of trained parameters is closest to this, instead of
+    --rank."""
     dropout: float = 0.0
     """RandLoRA: dropout on the adapter's input."""
     bases: Literal["uniform", "normal", "sparse", "very_sparse", "structured"] = "uniform"
@@ -49,10 +51,10 @@ class AdapterOptions:
         _require(self.alpha is None or self.alpha > 0, "--alpha must be above 0", self.alpha)
         _require(self.budget is None or self.budget >= 1, "--budget must be 1 or more", self.budget)
         _require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1", self.dropout)
-        if self.budget is not None and self.method != "lora":
+        if self.budget is not None and self.method not in ("lora", "dora", "vera", "nola"):
             raise ValueError(f"--budget chooses the rank of --method lora, not of --method {self.method}")
         if self.budget is not None and self.rank is not None:
-            raise ValueError("--budget and --rank both choose LoRA's rank: give only one")
+            raise ValueError("--budget and --rank both choose the rank: give only one")
         if self.exclude_modules and self.method in ("full", "linear-probe"):
             raise ValueError(f"--exclude-modules: --method {self.method} adapts no weights, leave it out")
         if self.dropout and self.method != "randlora":

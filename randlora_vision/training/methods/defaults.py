@@ -7,9 +7,9 @@ from typing import Literal
 from torch import nn
 
 from randlora_vision.training.harness.options import AdapterOptions, Method
-from randlora_vision.training.methods.lora import rank_for_budget
+from randlora_vision.training.methods.rivals import rank_for_budget
 
-ALPHA_PER_RANK: Mapping[Method, float] = {"randlora": 20.0, "lora": 2.0}
+ALPHA_PER_RANK: Mapping[Method, float] = {"randlora": 20.0, "lora": 2.0, "dora": 2.0}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ScriptDefaults:
 
 
 def rank_of(adapter: AdapterOptions, default: int, model: nn.Module, targets: Callable[[], Iterable[str]]) -> int:
-    """Return the rank: that of LoRA on `targets` if there is a budget, else that of the options, else the default."""
+    """Return the rank: by the budget on `targets` if there is one, else that of the options, else the default."""
     if adapter.budget is not None:
-        return rank_for_budget(model, targets(), adapter.budget)
+        return rank_for_budget(adapter.method, model, targets(), adapter.budget)
     return adapter.rank or default

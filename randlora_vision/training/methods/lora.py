@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,6 +38,11 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), device=weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as in PEFT and in the code of the LoRA paper
+
+    @property
+    def first(self) -> nn.Parameter:
+        """The parameter that has a gradient from the first step on."""
+        return self.up
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the effective weight, in the shape and dtype of `weight`."""
@@ -69,17 +75,6 @@ def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: floa
         added[target] = LowRank(getattr(module, name), rank, alpha)
         parametrize.register_parametrization(module, name, added[target])
     return added
-
-
-def lora_parameters_per_rank(model: nn.Module, targets: Iterable[str]) -> int:
-    """Return how many numbers LoRA of rank 1 trains on the targets: the sum of O + I."""
-    weights = (getattr(*weight_of(model, target)) for target in targets)
-    return sum(weight.shape[0] + weight[0].numel() for weight in weights)
-
-
-def rank_for_budget(model: nn.Module, targets: Iterable[str], budget: int) -> int:
-    """Return the LoRA rank, 1 or more, whose number of trained parameters is closest to `budget`."""
-    return max(1, round(budget / lora_parameters_per_rank(model, targets)))
 
 
 def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:
@@ -123,7 +118,7 @@ class LoRA:
     """LoRA: two low-rank factors added to each weight."""
 
     def __init__(self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -> None:
-        self.added = inject_lora(model, targets, rank, alpha)
+        self.added: Mapping[str, Any] = inject_lora(model, targets, rank, alpha)
         self.rank = rank
         self.alpha = alpha
         self.report = f"LoRA of rank {rank}, alpha {alpha:g}, on {len(self.added)} weights"
@@ -136,9 +131,9 @@ class LoRA:
 
     def check_gradients(self) -> list[str]:
         """Require a gradient, which may be zero behind a residual branch that is initialised to zero."""
-        dead = [name for name, part in self.added.items() if part.up.grad is None]
+        dead = [name for name, part in self.added.items() if part.first.grad is None]
         if dead:
-            raise ValueError(f"no gradient reaches the LoRA of {listing(dead, 3)}")
+            raise ValueError(f"no gradient reaches the adapters of {listing(dead, 3)}")
         return finite_gradients(self.parameters())
 
     def save(self, path: Path) -> None:

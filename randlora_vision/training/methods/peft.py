@@ -107,6 +107,11 @@ class Peft:
         ]
 
 
+def is_peft(metadata: Mapping[str, str]) -> bool:
+    """Return whether the metadata of a file are those of `Peft.save`."""
+    return _METADATA in metadata
+
+
 @printable_errors
 def load_peft(model: nn.Module, path: Path | str) -> Any:
     """Add the adapter in a file written by `Peft` to a base model, in place; return PEFT's wrapper of it.
@@ -118,7 +123,7 @@ def load_peft(model: nn.Module, path: Path | str) -> Any:
     from peft import LoraConfig, VeraConfig, set_peft_model_state_dict
 
     tensors, metadata = read_tensors(Path(path))
-    if _METADATA not in metadata:
+    if not is_peft(metadata):
         raise ValueError(f"{path} is not a file of PEFT adapters written by this package")
     settings = check_object(parse_json(metadata[_METADATA], path), _SETTINGS, path)
     method = settings["peft_type"]
