@@ -68,7 +68,7 @@ def counted(row: Row, base: nn.Module, name: str, checkpointed: bool = False) ->
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     model = CHOICES[name](model, workload.targets(model, row.which), workload.rank).train().to(meta)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    inputs = workload.inputs(row.size, meta, torch.float32)
+    inputs = workload.inputs(row.size, meta)
     trainee = measure.Trainee(model, optimizer, inputs, workload.loss, torch.float32)
     return measure.kept_bytes(trainee), measure.flops(trainee)
 

@@ -77,7 +77,7 @@ def mixed_batch(one: Served, chosen: list[str], x: Tensor) -> Tensor:
 def batches(samples: int, rounds: int) -> Iterator[str]:
     """Yield the lines of the table of mixed batches."""
     workload = WORKLOADS["vit_s"]
-    x = workload.inputs(samples, torch.device("cpu"), torch.float32)["x"]
+    x = workload.inputs(samples, torch.device("cpu"))["x"]
     names = [f"a{i}" for i in range(samples)]
     models = {}
     for method in (PEFT, *KINDS):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.serving import KINDS, PEFT, many, mixed_batch, served
-from benchmarks.workloads import Layer
+from benchmarks import memory
+from benchmarks.serving import KINDS, PEFT, batches, many, mixed_batch, served
+from benchmarks.workloads import WORKLOADS, Layer
 
 
 @pytest.mark.parametrize("method", [PEFT, *KINDS])
@@ -30,3 +33,21 @@ def test_the_table_of_switching() -> None:
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {method}" for method in (PEFT, *KINDS)]
     kilobytes = [float(line.split(" | ")[4].removesuffix(" KB")) for line in lines[2:]]
     assert kilobytes[0] == pytest.approx(kilobytes[1], rel=0.2) and kilobytes[1] == kilobytes[2] > 1
+
+
+@pytest.mark.slow
+def test_the_tables_of_mixed_batches_and_of_kept_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small() -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(img_size=224, patch_size=112, embed_dim=64, depth=1, num_heads=2, num_classes=3)
+
+    monkeypatch.setitem(WORKLOADS, "vit_s", replace(WORKLOADS["vit_s"], build=small))
+    rows = [line.split(" | ") for line in batches(2, 1)][2:]
+    operations = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
+    for method in KINDS:
+        assert operations[f"| {method}", "1 of 2"] == operations[f"| {method}", "2 of 2"]
+    assert operations[f"| {PEFT}", "1 of 2"] < operations[f"| {PEFT}", "2 of 2"]
+    lines = memory.table("vit_s", [2])
+    assert len(lines) == 2 + len(memory.CHOICES) + len(memory.CHECKPOINTED)
+    assert lines[2] == "| PEFT RandLora | 1.00 | 1.00 |"
