@@ -536,11 +536,18 @@ def kolors() -> Any:
         original_rope=True,
         torch_dtype=torch.float32,
     )
+
+    def encoder() -> Any:
+        made = ChatGLMModel(text, empty_init=False)
+        for parameter in made.parameters():  # it leaves some without values
+            torch.nn.init.normal_(parameter, std=0.3)
+        return made
+
     sizes = dict(cross_attention_dim=CLIP_WIDTH, encoder_hid_dim=WIDTH, encoder_hid_dim_type="text_proj")
     return built(
         lambda: KolorsPipeline(
             vae=vae(scaling_factor=0.13025),
-            text_encoder=ChatGLMModel(text, empty_init=False).eval(),
+            text_encoder=encoder().eval(),
             tokenizer=Tokenizer(),
             unet=UNet2DConditionModel(
                 **{**SDXL, **sizes, "projection_class_embeddings_input_dim": 6 * 8 + WIDTH},

@@ -42,6 +42,11 @@ class Kolors(SDXL):
     text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ()
 
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """None: the call of this pipeline encodes 256 tokens, whatever its max_sequence_length says."""
+        return {}
+
 
 class SD3(FlowFamily):
     """Stable Diffusion 3 and 3.5: two CLIP text encoders and a T5 one, which may be missing."""
