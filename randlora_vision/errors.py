@@ -5,9 +5,12 @@ import functools
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import ParamSpec, TypeVar
 
 from randlora_vision.names import printable
@@ -23,6 +26,14 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked the program to end; like Ctrl-C, it passes through code that handles errors."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def one_line(text: str) -> str:
@@ -66,8 +77,9 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
 
     The library raises these two for wrong input, including missing files; any other exception is a
     bug in the library and keeps its traceback. If the environment variable RANDLORA_DEBUG is set,
-    these exceptions keep their tracebacks too. `Stopped` ends with its message and code, Ctrl-C with one
-    line and code 130. What the encoding of the terminal lacks, such as the bytes of a file name, is printed escaped.
+    these exceptions keep their tracebacks too. `Stopped` ends with its message and code; Ctrl-C, SIGTERM, SIGHUP and
+    SIGUSR1 with one line and the usual code, after what was opened has been closed. What the encoding of the
+    terminal lacks, such as the bytes of a file name, is printed escaped.
     """
 
     @functools.wraps(main)
@@ -75,16 +87,19 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
         try:
-            return main(*args, **kwargs)
+            with _interruptible():
+                return main(*args, **kwargs)
         except Stopped as stopped:
             if str(stopped):
                 print(stopped, file=sys.stderr)
             raise SystemExit(stopped.code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
-            print("stopped by Ctrl-C", file=sys.stderr)
-            raise SystemExit(130) from None
+            number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+            if os.environ.get("RANK", "0") == "0":  # once for all processes
+                print(f"stopped by {signal_name(number)}", file=sys.stderr)
+            raise SystemExit(128 + number) from None
         except (ValueError, OSError) as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
@@ -94,6 +109,34 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
             raise SystemExit(2) from None
 
     return wrapper
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal for messages."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn the signals by which a program is ended into `Interrupted`, unless they are ignored or handled already."""
+    owner, changed = os.getpid(), []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Interrupted(number)
+        signal.signal(number, signal.SIG_DFL)  # a fork, such as a worker
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+        changed = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _tell_torchrun(line: str) -> None:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+_HIDDEN = ".{}."  # what the name of an unfinished file or folder begins with
 
 
 @contextlib.contextmanager
@@ -84,6 +87,16 @@ def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left beside it; no other may write it now."""
+    name = re.compile(rf"{re.escape(_HIDDEN.format(path.stem[:20]))}[0-9a-f]{{16}}({re.escape(path.suffix)})?")
+    for left in path.parent.glob(".*"):
+        if name.fullmatch(left.name) and left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        elif name.fullmatch(left.name):
+            left.unlink(missing_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder; it is renamed first, so that no part of it stays behind under its name."""
     hidden = _beside(path)
@@ -123,7 +136,7 @@ def fingerprint(value: Any, length: int = 12) -> str:
 
 def _beside(path: Path, suffix: str = "") -> Path:
     """A hidden name in the same folder that nothing else uses."""
-    return path.with_name(f".{path.stem[:20]}.{secrets.token_hex(8)}{suffix}")
+    return path.with_name(f"{_HIDDEN.format(path.stem[:20])}{secrets.token_hex(8)}{suffix}")
 
 
 def _new_file(path: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import resource
 import stat
@@ -14,13 +16,14 @@ import safetensors.torch
 import torch
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
-from randlora_vision.files.atomic import replacing, replacing_folder, write_json
+from randlora_vision.files.atomic import remove_unfinished, replacing, replacing_folder, write_json
 from randlora_vision.integrations import peft
 from randlora_vision.integrations.export.lora import export_lora
 from randlora_vision.integrations.timm import save_merged
 from randlora_vision.training.harness.checkpoints import Checkpoints, State, list_checkpoints, read_checkpoint
 from randlora_vision.training.harness.options import CheckpointOptions
 from tests.helpers import mlp, randomize
+from tests.kill_helpers import killed_at
 
 CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"])
 TENSORS = {"a": torch.arange(4096.0)}
@@ -150,3 +153,20 @@ def test_a_library_that_writes_beside_the_file(tmp_path: Path) -> None:
         safetensors.torch.save_file(TENSORS, temporary)
     assert os.listdir(tmp_path) == [path.name]
     assert torch.equal(safetensors.torch.load_file(path)["a"], TENSORS["a"])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.json", tmp_path / ".x.notes.json"
+    other.write_text("of somebody else")
+    left = 0
+    for number in itertools.count(1):
+        write_json(path, "old")
+        ended = killed_at(number, lambda: write_json(path, "new"))
+        assert json.loads(path.read_text()) in (("old", "new") if not ended else ("new",))
+        left += len(list(tmp_path.iterdir())) - 2
+        remove_unfinished(path)
+        assert {*tmp_path.iterdir()} == {path, other}
+        if ended:
+            break
+    assert number > 4 and left > 0

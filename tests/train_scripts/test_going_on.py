@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,44 @@ def test_the_time_limit_ends_with_a_checkpoint(
     assert stopped.value.code == 124 and limits == [7200]
     assert "stopped by --time-limit after step 1 of 3: " in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_a_signal_while_data_is_read_is_one_line(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "randlora_vision.training.classifier.data.read_images", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        train()
+    assert stopped.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_a_run_goes_on_after_its_images_and_its_folder_were_moved(
+    train: Any, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint-every", "2", "--steps", "3"]
+    straight = train(*command, "--output-dir", str(tmp_path / "first"))
+    (moved := tmp_path / "moved").mkdir()
+    shutil.copytree(work / "images", moved / "images elsewhere")
+    shutil.copytree(straight, moved / "run")
+    where = ["--data", str(moved / "images elsewhere"), "--output-dir", str(moved / "run")]
+    check_same(train(*command, *where, "--resume", "latest"), straight)
+    assert ": the same images in another place" in capsys.readouterr().out
+    next(iter(sorted((moved / "images elsewhere").rglob("*.png")))).unlink()
+    with pytest.raises(SystemExit):
+        train(*command, *where, "--resume", "latest")
+    assert "--data was " in capsys.readouterr().err
+
+
+def test_a_run_folder_that_vanishes_is_one_line(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_call(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stopped:
+        train("--log-every", "1")
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and "cannot write" in last and "metrics.jsonl: No such file" in last
 
 
 def test_a_requeued_run_that_was_killed_before_its_first_checkpoint_starts_anew(

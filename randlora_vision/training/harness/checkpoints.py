@@ -26,6 +26,7 @@ FOLDER = "checkpoints"
 _FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _STEPS = "training.steps"
+_IMAGES_AND_SPLIT, _IMAGES = "images and split", "images"  # hashes of their record, whole and without their place
 _SHARES = ("training.batch_size", "training.gradient_accumulation_steps", "processes")
 _CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
 
@@ -34,6 +35,7 @@ _VALUES = {
     "scaler": dict | None,
     "recent": list,
     "seconds": float,
+    "falls": int,
     "best": dict | None,
 }
 _BEST = {"step": int, "value": float, "evaluations_since": int}
@@ -47,16 +49,22 @@ class Checkpoint:
     settings: dict[str, Any]
     state: State
 
-    def check(self, settings: Mapping[str, Any], free: Sequence[str], indivisible: str = "") -> list[str]:
+    def check(
+        self, settings: Mapping[str, Any], free: Sequence[str], indivisible: str = "", places: Sequence[str] = ()
+    ) -> list[str]:
         """Return notes on changes that change the result; raise ValueError, listing the others, for other settings.
 
         `free` names the settings, or groups of settings, that may differ ("run", "training.workers"). The number of
         processes, the batch size and the accumulation steps may differ if their product, the images of a step, is the
-        same: the steps then consist of the same images, unless `indivisible` says why they do not.
+        same: the steps then consist of the same images, unless `indivisible` says why they do not. So may `places`,
+        the settings that say where the images are, if the images there are the same.
         """
         then, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
-        differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        differing = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != _IMAGES]
         notes = []
+        if then.get(_IMAGES) == now.get(_IMAGES) and (moved := [name for name in places if name in differing]):
+            free = [*free, *moved, _IMAGES_AND_SPLIT]
+            notes.append(f"{_changes(moved, then, now)}: the same images in another place")
         shares = [name for name in _SHARES if name in differing]
         images, images_now = (math.prod(values.get(name) or 1 for name in _SHARES) for values in (then, now))
         if shares and images == images_now and not indivisible:
@@ -188,16 +196,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; raise ValueError when it is missing or damaged."""
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint {path}")
+    what = "is damaged"
     try:
-        content = check_object(parse_json((path / _STATE).read_bytes(), _STATE), _CONTENT, _STATE)
-        if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']}, but this version reads format {_FORMAT}")
+        value = parse_json((path / _STATE).read_bytes(), _STATE)
+        number = value.get("format") if isinstance(value, dict) else None
+        if isinstance(number, int) and number != _FORMAT:
+            what = "was written by another version of randlora_vision"
+            raise ValueError(f"its format is {number}, but this version reads format {_FORMAT}")
+        content = check_object(value, _CONTENT, _STATE)
         if content["sha256"] != _sha256(path / _TENSORS):
             raise ValueError(f"{_TENSORS} is not the file that was written")
         state = State(content["step"], content["values"], load_file(path / _TENSORS))
         return Checkpoint(path, content["settings"], state)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(printable(f"the checkpoint {path} is damaged: {error}")) from error
+        raise ValueError(printable(f"the checkpoint {path} {what}: {error}")) from error
 
 
 def check_state(state: State, shapes: Mapping[str, Sequence[int]], averages: bool) -> dict[str, Any]:
@@ -206,7 +218,7 @@ def check_state(state: State, shapes: Mapping[str, Sequence[int]], averages: boo
     `shapes` are those of what is trained, by name, and of their moving averages if there are `averages`.
     """
     where = f"the checkpoint of step {state.step}"
-    values = check_object(state.values, _VALUES, where)
+    values = check_object({"falls": 0, **state.values}, _VALUES, where)  # older ones do not have them
     if values["best"] is not None:
         values["best"] = check_object(values["best"], _BEST, f"{where}, best")
     sums, count = (values["recent"] + [None, None])[:2]

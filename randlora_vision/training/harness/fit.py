@@ -12,14 +12,15 @@ from accelerate.utils import broadcast_object_list
 from randlora_vision.errors import Stopped
 from randlora_vision.files.atomic import fingerprint
 from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints, find_checkpoint
-from randlora_vision.training.harness.lock import unlock_folder
+from randlora_vision.training.harness.lock import lock_folder, unlock_folder
 from randlora_vision.training.harness.loop import Trainer
-from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training, free_settings
+from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training
 from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.stopping import StopRequests, seconds_of
 from randlora_vision.training.harness.task import HELD_OUT, OwnBatches, Speed, Task
 from randlora_vision.training.harness.trackers import report_pictures, start_trackers
+from randlora_vision.training.option_fields import marked_settings
 
 EVALUATED = "eval"
 """The split, in metrics and trackers, of what is measured during training, but not on held-out images ("val")."""
@@ -61,6 +62,10 @@ def open_run(options: _Options, script: str, accelerator: Accelerator) -> tuple[
     Returns the options with the folder set and with `resume` cleared, so that config.yaml can be used again
     to start a new run. Raises ValueError as `find_checkpoint` and `open_run_folder` do.
     """
+    folder = Path(options.run.output_dir or "")
+    if options.checkpoints.resume == "latest" and options.run.output_dir and folder.is_dir():
+        if accelerator.is_main_process:
+            lock_folder(folder)  # before the newest is looked for, because the run that writes them may not have ended
     resume, run_options = find_checkpoint(options.checkpoints, options.run, accelerator.print)
     anew = options.checkpoints.resume is not None and resume is None
     checkpoints = replace(options.checkpoints, resume=None)
@@ -97,18 +102,21 @@ def fit(
         settings = {
             **plain_settings(options),
             "images and split": fingerprint(record),
+            "images": fingerprint(_without_place(record)),
             "processes": processes,
             **layout,
         }
         if resume:
-            for note in resume.check(settings, free_settings(options), _indivisible(task)):
+            free, places = (marked_settings(options, mark) for mark in ("free", "place"))
+            for note in resume.check(settings, free, _indivisible(task), places):
                 accelerator.print(f"note: {note}")
             if preprocessing:
                 check_preprocessing(run.preprocessing, preprocessing, "resume with the versions in environment.json")
             run.keep_metrics(resume.state.step)
             accelerator.print(f"resumed from {resume.path}")
         step = resume.state.step if resume else 0
-        run.listeners.append(start_trackers(accelerator, options.run.report_to, run.logs, settings, step))
+        where = options.run.report_to, run.logs
+        run.listeners.append(start_trackers(accelerator, *where, settings, step, options.run.tracker_project))
         run.write_config(options)
         run.write(run.split, record)
         if preprocessing:
@@ -134,6 +142,15 @@ def fit(
             found = f"best {task.measured} {metric}: {best.value:.4g} after step {best.step}"
             accelerator.print(f"{found}, kept in {run.best}")
         return speed
+
+
+def _without_place(value: Any) -> Any:
+    """Return the record of images without where they are: of every path, its last two parts."""
+    if isinstance(value, dict):
+        return {name: _without_place(part) for name, part in value.items() if name not in ("name", "origin")}
+    if isinstance(value, list):
+        return [_without_place(part) for part in value]
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) else value
 
 
 def _indivisible(task: Task) -> str:

@@ -5,6 +5,7 @@ them, and the workers of a loader do not inherit them. They do not keep the proc
 """
 
 import atexit
+import contextlib
 import errno
 import os
 import platform
@@ -39,9 +40,9 @@ def lock_folder(folder: Path) -> None:
             warnings.warn(f"{folder} cannot be locked ({error}): make sure that no other run uses it", stacklevel=2)
             return
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk; the name is for messages alone
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
             _held[os.getpid(), path] = file
         else:  # the run that had it has just ended and removed it
             file.close()

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from randlora_vision.files.atomic import replacing, write_errors, write_json, write_text
+from randlora_vision.files.atomic import remove_unfinished, replacing, write_errors, write_json, write_text
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.training.harness.checkpoints import FOLDER, list_checkpoints
 from randlora_vision.training.harness.lock import lock_folder, unlock_folder
@@ -134,6 +134,8 @@ def open_run_folder(
         return run
     run.path.mkdir(parents=True, exist_ok=True)
     lock_folder(run.path)
+    for path in run.files():
+        remove_unfinished(path)
     if resuming:
         return run
     finished = run.summary.exists()

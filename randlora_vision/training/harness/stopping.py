@@ -5,8 +5,11 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from randlora_vision.errors import signal_name
 
 TIMED_OUT = 124  # the exit code of timeout(1)
 _PATIENCE = 2.0  # seconds; a launcher forwards the Ctrl-C that the terminal has already sent
@@ -91,7 +94,13 @@ def reason(code: int) -> str:
     """Return what an exit code of `poll` stands for."""
     if code == TIMED_OUT:
         return "--time-limit"
-    return "Ctrl-C" if code == 128 + signal.SIGINT else signal.Signals(code - 128).name
+    return signal_name(code - 128)
+
+
+def farewell(code: int, step: int, steps: int, checkpoints: Path | None, saved: str) -> str:
+    """Return the line that says where a stopped run goes on: in a folder of checkpoints, or that it has `saved`."""
+    where = f"its checkpoint is in {checkpoints}, --resume latest goes on from it" if checkpoints else saved
+    return f"stopped by {reason(code)} after step {step} of {steps}: {where}"
 
 
 _listening: list[StopRequests] = []

@@ -15,6 +15,7 @@ from accelerate.tracking import TensorBoardTracker, filter_trackers, get_availab
 from accelerate.utils import LoggerType
 from PIL import Image
 
+from randlora_vision.files.atomic import write_errors
 from randlora_vision.training.harness.progress import Log
 
 _PROJECT = "randlora_vision"
@@ -41,7 +42,12 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
 
 
 def start_trackers(
-    accelerator: Accelerator, names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int
+    accelerator: Accelerator,
+    names: Sequence[str],
+    folder: Path,
+    settings: Mapping[str, Any],
+    step: int,
+    project: str | None = None,
 ) -> Log:
     """Start the trackers of a run and return a function that reports values to them as `split/name`.
 
@@ -50,14 +56,15 @@ def start_trackers(
     """
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(chosen_trackers(names), folder)
-    project = os.environ.get("WANDB_PROJECT", _PROJECT)  # wandb itself prefers the argument to its variable
+    project = project or os.environ.get("WANDB_PROJECT", _PROJECT)  # wandb itself prefers the argument to its variable
     accelerator.init_trackers(project, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
     for tracker in accelerator.trackers:
         if not isinstance(tracker, TensorBoardTracker):  # which would write them as a separate run
             tracker.store_init_configuration(dict(settings))
 
     def log(step: int, split: str, values: Mapping[str, float]) -> None:
-        accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+        with write_errors(folder):  # TensorBoard names no file when the disk is full
+            accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     return log
 

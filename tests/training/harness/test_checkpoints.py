@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import resource
 import shutil
@@ -30,6 +32,7 @@ from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions, Training
 from randlora_vision.training.harness.seeding import seeded_items
+from tests.kill_helpers import killed_at
 
 SETTINGS = {"training": {"lr": 0.1, "workers": 0}, "run": {"output_dir": "a"}, "processes": 1}
 
@@ -234,13 +237,24 @@ def remove_tensors(folder: Path) -> None:
     (folder / "tensors.safetensors").unlink()
 
 
-@pytest.mark.parametrize("spoil", [spoil_json, spoil_keys, spoil_format, spoil_tensors, remove_tensors])
+def cut_tensors(folder: Path) -> None:
+    os.truncate(folder / "tensors.safetensors", 20)
+
+
+def empty_state(folder: Path) -> None:
+    os.truncate(folder / "state.json", 0)
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_json, spoil_keys, spoil_format, spoil_tensors, remove_tensors, cut_tensors, empty_state]
+)
 def test_a_damaged_checkpoint_is_an_error(spoil: Any, tmp_path: Path) -> None:
     checkpoints(tmp_path).write(state(1))
     spoil(tmp_path / "checkpoints" / "step-000001")
-    with pytest.raises(ValueError, match="the checkpoint .*step-000001 is damaged: .*remove .*checkpoints to start"):
+    what = "was written by another version of .*format" if spoil is spoil_format else "is damaged"
+    with pytest.raises(ValueError, match=f"the checkpoint .*step-000001 {what}.*remove .*checkpoints to start"):
         found("latest", output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="the checkpoint .*step-000001 is damaged: "):
+    with pytest.raises(ValueError, match=f"the checkpoint .*step-000001 {what}"):
         found(str(tmp_path / "checkpoints" / "step-000001"))
 
 
@@ -281,6 +295,39 @@ def test_a_kill_while_pruning_leaves_no_part_of_a_checkpoint(tmp_path: Path, mon
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [1]
     checkpoints(tmp_path)  # the next run clears the rest away
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize(("limit", "step"), [(1, 6), (2, 4)])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(limit: int, step: int, tmp_path: Path) -> None:
+    """New ones, and one that a run that went back writes again."""
+    for earlier in (2, 4):
+        checkpoints(tmp_path / "before", limit=limit).write(state(earlier))
+    for number in itertools.count(1):
+        run = shutil.copytree(tmp_path / "before", tmp_path / str(number))
+        ended = killed_at(number, lambda run=run: checkpoints(run, limit=limit).write(state(step)))  # type: ignore[misc]
+        latest, _ = found("latest", output_dir=str(run))
+        assert latest is not None and latest.state.step in ((4, step) if step > 4 else (2, 4))
+        checkpoints(run, limit=limit).write(state(step))
+        kept = sorted({2, 4, step})[-limit:]
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{n:06}" for n in kept]
+        if ended:
+            break
+    assert number > 12
+
+
+def test_moved_images_may_be_read_from_another_place(tmp_path: Path) -> None:
+    then = {"data": {"data": "a", "shots": 3}, "images and split": "hash of a", "images": "hash"}
+    now = {**then, "data": {"data": "b", "shots": 3}, "images and split": "hash of b"}
+    Checkpoints(tmp_path, CheckpointOptions(), then).write(state(4))
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000004")
+    (note,) = checkpoint.check(now, [], "", ["data.data"])
+    assert note == "--data was 'a', is now 'b': the same images in another place"
+    for others in ({**now, "images": "other hash"}, {**now, "data": {"data": "b", "shots": 4}}):
+        with pytest.raises(ValueError, match="cannot resume .* with other settings"):
+            checkpoint.check(others, [], "", ["data.data"])
+    del checkpoint.settings["images"]  # as an older version wrote it
+    assert checkpoint.check({**then, "images": "hash"}, [], "", ["data.data"]) == []
 
 
 def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:

@@ -175,12 +175,40 @@ def test_a_request_to_stop_ends_with_one_line_and_its_code(
     assert ended.value.code == code and capsys.readouterr().err == line
 
 
-def test_ctrl_c_outside_training_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_outside_training_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    number = getattr(signal, name)
+    before, closed = signal.getsignal(number), []
+
     @user_errors
     def main() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        except Exception:
+            pytest.fail("an error handler sees a signal")
+        finally:
+            closed.append(True)
 
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
+    assert ended.value.code == 128 + number and closed
+    assert capsys.readouterr().err == f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}\n"
+    assert signal.getsignal(number) == before
+
+
+def test_signals_that_are_ignored_or_handled_stay_so(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[int] = []
+    old = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: seen.append(1))]
+
+    @user_errors
+    def main() -> None:
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    try:
+        main()
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGTERM), old, strict=True):
+            signal.signal(number, handler)
+    assert seen == [1]
