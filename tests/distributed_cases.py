@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,17 @@ def check_stopped(work: Path, output: Path) -> None:
     assert (message in error.getvalue()) == (distributed.get_rank() == 0), error.getvalue()
 
 
-def run_sharded(version: str, work: Path, output: Path) -> None:
-    """Run by FSDP; go on from its own checkpoint, or from that of a single process."""
+@contextlib.contextmanager
+def by_fsdp(version: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         patch.setenv("FSDP_VERSION", version)
+        yield
+
+
+def run_sharded(version: str, work: Path, output: Path) -> None:
+    """Run by FSDP; go on from its own checkpoint, or from that of a single process."""
+    with by_fsdp(version):
         run_case(SHARDED, work, output / "whole", 2)
         copy_checkpoint(SHARDED, work / "one" if version == "1" else output / "whole", output / "resumed")
         run_case(SHARDED, work, output / "resumed", 2, "--resume", "latest")
@@ -177,14 +184,32 @@ DREAMBOOTH = Case(
     ),
 )
 """SD3 has adapters that get no gradient, and prior preservation makes batches twice as long."""
+FOUR = [CASES[0], CASES[-1], DREAMBOOTH]
 LAST = "the other cases have ended"
 """Printed before DreamBooth, which has parameters without a gradient on some models only, of which PyTorch warns."""
 
 
+def join(rank: int, processes: int, port: int) -> None:
+    """Be one of so many processes, and stay it from run to run."""
+    counts = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **counts}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    from torch import distributed
+
+    distributed.destroy_process_group = lambda *_: None  # at the end of each run
+    draw_nothing(pytest.MonkeyPatch())
+
+
+def four(rank: int, port: int, work: Path, output: Path) -> None:
+    """Run one case of each script as one of four processes."""
+    join(rank, 4, port)
+    for case in FOUR:
+        run_case(case, work, output / "four", 4)
+
+
 def main(rank: int, port: int, work: Path, output: Path) -> None:
     """Run every case as one of two processes; note what this process changed on disk."""
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in where.items()}})
+    join(rank, 2, port)
     from torch import distributed
 
     from tests.sharded_cases import check_sharded_models
@@ -197,9 +222,7 @@ def main(rank: int, port: int, work: Path, output: Path) -> None:
         if (writing or changing) and any(str(argument).startswith(str(output)) for argument in arguments):
             changes.append(f"{event} {arguments}")
 
-    draw_nothing(pytest.MonkeyPatch())
     sys.addaudithook(note)
-    distributed.destroy_process_group = lambda *_: None  # at the end of each run; the next one goes on with it
     for case in CASES:
         run_case(case, work, output, 2)
     check_parts_of_unequal_size()
@@ -213,6 +236,8 @@ def main(rank: int, port: int, work: Path, output: Path) -> None:
     distributed.barrier()
     print(LAST, file=sys.stderr, flush=True)
     run_case(DREAMBOOTH, work, output, 2)
+    with by_fsdp("2"):
+        run_case(DREAMBOOTH, work, output / "fsdp2", 2)
     (work / f"changes-{rank}.json").write_text(json.dumps(changes))
     assert distributed.get_world_size() == 2
 
@@ -225,6 +250,7 @@ if __name__ == "__main__":
 
     gc.collect()
     gc.freeze()  # every run collects garbage
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        chosen = free.getsockname()[1]
-    start_processes(main, (chosen, Path(sys.argv[1]), Path(sys.argv[2])), nprocs=2, start_method="fork")
+    for program, processes in ((main, 2), (four, 4)):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            chosen = free.getsockname()[1]
+        start_processes(program, (chosen, Path(sys.argv[1]), Path(sys.argv[2])), nprocs=processes, start_method="fork")

@@ -1,4 +1,4 @@
-"""Two real CPU processes compared with one process at the same global batch size, for all scripts."""
+"""Two and four real CPU processes compared with one process at the same global batch size, for all scripts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.distributed_cases import (
     CASES,
     DREAMBOOTH,
+    FOUR,
     LAST,
     RESUMED,
     SHARDED,
@@ -85,7 +86,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -> None:
+def test_several_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -> None:
     """One test, because test workers do not share the runs on two processes, which take a minute."""
     for case in CASES:
         check_case(case, work, two)
@@ -94,6 +95,8 @@ def test_two_processes_are_one_at_the_same_global_batch(work: Path, two: Path) -
     check_sharded(work, two)
     check_writers(work)
     check_dreambooth(work, two)
+    for case in FOUR:
+        check_same(case, work / "one", two / "four")
 
 
 def check_case(case: Case, work: Path, two: Path) -> None:
@@ -154,6 +157,7 @@ def check_writers(work: Path) -> None:
 
 def check_dreambooth(work: Path, two: Path) -> None:
     check_case(DREAMBOOTH, work, two)
+    check_same(DREAMBOOTH, work / "one", two / "fsdp2")
     summary = json.loads((two / DREAMBOOTH.name / "summary.json").read_text())
     assert summary["reload_difference"] == 0 and summary["after"]["loss"] < summary["before"]["loss"]
     assert len(list((work / "class images").glob("*.png"))) == 3
