@@ -40,12 +40,14 @@ def load_clip(
     name: str,
     pretrained: str | None,
     seed: int,
-    image_size: int | None = None,
+    changes: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
 ) -> LoadedClip:
     """Load a frozen open_clip model by name, `hf-hub:`, `local-dir:` or configuration file.
 
-    `image_size` (pixels) replaces that of the model, and `augmentation` open_clip's augmentation settings.
+    `changes` are arguments of open_clip's factory that replace the model's own values: force_image_size (pixels),
+    force_patch_dropout, image_mean, image_std, image_interpolation and image_resize_mode. `augmentation` replaces
+    open_clip's augmentation settings.
 
     Without pretrained weights, the model is initialised randomly from `seed`, so the same call gives the
     same model. Raises ValueError for an unknown model or tag, with close matches, and for weights that
@@ -67,10 +69,13 @@ def load_clip(
             known,
             pretrained=pretrained,
             device=torch.get_default_device(),
-            force_image_size=image_size,
+            **(changes or {}),
             aug_cfg=dict(augmentation or {}),
         )
         tokenize = open_clip.get_tokenizer(known)
+    drops = any(isinstance(part, open_clip.transformer.PatchDropout) for part in model.modules())
+    if (changes or {}).get("force_patch_dropout") and not drops:
+        raise ValueError(f"--force-patch-dropout: the model {name!r} does not drop patches, leave it out")
     model.requires_grad_(False)
     return LoadedClip(model, train, evaluate, tokenize, has_weights=bool(pretrained or schema))
 

@@ -26,7 +26,8 @@ CORE = (
     "adapters",
 )
 HOSTS = ("", *CORE, "integrations")  # "" is randlora_vision itself, with the public names
-COMMON = (*HOSTS, "training.methods", "training.data", "training.harness", "training.evaluation")
+FIELDS = "training.option_fields"
+COMMON = (*HOSTS, FIELDS, "training.methods", "training.data", "training.harness", "training.evaluation")
 ALLOWED = {
     "torch_internals": (),
     "names": (),
@@ -58,9 +59,10 @@ ALLOWED = {
     "integrations": ("", *CORE),
     "cli": (*HOSTS, "versions", "figures"),
     "training": (),
+    FIELDS: (),
     "training.methods": (*HOSTS, "training.harness"),
-    "training.data": ("names", "json_values", "errors", "files"),
-    "training.harness": ("names", "json_values", "errors", "files", "versions", "training.data"),
+    "training.data": (FIELDS, "names", "json_values", "errors", "files"),
+    "training.harness": (FIELDS, "names", "json_values", "errors", "files", "versions", "training.data"),
     "training.evaluation": (*HOSTS, "versions", "figures", "training.harness", "training.data", "training.methods"),
     "training.clip": COMMON,
     "training.classifier": COMMON,

@@ -161,6 +161,13 @@ def _tokenizer(**options: Any) -> Any:
     return open_clip.SimpleTokenizer(**options)
 
 
+def card_scope(folder: Path) -> dict[str, Any]:
+    """Execute the code of a run's model card, as a user copies it; return what it has defined."""
+    scope: dict[str, Any] = {}
+    exec((folder / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0], scope)
+    return scope
+
+
 def printed_code(printed: str) -> str:
     """Return the code that a script prints at its end, as a user copies it."""
     return textwrap.dedent(printed.partition("To use it:\n")[2].partition("\n\n")[0])

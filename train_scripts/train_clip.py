@@ -189,9 +189,7 @@ def choose_model(options: ClipOptions) -> ClipModel:
 
 def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> LoadedClip:
     """Load the base model; a linear probe on adapted features also loads the given adapter."""
-    clip = load_clip(
-        chosen.model, chosen.pretrained, options.training.seed, chosen.force_image_size, chosen.augmentation
-    )
+    clip = load_clip(chosen.model, chosen.pretrained, options.training.seed, chosen.changes, chosen.augmentation)
     on_device(clip.model, device, options.speed.channels_last)
     adapter = options.evaluation.adapter
     if adapter is not None and not options.evaluation.eval_only and load_trained(clip.model, adapter) is not None:

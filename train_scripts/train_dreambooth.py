@@ -183,6 +183,7 @@ def load(settings: DreamBoothSettings, device: torch.device) -> Family:
         pipeline.gguf_file,
         text_first=not pipeline.train_text_encoder,
         offload_to=pipeline.offload_base,
+        vae=pipeline.pretrained_vae_model_name_or_path,
     )
     family.move(device)
     return family

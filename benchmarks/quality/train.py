@@ -20,7 +20,8 @@ from benchmarks.quality.problems import Problem
 from benchmarks.quality.tasks import Task, targets_of
 from randlora_vision import save_adapter, suggest_lr
 from randlora_vision.layers.adapted import adapted_modules
-from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
+from randlora_vision.training.harness.optim import make_optimizer
+from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
 
 RATE_STEP = 10**0.5
 CENTRE_STEP = 0.01  # the relative step of `suggest_lr` at the centre of the grid of RandLoRA
@@ -68,7 +69,7 @@ class Trainee:
             else None
         )
         self.warmup = round(_WARMUP * task.steps)
-        self.schedule = warmup_schedule(self.optimizer, task.steps, self.warmup) if self.optimizer else None
+        self.schedule = warmup_schedule(self.optimizer, Schedule(task.steps, self.warmup)) if self.optimizer else None
         self.model.train()
 
     def step(self) -> float:

@@ -14,7 +14,8 @@ from randlora_vision.files.cache import cache_root
 from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.labelled import Batch, LabelledImages
 from randlora_vision.training.harness.ema import Ema
-from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
+from randlora_vision.training.harness.optim import make_optimizer
+from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def teach(
     """Train `parameters` on the CPU in float32; with an `ema_decay`, they end as their moving averages."""
     trained = list(parameters)
     optimizer = make_optimizer("adamw", trained, how.lr, how.weight_decay)
-    schedule = warmup_schedule(optimizer, how.steps, how.warmup)
+    schedule = warmup_schedule(optimizer, Schedule(how.steps, how.warmup))
     ema = Ema({str(number): parameter for number, parameter in enumerate(trained)}, ema_decay) if ema_decay else None
     batches = training_batches(data, how.batch_size, how.steps, how.seed, workers=0)
     for step, batch in enumerate(tqdm(batches, desc="pretraining", unit="step"), start=1):

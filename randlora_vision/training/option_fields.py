@@ -16,12 +16,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require(condition: bool, expected: str, got: object) -> None:
-    """Raise ValueError unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{expected}, got {got}")
-
-
 def marked_settings(options: Any, mark: str) -> list[str]:
     """Return the settings, and whole groups of settings, with this metadata: ``"run"``, ``"training.workers"``."""
     found = []

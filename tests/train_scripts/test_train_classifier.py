@@ -22,7 +22,14 @@ from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.train_scripts import train_classifier
 from randlora_vision.training.data.sources import digits
 from tests.train_scripts.test_train_clip import RUN_FILES
-from tests.training_helpers import draw_nothing, printed_code, run_script, write_class_folders, write_tiny_vit
+from tests.training_helpers import (
+    card_scope,
+    draw_nothing,
+    printed_code,
+    run_script,
+    write_class_folders,
+    write_tiny_vit,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,22 +159,18 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "validation": [3]}
 
 
-def test_two_lines_of_python_give_the_accuracy_back(train: Any, tiny: Path) -> None:
-    folder = train()
-    model = timm.create_model(f"local-dir:{tiny}", pretrained=True, num_classes=3).eval()
-    load_adapter(model, folder / "adapter.safetensors")
-    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+@pytest.mark.parametrize("method", ["randlora", "lora", "vera", "full", "linear-probe"])
+def test_the_code_of_the_card_gives_the_accuracy_back(train: Any, method: str) -> None:
+    folder = train("--method", method, "--lr", "0.01")
+    assert summary(folder)["reload_difference"] == 0
+    scope = card_scope(folder)
     held_out = [Path(name) for name in json.loads((folder / "split.json").read_text())["held_out"]["val"]]
-    labels = torch.tensor([["one", "two", "zero"].index(path.parent.name) for path in held_out])
+    labels = torch.tensor([scope["answers"].index(path.parent.name) for path in held_out])
     with torch.no_grad():
-        logits = model(torch.stack([transform(Image.open(path).convert("RGB")) for path in held_out]))
+        logits = scope["model"](torch.stack([scope["transform"](Image.open(path).convert("RGB")) for path in held_out]))
     after = summary(folder)["after"]["validation"]
     assert (logits.argmax(dim=1) == labels).float().mean().item() == pytest.approx(after["top1"])
     assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(after["loss"], rel=1e-4)
-
-
-def test_a_linear_probe_ends_with_a_file_that_loads(train: Any) -> None:
-    assert summary(train("--method", "linear-probe"))["reload_difference"] == 0
 
 
 @pytest.mark.parametrize("model", ["test_convnext", "test_efficientnet", "deit_tiny_distilled_patch16_224"])

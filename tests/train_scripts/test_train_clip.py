@@ -22,6 +22,7 @@ from randlora_vision.training.evaluation.accuracy import Scores
 from tests.training_helpers import (
     TINY_CONFIG,
     Killed,
+    card_scope,
     draw_nothing,
     printed_code,
     run_script,
@@ -185,6 +186,20 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     assert numbers(folder) == numbers(straight)
 
 
+def check_the_card(folder: Path) -> None:
+    """The code of the card gives the results of the run back."""
+    scope = card_scope(folder)
+    held_out = [Path(name) for name in json.loads((folder / "split.json").read_text())["held_out"]["val"]]
+    labels = torch.tensor([scope["answers"].index(path.parent.name) for path in held_out])
+    model = scope["model"]
+    with torch.no_grad():
+        pictures = torch.stack([scope["preprocess"](Image.open(path)) for path in held_out])
+        logits = model.logit_scale.exp() * model.encode_image(pictures, normalize=True) @ scope["classes"]
+    after = summary_of(folder)["after"]["validation"]
+    assert (logits.argmax(dim=1) == labels).float().mean().item() == pytest.approx(after["top1"])
+    assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(after["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -204,6 +219,7 @@ def test_a_run_starts_from_an_adapter(
     start = [*method, "--init-adapter", str(first)]
     train(*start, "--lr", "1e-30", "--weight-decay", "0", "--steps", "1")
     assert all(summary_of(folder)["reload_difference"] == 0 for folder in (first.parent, tmp_path / "run"))
+    check_the_card(first.parent)
     one, other = load_file(first), load_file(tmp_path / "run" / "adapter.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-20)

@@ -22,7 +22,7 @@ from randlora_vision.training.dreambooth import task as dreambooth_task
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.methods.task import AdaptedTask
 from tests.tiny_pipelines import PIPELINES, VOCABULARY, sample
-from tests.training_helpers import Killed, draw_nothing, printed_code, script
+from tests.training_helpers import Killed, card_scope, draw_nothing, printed_code, script
 
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
 PRIOR = ["--with-prior-preservation", "--class-prompt", CLASS_PROMPT, "--num-class-images", "3"]
@@ -196,6 +196,32 @@ def test_diffusers_loads_the_lora_file(train: Any, models: Path, monkeypatch: py
     assert (sample(pipe) - expected).abs().max() > 0.01
     pipe.load_lora_weights(folder, weight_name="adapter.safetensors")
     torch.testing.assert_close(sample(pipe), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample(card_scope(folder)["pipe"]), expected, rtol=0, atol=1e-5)
+
+
+def test_the_code_of_the_card_makes_a_fully_tuned_pipeline(
+    train: Any, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a VAE of its own, which is the base's with other weights."""
+    vae = fresh(models / "sd15").vae
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(1.2)
+    vae.save_pretrained(tmp_path / "vae")
+    module, trained = watched(monkeypatch)
+    own = ["--pretrained_vae_model_name_or_path", str(tmp_path / "vae"), "--optimizer", "adamw", "--scale_lr"]
+    folder = train("--method", "full", "--lr", "5e-3", "--schedule", "step", "--decay-steps", "1", *own, module=module)
+    assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
+    settings = yaml.safe_load((folder / "config.yaml").read_text())["training"]
+    assert settings["lr"] == 1e-2 and not settings["scale_lr"]  # two images in a step
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines if line["split"] == "train"] == pytest.approx([1e-2, 1e-3])
+    (pipe,) = trained
+    base = fresh(models / "sd15")
+    pipe.text_encoder = base.text_encoder  # it was not trained, and is dropped once the prompts are encoded
+    expected = sample(pipe)
+    assert (sample(base) - expected).abs().max() > 0.01
+    torch.testing.assert_close(sample(card_scope(folder)["pipe"]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

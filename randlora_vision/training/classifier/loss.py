@@ -25,7 +25,9 @@ class ClassifierLoss(nn.Module):
         elif not augment.label_smoothing:
             self.criterion = nn.CrossEntropyLoss()
         if augment.bce_loss:  # mixed targets are already smooth
-            self.criterion = BinaryCrossEntropy(0.0 if self.mixup else augment.label_smoothing)
+            self.criterion = BinaryCrossEntropy(
+                0.0 if self.mixup else augment.label_smoothing, augment.bce_target_thresh
+            )
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, a scalar."""

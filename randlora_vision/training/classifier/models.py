@@ -31,7 +31,7 @@ def load_classifier(options: ClassifierModel, classes: int, seed: int) -> Loaded
         raise ValueError(f"the data has {classes} classes, but --num-classes says {options.num_classes}: leave it out")
     if not options.model.startswith(_SCHEMES):
         _check_name(options.model)
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = options.arguments
     if options.img_size and _is_fixed(options.model, options.img_size):
         arguments["img_size"] = options.img_size
     if options.pretrained:

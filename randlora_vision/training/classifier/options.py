@@ -1,12 +1,12 @@
 """The options of train_classifier.py, as given and with the defaults filled in."""
 
+import ast
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from randlora_vision.names import short_name
 from randlora_vision.training.data.options import DataOptions
 from randlora_vision.training.harness.options import (
-    FREE,
     AdapterOptions,
     CheckpointOptions,
     HubOptions,
@@ -18,7 +18,10 @@ from randlora_vision.training.harness.options import (
     require_digits_cache,
     require_epoch,
 )
+from randlora_vision.training.option_fields import FREE, RARE
 
+_OWN = ("pretrained", "num_classes", "checkpoint_path", "in_chans", "drop_rate", "drop_path_rate")
+"""Arguments of timm's models that have options, or that the data determine."""
 Method = Literal["randlora", "lora", "vera", "full", "linear-probe"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -34,30 +37,48 @@ class ModelOptions:
     """Start from the pretrained weights of timm instead of random weights or --initial-checkpoint."""
     initial_checkpoint: str | None = None
     """Start from the weights in this file."""
-    fresh_head: bool = False
+    fresh_head: bool = field(default=False, metadata=RARE)
     """Start with a new classifier head even if the weights contain one with the right number of classes; needed for
     an --initial-checkpoint with another number of classes."""
     img_size: int | None = None
     """Image size in pixels (one side). Default: that of the model."""
-    crop_pct: float | None = None
+    crop_pct: float | None = field(default=None, metadata=RARE)
     """For evaluation, images are resized to --img-size divided by this, and their centre is cropped. Default: that of
     the model, as for the next three."""
-    mean: tuple[float, ...] = ()
+    mean: tuple[float, ...] = field(default=(), metadata=RARE)
     """The mean of pixel values (from 0 to 1) that is subtracted: three numbers, or one for all colours."""
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = field(default=(), metadata=RARE)
     """The standard deviation of pixel values, by which they are divided."""
-    interpolation: Interpolation | None = None
+    interpolation: Interpolation | None = field(default=None, metadata=RARE)
     """How images are resized, for training and evaluation."""
-    num_classes: int | None = None
+    num_classes: int | None = field(default=None, metadata=RARE)
     """Number of classes. Default: that of the data, so it can always be left out."""
-    drop: float = 0.0
+    drop: float = field(default=0.0, metadata=RARE)
     """Dropout rate before the classifier (timm's drop_rate)."""
-    drop_path: float = 0.0
+    drop_path: float = field(default=0.0, metadata=RARE)
     """Rate of stochastic depth, for models that have it."""
-    cache_dir: str | None = None
+    model_kwargs: tuple[str, ...] = field(default=(), metadata=RARE)
+    """More arguments of the model in timm, such as patch_size=12 act_layer=silu."""
+    cache_dir: str | None = field(default=None, metadata=RARE)
     """Folder that caches the digits ViT. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """--model-kwargs by name; what is not a Python literal is a string. Raises ValueError for other words."""
+        found: dict[str, Any] = {}
+        for word in self.model_kwargs:
+            name, equals, value = word.partition("=")
+            if not equals or not name.isidentifier() or name in _OWN:
+                raise ValueError(f"--model-kwargs {word}: expected NAME=VALUE with a name other than {', '.join(_OWN)}")
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found[name] = value
+        return found
+
     def __post_init__(self) -> None:
+        if self.arguments and self.model is None:
+            raise ValueError("--model-kwargs needs --model")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("--pretrained and --initial-checkpoint both choose the weights: give only one")
         for name in ("drop", "drop_path"):
@@ -85,23 +106,25 @@ class AugmentOptions:
     """No augmentation: training images are resized, and their centre is cropped."""
     auto_augment: str | None = None
     """A timm augmentation string, such as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or original."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[float, float] = field(default=(0.08, 1.0), metadata=RARE)
     """Smallest and largest part of the image's area in a random crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=RARE)
     """Smallest and largest aspect ratio of a random crop."""
-    hflip: float = 0.5
+    hflip: float = field(default=0.5, metadata=RARE)
     """Probability of a horizontal flip."""
-    vflip: float = 0.0
+    vflip: float = field(default=0.0, metadata=RARE)
     """Probability of a vertical flip."""
-    color_jitter: float = 0.4
+    color_jitter: float = field(default=0.4, metadata=RARE)
     """Strength of random changes of brightness, contrast and saturation, without --auto-augment."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle of an image."""
-    erasing_mode: Literal["const", "rand", "pixel"] = "const"
+    erasing_mode: Literal["const", "rand", "pixel"] = field(default="const", metadata=RARE)
     """Erase with black, a random colour, or random pixels."""
-    erasing_count: int = 1
+    erasing_count: int = field(default=1, metadata=RARE)
     """Rectangles that are erased at most."""
-    bce_loss: bool = False
+    bce_target_thresh: float | None = field(default=None, metadata=RARE)
+    """With --bce-loss: targets above this are 1, the others 0, also those of Mixup and CutMix."""
+    bce_loss: bool = field(default=False, metadata=RARE)
     """Minimise the binary cross entropy of every class instead of the cross entropy over all classes."""
     label_smoothing: float = 0.0
     """Fraction of the target that is spread over all classes."""
@@ -111,6 +134,8 @@ class AugmentOptions:
     """Alpha of CutMix; 0 disables it. If both are enabled, each batch uses one or the other."""
 
     def __post_init__(self) -> None:
+        if self.bce_target_thresh is not None and not self.bce_loss:
+            raise ValueError("--bce-target-thresh needs --bce-loss")
         if self.no_aug and (self.auto_augment or self.random_erasing):
             raise ValueError("--no-aug excludes --auto-augment and --random-erasing")
         for name in ("scale", "ratio"):
@@ -135,7 +160,7 @@ class ClassifierAdapterOptions(AdapterOptions):
 
     method: Method = "randlora"
     """RandLoRA, the LoRA or VeRA of PEFT on the same weights, full fine-tuning, or the head alone."""
-    head_lr: float | None = None
+    head_lr: float | None = field(default=None, metadata=RARE)
     """Peak learning rate of the head. Default: --lr; if that is not given either, the embedded digits use a separate
     default for RandLoRA."""
 

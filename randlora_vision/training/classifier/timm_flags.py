@@ -1,18 +1,19 @@
 """The flags of timm's train.py, and what they mean for train_classifier.py."""
 
-from randlora_vision.training.harness.flags import Given, Refused, Table
+from randlora_vision.training.harness.flags import Given, Refused, Table, only
 
 
 def _folder(given: Given) -> str:
     return "--data-root {}" if "--dataset" in given else "--data {}"
 
 
-def _only(*usual: str, otherwise: str) -> dict[str, str]:
-    """Return the meaning of a flag for which only the usual values are supported."""
-    return {**dict.fromkeys(usual, ""), "*": Refused(otherwise)}
+_ONE_CYCLE = "give --schedule cosine_with_restarts and --lr-num-cycles, with the epochs of all cycles together"
 
 
-_ONE_CYCLE = Refused("the schedules are a warmup and cosine, linear or constant: see --schedule and --min-lr")
+def _decay_rate(given: Given) -> str:
+    return "--lr-power {}" if list(given.get("--sched", ())) == ["poly"] else "--decay-rate {}"
+
+
 _FROZEN = Refused("batch normalisation keeps the base model's statistics: leave it out")
 _NO_DISTILLATION = Refused("there is no distillation here: leave it out")
 _ONE_SIZE = Refused("every image has the size of --img-size: leave it out")
@@ -27,7 +28,7 @@ TIMM: Table = {
     "--dataset-download": "--download",
     "--input-key": "--image-column {}",
     "--target-key": "--label-column {}",
-    "--input-img-mode": _only("RGB", otherwise="images are read in RGB: leave it out"),
+    "--input-img-mode": only("RGB", otherwise="images are read in RGB: leave it out"),
     "--train-num-samples": "--epoch-images {}",
     "--train-split": Refused("name the training data with --data, for example --data hf:NAME@SPLIT"),
     "--val-split": Refused("name the validation data with --val-data, for example --val-data hf:NAME@SPLIT"),
@@ -38,7 +39,7 @@ TIMM: Table = {
     "--pretrained-path": "--initial-checkpoint {}",
     "--no-resume-opt": Refused("resuming restores the optimiser: leave --resume out to start anew"),
     **dict.fromkeys(
-        ("--gp", "--head-init-scale", "--head-init-bias", "--model-kwargs", "--fast-norm"),
+        ("--gp", "--head-init-scale", "--head-init-bias", "--fast-norm"),
         Refused("the model is built with timm's settings: choose another --model"),
     ),
     "--in-chans": Refused("images are grey or in colour as the model's own configuration says: leave it out"),
@@ -64,29 +65,34 @@ TIMM: Table = {
     "--opt-eps": "--eps {}",
     "--opt-betas": "--beta1 {} --beta2 {}",
     "--opt-kwargs": Refused("give --beta1, --beta2 or --eps; other settings are timm's"),
-    "--momentum": _only("0.9", otherwise="the momentum is timm's 0.9: leave it out"),
+    "--momentum": only("0.9", otherwise="the momentum is timm's 0.9: leave it out"),
     "--clip-grad": "--max-grad-norm {}",
-    "--clip-mode": _only("norm", otherwise="gradients are clipped by their norm: leave it out"),
-    "--layer-decay-min-scale": _only("0", "0.0", otherwise="give a --layer-decay closer to 1"),
+    "--clip-mode": only("norm", otherwise="gradients are clipped by their norm: leave it out"),
+    "--layer-decay-min-scale": only("0", "0.0", otherwise="give a --layer-decay closer to 1"),
     "--layer-decay-no-opt-scale": Refused("all layers are trained: leave it out"),
     "--sched": {
         "cosine": "--schedule cosine",
+        **{name: f"--schedule {name}" for name in ("tanh", "step", "multistep", "plateau", "constant", "wsd")},
+        "poly": "--schedule polynomial --lr-power 0.1",
         "none": "--schedule constant --warmup-steps 0",
-        "*": _ONE_CYCLE,
+        "*": Refused("see --schedule for those that there are"),
     },
+    "--decay-milestones": "--decay-epochs {}",
+    "--decay-rate": _decay_rate,
+    "--dr": _decay_rate,
+    "--patience-epochs": "--plateau-patience {}",
+    "--cooldown-epochs": only("0", otherwise="the schedule ends with the training: give fewer --epochs"),
+    "--warmup-prefix": Refused("the warmup is a part of --epochs: leave it out, and give more of them"),
+    "--lr-noise-pct": only("0.67", otherwise="the noise of --lr-noise is below 0.67: leave it out"),
+    "--lr-noise-std": only("1", "1.0", otherwise="the noise of --lr-noise has the deviation 1: leave it out"),
+    "--lr-cycle-limit": only("1", otherwise=_ONE_CYCLE),
+    "--lr-cycle-mul": only("1", "1.0", otherwise=_ONE_CYCLE),
+    "--lr-cycle-decay": {"*": ""},  # of the second cycle
+    "--lr-k-decay": only("1", "1.0", otherwise="give --schedule polynomial with --lr-power"),
     "--sched-on-updates": "",
     "--lr-base": Refused("give --lr: it is not scaled with the batch size"),
     "--lr-base-size": Refused("give --lr: it is not scaled with the batch size"),
     "--lr-base-scale": Refused("give --lr: it is not scaled with the batch size"),
-    **dict.fromkeys(
-        (
-            *("--lr-noise", "--lr-noise-pct", "--lr-noise-std", "--lr-cycle-mul", "--lr-cycle-decay"),
-            *("--lr-cycle-limit", "--lr-k-decay", "--decay-milestones", "--decay-epochs", "--decay-rate", "--dr"),
-            *("--patience-epochs", "--cooldown-epochs", "--warmup-prefix"),
-        ),
-        _ONE_CYCLE,
-    ),
-    "--warmup-lr": Refused("the warmup starts at --lr divided by its number of steps: leave it out"),
     "--epoch-repeats": Refused("give more --epochs"),
     "--start-epoch": Refused("--resume goes on where the checkpoint was written: leave it out"),
     "--train-batches-per-epoch": Refused("give --epoch-images, or --steps for the whole training"),
@@ -99,14 +105,14 @@ TIMM: Table = {
         ("--color-jitter-prob", "--grayscale-prob", "--gaussian-blur-prob"),
         Refused("colours are changed by --color-jitter or --auto-augment"),
     ),
-    "--aug-repeats": _only("0", "0.0", otherwise="images are not repeated in a batch: leave it out"),
+    "--aug-repeats": only("0", "0.0", otherwise="images are not repeated in a batch: leave it out"),
     **dict.fromkeys(("--aug-splits", "--resplit", "--split-bn", "--jsd-loss", "--jsd"), _NO_JSD),
-    **dict.fromkeys(("--bce-sum", "--bce-target-thresh", "--bce-pos-weight"), Refused("give --bce-loss alone")),
+    **dict.fromkeys(("--bce-sum", "--bce-pos-weight"), Refused("give --bce-loss alone")),
     "--cutmix-minmax": Refused("give --cutmix"),
-    "--mixup-prob": _only("1", "1.0", otherwise="every batch is mixed: leave it out"),
-    "--mixup-switch-prob": _only("0.5", otherwise="each batch uses Mixup or CutMix with equal chances: leave it out"),
-    "--mixup-mode": _only("batch", otherwise="a batch is mixed as a whole: leave it out"),
-    "--mixup-off-epoch": _only("0", otherwise="Mixup stays on to the end: leave it out"),
+    "--mixup-prob": only("1", "1.0", otherwise="every batch is mixed: leave it out"),
+    "--mixup-switch-prob": only("0.5", otherwise="each batch uses Mixup or CutMix with equal chances: leave it out"),
+    "--mixup-mode": only("batch", otherwise="a batch is mixed as a whole: leave it out"),
+    "--mixup-off-epoch": only("0", otherwise="Mixup stays on to the end: leave it out"),
     "--smoothing": "--label-smoothing {}",
     "--drop-connect": "--drop-path {}",
     "--drop-block": Refused("give --drop-path or --drop"),
@@ -129,9 +135,9 @@ TIMM: Table = {
     "--output": "--runs-dir {}",
     "--experiment": "--run-name {}",
     "--eval-metric": "--best-metric {}",
-    "--tta": _only("0", otherwise="images are evaluated once: leave it out"),
+    "--tta": only("0", otherwise="images are evaluated once: leave it out"),
     "--log-wandb": "--report-to wandb",
-    "--wandb-project": Refused("set the environment variable WANDB_PROJECT"),
+    "--wandb-project": "--tracker-project {}",
     "--wandb-tags": Refused("set the environment variable WANDB_TAGS"),
     "--wandb-resume-id": Refused("set the environment variable WANDB_RUN_ID"),
     **dict.fromkeys(

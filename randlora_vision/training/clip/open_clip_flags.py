@@ -11,27 +11,38 @@ def _lock(other: str, towers: str) -> Any:
     return lambda given: both if other in given else f"--towers {towers}"
 
 
+def _trains(given: Given) -> bool:
+    return not {"--train-data", "--data", "--config"}.isdisjoint(given)
+
+
+def _validation(given: Given) -> str:
+    if _trains(given):
+        return "--val-data {}"
+    if "--imagenet-val" in given:
+        return Refused("without --train-data, one thing is evaluated: leave it or --imagenet-val out")
+    return "--eval-only --data {}"
+
+
 def _imagenet(given: Given) -> str:
-    if "--train-data" in given or "--data" in given:
+    if _trains(given):
         return "--retention-data {} --retention-class-names imagenet"
     return "--eval-only --class-names imagenet --data {}"
 
 
 _LAUNCHER = Refused("devices and processes are chosen by accelerate launch: see accelerate launch --help")
 _SHARDING = Refused("sharding is configured in accelerate: see accelerate launch --use_fsdp")
-_PARTS = Refused("--target-modules chooses what is adapted")
+_PARTS = Refused("leave --lock-image and --lock-text out too, and give --target-modules with a pattern of the blocks")
 _FIXED = Refused("the model is used as it was pretrained: leave it out, or change a configuration (--model FILE.json)")
-_PREPROCESS = Refused("images are prepared as the model's configuration says: leave it out")
 _NO_AUDIO = Refused("audio models are not supported: leave it out")
 _NO_NAFLEX = Refused("images have one size, see --force-image-size: leave it out")
 _NO_COCA = Refused("CoCa's loss is not implemented: see --loss for those that are")
 _NO_DISTILLATION = Refused("there is no distillation here: leave it out")
 _PURE = Refused("trained parameters stay in float32: give amp_bf16")
 _LOCAL = Refused("the run folder is on disk: copy it after the run")
-_COOLDOWN = Refused("there is no cooldown: give --min-lr with --schedule cosine or linear")
 
 OPEN_CLIP: Table = {
     "--train-data": "--data {}",
+    "--val-data": _validation,
     "--train-num-samples": "--epoch-images {}",
     "--train-data-upsampling-factors": Refused("give the shards in the proportions that you want"),
     "--val-num-samples": {"*": ""},  # they are counted
@@ -40,7 +51,7 @@ OPEN_CLIP: Table = {
         "synthetic": Refused("leave --train-data out to try the script on the embedded digits"),
         "*": _NO_AUDIO,
     },
-    "--dataset-resampled": Refused("the images of all shards are shuffled together: leave it out"),
+    "--dataset-resampled": "",  # an epoch has --epoch-images, and all shards are shuffled together
     "--csv-separator": {
         **dict.fromkeys(("\t", "\\t", ","), ""),
         "*": Refused("columns are separated by commas or tabs, which are recognised: convert the file"),
@@ -72,9 +83,11 @@ OPEN_CLIP: Table = {
     "--lr-scheduler": {
         **dict(HUGGING_FACE["--lr-scheduler"]),  # type: ignore[arg-type]
         "const": "--schedule constant",
-        "const-cooldown": _COOLDOWN,
+        "const-cooldown": "--schedule wsd",
     },
-    **dict.fromkeys(("--epochs-cooldown", "--lr-cooldown-end", "--lr-cooldown-power"), _COOLDOWN),
+    "--epochs-cooldown": "--decay-epochs {}",
+    "--lr-cooldown-end": "--min-lr {}",
+    "--lr-cooldown-power": "--lr-power {}",
     "--save-frequency": "--checkpoint-epochs {}",
     "--save-most-recent": "--checkpoints-total-limit 1",
     "--delete-previous-checkpoint": "--checkpoints-total-limit 1",
@@ -96,16 +109,14 @@ OPEN_CLIP: Table = {
     "--lock-image-freeze-bn-stats": "",
     "--lock-text-freeze-layer-norm": "",
     "--use-bn-sync": Refused("batch normalisation keeps the base model's statistics: leave it out"),
-    **dict.fromkeys(
-        ("--image-mean", "--image-std", "--image-interpolation", "--image-resize-mode", "--interpolation"), _PREPROCESS
-    ),
-    "--square-resize-only": _PREPROCESS,
+    "--interpolation": "--image-interpolation {}",
+    "--square-resize-only": "--image-resize-mode squash",
     "--grad-checkpointing": "--gradient-checkpointing",
     "--accum-freq": "--gradient-accumulation-steps {}",
     "--siglip": "--loss siglip",
     **dict.fromkeys(("--local-loss", "--gather-with-grad", "--ddp-static-graph"), ""),
     "--loss-dist-impl": Refused("features are gathered from all processes: leave it out"),
-    **dict.fromkeys(("--force-context-length", "--force-patch-dropout", "--force-custom-text"), _FIXED),
+    **dict.fromkeys(("--force-context-length", "--force-custom-text"), _FIXED),
     "--force-quick-gelu": Refused("choose the model whose name ends in -quickgelu"),
     "--torchcompile": "--torch-compile",
     **dict.fromkeys(
@@ -118,7 +129,7 @@ OPEN_CLIP: Table = {
         ("--fsdp", "--fsdp-no-reshard-after-forward", "--fsdp-offload-cpu", "--fsdp-checkpoint"), _SHARDING
     ),
     "--wandb-notes": Refused("set the environment variable WANDB_NOTES"),
-    "--wandb-project-name": Refused("set the environment variable WANDB_PROJECT"),
+    "--wandb-project-name": "--tracker-project {}",
     "--debug": Refused("set the environment variable RANDLORA_DEBUG=1 to see tracebacks"),
     "--copy-codebase": Refused("environment.json in the run folder records the command and the versions"),
     "--grad-clip-norm": "--max-grad-norm {}",

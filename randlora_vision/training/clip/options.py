@@ -9,7 +9,6 @@ from typing import Any, Literal
 from randlora_vision.names import short_name
 from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.harness.options import (
-    FREE,
     AdapterOptions,
     CheckpointOptions,
     HubOptions,
@@ -21,6 +20,7 @@ from randlora_vision.training.harness.options import (
     require_digits_cache,
     require_epoch,
 )
+from randlora_vision.training.option_fields import FREE, RARE, flag
 
 Towers = Literal["vision", "text", "both"]
 ClipMethod = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]
@@ -53,18 +53,29 @@ class ModelOptions:
     Default: the tiny digits CLIP, or ViT-B-32 if --data is given."""
     pretrained: str | None = None
     """The pretrained weights: an open_clip tag, or the path of a checkpoint."""
-    force_image_size: int | None = None
+    force_image_size: int | None = field(default=None, metadata=RARE)
     """Image size in pixels (one side); position embeddings are interpolated. Default: that of the model."""
-    aug_cfg: tuple[str, ...] = ()
+    aug_cfg: tuple[str, ...] = field(default=(), metadata=RARE)
     """open_clip's augmentation settings, such as scale=(0.4,1.0) color_jitter=0.3. Default: those of the model."""
+    image_mean: tuple[float, float, float] | None = field(default=None, metadata=RARE)
+    """The mean that is subtracted from pixels between 0 and 1. Default: that of the model, as for the next three."""
+    image_std: tuple[float, float, float] | None = field(default=None, metadata=RARE)
+    """The standard deviation by which they are divided."""
+    image_interpolation: Literal["bicubic", "bilinear", "random"] | None = field(default=None, metadata=RARE)
+    """How images are resized."""
+    image_resize_mode: Literal["shortest", "longest", "squash"] | None = field(default=None, metadata=RARE)
+    """Which side is resized to the image size for evaluation; squash: both."""
+    force_patch_dropout: float | None = field(default=None, metadata=RARE)
+    """Fraction of the patches of an image that a vision transformer does not see in training. Default: that of the
+    model."""
     towers: Towers = "both"
     """Which towers to adapt. If the text tower is frozen, its features are computed once."""
-    train_logit_scale: bool = False
+    train_logit_scale: bool = field(default=False, metadata=RARE)
     """Also train the logit scale, and with --loss siglip the logit bias of a SigLIP model, and save it in the same
     file. For RandLoRA and full fine-tuning only."""
-    logit_scale_lr: float | None = None
+    logit_scale_lr: float | None = field(default=None, metadata=RARE)
     """Peak learning rate of the logit scale. Default: --lr."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=RARE)
     """Folder that caches the digits CLIP. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     @property
@@ -72,10 +83,20 @@ class ModelOptions:
         """The augmentation settings by name. Raises ValueError for one that open_clip does not have."""
         return parse_augmentation(self.aug_cfg) if self.aug_cfg else {}
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The arguments of open_clip's factory that change a model or its preprocessing, where given."""
+        names = ("image_mean", "image_std", "image_interpolation", "image_resize_mode")
+        given = {name: getattr(self, name) for name in ("force_image_size", "force_patch_dropout", *names)}
+        return {name: value for name, value in given.items() if value is not None}
+
     def __post_init__(self) -> None:
         require_digits_cache(self.cache_dir, self.model)
-        if self.model is None and (self.force_image_size or self.aug_cfg):
-            raise ValueError("--force-image-size and --aug-cfg need --model")
+        if self.model is None and (self.changes or self.aug_cfg):
+            raise ValueError(f"{flag(next(iter(self.changes), 'aug_cfg'))} needs --model")
+        dropped = self.force_patch_dropout
+        if dropped is not None and not 0 <= dropped < 1:
+            raise ValueError(f"--force-patch-dropout must be at least 0 and below 1, got {dropped}")
         if self.force_image_size is not None and self.force_image_size < 1:
             raise ValueError(f"--force-image-size must be 1 or more, got {self.force_image_size}")
         _ = self.augmentation  # raises for a wrong one
@@ -115,16 +136,16 @@ class ClipAdapterOptions(AdapterOptions):
 class EvaluationOptions:
     """What to evaluate besides the task, before and after training."""
 
-    retention_data: str | None = field(default=None, metadata=FREE)
+    retention_data: str | None = field(default=None, metadata=FREE | RARE)
     """Data on which to measure forgetting, in any form that --data takes, with the same templates: see --eval-split."""
-    retention_class_names: str | None = None
+    retention_class_names: str | None = field(default=None, metadata=RARE)
     """Class names of --retention-data, in any form that --class-names takes."""
     eval_only: bool = False
     """Do not train: evaluate the model, and also the model with --adapter if given."""
     adapter: str | None = None
     """A file written by this script with any method: --eval-only evaluates it, and --method linear-probe trains on the
     features of the model with it (RandLoRA, LoRA or full fine-tuning, whose weights then stay frozen)."""
-    eval_scales: tuple[str, ...] = field(default=(), metadata=FREE)
+    eval_scales: tuple[str, ...] = field(default=(), metadata=FREE | RARE)
     """Also evaluate and plot the model at these scales between base (0) and adapted (1), such as 0,0.25,0.5,0.75,1."""
 
     def __post_init__(self) -> None:

@@ -163,7 +163,7 @@ def loading_code(
         lines.append(f"open_clip.add_model_config({name!r})")
         name = settings.clip.title
     weights = f", pretrained={pretrained!r}" if pretrained else ""
-    weights += f", force_image_size={size}" if (size := settings.clip.force_image_size) else ""
+    weights += "".join(f", {name}={value!r}" for name, value in settings.clip.changes.items())
     if not weights and ":" not in name:
         lines.append(f"torch.manual_seed({settings.training.seed})  # random weights")
     lines.append(f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}{weights})")

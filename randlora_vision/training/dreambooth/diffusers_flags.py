@@ -1,11 +1,19 @@
 """The flags of diffusers' DreamBooth LoRA scripts, kohya's of the loss, and what they mean for train_dreambooth.py."""
 
-from randlora_vision.training.harness.flags import Refused, Table
+from randlora_vision.training.harness.flags import Given, Refused, Table, only
 
-_NO_PRODIGY = Refused("timm has no Prodigy: give --optimizer adamw and leave --learning-rate out")
+_PRODIGY = Refused("Prodigy has the settings that are diffusers' defaults: leave it out")
 _BY_PIPELINE = Refused("the pipeline's own tokenizers and masks are used: leave it out")
 _DEEPFLOYD = Refused("DeepFloyd's pipelines are not supported: leave it out")
 _EDM = Refused("EDM training is not implemented: choose a pipeline that predicts noise or flow")
+
+_TOKENS = Refused("textual inversion is not implemented: leave it out, --train-text-encoder adapts the encoders")
+
+
+def _layers(given: Given) -> str:
+    names = " ".join(given.get("--lora-layers", ())).replace(",", " ").split()
+    return f"--target-modules {' '.join(names) or '{}'}"
+
 
 _KOHYA: Table = {
     "--min-snr-gamma": "--snr-gamma {}",
@@ -25,9 +33,6 @@ _KOHYA: Table = {
     },
 }
 DIFFUSERS: Table = {
-    "--pretrained-vae-model-name-or-path": Refused(
-        "save the pipeline with that VAE (save_pretrained) and give its folder as --pretrained-model-name-or-path"
-    ),
     "--tokenizer-name": _BY_PIPELINE,
     "--tokenizer-max-length": {"77": "", "*": _BY_PIPELINE},
     "--text-encoder-use-attention-mask": _BY_PIPELINE,
@@ -47,21 +52,15 @@ DIFFUSERS: Table = {
     "--prior-generation-precision": Refused("class images are generated in --mixed-precision: leave it out"),
     "--pre-compute-text-embeddings": "",
     "--set-grads-to-none": "",
-    "--scale-lr": Refused(
-        "give --lr as it should be: --scale-lr would multiply it by the images of a step, "
-        "--batch-size x --gradient-accumulation-steps x processes"
-    ),
-    "--lr-num-cycles": {"1": "", "*": Refused("there are no restarts: leave it out")},
-    "--lr-power": {"1": "", "1.0": "", "*": Refused("there is no polynomial: give --schedule linear")},
     "--optimizer": {
         "AdamW": "--optimizer adamw",
-        "prodigy": _NO_PRODIGY,
-        "Prodigy": _NO_PRODIGY,
+        "Prodigy": "--optimizer prodigy",
         "*": "--optimizer {}",
     },
+    "--prodigy-beta3": _PRODIGY,
     **dict.fromkeys(
-        ("--prodigy-beta3", "--prodigy-decouple", "--prodigy-use-bias-correction", "--prodigy-safeguard-warmup"),
-        _NO_PRODIGY,
+        ("--prodigy-decouple", "--prodigy-use-bias-correction", "--prodigy-safeguard-warmup"),
+        {"True": "", "true": "", "*": _PRODIGY},
     ),
     "--adam-weight-decay-text-encoder": Refused("--weight-decay is for everything that is trained"),
     "--hub-token": Refused("set the environment variable HF_TOKEN, or log in with hf auth login"),
@@ -69,7 +68,17 @@ DIFFUSERS: Table = {
     "--local-rank": {"*": ""},
     "--allow-tf32": Refused("set the environment variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1"),
     "--upcast-before-saving": "",
-    "--lora-layers": Refused("give --target-modules with the names separated by spaces"),
+    "--lora-layers": _layers,
+    **dict.fromkeys(
+        (
+            *("--train-text-encoder-ti", "--train-text-encoder-ti-frac", "--token-abstraction", "--enable-t5-ti"),
+            *("--num-new-tokens-per-abstraction", "--initializer-concept", "--train-transformer-frac"),
+        ),
+        _TOKENS,
+    ),
+    "--train-text-encoder-frac": only("1", "1.0", otherwise="text encoders are trained to the end: leave it out"),
+    "--use-blora": Refused("give --target-modules with a pattern of the blocks"),
+    "--clip-skip": Refused("the layer that the pipeline itself uses is taken: leave it out"),
     "--lora-blocks": Refused("give --target-modules with a regular expression that names the blocks"),
     "--use-dora": Refused("DoRA is not implemented: give --method randlora or lora"),
     "--output-kohya-format": Refused("the adapter is written for this library, LoRA for diffusers: leave it out"),

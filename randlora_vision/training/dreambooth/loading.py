@@ -30,6 +30,7 @@ def load_family(
     gguf_file: str | None = None,
     text_first: bool = False,
     offload_to: Place | None = None,
+    vae: str | None = None,
 ) -> Family:
     """Load a pipeline and return its family; the VAE stays in float32.
 
@@ -37,7 +38,7 @@ def load_family(
     used and dropped before. `offload_to` says where `Family.offload` puts it.
 
     With `quantize`, the denoiser and the text encoders that are not trained are quantised; GGUF is for the denoiser
-    alone, which comes from `gguf_file`.
+    alone, which comes from `gguf_file`. `vae` is the folder or the name of another VAE of the same class.
 
     Raises ValueError for an unsupported pipeline class or denoiser, and if the pipeline cannot be quantised so here;
     OSError if diffusers finds no pipeline.
@@ -46,6 +47,8 @@ def load_family(
     import diffusers
 
     special: dict[str, Any] = {}
+    if vae is not None:
+        special["vae"] = getattr(diffusers, index["vae"][1]).from_pretrained(vae)
     name = kind.denoiser_name
     config = None
     if quantize not in (None, "gguf"):

@@ -8,13 +8,14 @@ Shapes: B images, C channels, latents of size H x W.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from randlora_vision.training.dreambooth.noise import Noise
+from randlora_vision.training.option_fields import RARE
 
 WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 LossType = Literal["l2", "l1", "huber", "smooth_l1"]
@@ -24,40 +25,40 @@ LossType = Literal["l2", "l1", "huber", "smooth_l1"]
 class ObjectiveOptions:
     """The training objective of the denoiser."""
 
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = field(default=None, metadata=RARE)
     """Noise prediction: what the denoiser predicts, for a pipeline whose scheduler says it wrongly. Default: what the
     scheduler says."""
-    snr_gamma: float | None = None
+    snr_gamma: float | None = field(default=None, metadata=RARE)
     """Noise prediction: gamma of the min-SNR weighting of timesteps (usually 5.0; arXiv 2303.09556)."""
-    debiased_estimation_loss: bool = False
+    debiased_estimation_loss: bool = field(default=False, metadata=RARE)
     """Noise prediction: weight the errors by 1 / sqrt(SNR), or 1 / (SNR + 1) for velocities (arXiv 2310.08442)."""
-    noise_offset: float = 0.0
+    noise_offset: float = field(default=0.0, metadata=RARE)
     """Noise prediction: add this times a random number per image and channel to the noise, for darker and brighter
     pictures (usually 0.05 to 0.1)."""
-    input_perturbation: float = 0.0
+    input_perturbation: float = field(default=0.0, metadata=RARE)
     """Noise prediction: perturb the noise in the input of the denoiser, but not in its target, by this times other
     noise (usually 0.1; arXiv 2301.11706)."""
-    loss_type: LossType = "l2"
+    loss_type: LossType = field(default="l2", metadata=RARE)
     """The error between prediction and target: its square, its absolute value, or the pseudo-Huber losses 2 c
     (sqrt(e^2 + c^2) - c), which is the square for small errors, and the same without the first c."""
-    huber_c: float = 0.1
+    huber_c: float = field(default=0.1, metadata=RARE)
     """The c of the Huber losses, at the noisiest timestep for a schedule."""
-    huber_schedule: Literal["snr", "exponential", "constant"] | None = None
+    huber_schedule: Literal["snr", "exponential", "constant"] | None = field(default=None, metadata=RARE)
     """How c falls from 1 with the timestep. Default: snr, or exponential for flow matching."""
-    huber_scale: float = 1.0
+    huber_scale: float = field(default=1.0, metadata=RARE)
     """Multiplies c for the schedules exponential and constant."""
-    weighting_scheme: WeightingScheme = "logit_normal"
+    weighting_scheme: WeightingScheme = field(default="logit_normal", metadata=RARE)
     """Flow matching: how noise levels are drawn (logit_normal, mode) or weighted (sigma_sqrt, cosmap)."""
-    logit_mean: float = 0.0
+    logit_mean: float = field(default=0.0, metadata=RARE)
     """Mean of logit_normal."""
-    logit_std: float = 1.0
+    logit_std: float = field(default=1.0, metadata=RARE)
     """Standard deviation of logit_normal."""
-    mode_scale: float = 1.29
+    mode_scale: float = field(default=1.29, metadata=RARE)
     """Scale of mode."""
-    discrete_flow_shift: str | None = None
+    discrete_flow_shift: str | None = field(default=None, metadata=RARE)
     """Flow matching: shift of the noise levels t to s t / (1 + (s - 1) t): the number s, or 'resolution' for the
     one that the scheduler's settings give for the size of an image. Default: the shift of the scheduler."""
-    guidance_scale: float = 3.5
+    guidance_scale: float = field(default=3.5, metadata=RARE)
     """Guidance scale given to a guidance-distilled transformer (Flux.1, Flux.2) during training."""
 
     def __post_init__(self) -> None:
@@ -91,9 +92,9 @@ class ObjectiveOptions:
 
     def require_defaults(self, names: tuple[str, ...], objective: str) -> None:
         """Raise ValueError if an option that `objective` does not have was given."""
-        for field in fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
-                flag = f"--{field.name.replace('_', '-')}"
+        for member in fields(self):
+            if member.name in names and getattr(self, member.name) != member.default:
+                flag = f"--{member.name.replace('_', '-')}"
                 raise ValueError(f"{flag} has no meaning for this pipeline, which is trained by {objective}")
 
 

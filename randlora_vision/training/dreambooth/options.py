@@ -9,7 +9,6 @@ from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.pipeline_options import PipelineOptions as PipelineOptions
 from randlora_vision.training.dreambooth.pipeline_options import above
 from randlora_vision.training.harness.options import (
-    FREE,
     AdapterOptions,
     CheckpointOptions,
     HubOptions,
@@ -17,68 +16,69 @@ from randlora_vision.training.harness.options import (
     Training,
     TrainingOptions,
 )
+from randlora_vision.training.option_fields import FREE, PLACE, RARE
 
 
 @dataclass(frozen=True)
 class SubjectOptions:
     """The images to learn, their captions, and prior preservation."""
 
-    instance_data_dir: str | None = None
+    instance_data_dir: str | None = field(default=None, metadata=PLACE)
     """A folder of images. A caption in a text file next to an image (name.txt, name.caption) or in metadata.jsonl or
     metadata.csv in the folder (file_name, text) takes precedence over --instance-prompt."""
     dataset_name: str | None = None
     """A Hugging Face dataset instead of a folder: a name on the Hub, or a folder written by save_to_disk."""
-    image_column: str = "image"
+    image_column: str = field(default="image", metadata=RARE)
     """The image column of the dataset."""
-    caption_column: str | None = None
+    caption_column: str | None = field(default=None, metadata=RARE)
     """The caption column of the dataset. Default: all images use --instance-prompt."""
     instance_prompt: str | None = None
     """The caption of images without a separate caption, such as 'a photo of sks dog'."""
     trigger_word: str | None = None
     """A word that every caption of the subject begins with, unless it contains it already."""
-    shuffle_caption: bool = False
+    shuffle_caption: bool = field(default=False, metadata=RARE)
     """Draw the tags of a caption, separated by commas, in one of 16 orders at every step."""
-    keep_tokens: int = 0
+    keep_tokens: int = field(default=0, metadata=RARE)
     """How many tags at the beginning of a caption --shuffle-caption leaves in place (count the trigger word)."""
-    caption_dropout_rate: float = 0.0
+    caption_dropout_rate: float = field(default=0.0, metadata=RARE)
     """Fraction of the steps in which an image of the subject is trained with an empty caption."""
-    background: str = "white"
+    background: str = field(default="white", metadata=RARE)
     """The colour on which transparent pixels are composed, such as black or #808080."""
-    mask_data_dir: str | None = None
+    mask_data_dir: str | None = field(default=None, metadata=RARE)
     """A folder with a mask for each image of --instance-data-dir, of the same name: the loss counts where it is white
     and does not where it is black. For inpainting: what is white is made anew. Default there: random masks."""
-    alpha_mask: bool = False
+    alpha_mask: bool = field(default=False, metadata=RARE)
     """Let the loss count only where the images of the subject are opaque."""
     cond_data_dir: str | None = None
     """For a pipeline that edits: a folder with the image to edit for each image of --instance-data-dir, of the same
     name. The caption says what the edit does."""
-    cond_image_column: str | None = None
+    cond_image_column: str | None = field(default=None, metadata=RARE)
     """The same for --dataset-name: the column of the images to edit."""
     with_prior_preservation: bool = False
     """Also train on images of the class, so that the model does not forget the class."""
-    class_data_dir: str | None = None
+    class_data_dir: str | None = field(default=None, metadata=PLACE | RARE)
     """A folder of class images. If it has too few, the base pipeline generates more and saves them there. Default:
     class_images in the run folder."""
     class_prompt: tuple[str, ...] = ()
     """One or more prompts of the class, such as 'a photo of a dog', for which class images are generated in turn.
     Several keep more of what the class contains, and '' among them keeps the empty prompt, which guidance compares
     with. Images with captions beside them keep those; an empty text file is the empty prompt."""
-    num_class_images: int = 100
+    num_class_images: int = field(default=100, metadata=RARE)
     """Number of class images."""
-    prior_loss_weight: float = 1.0
+    prior_loss_weight: float = field(default=1.0, metadata=RARE)
     """Weight of the loss on the class images."""
-    sample_batch_size: int | None = None
+    sample_batch_size: int | None = field(default=None, metadata=RARE)
     """Batch size for generating class images and validation pictures. Default: 4 (32 for the digits)."""
     resolution: int | None = None
     """Side of the square to which images are cropped; automatic buckets have about the same area. Default: that of
     the pipeline."""
-    aspect_ratio_buckets: str | None = None
+    aspect_ratio_buckets: str | None = field(default=None, metadata=RARE)
     """Sizes from which to choose for each image: 'height,width;height,width', or auto."""
-    center_crop: bool = False
+    center_crop: bool = field(default=False, metadata=RARE)
     """Crop images at the center instead of at random."""
-    cache_latents: bool = True
+    cache_latents: bool = field(default=True, metadata=RARE)
     """Encode every image once before training; a random crop is then the same at every step."""
-    cache_to_disk: str | None = None
+    cache_to_disk: str | None = field(default=None, metadata=FREE | RARE)
     """A folder in which the encodings of images and captions are kept, by their content, for this and other runs."""
 
     def __post_init__(self) -> None:
@@ -118,16 +118,16 @@ class ValidationOptions:
     training data."""
     num_validation_images: int = 4
     """Pictures per prompt."""
-    num_inference_steps: int | None = None
+    num_inference_steps: int | None = field(default=None, metadata=RARE)
     """Sampling steps. Default: those of the pipeline."""
-    validation_guidance_scale: float | None = None
+    validation_guidance_scale: float | None = field(default=None, metadata=RARE)
     """Guidance scale for sampling. Default: that of the pipeline."""
-    prior_prompt: tuple[str, ...] = ()
+    prior_prompt: tuple[str, ...] = field(default=(), metadata=RARE)
     """Prompts that are not the subject's, whose pictures should stay those of the base: prior_drift measures by how
     much they change. Default: the class prompts, or else a few everyday ones, if there is a --validation-prompt."""
-    num_prior_images: int = 4
+    num_prior_images: int = field(default=4, metadata=RARE)
     """Pictures by which the prior is measured at every evaluation, one for each prompt in turn; 0: none."""
-    likeness_encoder: str | None = None
+    likeness_encoder: str | None = field(default=None, metadata=RARE)
     """A model of timm, such as vit_small_patch14_dinov2.lvd142m, in whose features the likeness of the pictures to the
     base's (prior_likeness) and to the instance images (subject_likeness) is measured too. --best-metric balance, the
     harmonic mean of both, then selects a state that has learnt the subject and kept the rest."""
@@ -147,7 +147,7 @@ class DreamBoothAdapterOptions(AdapterOptions):
 
     method: Literal["randlora", "lora", "full"] = "randlora"
     """RandLoRA, PEFT's LoRA in the diffusers file format, or full fine-tuning."""
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] = field(default=(), metadata=RARE)
     """Which weights of the denoiser to adapt: one preset or regular expression, or several name suffixes. Default: the
     attention weights."""
 
@@ -166,7 +166,7 @@ class DreamBoothTrainingOptions(TrainingOptions):
     eval_every: int = 100
     """Steps between evaluations, which include pictures if there is a --validation-prompt. The model is always
     evaluated before the first and after the last step."""
-    best_metric: str = "loss"
+    best_metric: str = field(default="loss", metadata=RARE)
     """The metric that selects the best state. The loss is that of the training instance images at fixed noise; balance
     needs a --likeness-encoder."""
     use_8bit_adam: bool = False

@@ -1,11 +1,12 @@
 """The options of train_dreambooth.py that choose the pipeline and how it is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from randlora_vision.training.dreambooth.offload import Place
 from randlora_vision.training.dreambooth.quantization import Quantization
 from randlora_vision.training.harness.options import require_digits_cache
+from randlora_vision.training.option_fields import RARE
 
 DemoFamily = Literal["unet", "flow"]
 
@@ -17,22 +18,25 @@ class PipelineOptions:
     pretrained_model_name_or_path: str | None = None
     """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. docs/diffusion.md
     lists what is supported. Default: a tiny pipeline pretrained on handwritten digits."""
-    revision: str | None = None
+    revision: str | None = field(default=None, metadata=RARE)
     """Revision of the pipeline on the Hub."""
-    variant: str | None = None
+    variant: str | None = field(default=None, metadata=RARE)
     """Variant of the weights, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = field(default=None, metadata=RARE)
+    """Another VAE for the pipeline, such as madebyollin/sdxl-vae-fp16-fix: a folder written by save_pretrained, or a
+    name on the Hub."""
     family: DemoFamily = "unet"
     """Which tiny pipeline to use by default: a UNet with noise prediction, or a transformer with flow matching."""
     train_text_encoder: bool = False
     """Also adapt the CLIP text encoders."""
-    text_encoder_lr: float | None = None
+    text_encoder_lr: float | None = field(default=None, metadata=RARE)
     """Peak learning rate of the text encoders. Default: --lr."""
-    max_sequence_length: int | None = None
+    max_sequence_length: int | None = field(default=None, metadata=RARE)
     """Maximum length of prompts, in tokens, where the pipeline takes one. Default: that of the pipeline."""
     quantize: Quantization | None = None
     """Quantise the frozen denoiser and the text encoders that are not trained; adapters stay in full precision. gguf
     takes the denoiser from --gguf-file."""
-    gguf_file: str | None = None
+    gguf_file: str | None = field(default=None, metadata=RARE)
     """The denoiser as a GGUF file, with --quantize gguf."""
     dry_run: bool = False
     """Print the parameters and the bytes of every part, the size of the adapter and an estimate of the peak memory, and
@@ -42,9 +46,9 @@ class PipelineOptions:
     used: least memory, most time. Turns on --gradient-checkpointing."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and more time."""
-    torch_compile: bool = False
+    torch_compile: bool = field(default=False, metadata=RARE)
     """Compile the forward and backward passes of the denoiser with torch.compile; pictures are sampled without it."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=RARE)
     """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:

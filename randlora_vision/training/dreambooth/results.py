@@ -35,6 +35,8 @@ def loading_code(
         "from diffusers import DiffusionPipeline",
         f"pipe = DiffusionPipeline.from_pretrained({path!r}{words})",
     ]
+    if (vae := settings.pipeline.pretrained_vae_model_name_or_path) is not None:
+        lines.append(f"pipe.register_modules(vae=type(pipe.vae).from_pretrained({vae!r}))")
     if (kind := settings.objective.prediction_type) is not None:
         new = f"type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type={kind!r})"
         lines.append(f"pipe.scheduler = {new}")

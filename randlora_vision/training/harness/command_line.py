@@ -24,6 +24,7 @@ _RIVALS = (
     ("--warmup-fraction", "--warmup-steps", "--warmup-epochs"),
     ("--eval-every", "--eval-epochs"),
     ("--checkpoint-every", "--checkpoint-epochs"),
+    ("--decay-steps", "--decay-epochs"),
 )
 """Options that set the same thing in different units."""
 

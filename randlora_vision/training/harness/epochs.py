@@ -27,6 +27,9 @@ def in_steps(settings: _S, images: int, processes: int) -> _S:
         warmup = round(training.warmup_epochs * per_epoch)
     if training.eval_epochs is not None:
         eval_every = max(1, round(training.eval_epochs * per_epoch))
+    decay_steps = training.decay_steps
+    if training.decay_epochs:
+        decay_steps = tuple(max(1, round(epochs * per_epoch)) for epochs in training.decay_epochs)
     every = checkpoints.checkpoint_every
     if checkpoints.checkpoint_epochs is not None:
         every = max(1, round(checkpoints.checkpoint_epochs * per_epoch))
@@ -37,10 +40,14 @@ def in_steps(settings: _S, images: int, processes: int) -> _S:
             steps=steps,
             warmup_steps=warmup,
             eval_every=eval_every,
+            decay_steps=decay_steps,
+            lr=training.lr * per_step if training.scale_lr else training.lr,
             epochs=None,
             epoch_images=None if images else training.epoch_images,
             warmup_epochs=None,
             eval_epochs=None,
+            decay_epochs=(),
+            scale_lr=False,
         ),
         checkpoints=replace(checkpoints, checkpoint_every=every, checkpoint_epochs=None),
     )

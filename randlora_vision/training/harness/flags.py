@@ -20,6 +20,7 @@ class Refused(str):
 Given = Mapping[str, Sequence[str]]  # flag -> its values
 Meaning = str | Mapping[str, str] | Callable[[Given], str]
 Table = Mapping[str, Meaning]
+_OTHER_NAME = re.compile(r"(--[\w-]+) \{\}")  # the template of a flag that is just another name
 
 HUGGING_FACE: Table = {
     "--max-steps": "--steps {}",
@@ -33,11 +34,12 @@ HUGGING_FACE: Table = {
     "--adam-epsilon": "--eps {}",
     "--lr-warmup-steps": "--warmup-steps {}",
     "--lr-scheduler": {
-        **{name: f"--schedule {name}" for name in ("cosine", "linear", "constant")},
+        **{
+            name: f"--schedule {name}"
+            for name in ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant")
+        },
         "constant_with_warmup": "--schedule constant",
-        "cosine_with_restarts": Refused("there are no restarts: give --schedule cosine"),
-        "polynomial": Refused("give --schedule linear, which is the polynomial of power 1"),
-        "piecewise_constant": Refused("give --schedule constant, linear or cosine"),
+        "piecewise_constant": Refused("give --schedule multistep with --decay-steps and --decay-rate"),
     },
     "--validation-steps": "--eval-every {}",
     "--dataloader-num-workers": "--workers {}",
@@ -47,6 +49,11 @@ HUGGING_FACE: Table = {
     "--lora-dropout": "--dropout {}",
 }
 """Names of the Hugging Face libraries, which every script knows."""
+
+
+def only(*usual: str, otherwise: str) -> dict[str, str]:
+    """Return the meaning of a flag for which only the usual values are supported."""
+    return {**dict.fromkeys(usual, ""), "*": Refused(otherwise)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Alias:
     @property
     def exact(self) -> bool:
         """Whether it is just another name of an option."""
-        return re.fullmatch(r"--[\w-]+ \{\}", self.template) is not None or self.template.count(" ") == 0
+        return _OTHER_NAME.fullmatch(self.template) is not None or self.template.count(" ") == 0
 
     def __str__(self) -> str:
         words = self.template.replace(" {}", "")
@@ -104,7 +111,8 @@ def translate(words: Sequence[str], options: type, table: Table) -> list[str]:
     the result does not depend on the order in which they were given. Words that belong to no flag are given to the
     entry "" of the table, if it has one. Raises ValueError with the reason for a flag that has no meaning here.
     """
-    counts = {**_value_counts(options), **{flag: _value_count(meaning) for flag, meaning in table.items()}}
+    own = _value_counts(options)
+    counts = {**own, **{flag: _value_count(meaning, own) for flag, meaning in table.items()}}
     parsed = list(_split(words, counts, positional="" in table))
     given = {word.flag: word.values for word in parsed}
     front: dict[str, list[str]] = {}
@@ -118,7 +126,7 @@ def translate(words: Sequence[str], options: type, table: Table) -> list[str]:
         if isinstance(template, Refused):
             name = word.flag if not isinstance(meaning, Mapping) else " ".join([word.flag, *word.values])
             raise ValueError(f"{name or word.values[0]}: {template}")
-        used = [] if isinstance(meaning, Mapping) and "{}" not in template else word.values
+        used = [] if counts[word.flag] != 0 and "{}" not in template else word.values
         (rest if "{}" in template else front.setdefault(word.flag, [])).extend(_fill(template, used))
     return [new for flag in table for new in front.get(flag, [])] + rest
 
@@ -136,12 +144,13 @@ def _value_counts(options: type) -> dict[str, int | None]:
     return counts
 
 
-def _value_count(meaning: Any) -> int | None:
+def _value_count(meaning: Any, own: Mapping[str, int | None]) -> int | None:
     if isinstance(meaning, Refused):
         return None
     if isinstance(meaning, Mapping):
         return 1
-    return (meaning if isinstance(meaning, str) else meaning({})).count("{}")
+    template = meaning if isinstance(meaning, str) else meaning({})
+    return own.get(name[1], 1) if (name := _OTHER_NAME.fullmatch(template)) else template.count("{}")
 
 
 def _split(words: Sequence[str], counts: Mapping[str, int | None], positional: bool) -> Iterator[_Word]:
@@ -176,6 +185,9 @@ def _template(word: _Word, meaning: Meaning, given: Given) -> str:
 
 def _fill(template: str, given: Sequence[str]) -> Iterator[str]:
     """Yield the words of a template; a flag whose value is missing stays without it, for the parser to complain."""
+    if (name := _OTHER_NAME.fullmatch(template)) and len(given) > 1:
+        yield from (name[1], *given)
+        return
     values = iter(given)
     for flag, words in re.findall(r"(--[\w-]+)((?: (?!--)\S+)*)", template):
         filled = [

@@ -14,23 +14,6 @@ from randlora_vision.errors import one_line
 from randlora_vision.training.harness.config_file import ConfigFile
 from randlora_vision.training.harness.flags import Alias, Table, aliases_of
 
-_RARE = frozenset(
-    "num_classes fresh_head cache_dir drop drop_path scale ratio hflip vflip color_jitter erasing_mode erasing_count "
-    "bce_loss bases init budget epoch_images min_lr beta1 beta2 eps warmup_epochs eval_epochs best_metric "
-    "early_stopping_patience ema_decay layer_decay log_every max_grad_norm torch_compile channels_last runs_dir "
-    "checkpoint_epochs force_image_size aug_cfg train_logit_scale logit_scale_lr prompts eval_scales val_fraction "
-    "split_seed strict_data data_root retention_class_names revision variant max_sequence_length logit_mean logit_std "
-    "mode_scale guidance_scale sample_batch_size aspect_ratio_buckets prior_loss_weight num_class_images head_lr "
-    "validation_guidance_scale num_inference_steps cache_latents train_fraction overwrite "
-    "dropout run_name retention_data checkpoints_total_limit workers snr_gamma weighting_scheme class_data_dir "
-    "label_column center_crop split_folders background eval_split init_adapter image_column caption_column "
-    "crop_pct mean std interpolation "
-    "push_to_hub hub_model_id shuffle_caption keep_tokens caption_dropout_rate exclude_modules target_modules "
-    "prediction_type "
-    "debiased_estimation_loss noise_offset input_perturbation loss_type huber_c huber_schedule huber_scale "
-    "discrete_flow_shift mask_data_dir alpha_mask prior_prompt num_prior_images likeness_encoder".split()
-)
-"""Options that only --help-all describes."""
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
@@ -46,7 +29,7 @@ def help_text(options: type, description: str, table: Table, defaults: Mapping[s
         shown: list[str] = []
         for member in fields(group):
             flag = "--" + member.name.replace("_", "-")
-            if not everything and member.name in _RARE:
+            if not everything and "rare" in member.metadata:
                 left.append(flag)
                 continue
             text, default = _default(member, texts[member.name], defaults.get(flag))
@@ -110,5 +93,6 @@ def _metavar(kind: Any) -> str:
         parts = get_args(kind)
         return f"{_metavar(parts[0])} ..." if parts[1:] == (...,) else " ".join(map(_metavar, parts))
     if get_origin(kind) is Literal:
-        return f"{{{','.join(str(value) for value in get_args(kind))}}}"
+        values = [str(value) for value in get_args(kind)]
+        return f"{{{(', ' if len(values) > 6 else ',').join(values)}}}"  # a long list is broken at its spaces
     return _TYPES[kind]

@@ -20,13 +20,14 @@ from randlora_vision.training.harness.checkpoints import Checkpoint, Checkpoints
 from randlora_vision.training.harness.distributed import largest
 from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.modes import train_mode
-from randlora_vision.training.harness.optim import current_rates, make_optimizer, warmup_schedule
+from randlora_vision.training.harness.optim import current_rates, make_optimizer
 from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.progress import BAR, Best, Log, Mean, best_of, peak_memory
+from randlora_vision.training.harness.schedules import warmup_schedule
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
 from randlora_vision.training.harness.sharding import sharing
-from randlora_vision.training.harness.stopping import StopRequests, reason
+from randlora_vision.training.harness.stopping import StopRequests, farewell
 from randlora_vision.training.harness.task import BoundedLoss, JointLoss, OwnBatches, Speed, Task
 
 
@@ -77,6 +78,7 @@ class Trainer:
         # accelerate's own optimiser would count the steps of all processes.
         self.plain_optimizer = self.optimizer.optimizer.optimizer if self.deepspeed else self.optimizer.optimizer
         self.shared = sharing(accelerator)(accelerator, self.loss, self.plain_optimizer, self.names)
+        self.falls = 0  # of --schedule plateau
         self.schedule = self._schedule()
         self.ema = Ema({name: p for p, name in self.names.items()}, options.ema_decay) if options.ema_decay else None
         self.images_per_step = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
@@ -130,7 +132,9 @@ class Trainer:
                     self.accelerator.wait_for_everyone()
                 if code:
                     self._close(loader, batches)
-                    raise Stopped(self._farewell(code), code)
+                    folder = self.checkpoints.folder if self.checkpoints is not None else None
+                    line = farewell(code, self.step, self.options.steps, folder, self.saved)
+                    raise Stopped("" if silent else line, code)
         self._close(loader, batches)
         if self.ema:
             self.ema.put_into_model()
@@ -148,20 +152,9 @@ class Trainer:
             batches.close()
             loader.end()
 
-    def _farewell(self, code: int) -> str:
-        """Return the line that says where a stopped run goes on; it is empty for all processes but the first."""
-        if not self.accelerator.is_main_process:
-            return ""
-        where = self.saved
-        if self.checkpoints is not None:
-            where = f"its checkpoint is in {self.checkpoints.folder}, --resume latest goes on from it"
-        return f"stopped by {reason(code)} after step {self.step} of {self.options.steps}: {where}"
-
     def _schedule(self, done: int = 0) -> LambdaLR:
         """Return the schedule of the learning rates after `done` steps, and set the rates."""
-        options = self.options
-        floor = options.min_lr / options.lr
-        return warmup_schedule(self.plain_optimizer, options.steps, options.warmup, options.schedule, floor, done)
+        return warmup_schedule(self.plain_optimizer, self.options.rates, done, self.falls)
 
     def _exhausted(self) -> bool:
         patience = self.options.early_stopping_patience
@@ -243,12 +236,21 @@ class Trainer:
             self._stop(f"in evaluation, {', '.join(broken)}")
         self.log(self.step, self.evaluated, values)
         self.saved = f"the state of step {self.step} is kept in {self.task.save()}"
-        if self.keep_best is not None or self.options.early_stopping_patience:
+        plateau = self.options.schedule == "plateau"
+        if self.keep_best is not None or self.options.early_stopping_patience or plateau:
             self.best = best_of(self.best, self.step, values, self.options.best_metric)
             if self.keep_best is not None and self.best.step == self.step:
                 self.keep_best()
+            if plateau:
+                self._fall(self.best.evaluations_since)
         if self.after_save is not None:
             self.after_save(self.step)
+
+    def _fall(self, evaluations: int) -> None:
+        """Lower the learning rate after every so many evaluations without an improvement."""
+        if self.step > self.options.warmup and evaluations and evaluations % (self.options.plateau_patience + 1) == 0:
+            self.falls += 1
+            self.schedule = self._schedule(self.step)
 
     def _remaining_batches(self) -> Any:
         done = self.step * self.options.gradient_accumulation_steps
@@ -266,6 +268,7 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "recent": self.recent.state(),
             "seconds": self.seconds,
+            "falls": self.falls,
             "best": asdict(self.best) if self.best else None,
         }
         tensors = {f"parameters/{name}": tensor for name, tensor in self.shared.parameters().items()}
@@ -281,6 +284,7 @@ class Trainer:
             self.shared.load_parameters({name: state.tensors[f"ema/{name}"] for name in self.shapes})
             self.ema.take_from_model()
         self.shared.load_parameters({name: state.tensors[f"parameters/{name}"] for name in self.shapes})
+        self.falls = values["falls"]
         # The rates follow from the step, so that a run may go on for more steps than it first asked for.
         self.schedule = self._schedule(state.step)
         if self.accelerator.scaler is not None and values["scaler"] is not None:

@@ -1,25 +1,22 @@
-"""Optimisers, learning-rate schedules and layer-wise learning rates, the same for every script.
+"""Optimisers and layer-wise learning rates, the same for every script.
 
 Learning rates that decay from the last layer to the first follow BEiT (arXiv 2106.08254). The layers of a timm model
 are those of timm.optim. An adapter's parameters carry the name of their module, so they belong to the module's layer.
 
-The schedules are by hand, because the warmups of timm and diffusers start at a rate of zero, so that the first step
-learns nothing, and PyTorch's chained schedulers multiply rounded rates. The groups are by hand, because those of timm
+The groups are by hand, because those of timm
 are for a whole model, not for the parameters that an adapter trains.
 """
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from randlora_vision.names import close_matches
 
-Schedule = Literal["cosine", "linear", "constant"]
+PRODIGY = "prodigy"
 # It needs second derivatives, but the loop's backward pass does not keep the graph.
 _UNFIT = {"adahessian"}
 _WITH_FUSED_KERNEL = {"adam", "adamw"}  # PyTorch's optimisers of these names
@@ -38,11 +35,11 @@ class Rate(float):
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raise ValueError, with close matches, for a name that is not one of timm's optimisers.
+    """Raise ValueError, with close matches, for a name that is not one of timm's optimisers, or Prodigy.
 
-    Any of them may be wrapped, as in lookahead_adamw.
+    Any of timm's may be wrapped, as in lookahead_adamw.
     """
-    if name == "adamw":
+    if name in ("adamw", PRODIGY):
         return  # without the import, which takes a second
     from timm.optim import list_optimizers
 
@@ -61,14 +58,12 @@ def make_optimizer(
     betas: tuple[float | None, float | None] = (None, None),
     eps: float | None = None,
 ) -> torch.optim.Optimizer:
-    """Return timm's optimiser of that name over the trainable parameters in `parameters`.
+    """Return the optimiser of that name over the trainable parameters in `parameters`.
 
     `own_lr` gives individual peak learning rates; the groups of a `Rate` have its name as "name". `betas` and `eps`
     replace those of the optimiser. Raises ValueError when the optimiser needs a package or a device that is not
-    available, or does not have two betas.
+    available, or does not have two betas, or has one rate while `own_lr` has others.
     """
-    from timm.optim import create_optimizer_v2
-
     check_optimizer_name(name)
     own_lr = own_lr or {}
     everything = [parameter for parameter in parameters if parameter.requires_grad]
@@ -81,11 +76,37 @@ def make_optimizer(
     for (rate, label), chosen in named.items():
         own = {"lr": rate, "name": label} if label else {"lr": rate}
         groups += [{**group, **own} for group in decay_groups(chosen, weight_decay)]
+    if name == PRODIGY:
+        return _prodigy(groups, lr, betas, eps)
+    from timm.optim import create_optimizer_v2
+
     try:
         numbers = {**_fused(name, everything), **_numbers(name, betas, eps)}
         return create_optimizer_v2(groups, opt=name, lr=lr, **numbers)
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # from packages that are not installed
         raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error
+
+
+def _prodigy(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float | None, float | None], eps: float | None
+) -> torch.optim.Optimizer:
+    """Return Prodigy with the settings of diffusers' scripts."""
+    others = sorted({group["lr"] for group in groups if group.get("lr", lr) != lr})
+    if others:
+        raise ValueError(
+            f"--optimizer prodigy has one rate for all parameters, --lr {lr:g}, but some have {others[0]:g}"
+        )
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise ValueError(f"--optimizer prodigy needs its package: pip install prodigyopt ({error})") from error
+    usual = (0.9, 0.999)
+    both = tuple(given if given is not None else own for given, own in zip(betas, usual, strict=True))
+    numbers = {} if eps is None else {"eps": eps}
+    optimizer: torch.optim.Optimizer = Prodigy(
+        groups, lr=lr, betas=both, use_bias_correction=True, safeguard_warmup=True, **numbers
+    )
+    return optimizer
 
 
 def _numbers(name: str, betas: tuple[float | None, float | None], eps: float | None) -> dict[str, Any]:
@@ -127,36 +148,6 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def schedule_factor(step: int, steps: int, warmup: int, shape: Schedule = "cosine", floor: float = 0.0) -> float:
-    """Return the factor on the learning rate at `step` of `steps`, counted from 0.
-
-    It rises linearly over the first `warmup` steps (starting above zero, so that step 0 learns too), then
-    falls along a half cosine or a line that would reach `floor` at `steps`, or stays constant.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    part = (step - warmup) / max(1, steps - warmup)
-    if shape == "constant":
-        return 1.0
-    fallen = 0.5 * (1 + math.cos(math.pi * part)) if shape == "cosine" else 1 - part
-    return floor + (1 - floor) * fallen
-
-
-def warmup_schedule(
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    warmup: int,
-    shape: Schedule = "cosine",
-    floor: float = 0.0,
-    done: int = 0,
-) -> LambdaLR:
-    """Return a scheduler that applies `schedule_factor`; call its `step()` once per optimiser step.
-
-    After `done` steps, the groups of the optimiser must hold their "initial_lr".
-    """
-    return LambdaLR(optimizer, lambda step: schedule_factor(step, steps, warmup, shape, floor), last_epoch=done - 1)
 
 
 def current_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:

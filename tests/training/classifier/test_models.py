@@ -43,6 +43,21 @@ def test_weights_without_a_classifier(name: str, others: dict[str, torch.Tensor]
     torch.testing.assert_close(namespace["model"].eval().forward_features(images), base.forward_features(images))
 
 
+def test_arguments_of_the_model_reach_it_and_the_code() -> None:
+    words = ("patch_size=8", "embed_dim=32", "depth=1", "num_heads=2", "img_size=16", "act_layer=silu")
+    loaded = load_classifier(ModelOptions(model="vit_tiny_patch16_224", model_kwargs=words), 3, seed=0)
+    model: Any = loaded.model
+    assert model.patch_embed.patch_size == (8, 8) and isinstance(model.blocks[0].mlp.act, torch.nn.SiLU)
+    scope: dict[str, Any] = {}
+    exec("\n".join(loaded.code), scope)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(model.blocks.parameters(), scope["model"].blocks.parameters(), strict=True)
+    )
+    with pytest.raises(ValueError, match="timm cannot create .* with .*no_such=1"):
+        load_classifier(ModelOptions(model="vit_tiny_patch16_224", model_kwargs=("no_such=1",)), 3, seed=0)
+
+
 def test_weights_that_lack_part_of_the_backbone(tmp_path: Path) -> None:
     state = timm.create_model("test_vit", num_classes=0).state_dict()
     save_file({name: value for name, value in state.items() if "blocks.1" not in name}, tmp_path / "x.safetensors")

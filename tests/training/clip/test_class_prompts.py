@@ -334,7 +334,28 @@ def test_where_demo_models_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_image_size_and_the_augmentation_can_be_set(tmp_path: Path) -> None:
     folder = write_tiny_clip(tmp_path / "clip")
-    clip = load_clip(f"local-dir:{folder}", None, 0, 32, {"scale": (0.25, 0.5)})
+    clip = load_clip(f"local-dir:{folder}", None, 0, {"force_image_size": 32}, {"scale": (0.25, 0.5)})
     picture = Image.new("RGB", (50, 40))
     assert clip.eval_transform(picture).shape == clip.train_transform(picture).shape == (3, 32, 32)
     assert "scale=(0.25, 0.5)" in str(clip.train_transform)
+
+
+def test_the_preprocessing_and_the_dropped_patches_can_be_set(tmp_path: Path) -> None:
+    words = {"image_mean": (0.25, 0.25, 0.5), "image_std": (0.5, 0.5, 0.5), "image_resize_mode": "squash"}
+    clip = load_clip(f"local-dir:{write_tiny_clip(tmp_path / 'clip')}", None, 0, {**words, "force_patch_dropout": 0.5})
+    picture = Image.new("RGB", (50, 20))
+    picture.paste((255, 255, 255), (48, 0, 50, 20))  # cut off unless the picture is squashed
+    pixels = clip.eval_transform(picture)
+    torch.testing.assert_close(pixels[:, 8, 0], torch.tensor([-0.5, -0.5, -1.0]))
+    assert pixels[0, 8, -1] > 0
+    images = torch.randn(1, 3, 16, 16)
+    model: Any = clip.model.train()
+    assert len({tuple(model.encode_image(images)[0].tolist()) for _ in range(20)}) > 1
+    model.eval()
+    assert torch.equal(model.encode_image(images), model.encode_image(images))
+    resnet = {**TINY_CONFIG["vision_cfg"], "layers": [1, 1, 1, 1], "width": 8}
+    folder = tmp_path / "resnet"
+    folder.mkdir()
+    (folder / "tiny-test-resnet.json").write_text(json.dumps({**TINY_CONFIG, "vision_cfg": resnet}))
+    with pytest.raises(ValueError, match="--force-patch-dropout: the model .* does not drop patches"):
+        load_clip(str(folder / "tiny-test-resnet.json"), None, 0, {"force_patch_dropout": 0.5})

@@ -26,9 +26,17 @@ SCRIPTS: dict[str, tuple[Any, ...]] = {
 
 
 NOT_HERE = (  # what the documented commands that are refused have in common
-    *("--scale_lr", "--text_encoder_use_attention_mask", "--pretrained_vae", "prodigy"),
-    *("--cond_image_column", "--coca", "--audio", "--force-patch-dropout", "--lock-text-unlocked", "4e8", "RN101"),
-    *("--dataset-resampled", "--square-resize-only", "--wandb-project-name", "--sched step", "--jsd", "--model-kwargs"),
+    *("--text_encoder_use_attention_mask", "--cond_image_column", "--train_text_encoder_ti", "piecewise_constant"),
+    *(
+        "--coca",
+        "--audio",
+        "--lock-text-unlocked",
+        "4e8",
+        "--remote-sync",
+        "--distill-model",
+        "--train-data-upsampling",
+    ),
+    *("--jsd", "--lr-cycle-limit 3", "--aug-repeats 3"),
 )
 
 
@@ -123,6 +131,17 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
             {"training.optimizer": "adamw", "training.beta2": 0.9},
         ),
         ("train_dreambooth", "--repeats=1 --logging_dir logs --local_rank 0", {}),
+        ("train_dreambooth", "--optimizer=Prodigy --prodigy_decouple True", {"training.optimizer": "prodigy"}),
+        (
+            "train_dreambooth",
+            "--lora_layers=attn.to_k,attn.to_q",
+            {"adapter.target_modules": ("attn.to_k", "attn.to_q")},
+        ),
+        (
+            "train_dreambooth",
+            "--lr_scheduler=polynomial --lr_power 2",
+            {"training.schedule": "polynomial", "training.lr_power": 2},
+        ),
         (
             "train_clip",
             "--train-data x --csv-img-key a --csv-caption-key b",
@@ -172,6 +191,37 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
         ),
         ("train_classifier", "--model-ema-decay 0.9 --model-ema", {"training.ema_decay": 0.9}),
         ("train_classifier", "--smoothing 0.2 --bce-loss", {"augment.label_smoothing": 0.2, "augment.bce_loss": True}),
+        ("train_clip", "--val-data v --model RN50", {"images.data": "v", "evaluation.eval_only": True}),
+        ("train_clip", "--val-data v --train-data d", {"images.data": "d", "images.val_data": "v"}),
+        (
+            "train_clip",
+            "--lr-scheduler const-cooldown --epochs-cooldown 2 --lr-cooldown-end 1e-6 --lr 1",
+            {"training.schedule": "wsd", "training.decay_epochs": (2,), "training.min_lr": 1e-6},
+        ),
+        (
+            "train_clip",
+            "--model m --square-resize-only --interpolation bilinear --image-mean 0.1 0.2 0.3",
+            {
+                "clip.changes": {
+                    "image_mean": (0.1, 0.2, 0.3),
+                    "image_interpolation": "bilinear",
+                    "image_resize_mode": "squash",
+                }
+            },
+        ),
+        (
+            "train_classifier",
+            "folder --sched multistep --decay-milestones 30 60 90",
+            {"training.schedule": "multistep", "training.decay_epochs": (30, 60, 90)},
+        ),
+        ("train_classifier", "--sched poly --decay-rate 0.5", {"training.lr_power": 0.5, "training.decay_rate": 0.1}),
+        ("train_classifier", "--sched poly", {"training.schedule": "polynomial", "training.lr_power": 0.1}),
+        ("train_classifier", "--wandb-project a", {"run.tracker_project": "a"}),
+        (
+            "train_classifier",
+            "--model m --model-kwargs patch_size=12 act_layer=silu",
+            {"model.arguments": {"patch_size": 12, "act_layer": "silu"}},
+        ),
         ("train_classifier", "--sched none", {"training.schedule": "constant", "training.warmup_steps": 0}),
     ],
 )
@@ -185,8 +235,9 @@ def test_a_peers_flags_mean_the_same_here(script: str, words: str, expected: dic
 @pytest.mark.parametrize(
     ("script", "words", "expected"),
     [
-        ("train_dreambooth", "--scale_lr", "--scale-lr: give --lr as it should be"),
-        ("train_dreambooth", "--optimizer=prodigy", "--optimizer prodigy: timm has no Prodigy"),
+        ("train_dreambooth", "--scale_lr", "--scale-lr needs a number for --lr"),
+        ("train_clip", "--val-data a --imagenet-val b", "--val-data: without --train-data, one thing is evaluated"),
+        ("train_dreambooth", "--prodigy_decouple False", "--prodigy-decouple False: Prodigy has the settings"),
         ("train_dreambooth", "--lr_scheduler cosin", "--lr-scheduler must be one of cosine, .*got cosin"),
         ("train_dreambooth", "--max-train-steps 5 --num-train-epochs 3", "--steps and --epochs set the same thing"),
         ("train_dreambooth", "--max-train-steps", "--steps"),
@@ -198,7 +249,9 @@ def test_a_peers_flags_mean_the_same_here(script: str, words: str, expected: dic
         ("train_clip", "folder", "Unrecognized options: folder"),
         ("train_clip", "--model m --aug-cfg scal=3", "expected NAME=VALUE with a name from scale"),
         ("train_clip", "--model m --cache-dir x", "set the environment variable HF_HOME"),
-        ("train_classifier", "--sched step", "--sched step: the schedules are"),
+        ("train_classifier", "--sched step", "--schedule step needs --decay-steps or --decay-epochs"),
+        ("train_classifier", "--sched rsqrt", "--sched rsqrt: see --schedule"),
+        ("train_classifier", "--model m --model-kwargs pretrained=1", "expected NAME=VALUE with a name other than"),
         ("train_classifier", "--momentum 0.5", "--momentum 0.5: the momentum is timm's 0.9"),
         ("train_classifier", "--min-lr 1 --lr 0.1", "--min-lr must be at most --lr 0.1, got 1.0"),
     ],

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.loop import Trainer
 from randlora_vision.training.harness.modes import train_mode
-from randlora_vision.training.harness.optim import decay_groups, schedule_factor
+from randlora_vision.training.harness.optim import decay_groups
 from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.progress import wrapped
+from randlora_vision.training.harness.schedules import Schedule
 
 DATA = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 
@@ -174,21 +175,11 @@ def test_bf16_runs_the_forward_in_bf16_and_keeps_float32_weights() -> None:
     assert task.loss.model.weight.dtype == torch.float32
 
 
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    factors = [schedule_factor(step, steps=100, warmup=10) for step in range(100)]
-    assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
-    assert factors[10] == 1.0
-    assert factors[55] == pytest.approx(0.5)
-    assert factors[99] < 0.001
-    assert sorted(factors[10:], reverse=True) == factors[10:]
-    assert schedule_factor(0, steps=1, warmup=0) == 1.0
-
-
 def test_the_schedule_reaches_the_optimiser_and_the_log() -> None:
     log = Log()
     trainer(FitTask(4, 10), log, steps=10, warmup_fraction=0.2, log_every=1).run()
     rates = [values["lr"] for _, values in log.of("train")]
-    assert rates == pytest.approx([0.1 * schedule_factor(step, 10, 2) for step in range(10)])
+    assert rates == pytest.approx([0.1 * Schedule(10, 2).factor(step) for step in range(10)])
 
 
 def test_vectors_are_not_decayed() -> None:
