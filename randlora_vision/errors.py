@@ -118,7 +118,11 @@ def signal_name(number: int) -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn the signals by which a program is ended into `Interrupted`, unless they are ignored or handled already."""
+    """Turn the signals by which a program is ended into `Interrupted`, unless they are ignored or handled already.
+
+    They keep their usual effect, which is at once, in one of several processes: it may be waiting for one that has
+    failed, in a call that Python cannot interrupt.
+    """
     owner, changed = os.getpid(), []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -127,7 +131,8 @@ def _interruptible() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a fork, such as a worker
         os.kill(os.getpid(), number)
 
-    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and threading.current_thread() is threading.main_thread():  # the only one that may set handlers
         known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
         changed = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
     for number in changed:

@@ -120,9 +120,7 @@ def test_the_time_limit_ends_with_a_checkpoint(
 def test_a_signal_while_data_is_read_is_one_line(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "randlora_vision.training.classifier.data.read_images", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    monkeypatch.setattr("randlora_vision.training.data.read.read_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         train()
     assert stopped.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"

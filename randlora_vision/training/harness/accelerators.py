@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from randlora_vision.training.harness.optim import PRODIGY
 from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.progress import wrapped
 
@@ -84,6 +85,9 @@ def prepare_sharding(
     accelerator: Accelerator, module: nn.Module, options: TrainingOptions, checkpoints: bool = False
 ) -> None:
     """Configure FSDP or DeepSpeed for `module`; raise ValueError when it cannot train it, or write `checkpoints`."""
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if sharded and options.optimizer == PRODIGY:
+        raise ValueError("--optimizer prodigy measures whole parameters: start without FSDP and DeepSpeed")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError(

@@ -132,7 +132,7 @@ class Trainer:
                     self.accelerator.wait_for_everyone()
                 if code:
                     self._close(loader, batches)
-                    folder = self.checkpoints.folder if self.checkpoints is not None else None
+                    folder = self.checkpoints and self.checkpoints.folder
                     line = farewell(code, self.step, self.options.steps, folder, self.saved)
                     raise Stopped("" if silent else line, code)
         self._close(loader, batches)
@@ -237,7 +237,7 @@ class Trainer:
         self.log(self.step, self.evaluated, values)
         self.saved = f"the state of step {self.step} is kept in {self.task.save()}"
         plateau = self.options.schedule == "plateau"
-        if self.keep_best is not None or self.options.early_stopping_patience or plateau:
+        if self.keep_best or self.options.early_stopping_patience or plateau:
             self.best = best_of(self.best, self.step, values, self.options.best_metric)
             if self.keep_best is not None and self.best.step == self.step:
                 self.keep_best()

@@ -368,6 +368,8 @@ def test_fsdp_spreads_all_but_scalars() -> None:
 def test_what_fsdp_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot train a scalar .logit_scale.: start without --train-logit-scale"):
         prepare_sharding(sharded(), Towers(bias=False), TrainingOptions())
+    with pytest.raises(ValueError, match="--optimizer prodigy measures whole parameters"):
+        prepare_sharding(sharded(), nn.Linear(1, 1), TrainingOptions(optimizer="prodigy"))
     wrapping = sharded()
     wrapping.state.fsdp_plugin.auto_wrap_policy = print
     with pytest.raises(ValueError, match="NO_WRAP"):
