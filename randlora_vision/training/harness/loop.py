@@ -132,7 +132,7 @@ class Trainer:
                     self.accelerator.wait_for_everyone()
                 if code:
                     self._close(loader, batches)
-                    folder = self.checkpoints and self.checkpoints.folder
+                    folder = self.checkpoints.folder if self.checkpoints else None
                     line = farewell(code, self.step, self.options.steps, folder, self.saved)
                     raise Stopped("" if silent else line, code)
         self._close(loader, batches)
