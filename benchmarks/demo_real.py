@@ -27,7 +27,8 @@ from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import replacing_folder
 from randlora_vision.train_scripts import compare
 from randlora_vision.training.clip.contrastive import softmax_loss
-from randlora_vision.training.harness.optim import make_optimizer, warmup_schedule
+from randlora_vision.training.harness.optim import make_optimizer
+from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
 
 PIXELS, CONTEXT, WIDTH = 56, 16, 384
 _VALIDATION, _TEST = 200, 500
@@ -159,7 +160,7 @@ def align(model: Any, data: Path, tokenize: Any) -> None:
         model.logit_scale.fill_(-torch.tensor(_TEMPERATURE).log())
     trained = [*visual.parameters(), *text.parameters()]
     optimizer = make_optimizer("adamw", trained, _LR, 0.1)
-    schedule = warmup_schedule(optimizer, _STEPS, _STEPS // 10)
+    schedule = warmup_schedule(optimizer, Schedule(_STEPS, _STEPS // 10))
     generator = torch.Generator().manual_seed(0)
     for _ in range(_STEPS):
         batch = torch.randperm(len(seen), generator=generator)[:_BATCH]

@@ -60,7 +60,7 @@ class SourceOptions:
     split_folders: tuple[str, ...] = field(default=(), metadata=RARE)
     """Which folders in --data are its splits: train=Fit test=Final, or none if all of them are classes. By default,
     folders with usual names (Training, val, test_set...) that contain class folders."""
-    streaming: bool = False
+    streaming: bool = field(default=False, metadata=RARE)
     """Read the shards of --data in order while training goes on, instead of images from their middle: also compressed
     shards, and shards at any URL that webdataset or fsspec opens (s3, gs, http, hf, pipe:COMMAND). Needs --val-data,
     which is not streamed, and --epoch-images."""

@@ -34,7 +34,7 @@ class SubjectOptions:
     """The caption column of the dataset. Default: all images use --instance-prompt."""
     instance_prompt: str | None = None
     """The caption of images without a separate caption, such as 'a photo of sks dog'."""
-    trigger_word: str | None = None
+    trigger_word: str | None = field(default=None, metadata=RARE)
     """A word that every caption of the subject begins with, unless it contains it already."""
     shuffle_caption: bool = field(default=False, metadata=RARE)
     """Draw the tags of a caption, separated by commas, in one of 16 orders at every step."""
@@ -49,7 +49,7 @@ class SubjectOptions:
     and does not where it is black. For inpainting: what is white is made anew. Default there: random masks."""
     alpha_mask: bool = field(default=False, metadata=RARE)
     """Let the loss count only where the images of the subject are opaque."""
-    cond_data_dir: str | None = None
+    cond_data_dir: str | None = field(default=None, metadata=RARE)
     """For a pipeline that edits: a folder with the image to edit for each image of --instance-data-dir, of the same
     name. The caption says what the edit does."""
     cond_image_column: str | None = field(default=None, metadata=RARE)
@@ -116,7 +116,7 @@ class ValidationOptions:
     validation_image: tuple[str, ...] = ()
     """Images to edit, or whose middle to make anew by inpainting, in turn for the pictures. Default: those of the
     training data."""
-    num_validation_images: int = 4
+    num_validation_images: int = field(default=4, metadata=RARE)
     """Pictures per prompt."""
     num_inference_steps: int | None = field(default=None, metadata=RARE)
     """Sampling steps. Default: those of the pipeline."""
@@ -164,7 +164,7 @@ class DreamBoothTrainingOptions(TrainingOptions):
     batch_size: int = 4
     """Instance images per forward call and process; with prior preservation, as many class images are added."""
     eval_every: int = 100
-    """Steps between evaluations, which include pictures if there is a --validation-prompt. The model is always
+    """Steps between evaluations. They include pictures if there is a --validation-prompt. The model is always
     evaluated before the first and after the last step."""
     best_metric: str = field(default="loss", metadata=RARE)
     """The metric that selects the best state. The loss is that of the training instance images at fixed noise; balance

@@ -77,8 +77,8 @@ class LoopOptions:
     gradient_accumulation_steps: int = 1
     """Forward passes whose gradients are averaged into one optimiser step."""
     optimizer: str = "adamw"
-    """A timm optimiser (see timm.optim.list_optimizers()), optionally with the prefix lookahead_; or prodigy, which
-    finds the rate itself (pip install prodigyopt), with --lr 1."""
+    """A timm optimiser (see timm.optim.list_optimizers()). It may have the prefix lookahead_. Or prodigy, which finds
+    the rate itself (pip install prodigyopt), with --lr 1."""
     lr: float | Literal["auto"] | None = None
     """Peak learning rate. The defaults are for AdamW. auto, the default of RandLoRA on your own model or data, is the
     rate at which one step changes an adapted weight by 2% of its norm (docs/learning-rate.md)."""

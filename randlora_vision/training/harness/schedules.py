@@ -45,7 +45,7 @@ class ScheduleOptions:
     warmup_lr: float | None = field(default=None, metadata=RARE)
     """Learning rate of the first step of the warmup. Default: the peak divided by the steps of the warmup."""
     schedule: Shape = "cosine"
-    """The learning rate after the warmup: it falls to --min-lr along a half cosine, a line, a power of it or a
+    """The learning rate after the warmup. It falls to --min-lr along a half cosine, a line, a power of it or a
     hyperbolic tangent; or it is constant; or falls in steps. wsd: constant, and a power over the last --decay-steps.
     step: times --decay-rate every --decay-steps, counted from the start. multistep: after each of them. plateau: after
     --plateau-patience evaluations in which --best-metric does not improve."""
