@@ -20,7 +20,12 @@ _PLACES = re.compile(r"/(?:home|root|tmp|usr|work|Users|opt|var)/|site-packages|
 _SHORTER = {
     "photographs": {"range(4)": "range(1)", "total_steps=4 *": "total_steps=1 *", "[:1000]": "[:100]"},
     "clip": {"relative_step=0.055), 140": "relative_step=0.055), 3", "[:1000]": "[:100]"},
-    "subject": {'"400"': '"3"', '"--num-class-images", "44"': '"--num-class-images", "11"'},
+    "subject": {
+        '"400"': '"3"',
+        '"--num-class-images", "44"': '"--num-class-images", "12"',
+        '"--num-inference-steps", "12"': '"--num-inference-steps", "1"',
+        "num_inference_steps=12": "num_inference_steps=1",
+    },
 }
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -177,6 +177,6 @@ def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:
     """Report the run's pictures to the trackers at `step`, close what accelerate has opened, and unlock the folder."""
     if run.writing:
         report_pictures(accelerator, step, run.pictures())
+    accelerator.free_memory()  # before the processes part: DeepSpeed's engine speaks to the others when it is let go
     accelerator.end_training()
-    accelerator.free_memory()
     unlock_folder(run.path)
