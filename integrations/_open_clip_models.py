@@ -1,9 +1,8 @@
 """Load any open_clip model with its transforms and tokenizer, with errors that a user can act on."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from randlora_vision.errors import failures
+from randlora_vision.errors import failures, without_logs
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.json_values import check_object
 from randlora_vision.names import close_matches
@@ -63,7 +62,11 @@ def load_clip(
         raise ValueError(f"--pretrained {pretrained}: {schema} models come with their own weights, leave it out")
     weights = f" with weights {pretrained!r}" if pretrained else ""
     # open_clip also logs its failures through the root logger; one message is enough.
-    with failures(f"open_clip cannot load the model {name!r}{weights}"), _quiet(), torch.random.fork_rng(devices=[]):
+    with (
+        failures(f"open_clip cannot load the model {name!r}{weights}"),
+        without_logs(logging.ERROR),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(seed)
         model, train, evaluate = open_clip.create_model_and_transforms(
             known,
@@ -118,13 +121,3 @@ def _check_pretrained(name: str, pretrained: str | None) -> None:
         return
     which = close_matches(pretrained, tags) or f"it has: {', '.join(tags) or 'none'}"
     raise ValueError(f"{pretrained!r} is neither a file nor a tag of {name}; {which}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -1,9 +1,10 @@
-"""How user errors and requests to stop are reported: one printable line on stderr and an exit code."""
+"""How user errors and requests to stop are reported, in one printable line, and what other libraries say instead."""
 
 import contextlib
 import functools
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -54,6 +55,17 @@ def failures(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{what}: {reason_of(error)}") from error
+
+
+@contextlib.contextmanager
+def without_logs(level: int = logging.WARNING) -> Iterator[None]:
+    """Leave out what is logged up to `level`, such as notes of other libraries while they are imported."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, level))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def printable_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:

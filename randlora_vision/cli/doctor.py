@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import platform
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, merge, remove, save_adapter, suggest_lr
-from randlora_vision.errors import one_line
+from randlora_vision.errors import one_line, without_logs
 from randlora_vision.names import printable
 from randlora_vision.versions import versions
 
@@ -93,14 +92,9 @@ def _check(name: str, host: Host, device: torch.device) -> Check:
 @contextmanager
 def _quiet_hosts() -> Iterator[None]:
     """Leave out what hosts say about themselves and one another when they are imported."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    with without_logs(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _life(host: Host, device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from randlora_vision.errors import reason_of
+from randlora_vision.errors import reason_of, without_logs
 from randlora_vision.skeletons import shapes_only
 from randlora_vision.training.dreambooth.families import FAMILIES, Family
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
@@ -108,7 +107,7 @@ def without_values(cls: Any, path: str, name: str, options: Mapping[str, Any]) -
 def family_class(path: str, revision: str | None = None) -> tuple[type[Family], Mapping[str, Any]]:
     """Return the family of a pipeline and the content of its model_index.json; raises as `load_family` does."""
     try:
-        with _without_warnings():
+        with without_logs():  # such as notes on the installed torchao
             from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
@@ -133,17 +132,6 @@ def family_class(path: str, revision: str | None = None) -> tuple[type[Family], 
             f"pipelines: {', '.join(sorted(FAMILIES))}"
         )
     return family, index
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hide what other libraries log while they are imported, such as notes on the installed torchao."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 @contextlib.contextmanager
