@@ -1,6 +1,7 @@
-"""What an option says of itself besides its type, default and help, and how messages name it."""
+"""What an option says of itself besides its type, default and help: its bounds, what it needs, and where it counts."""
 
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
 from typing import Any
 
 FREE = {"free": True}
@@ -9,6 +10,43 @@ PLACE = {"place": True}
 """Metadata of options that say where the images are: they may differ on resuming if the images are the same."""
 RARE = {"rare": True}
 """Metadata of options that only --help-all describes."""
+AT_LEAST_0 = {"bound": "0 or more"}
+AT_LEAST_1 = {"bound": "1 or more"}
+ABOVE_0 = {"bound": "above 0"}
+FRACTION = {"bound": "between 0 and 1"}
+PART = {"bound": "above 0 and at most 1"}
+INSIDE = {"bound": "above 0 and below 1"}
+BELOW_1 = {"bound": "at least 0 and below 1"}
+_BOUNDS: Mapping[str, Callable[[float], bool]] = {
+    "0 or more": lambda value: value >= 0,
+    "1 or more": lambda value: value >= 1,
+    "above 0": lambda value: value > 0,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "above 0 and below 1": lambda value: 0 < value < 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+}
+
+
+def needs(name: str) -> dict[str, str]:
+    """Return the metadata of an option that has a meaning only together with another one of its group."""
+    return {"needs": name}
+
+
+class Options:
+    """A group of options. On construction it checks the bounds of its fields, and what they need."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for the first option that is out of its bounds or lacks what it needs."""
+        for member in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            self._check(member, getattr(self, member.name))
+
+    def _check(self, member: "Field[Any]", value: Any) -> None:
+        bound, partner = member.metadata.get("bound"), member.metadata.get("needs")
+        if bound and isinstance(value, int | float) and not _BOUNDS[bound](value):
+            raise ValueError(f"{flag(member.name)} must be {bound}, got {value}")
+        if partner and value != member.default and not getattr(self, partner):
+            raise ValueError(f"{flag(member.name)} needs {flag(partner)}")
 
 
 def flag(name: str) -> str:

@@ -393,7 +393,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "size": (["--resolution", "15"], "--resolution 15: the sides must be multiples of 2"),
     "class prompt": (["--with-prior-preservation"], "--with-prior-preservation needs --class-prompt"),
-    "class images": (["--class-data-dir", "x"], "need --with-prior-preservation"),
+    "class images": (["--class-data-dir", "x"], "--class-data-dir needs --with-prior-preservation"),
     "two sources": (["--dataset-name", "x"], "--instance-data-dir and --dataset-name both choose"),
     "text encoder lr": (["--text-encoder-lr", "1"], "--text-encoder-lr needs --train-text-encoder"),
     "gamma": (["--snr-gamma", "0"], "--snr-gamma must be above 0"),

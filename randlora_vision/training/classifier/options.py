@@ -18,7 +18,18 @@ from randlora_vision.training.harness.options import (
     require_digits_cache,
     require_epoch,
 )
-from randlora_vision.training.option_fields import FREE, RARE
+from randlora_vision.training.option_fields import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FRACTION,
+    FREE,
+    PART,
+    RARE,
+    Options,
+    needs,
+)
 
 _OWN = ("pretrained", "num_classes", "checkpoint_path", "in_chans", "drop_rate", "drop_path_rate")
 """Arguments of timm's models that have options, or that the data determine."""
@@ -27,7 +38,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lan
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The timm model."""
 
     model: str | None = None
@@ -40,9 +51,9 @@ class ModelOptions:
     fresh_head: bool = field(default=False, metadata=RARE)
     """Start with a new classifier head even if the weights contain one with the right number of classes; needed for
     an --initial-checkpoint with another number of classes."""
-    img_size: int | None = None
+    img_size: int | None = field(default=None, metadata=AT_LEAST_1)
     """Image size in pixels (one side). Default: that of the model."""
-    crop_pct: float | None = field(default=None, metadata=RARE)
+    crop_pct: float | None = field(default=None, metadata=RARE | PART)
     """For evaluation, images are resized to --img-size divided by this, and their centre is cropped. Default: that of
     the model, as for the next three."""
     mean: tuple[float, ...] = field(default=(), metadata=RARE)
@@ -51,11 +62,11 @@ class ModelOptions:
     """The standard deviation of pixel values, by which they are divided."""
     interpolation: Interpolation | None = field(default=None, metadata=RARE)
     """How images are resized, for training and evaluation."""
-    num_classes: int | None = field(default=None, metadata=RARE)
+    num_classes: int | None = field(default=None, metadata=RARE | AT_LEAST_1)
     """Number of classes. Default: that of the data, so it can always be left out."""
-    drop: float = field(default=0.0, metadata=RARE)
+    drop: float = field(default=0.0, metadata=RARE | BELOW_1)
     """Dropout rate before the classifier (timm's drop_rate)."""
-    drop_path: float = field(default=0.0, metadata=RARE)
+    drop_path: float = field(default=0.0, metadata=RARE | BELOW_1)
     """Rate of stochastic depth, for models that have it."""
     model_kwargs: tuple[str, ...] = field(default=(), metadata=RARE)
     """More arguments of the model in timm, such as patch_size=12 act_layer=silu."""
@@ -77,19 +88,11 @@ class ModelOptions:
         return found
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.arguments and self.model is None:
             raise ValueError("--model-kwargs needs --model")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("--pretrained and --initial-checkpoint both choose the weights: give only one")
-        for name in ("drop", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
-        for name in ("img_size", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"--crop-pct must be above 0 and at most 1, got {self.crop_pct}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) not in (0, 1, 3) or not all(0 <= value <= 1 for value in values):
@@ -99,7 +102,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class AugmentOptions:
+class AugmentOptions(Options):
     """Augmentation of training images by timm. The embedded digits use small rotations by default."""
 
     no_aug: bool = False
@@ -110,48 +113,37 @@ class AugmentOptions:
     """Smallest and largest part of the image's area in a random crop."""
     ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=RARE)
     """Smallest and largest aspect ratio of a random crop."""
-    hflip: float = field(default=0.5, metadata=RARE)
+    hflip: float = field(default=0.5, metadata=RARE | FRACTION)
     """Probability of a horizontal flip."""
-    vflip: float = field(default=0.0, metadata=RARE)
+    vflip: float = field(default=0.0, metadata=RARE | FRACTION)
     """Probability of a vertical flip."""
-    color_jitter: float = field(default=0.4, metadata=RARE)
+    color_jitter: float = field(default=0.4, metadata=RARE | AT_LEAST_0)
     """Strength of random changes of brightness, contrast and saturation, without --auto-augment."""
-    random_erasing: float = 0.0
+    random_erasing: float = field(default=0.0, metadata=BELOW_1)
     """Probability of erasing a rectangle of an image."""
     erasing_mode: Literal["const", "rand", "pixel"] = field(default="const", metadata=RARE)
     """Erase with black, a random colour, or random pixels."""
-    erasing_count: int = field(default=1, metadata=RARE)
+    erasing_count: int = field(default=1, metadata=RARE | AT_LEAST_1)
     """Rectangles that are erased at most."""
-    bce_target_thresh: float | None = field(default=None, metadata=RARE)
+    bce_target_thresh: float | None = field(default=None, metadata=RARE | needs("bce_loss"))
     """With --bce-loss: targets above this are 1, the others 0, also those of Mixup and CutMix."""
     bce_loss: bool = field(default=False, metadata=RARE)
     """Minimise the binary cross entropy of every class instead of the cross entropy over all classes."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = field(default=0.0, metadata=BELOW_1)
     """Fraction of the target that is spread over all classes."""
-    mixup: float = 0.0
+    mixup: float = field(default=0.0, metadata=AT_LEAST_0)
     """Alpha of Mixup; 0 disables it."""
-    cutmix: float = 0.0
+    cutmix: float = field(default=0.0, metadata=AT_LEAST_0)
     """Alpha of CutMix; 0 disables it. If both are enabled, each batch uses one or the other."""
 
     def __post_init__(self) -> None:
-        if self.bce_target_thresh is not None and not self.bce_loss:
-            raise ValueError("--bce-target-thresh needs --bce-loss")
+        super().__post_init__()
         if self.no_aug and (self.auto_augment or self.random_erasing):
             raise ValueError("--no-aug excludes --auto-augment and --random-erasing")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "scale" and high > 1):
                 raise ValueError(f"--{name} must be two numbers above 0 in ascending order, got {low} {high}")
-        for name in ("hflip", "vflip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
-        if self.color_jitter < 0 or self.erasing_count < 1:
-            raise ValueError("--color-jitter must be 0 or more, and --erasing-count 1 or more")
-        for name in ("random_erasing", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and below 1")
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError("--mixup and --cutmix must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -160,14 +152,9 @@ class ClassifierAdapterOptions(AdapterOptions):
 
     method: Method = "randlora"
     """RandLoRA, the LoRA or VeRA of PEFT on the same weights, full fine-tuning, or the head alone."""
-    head_lr: float | None = field(default=None, metadata=RARE)
+    head_lr: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Peak learning rate of the head. Default: --lr; if that is not given either, the embedded digits use a separate
     default for RandLoRA."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head_lr is not None and self.head_lr <= 0:
-            raise ValueError(f"--head-lr must be above 0, got {self.head_lr}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from randlora_vision.training.harness.options import (
     require_digits_cache,
     require_epoch,
 )
-from randlora_vision.training.option_fields import FREE, RARE, flag
+from randlora_vision.training.option_fields import ABOVE_0, AT_LEAST_1, BELOW_1, FREE, RARE, Options, flag, needs
 
 Towers = Literal["vision", "text", "both"]
 ClipMethod = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]
@@ -45,7 +45,7 @@ def parse_augmentation(words: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The CLIP model."""
 
     model: str | None = None
@@ -53,7 +53,7 @@ class ModelOptions:
     Default: the tiny digits CLIP, or ViT-B-32 if --data is given."""
     pretrained: str | None = None
     """The pretrained weights: an open_clip tag, or the path of a checkpoint."""
-    force_image_size: int | None = field(default=None, metadata=RARE)
+    force_image_size: int | None = field(default=None, metadata=RARE | AT_LEAST_1)
     """Image size in pixels (one side); position embeddings are interpolated. Default: that of the model."""
     aug_cfg: tuple[str, ...] = field(default=(), metadata=RARE)
     """open_clip's augmentation settings, such as scale=(0.4,1.0) color_jitter=0.3. Default: those of the model."""
@@ -65,7 +65,7 @@ class ModelOptions:
     """How images are resized."""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = field(default=None, metadata=RARE)
     """Which side is resized to the image size for evaluation; squash: both."""
-    force_patch_dropout: float | None = field(default=None, metadata=RARE)
+    force_patch_dropout: float | None = field(default=None, metadata=RARE | BELOW_1)
     """Fraction of the patches of an image that a vision transformer does not see in training. Default: that of the
     model."""
     towers: Towers = "both"
@@ -73,7 +73,7 @@ class ModelOptions:
     train_logit_scale: bool = field(default=False, metadata=RARE)
     """Also train the logit scale, and with --loss siglip the logit bias of a SigLIP model, and save it in the same
     file. For RandLoRA and full fine-tuning only."""
-    logit_scale_lr: float | None = field(default=None, metadata=RARE)
+    logit_scale_lr: float | None = field(default=None, metadata=RARE | ABOVE_0 | needs("train_logit_scale"))
     """Peak learning rate of the logit scale. Default: --lr."""
     cache_dir: str | None = field(default=None, metadata=RARE)
     """Folder that caches the digits CLIP. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
@@ -91,23 +91,15 @@ class ModelOptions:
         return {name: value for name, value in given.items() if value is not None}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_digits_cache(self.cache_dir, self.model)
         if self.model is None and (self.changes or self.aug_cfg):
             raise ValueError(f"{flag(next(iter(self.changes), 'aug_cfg'))} needs --model")
-        dropped = self.force_patch_dropout
-        if dropped is not None and not 0 <= dropped < 1:
-            raise ValueError(f"--force-patch-dropout must be at least 0 and below 1, got {dropped}")
-        if self.force_image_size is not None and self.force_image_size < 1:
-            raise ValueError(f"--force-image-size must be 1 or more, got {self.force_image_size}")
         _ = self.augmentation  # raises for a wrong one
-        if self.logit_scale_lr is not None and not self.train_logit_scale:
-            raise ValueError("--logit-scale-lr needs --train-logit-scale")
-        if self.logit_scale_lr is not None and not self.logit_scale_lr > 0:
-            raise ValueError(f"--logit-scale-lr must be above 0, got {self.logit_scale_lr}")
 
 
 @dataclass(frozen=True)
-class LossOptions:
+class LossOptions(Options):
     """What training minimises."""
 
     loss: Loss | None = None
@@ -133,12 +125,12 @@ class ClipAdapterOptions(AdapterOptions):
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """What to evaluate besides the task, before and after training."""
 
     retention_data: str | None = field(default=None, metadata=FREE | RARE)
     """Data on which to measure forgetting, in any form that --data takes, with the same templates: see --eval-split."""
-    retention_class_names: str | None = field(default=None, metadata=RARE)
+    retention_class_names: str | None = field(default=None, metadata=RARE | needs("retention_data"))
     """Class names of --retention-data, in any form that --class-names takes."""
     eval_only: bool = False
     """Do not train: evaluate the model, and also the model with --adapter if given."""
@@ -149,9 +141,8 @@ class EvaluationOptions:
     """Also evaluate and plot the model at these scales between base (0) and adapted (1), such as 0,0.25,0.5,0.75,1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         scales = self.scales
-        if self.retention_class_names and not self.retention_data:
-            raise ValueError("--retention-class-names needs --retention-data")
         if not all(math.isfinite(scale) for scale in scales):
             raise ValueError(f"--eval-scales must be finite numbers, got {', '.join(self.eval_scales)}")
         if scales and self.eval_only and self.adapter is None:

@@ -6,22 +6,22 @@ from typing import Literal
 from randlora_vision.errors import reason_of
 from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.decode import parse_colour
-from randlora_vision.training.option_fields import PLACE, RARE
+from randlora_vision.training.option_fields import AT_LEAST_1, INSIDE, PART, PLACE, RARE, Options
 
 DIGIT_PAIRS = "digits-pairs"
 
 
 @dataclass(frozen=True)
-class SplitOptions:
+class SplitOptions(Options):
     """Which images are for training, and which are held out."""
 
-    shots: int | None = None
+    shots: int | None = field(default=None, metadata=AT_LEAST_1)
     """Train on this many images per class (all, where a class has fewer), drawn with --split-seed; split.json lists
     them."""
-    train_fraction: float = field(default=1.0, metadata=RARE)
+    train_fraction: float = field(default=1.0, metadata=RARE | PART)
     """Train on this fraction of the training images (of every class, where there are classes), drawn and listed
     in the same way."""
-    val_fraction: float = field(default=0.2, metadata=RARE)
+    val_fraction: float = field(default=0.2, metadata=RARE | INSIDE)
     """Fraction held out for validation where the data has no validation split: of every class, or of the
     image-text pairs (at most 1000 images)."""
     split_seed: int = field(default=0, metadata=RARE)
@@ -30,18 +30,13 @@ class SplitOptions:
     """Stop at an unreadable image. By default it is skipped, counted and listed in skipped.txt."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"--train-fraction must be above 0 and at most 1, got {self.train_fraction}")
-        if self.shots is not None and self.shots < 1:
-            raise ValueError(f"--shots must be 1 or more, got {self.shots}")
+        super().__post_init__()
         if self.shots is not None and self.train_fraction != 1:
             raise ValueError("--shots and --train-fraction both choose the training images: give only one")
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(Options):
     """The source of the images and of their captions or classes."""
 
     data: str | None = field(default=None, metadata=PLACE)
@@ -79,6 +74,7 @@ class SourceOptions:
     Default: label or class, if there are no captions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.label_column and self.caption_column:
             raise ValueError("--label-column and --caption-column exclude each other: give only one")
         if self.streaming and not self.val_data:
@@ -105,8 +101,7 @@ class DataOptions(SplitOptions, SourceOptions):  # a dataclass lists the fields 
     """The images, and which of them are for training."""
 
     def __post_init__(self) -> None:
-        SourceOptions.__post_init__(self)
-        SplitOptions.__post_init__(self)
+        super().__post_init__()
         if self.streaming and (self.shots is not None or self.train_fraction != 1):
             raise ValueError("--shots and --train-fraction need images that are counted: leave --streaming out")
 

@@ -15,43 +15,43 @@ import torch
 from torch import Tensor
 
 from randlora_vision.training.dreambooth.noise import Noise
-from randlora_vision.training.option_fields import RARE
+from randlora_vision.training.option_fields import ABOVE_0, AT_LEAST_0, PART, RARE, Options, flag
 
 WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 LossType = Literal["l2", "l1", "huber", "smooth_l1"]
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions:
+class ObjectiveOptions(Options):
     """The training objective of the denoiser."""
 
     prediction_type: Literal["epsilon", "v_prediction"] | None = field(default=None, metadata=RARE)
     """Noise prediction: what the denoiser predicts, for a pipeline whose scheduler says it wrongly. Default: what the
     scheduler says."""
-    snr_gamma: float | None = field(default=None, metadata=RARE)
+    snr_gamma: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Noise prediction: gamma of the min-SNR weighting of timesteps (usually 5.0; arXiv 2303.09556)."""
     debiased_estimation_loss: bool = field(default=False, metadata=RARE)
     """Noise prediction: weight the errors by 1 / sqrt(SNR), or 1 / (SNR + 1) for velocities (arXiv 2310.08442)."""
-    noise_offset: float = field(default=0.0, metadata=RARE)
+    noise_offset: float = field(default=0.0, metadata=RARE | AT_LEAST_0)
     """Noise prediction: add this times a random number per image and channel to the noise, for darker and brighter
     pictures (usually 0.05 to 0.1)."""
-    input_perturbation: float = field(default=0.0, metadata=RARE)
+    input_perturbation: float = field(default=0.0, metadata=RARE | AT_LEAST_0)
     """Noise prediction: perturb the noise in the input of the denoiser, but not in its target, by this times other
     noise (usually 0.1; arXiv 2301.11706)."""
     loss_type: LossType = field(default="l2", metadata=RARE)
     """The error between prediction and target: its square, its absolute value, or the pseudo-Huber losses 2 c
     (sqrt(e^2 + c^2) - c), which is the square for small errors, and the same without the first c."""
-    huber_c: float = field(default=0.1, metadata=RARE)
+    huber_c: float = field(default=0.1, metadata=RARE | PART)
     """The c of the Huber losses, at the noisiest timestep for a schedule."""
     huber_schedule: Literal["snr", "exponential", "constant"] | None = field(default=None, metadata=RARE)
     """How c falls from 1 with the timestep. Default: snr, or exponential for flow matching."""
-    huber_scale: float = field(default=1.0, metadata=RARE)
+    huber_scale: float = field(default=1.0, metadata=RARE | ABOVE_0)
     """Multiplies c for the schedules exponential and constant."""
     weighting_scheme: WeightingScheme = field(default="logit_normal", metadata=RARE)
     """Flow matching: how noise levels are drawn (logit_normal, mode) or weighted (sigma_sqrt, cosmap)."""
     logit_mean: float = field(default=0.0, metadata=RARE)
     """Mean of logit_normal."""
-    logit_std: float = field(default=1.0, metadata=RARE)
+    logit_std: float = field(default=1.0, metadata=RARE | ABOVE_0)
     """Standard deviation of logit_normal."""
     mode_scale: float = field(default=1.29, metadata=RARE)
     """Scale of mode."""
@@ -62,16 +62,7 @@ class ObjectiveOptions:
     """Guidance scale given to a guidance-distilled transformer (Flux.1, Flux.2) during training."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--snr-gamma", self.snr_gamma), ("--logit-std", self.logit_std)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{flag} must be above 0, got {value}")
-        for flag, value in (("--noise-offset", self.noise_offset), ("--input-perturbation", self.input_perturbation)):
-            if value < 0:
-                raise ValueError(f"{flag} must be 0 or more, got {value}")
-        if not 0 < self.huber_c <= 1:
-            raise ValueError(f"--huber-c must be above 0 and at most 1, got {self.huber_c}")
-        if self.huber_scale <= 0:
-            raise ValueError(f"--huber-scale must be above 0, got {self.huber_scale}")
+        super().__post_init__()
         if self.snr_gamma is not None and self.debiased_estimation_loss:
             raise ValueError("--snr-gamma and --debiased-estimation-loss both weight the timesteps: give only one")
         self.flow_shift  # noqa: B018  # raises
@@ -94,8 +85,8 @@ class ObjectiveOptions:
         """Raise ValueError if an option that `objective` does not have was given."""
         for member in fields(self):
             if member.name in names and getattr(self, member.name) != member.default:
-                flag = f"--{member.name.replace('_', '-')}"
-                raise ValueError(f"{flag} has no meaning for this pipeline, which is trained by {objective}")
+                what = f"{flag(member.name)} has no meaning for this pipeline"
+                raise ValueError(f"{what}, which is trained by {objective}")
 
 
 @dataclass(frozen=True)

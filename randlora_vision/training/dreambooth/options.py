@@ -7,7 +7,6 @@ from randlora_vision.names import short_name
 from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.pipeline_options import PipelineOptions as PipelineOptions
-from randlora_vision.training.dreambooth.pipeline_options import above
 from randlora_vision.training.harness.options import (
     AdapterOptions,
     CheckpointOptions,
@@ -16,11 +15,21 @@ from randlora_vision.training.harness.options import (
     Training,
     TrainingOptions,
 )
-from randlora_vision.training.option_fields import FREE, PLACE, RARE
+from randlora_vision.training.option_fields import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FREE,
+    PLACE,
+    RARE,
+    Options,
+    needs,
+)
 
 
 @dataclass(frozen=True)
-class SubjectOptions:
+class SubjectOptions(Options):
     """The images to learn, their captions, and prior preservation."""
 
     instance_data_dir: str | None = field(default=None, metadata=PLACE)
@@ -30,7 +39,7 @@ class SubjectOptions:
     """A Hugging Face dataset instead of a folder: a name on the Hub, or a folder written by save_to_disk."""
     image_column: str = field(default="image", metadata=RARE)
     """The image column of the dataset."""
-    caption_column: str | None = field(default=None, metadata=RARE)
+    caption_column: str | None = field(default=None, metadata=RARE | needs("dataset_name"))
     """The caption column of the dataset. Default: all images use --instance-prompt."""
     instance_prompt: str | None = None
     """The caption of images without a separate caption, such as 'a photo of sks dog'."""
@@ -38,38 +47,38 @@ class SubjectOptions:
     """A word that every caption of the subject begins with, unless it contains it already."""
     shuffle_caption: bool = field(default=False, metadata=RARE)
     """Draw the tags of a caption, separated by commas, in one of 16 orders at every step."""
-    keep_tokens: int = field(default=0, metadata=RARE)
+    keep_tokens: int = field(default=0, metadata=RARE | AT_LEAST_0 | needs("shuffle_caption"))
     """How many tags at the beginning of a caption --shuffle-caption leaves in place (count the trigger word)."""
-    caption_dropout_rate: float = field(default=0.0, metadata=RARE)
+    caption_dropout_rate: float = field(default=0.0, metadata=RARE | BELOW_1)
     """Fraction of the steps in which an image of the subject is trained with an empty caption."""
     background: str = field(default="white", metadata=RARE)
     """The colour on which transparent pixels are composed, such as black or #808080."""
-    mask_data_dir: str | None = field(default=None, metadata=RARE)
+    mask_data_dir: str | None = field(default=None, metadata=RARE | needs("instance_data_dir"))
     """A folder with a mask for each image of --instance-data-dir, of the same name: the loss counts where it is white
     and does not where it is black. For inpainting: what is white is made anew. Default there: random masks."""
     alpha_mask: bool = field(default=False, metadata=RARE)
     """Let the loss count only where the images of the subject are opaque."""
-    cond_data_dir: str | None = field(default=None, metadata=RARE)
+    cond_data_dir: str | None = field(default=None, metadata=RARE | needs("instance_data_dir"))
     """For a pipeline that edits: a folder with the image to edit for each image of --instance-data-dir, of the same
     name. The caption says what the edit does."""
-    cond_image_column: str | None = field(default=None, metadata=RARE)
+    cond_image_column: str | None = field(default=None, metadata=RARE | needs("dataset_name"))
     """The same for --dataset-name: the column of the images to edit."""
-    with_prior_preservation: bool = False
+    with_prior_preservation: bool = field(default=False, metadata=needs("class_prompt"))
     """Also train on images of the class, so that the model does not forget the class."""
-    class_data_dir: str | None = field(default=None, metadata=PLACE | RARE)
+    class_data_dir: str | None = field(default=None, metadata=PLACE | RARE | needs("with_prior_preservation"))
     """A folder of class images. If it has too few, the base pipeline generates more and saves them there. Default:
     class_images in the run folder."""
-    class_prompt: tuple[str, ...] = ()
+    class_prompt: tuple[str, ...] = field(default=(), metadata=needs("with_prior_preservation"))
     """One or more prompts of the class, such as 'a photo of a dog', for which class images are generated in turn.
     Several keep more of what the class contains, and '' among them keeps the empty prompt, which guidance compares
     with. Images with captions beside them keep those; an empty text file is the empty prompt."""
-    num_class_images: int = field(default=100, metadata=RARE)
+    num_class_images: int = field(default=100, metadata=RARE | ABOVE_0)
     """Number of class images."""
-    prior_loss_weight: float = field(default=1.0, metadata=RARE)
+    prior_loss_weight: float = field(default=1.0, metadata=RARE | AT_LEAST_0)
     """Weight of the loss on the class images."""
-    sample_batch_size: int | None = field(default=None, metadata=RARE)
+    sample_batch_size: int | None = field(default=None, metadata=RARE | ABOVE_0)
     """Batch size for generating class images and validation pictures. Default: 4 (32 for the digits)."""
-    resolution: int | None = None
+    resolution: int | None = field(default=None, metadata=ABOVE_0)
     """Side of the square to which images are cropped; automatic buckets have about the same area. Default: that of
     the pipeline."""
     aspect_ratio_buckets: str | None = field(default=None, metadata=RARE)
@@ -78,37 +87,20 @@ class SubjectOptions:
     """Crop images at the center instead of at random."""
     cache_latents: bool = field(default=True, metadata=RARE)
     """Encode every image once before training; a random crop is then the same at every step."""
-    cache_to_disk: str | None = field(default=None, metadata=FREE | RARE)
+    cache_to_disk: str | None = field(default=None, metadata=FREE | RARE | needs("cache_latents"))
     """A folder in which the encodings of images and captions are kept, by their content, for this and other runs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_colour(self.background)
         if self.instance_data_dir and self.dataset_name:
             raise ValueError("--instance-data-dir and --dataset-name both choose the images: give only one")
-        if self.caption_column and not self.dataset_name:
-            raise ValueError("--caption-column needs --dataset-name")
-        if self.with_prior_preservation and not self.class_prompt:
-            raise ValueError("--with-prior-preservation needs --class-prompt")
-        if not self.with_prior_preservation and (self.class_data_dir or self.class_prompt):
-            raise ValueError("--class-data-dir and --class-prompt need --with-prior-preservation")
-        for name in ("num_class_images", "sample_batch_size", "resolution"):
-            above(f"--{name.replace('_', '-')}", getattr(self, name))
-        parse_colour(self.background)
-        if self.mask_data_dir and (self.alpha_mask or not self.instance_data_dir):
-            raise ValueError("--mask-data-dir needs --instance-data-dir, and excludes --alpha-mask")
-        if self.cond_data_dir and not self.instance_data_dir or self.cond_image_column and not self.dataset_name:
-            raise ValueError("--cond-data-dir needs --instance-data-dir, and --cond-image-column --dataset-name")
-        if not 0 <= self.caption_dropout_rate < 1:
-            raise ValueError(f"--caption-dropout-rate must be at least 0 and below 1, got {self.caption_dropout_rate}")
-        if self.keep_tokens < 0 or (self.keep_tokens and not self.shuffle_caption):
-            raise ValueError(f"--keep-tokens must be 0 or more and needs --shuffle-caption, got {self.keep_tokens}")
-        if self.cache_to_disk and not self.cache_latents:
-            raise ValueError("--cache-to-disk keeps what --cache-latents encodes: leave out --no-cache-latents")
-        if self.prior_loss_weight < 0:
-            raise ValueError(f"--prior-loss-weight must be 0 or more, got {self.prior_loss_weight}")
+        if self.mask_data_dir and self.alpha_mask:
+            raise ValueError("--mask-data-dir and --alpha-mask both choose the masks: give only one")
 
 
 @dataclass(frozen=True)
-class ValidationOptions:
+class ValidationOptions(Options):
     """The pictures that are generated at every evaluation."""
 
     validation_prompt: tuple[str, ...] = ()
@@ -116,29 +108,21 @@ class ValidationOptions:
     validation_image: tuple[str, ...] = ()
     """Images to edit, or whose middle to make anew by inpainting, in turn for the pictures. Default: those of the
     training data."""
-    num_validation_images: int = field(default=4, metadata=RARE)
+    num_validation_images: int = field(default=4, metadata=RARE | ABOVE_0)
     """Pictures per prompt."""
-    num_inference_steps: int | None = field(default=None, metadata=RARE)
+    num_inference_steps: int | None = field(default=None, metadata=RARE | ABOVE_0)
     """Sampling steps. Default: those of the pipeline."""
     validation_guidance_scale: float | None = field(default=None, metadata=RARE)
     """Guidance scale for sampling. Default: that of the pipeline."""
-    prior_prompt: tuple[str, ...] = field(default=(), metadata=RARE)
+    prior_prompt: tuple[str, ...] = field(default=(), metadata=RARE | needs("num_prior_images"))
     """Prompts that are not the subject's, whose pictures should stay those of the base: prior_drift measures by how
     much they change. Default: the class prompts, or else a few everyday ones, if there is a --validation-prompt."""
-    num_prior_images: int = field(default=4, metadata=RARE)
+    num_prior_images: int = field(default=4, metadata=RARE | AT_LEAST_0)
     """Pictures by which the prior is measured at every evaluation, one for each prompt in turn; 0: none."""
-    likeness_encoder: str | None = field(default=None, metadata=RARE)
+    likeness_encoder: str | None = field(default=None, metadata=RARE | needs("num_prior_images"))
     """A model of timm, such as vit_small_patch14_dinov2.lvd142m, in whose features the likeness of the pictures to the
     base's (prior_likeness) and to the instance images (subject_likeness) is measured too. --best-metric balance, the
     harmonic mean of both, then selects a state that has learnt the subject and kept the rest."""
-
-    def __post_init__(self) -> None:
-        above("--num-validation-images", self.num_validation_images)
-        above("--num-inference-steps", self.num_inference_steps)
-        if self.num_prior_images < 0:
-            raise ValueError(f"--num-prior-images must be 0 or more, got {self.num_prior_images}")
-        if not self.num_prior_images and (self.prior_prompt or self.likeness_encoder):
-            raise ValueError("--prior-prompt and --likeness-encoder need --num-prior-images above 0")
 
 
 @dataclass(frozen=True)
@@ -161,9 +145,9 @@ class DreamBoothAdapterOptions(AdapterOptions):
 class DreamBoothTrainingOptions(TrainingOptions):
     """How it is trained."""
 
-    batch_size: int = 4
+    batch_size: int = field(default=4, metadata=AT_LEAST_1)
     """Instance images per forward call and process; with prior preservation, as many class images are added."""
-    eval_every: int = 100
+    eval_every: int = field(default=100, metadata=AT_LEAST_1)
     """Steps between evaluations. They include pictures if there is a --validation-prompt. The model is always
     evaluated before the first and after the last step."""
     best_metric: str = field(default="loss", metadata=RARE)

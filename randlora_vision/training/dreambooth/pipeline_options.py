@@ -6,13 +6,13 @@ from typing import Literal
 from randlora_vision.training.dreambooth.offload import Place
 from randlora_vision.training.dreambooth.quantization import Quantization
 from randlora_vision.training.harness.options import require_digits_cache
-from randlora_vision.training.option_fields import RARE
+from randlora_vision.training.option_fields import ABOVE_0, RARE, Options, needs
 
 DemoFamily = Literal["unet", "flow"]
 
 
 @dataclass(frozen=True)
-class PipelineOptions:
+class PipelineOptions(Options):
     """The pipeline."""
 
     pretrained_model_name_or_path: str | None = None
@@ -29,9 +29,9 @@ class PipelineOptions:
     """Which tiny pipeline to use by default: a UNet with noise prediction, or a transformer with flow matching."""
     train_text_encoder: bool = False
     """Also adapt the CLIP text encoders."""
-    text_encoder_lr: float | None = field(default=None, metadata=RARE)
+    text_encoder_lr: float | None = field(default=None, metadata=RARE | ABOVE_0 | needs("train_text_encoder"))
     """Peak learning rate of the text encoders. Default: --lr."""
-    max_sequence_length: int | None = field(default=None, metadata=RARE)
+    max_sequence_length: int | None = field(default=None, metadata=RARE | ABOVE_0)
     """Maximum length of prompts, in tokens, where the pipeline takes one. Default: that of the pipeline."""
     quantize: Quantization | None = None
     """Quantise the frozen denoiser and the text encoders that are not trained; adapters stay in full precision. gguf
@@ -52,18 +52,9 @@ class PipelineOptions:
     """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
-        if self.text_encoder_lr is not None and not self.train_text_encoder:
-            raise ValueError("--text-encoder-lr needs --train-text-encoder")
         if (self.quantize == "gguf") != (self.gguf_file is not None):
             raise ValueError("--quantize gguf and --gguf-file go together: the file holds the quantised denoiser")
         if self.offload_base and (self.quantize or self.torch_compile or self.train_text_encoder):
             raise ValueError("--offload-base excludes --quantize, --torch-compile and --train-text-encoder")
-        above("--text-encoder-lr", self.text_encoder_lr)
-        above("--max-sequence-length", self.max_sequence_length)
-
-
-def above(flag: str, value: float | None) -> None:
-    """Raise ValueError for a value that is given and not above 0."""
-    if value is not None and value <= 0:
-        raise ValueError(f"{flag} must be above 0, got {value}")

@@ -10,28 +10,39 @@ from typing import Any, Literal
 
 from randlora_vision.training.harness.command_line import parse as parse
 from randlora_vision.training.harness.optim import PRODIGY, check_optimizer_name
-from randlora_vision.training.harness.schedules import Schedule, ScheduleOptions, require, warmup_steps
+from randlora_vision.training.harness.schedules import Schedule, ScheduleOptions, warmup_steps
 from randlora_vision.training.harness.stopping import seconds_of
-from randlora_vision.training.option_fields import FREE, RARE, flag
+from randlora_vision.training.option_fields import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FREE,
+    PART,
+    RARE,
+    Options,
+    flag,
+    needs,
+)
 
 Method = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]  # each script has a subset
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
+class AdapterOptions(Options):
     """The training method and its adapter."""
 
     method: Method = "randlora"
     """How the model is trained."""
-    rank: int | None = None
+    rank: int | None = field(default=None, metadata=AT_LEAST_1)
     """RandLoRA: the rank of one random base: a LARGER rank means FEWER trained numbers, the opposite of LoRA. NoLA: the
     number of random matrices in a bank."""
-    alpha: float | None = None
+    alpha: float | None = field(default=None, metadata=ABOVE_0)
     """Numerator of the scale alpha / rank."""
-    budget: int | None = field(default=None, metadata=RARE)
+    budget: int | None = field(default=None, metadata=RARE | AT_LEAST_1)
     """LoRA, DoRA, VeRA and NoLA: choose the rank whose number of trained parameters is closest to this, instead of
     --rank."""
-    dropout: float = field(default=0.0, metadata=RARE)
+    dropout: float = field(default=0.0, metadata=RARE | BELOW_1)
     """RandLoRA: dropout on the adapter's input."""
     bases: Literal["uniform", "normal", "sparse", "very_sparse", "structured"] = field(default="uniform", metadata=RARE)
     """RandLoRA: the distribution of the random bases. Structured bases train at about the cost of LoRA."""
@@ -47,10 +58,7 @@ class AdapterOptions:
     and targets. A resumed run does not read it again."""
 
     def __post_init__(self) -> None:
-        require(self.rank is None or self.rank >= 1, "--rank must be 1 or more", self.rank)
-        require(self.alpha is None or self.alpha > 0, "--alpha must be above 0", self.alpha)
-        require(self.budget is None or self.budget >= 1, "--budget must be 1 or more", self.budget)
-        require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1", self.dropout)
+        super().__post_init__()
         if self.budget is not None and self.method not in ("lora", "dora", "vera", "nola"):
             raise ValueError(f"--budget chooses the rank of --method lora, not of --method {self.method}")
         if self.budget is not None and self.rank is not None:
@@ -62,84 +70,69 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
-class LoopOptions:
+class LoopOptions(Options):
     """The optimiser, the batches and the evaluations."""
 
-    steps: int | None = field(default=None, metadata=FREE)
+    steps: int | None = field(default=None, metadata=FREE | AT_LEAST_1)
     """Optimiser steps."""
-    epochs: float | None = field(default=None, metadata=FREE)
+    epochs: float | None = field(default=None, metadata=FREE | ABOVE_0)
     """Passes over the training images, instead of --steps. The steps are rounded up."""
-    epoch_images: int | None = field(default=None, metadata=RARE)
+    epoch_images: int | None = field(default=None, metadata=RARE | ABOVE_0)
     """Images that make up an epoch. Default: all training images."""
-    batch_size: int = 64
+    batch_size: int = field(default=64, metadata=AT_LEAST_1)
     """Images per forward pass and process; an optimiser step uses this number times the accumulation steps
     times the number of processes."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata=AT_LEAST_1)
     """Forward passes whose gradients are averaged into one optimiser step."""
     optimizer: str = "adamw"
     """A timm optimiser (see timm.optim.list_optimizers()). It may have the prefix lookahead_. Or prodigy, which finds
     the rate itself (pip install prodigyopt), with --lr 1."""
-    lr: float | Literal["auto"] | None = None
+    lr: float | Literal["auto"] | None = field(default=None, metadata=ABOVE_0)
     """Peak learning rate. The defaults are for AdamW. auto, the default of RandLoRA on your own model or data, is the
     rate at which one step changes an adapted weight by 2% of its norm (docs/learning-rate.md)."""
     scale_lr: bool = field(default=False, metadata=RARE)
     """Multiply --lr by the images of an optimiser step, as diffusers' scripts do."""
-    weight_decay: float = 0.01
+    weight_decay: float = field(default=0.01, metadata=AT_LEAST_0)
     """Weight decay of matrices and convolutions, including lambda and gamma. Vectors and scalars are never decayed."""
-    beta1: float | None = field(default=None, metadata=RARE)
+    beta1: float | None = field(default=None, metadata=RARE | BELOW_1)
     """First beta of an optimiser of the Adam family. Default: that of the optimiser."""
-    beta2: float | None = field(default=None, metadata=RARE)
+    beta2: float | None = field(default=None, metadata=RARE | BELOW_1)
     """Second beta of an optimiser of the Adam family. Default: that of the optimiser."""
-    eps: float | None = field(default=None, metadata=RARE)
+    eps: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Epsilon of the optimiser. Default: that of the optimiser."""
-    ema_decay: float = field(default=0.0, metadata=RARE)
+    ema_decay: float = field(default=0.0, metadata=RARE | BELOW_1)
     """Decay of a moving average of the trained parameters, which is evaluated and saved in their place (0: off).
     The decay is at most (1 + t) / (10 + t) at step t, so it is smaller in the first steps."""
-    max_grad_norm: float = field(default=1.0, metadata=RARE)
+    max_grad_norm: float = field(default=1.0, metadata=RARE | AT_LEAST_0)
     """Clip the gradient to this norm; 0 disables clipping."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the forward and backward passes; trained parameters stay in float32."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=AT_LEAST_0)
     """Seed of the bases, the order of the images, augmentation and dropout."""
-    eval_every: int = 25
+    eval_every: int = field(default=25, metadata=AT_LEAST_1)
     """Steps between evaluations on the validation split; there is always one before the first step and one
     after the last."""
-    eval_epochs: float | None = field(default=None, metadata=RARE)
+    eval_epochs: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Epochs between evaluations, instead of --eval-every."""
     best_metric: str = field(default="top1", metadata=RARE)
     """The validation metric by which the best state is chosen."""
-    early_stopping_patience: int = field(default=0, metadata=RARE)
+    early_stopping_patience: int = field(default=0, metadata=RARE | AT_LEAST_0)
     """Stop after this many evaluations without an improvement of --best-metric; 0: never."""
-    log_every: int = field(default=5, metadata=FREE | RARE)
+    log_every: int = field(default=5, metadata=FREE | RARE | AT_LEAST_1)
     """Steps between lines of training values in metrics.jsonl."""
-    workers: int | None = field(default=None, metadata=FREE | RARE)
+    workers: int | None = field(default=None, metadata=FREE | RARE | AT_LEAST_0)
     """Worker processes that load images (0: the training process loads them itself). Default: 4, or fewer if
     there are not enough free cores; 0 for the embedded digits, which are already decoded."""
 
     def __post_init__(self) -> None:
-        require(self.steps is None or self.steps >= 1, "--steps must be 1 or more", self.steps)
-        lr = None if self.lr == "auto" else self.lr
-        require(lr is None or lr > 0, "--lr must be above 0", lr)
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_every", "log_every"):
-            require(getattr(self, name) >= 1, f"{flag(name)} must be 1 or more", getattr(self, name))
-        for name in ("weight_decay", "max_grad_norm", "seed", "early_stopping_patience"):
-            require(getattr(self, name) >= 0, f"{flag(name)} must be 0 or more", getattr(self, name))
-        require(self.workers is None or self.workers >= 0, "--workers must be 0 or more", self.workers)
-        for name in ("epochs", "epoch_images", "eval_epochs"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{flag(name)} must be above 0", value)
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < 1, f"{flag(name)} must be at least 0 and below 1", value)
-        require(self.eps is None or self.eps > 0, "--eps must be above 0", self.eps)
-        require(0 <= self.ema_decay < 1, "--ema-decay must be at least 0 and below 1", self.ema_decay)
+        super().__post_init__()
         check_optimizer_name(self.optimizer)
-        if self.scale_lr and lr is None:
+        if self.scale_lr and self.lr in (None, "auto"):
             raise ValueError("--scale-lr needs a number for --lr")
         if self.optimizer == PRODIGY:
             if self.lr == "auto":
                 raise ValueError("--lr auto is for AdamW: leave it out, --optimizer prodigy finds the rate itself")
-            object.__setattr__(self, "lr", 1.0 if lr is None else lr)
+            object.__setattr__(self, "lr", self.lr or 1.0)
 
 
 @dataclass(frozen=True)
@@ -147,12 +140,11 @@ class TrainingOptions(ScheduleOptions, LoopOptions):
     """The training loop."""
 
     def __post_init__(self) -> None:
-        LoopOptions.__post_init__(self)
-        ScheduleOptions.__post_init__(self)
-        if isinstance(self.lr, float | int):
-            for name in ("min_lr", "warmup_lr"):
-                value = getattr(self, name)
-                require((value or 0) <= self.lr, f"{flag(name)} must be at most --lr {self.lr}", value)
+        super().__post_init__()
+        for name in ("min_lr", "warmup_lr"):
+            value = getattr(self, name)
+            if isinstance(self.lr, float | int) and (value or 0) > self.lr:
+                raise ValueError(f"{flag(name)} must be at most --lr {self.lr}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +182,16 @@ class Training(TrainingOptions):
 
 
 @dataclass(frozen=True)
-class RateOptions:
+class RateOptions(Options):
     """Layer-wise learning rates."""
 
-    layer_decay: float = field(default=1.0, metadata=RARE)
+    layer_decay: float = field(default=1.0, metadata=RARE | PART)
     """Each layer's learning rate is this times that of the next layer; the head or projection at the end uses
     --lr (timm's rule, applied to each tower of a CLIP model separately). 1: the same rate everywhere."""
 
-    def __post_init__(self) -> None:
-        require(0 < self.layer_decay <= 1, "--layer-decay must be above 0 and at most 1", self.layer_decay)
-
 
 @dataclass(frozen=True)
-class SpeedOptions:
+class SpeedOptions(Options):
     """Speed and memory use."""
 
     gradient_checkpointing: bool = False
@@ -214,7 +203,7 @@ class SpeedOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """Where the results go."""
 
     output_dir: str | None = None
@@ -232,6 +221,7 @@ class RunOptions:
     """The project under which trackers such as wandb list the run. Default: $WANDB_PROJECT, or randlora_vision."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = tuple(name for group in self.report_to for name in group.split(",") if name)
         object.__setattr__(self, "report_to", names)
         if names:
@@ -241,12 +231,12 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class CheckpointOptions:
+class CheckpointOptions(Options):
     """Checkpoints, and resuming from them."""
 
-    checkpoint_every: int = 0
+    checkpoint_every: int = field(default=0, metadata=AT_LEAST_0)
     """Steps between checkpoints, written to the run folder's checkpoints/; 0: none."""
-    checkpoints_total_limit: int = field(default=2, metadata=RARE)
+    checkpoints_total_limit: int = field(default=2, metadata=RARE | AT_LEAST_1)
     """How many checkpoints are kept; an older one is removed once a newer one is safely on disk."""
     resume: str | None = None
     """Resume from the path of a checkpoint, or from the latest of --output-dir, or start if it has none: latest.
@@ -254,32 +244,24 @@ class CheckpointOptions:
     that may, such as --steps."""
     time_limit: str | None = None
     """Stop before this time is over, with a checkpoint and exit code 124: minutes, H:M:S or D-H:M:S."""
-    checkpoint_epochs: float | None = field(default=None, metadata=RARE)
+    checkpoint_epochs: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Epochs between checkpoints, instead of --checkpoint-every."""
 
     def __post_init__(self) -> None:
-        require(self.checkpoint_every >= 0, "--checkpoint-every must be 0 or more", self.checkpoint_every)
-        every = self.checkpoint_epochs
-        require(every is None or every > 0, "--checkpoint-epochs must be above 0", every)
-        limit = self.checkpoints_total_limit
-        require(limit >= 1, "--checkpoints-total-limit must be 1 or more", limit)
+        super().__post_init__()
         if self.time_limit is not None:
             seconds_of(self.time_limit)
 
 
 @dataclass(frozen=True)
-class HubOptions:
+class HubOptions(Options):
     """The Hugging Face Hub."""
 
     push_to_hub: bool = field(default=False, metadata=RARE)
     """Upload the adapter with its card, metrics and pictures after training; requires a login (HF_TOKEN, or hf auth
     login)."""
-    hub_model_id: str | None = field(default=None, metadata=RARE)
+    hub_model_id: str | None = field(default=None, metadata=RARE | needs("push_to_hub"))
     """The repository to upload to: OWNER/NAME, or NAME for your own. Default: the name of the run folder."""
-
-    def __post_init__(self) -> None:
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError("--hub-model-id needs --push-to-hub")
 
 
 def without(options: Any, *names: str) -> dict[str, Any]:

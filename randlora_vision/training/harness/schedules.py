@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from randlora_vision.training.option_fields import RARE, flag
+from randlora_vision.training.option_fields import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, INSIDE, RARE, Options, flag
 
 Shape = Literal[
     "cosine", "cosine_with_restarts", "linear", "polynomial", "tanh", "constant", "wsd", "step", "multistep", "plateau"
@@ -31,65 +31,52 @@ _USES = {
 
 
 @dataclass(frozen=True)
-class ScheduleOptions:
+class ScheduleOptions(Options):
     """The learning rate over time."""
 
-    min_lr: float = field(default=0.0, metadata=RARE)
+    min_lr: float = field(default=0.0, metadata=RARE | AT_LEAST_0)
     """Lowest learning rate after the warmup. Other peak rates end at the same fraction of their peak."""
-    warmup_fraction: float | None = None
+    warmup_fraction: float | None = field(default=None, metadata=BELOW_1)
     """Fraction of the steps over which the learning rate warms up linearly. Default: 0.1."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = field(default=None, metadata=AT_LEAST_0)
     """Steps over which it warms up, instead of a fraction."""
-    warmup_epochs: float | None = field(default=None, metadata=RARE)
+    warmup_epochs: float | None = field(default=None, metadata=RARE | AT_LEAST_0)
     """Epochs over which it warms up, instead of a fraction."""
-    warmup_lr: float | None = field(default=None, metadata=RARE)
+    warmup_lr: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Learning rate of the first step of the warmup. Default: the peak divided by the steps of the warmup."""
     schedule: Shape = "cosine"
     """The learning rate after the warmup. It falls to --min-lr along a half cosine, a line, a power of it or a
     hyperbolic tangent; or it is constant; or falls in steps. wsd: constant, and a power over the last --decay-steps.
     step: times --decay-rate every --decay-steps, counted from the start. multistep: after each of them. plateau: after
     --plateau-patience evaluations in which --best-metric does not improve."""
-    lr_power: float = field(default=1.0, metadata=RARE)
+    lr_power: float = field(default=1.0, metadata=RARE | ABOVE_0)
     """The power of --schedule polynomial or wsd."""
-    lr_num_cycles: int = field(default=1, metadata=RARE)
+    lr_num_cycles: int = field(default=1, metadata=RARE | AT_LEAST_1)
     """How many times --schedule cosine_with_restarts falls."""
     decay_steps: tuple[int, ...] = field(default=(), metadata=RARE)
     """One number of steps for --schedule step or wsd, several for multistep."""
     decay_epochs: tuple[float, ...] = field(default=(), metadata=RARE)
     """The same in epochs, instead of --decay-steps."""
-    decay_rate: float = field(default=0.1, metadata=RARE)
+    decay_rate: float = field(default=0.1, metadata=RARE | INSIDE)
     """What each fall of --schedule step, multistep or plateau multiplies the learning rate by."""
-    plateau_patience: int = field(default=10, metadata=RARE)
+    plateau_patience: int = field(default=10, metadata=RARE | AT_LEAST_0)
     """Evaluations without an improvement before --schedule plateau falls: it falls after one more."""
     lr_noise: tuple[float, ...] = field(default=(), metadata=RARE)
     """Multiply the learning rate by 1 + n at every step, n normal and between -0.67 and 0.67, from this fraction of the
     steps on, or between two fractions."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "warmup_epochs", "plateau_patience", "min_lr"):
-            require((getattr(self, name) or 0) >= 0, f"{flag(name)} must be 0 or more", getattr(self, name))
-        fraction = self.warmup_fraction
-        require(fraction is None or 0 <= fraction < 1, "--warmup-fraction must be at least 0 and below 1", fraction)
-        require(self.warmup_lr is None or self.warmup_lr > 0, "--warmup-lr must be above 0", self.warmup_lr)
-        require(self.lr_power > 0, "--lr-power must be above 0", self.lr_power)
-        require(self.lr_num_cycles >= 1, "--lr-num-cycles must be 1 or more", self.lr_num_cycles)
-        require(0 < self.decay_rate < 1, "--decay-rate must be above 0 and below 1", self.decay_rate)
+        super().__post_init__()
         for name in ("decay_steps", "decay_epochs"):
             times = getattr(self, name)
-            rising = all(one < other for one, other in zip((0, *times), times, strict=False))
-            require(rising, f"{flag(name)} must be above 0 and rise", " ".join(map(str, times)))
+            if any(one >= other for one, other in zip((0, *times), times, strict=False)):
+                raise ValueError(f"{flag(name)} must be above 0 and rise, got {' '.join(map(str, times))}")
         for name, shapes in _USES.items():
-            if (
-                getattr(self, name) != ScheduleOptions.__dataclass_fields__[name].default
-                and self.schedule not in shapes
-            ):
+            usual = ScheduleOptions.__dataclass_fields__[name].default
+            if getattr(self, name) != usual and self.schedule not in shapes:
                 raise ValueError(f"{flag(name)} is for --schedule {' or '.join(shapes)}, not for {self.schedule}")
-        between = self.lr_noise
-        require(
-            len(between) < 3 and list(between) == sorted(between),
-            "--lr-noise must be one or two rising numbers",
-            between,
-        )
+        if len(self.lr_noise) > 2 or list(self.lr_noise) != sorted(self.lr_noise):
+            raise ValueError(f"--lr-noise must be one or two rising numbers, got {self.lr_noise}")
         times = self.decay_steps or self.decay_epochs
         if self.schedule in _USES["decay_steps"] and not times:
             raise ValueError(f"--schedule {self.schedule} needs --decay-steps or --decay-epochs")
@@ -187,9 +174,3 @@ def warmup_steps(options: ScheduleOptions, steps: int) -> int:
     if options.warmup_steps is not None:
         return options.warmup_steps
     return round((_WARMUP_FRACTION if options.warmup_fraction is None else options.warmup_fraction) * steps)
-
-
-def require(condition: bool, expected: str, got: object) -> None:
-    """Raise ValueError unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{expected}, got {got}")

@@ -67,7 +67,7 @@ def test_help_names_flags_defaults_and_the_odd_meaning_of_rank(capsys: pytest.Ca
         (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["--max-grad-norm", "-1"], "--max-grad-norm must be 0 or more, got -1.0"),
         (["--warmup-fraction", "1"], "--warmup-fraction must be at least 0 and below 1"),
-        (["--val-fraction", "1"], "--val-fraction must be between 0 and 1"),
+        (["--val-fraction", "1"], "--val-fraction must be above 0 and below 1"),
         (["--templates", "a photo"], "'a photo' has no {} for the class name"),
         (["--dropout", "0.1", "--method", "full"], "--dropout needs --method randlora"),
         (["--budget", "100"], "--budget chooses the rank of --method lora"),
