@@ -7,10 +7,11 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.report import Row, default_rates, kinds_of_bases, rows, table, told_apart
+from benchmarks.quality.report import Row, default_rates, kinds_of_bases, rows, tasks_of, told_apart
 from benchmarks.quality.search import Results
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import CENTRE_STEP, Run, read_results
+from benchmarks.report import table
 
 RUNS = Path(__file__).parent / "quality" / "results" / "runs.jsonl"
 _GRID = "mnist16"
@@ -22,31 +23,25 @@ def results() -> Results:
     return read_results(RUNS)
 
 
-def tasks() -> list[str]:
-    """Return the tasks of the committed runs, in the benchmark's order."""
-    return [task for task in TASKS if any(run.task == task for run in results())]
-
-
 def methods_table() -> str:
     """Return the score of every method on every task, and what each task can tell apart."""
-    by_task = {task: rows(results(), task) for task in tasks()}
+    by_task = {task: rows(results(), task) for task in tasks_of(results())}
     scores = {(row.task, row.method): _score(row) for found in by_task.values() for row in found}
     tried = [name for name in METHODS if any(name == method for _, method in scores)]
     header = ["method", *(TASKS[task].title for task in by_task)]
     lines = [[METHODS[name].title, *(scores.get((task, name), "") for task in by_task)] for name in tried]
     verdicts = [f"- {TASKS[task].title} ({TASKS[task].score}): {told_apart(found)}" for task, found in by_task.items()]
-    return f"{table(header, lines)}\n\n" + "".join(f"{line}\n" for line in verdicts)
+    return f"{table([header, *lines])}\n" + "".join(f"{line}\n" for line in verdicts)
 
 
 def rates_table() -> str:
     """Return the scores of RandLoRA at `suggest_lr`, a third of it, three times it, and the best rate tried."""
-    header, lines = default_rates(results(), tasks())
-    return f"{table(header[:-1], [line[:-1] for line in lines])}\n"
+    return table([line[:-1] for line in default_rates(results(), tasks_of(results()))])
 
 
 def bases_table() -> str:
     """Return the difference of every kind of bases to uniform ones."""
-    return f"{table(*kinds_of_bases(results(), tasks()))}\n"
+    return table(kinds_of_bases(results(), tasks_of(results())))
 
 
 def grid_table() -> str:
@@ -61,7 +56,7 @@ def grid_table() -> str:
         [f"{method} bases", *(f"{100 * found[exponent]['test']:.1f}" for exponent in exponents)]
         for method, found in by_bases.items()
     ]
-    return f"{table(header, lines)}\n"
+    return table([header, *lines])
 
 
 def _score(row: Row) -> str:

@@ -8,7 +8,6 @@ both towers to Twitter's drawings of the same things, with RandLoRA, LoRA and fu
 again (the original task).
 """
 
-import argparse
 import csv
 import json
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import command_line
 from benchmarks.quality.data import get
 from benchmarks.quality.dinov2 import load_dinov2
 from randlora_vision.errors import user_errors
@@ -41,8 +41,7 @@ _RATES = ("--rates", "lora=1e-3", "full=1e-4")
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Get the data, align the towers, and compare the methods."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_real", description=summary, epilog=rest)
+    parser = command_line.parser("demo_real", __doc__)
     parser.add_argument("--data", type=Path, default=Path("runs/quality-data"), help="folder of the downloads")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo-real"), help="folder of the results")
     options, others = parser.parse_known_args(argv)

@@ -1,15 +1,20 @@
 """The five fine-tuning methods that are compared, on the same layers and with equally many trained numbers."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
 
+Apply = Callable[[nn.Module, Sequence[str], int], nn.Module]
+"""Adapts the layers of a model at these paths, with a rank of RandLoRA, and returns the model."""
 _SCALING = 20  # alpha / rank, the same for PEFT's RandLora and ours
 
 
@@ -18,7 +23,7 @@ class Method:
     """How a model is adapted, saved and loaded."""
 
     title: str  # name in the tables
-    apply: Callable[[nn.Module, Sequence[str], int], nn.Module]  # model, target paths, rank of RandLoRA
+    apply: Apply
     save: Callable[[nn.Module, Path], None]  # writes the files that a user would keep
     load: Callable[[nn.Module, Path], nn.Module]  # into a fresh base model
 
@@ -28,23 +33,27 @@ def trained_numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def weight_shape(model: nn.Module, target: str) -> torch.Size:
+    """Return the shape of a layer's weight, (outputs, inputs)."""
+    return model.get_parameter(f"{target}.weight").shape
+
+
 def randlora_numbers(model: nn.Module, targets: Sequence[str], rank: int) -> int:
     """Return how many numbers RandLoRA trains: R N + N m per layer, with N = ceil(m / R)."""
-    narrow = [min(model.get_submodule(target).weight.shape) for target in targets]
-    return sum(-(-m // rank) * (rank + m) for m in narrow)
+    narrow = [min(weight_shape(model, target)) for target in targets]
+    return sum(math.ceil(m / rank) * (rank + m) for m in narrow)
 
 
 def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
     """Return the LoRA rank whose number of trained numbers, r (O + I) per layer, is closest to `budget`."""
-    per_rank = sum(sum(model.get_submodule(target).weight.shape) for target in targets)
+    per_rank = sum(sum(weight_shape(model, target)) for target in targets)
     return max(1, round(budget / per_rank))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Ignore warnings; also a decorator."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         yield
 
 
@@ -64,7 +73,7 @@ def _peft_load(model: nn.Module, folder: Path) -> nn.Module:
 
 
 @_quiet()
-def _peft_save(model: nn.Module, folder: Path) -> None:
+def _peft_save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
@@ -82,9 +91,12 @@ def _peft_randlora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Mo
     return peft_model(model, RandLoraConfig(r=rank, randlora_alpha=alpha, target_modules=list(targets)))
 
 
-def _ours(bases: str) -> Callable[[nn.Module, Sequence[str], int], nn.Module]:
+def ours(bases: str, compute: str = "auto") -> Apply:
+    """Return RandLoRA with a kind of bases and an order of products."""
+
     def apply(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
-        inject(model, RandLoRAConfig(rank=rank, alpha=_SCALING * rank, target_modules=list(targets), bases=bases))
+        alpha, layers = _SCALING * rank, list(targets)
+        inject(model, RandLoRAConfig(rank=rank, alpha=alpha, target_modules=layers, bases=bases, compute=compute))
         return model
 
     return apply
@@ -122,6 +134,6 @@ METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", _full, _full_save, _full_load),
     "peft_lora": Method("PEFT LoRA", _peft_lora, _peft_save, _peft_load),
     "peft_randlora": Method("PEFT RandLora", _peft_randlora, _peft_save, _peft_load),
-    "ours": Method("ours, dense bases", _ours("uniform"), _our_save, _our_load),
-    "ours_structured": Method("ours, structured bases", _ours("structured"), _our_save, _our_load),
+    "ours": Method("ours, dense bases", ours("uniform"), _our_save, _our_load),
+    "ours_structured": Method("ours, structured bases", ours("structured"), _our_save, _our_load),
 }

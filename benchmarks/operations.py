@@ -7,19 +7,21 @@ one kernel launch, and small layers are bound by them. The sums of gradients tha
 separately.
 """
 
-import argparse
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.methods import METHODS
+from benchmarks import command_line
+from benchmarks.methods import METHODS, Apply
+from benchmarks.report import table
 from benchmarks.workloads import Layer
 
 _FREE = {
@@ -62,10 +64,8 @@ def _engine_calls() -> bool:
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
-Apply = Callable[[nn.Module, list[str], int], nn.Module]
-
-
-class Added(NamedTuple):
+@dataclass(frozen=True)
+class Added:
     """What an adapted layer adds."""
 
     operations: Counter[str]
@@ -118,24 +118,28 @@ def python_calls(function: Callable[[], object]) -> int:
 
 def main() -> None:
     """Print the counts of every adapter for the layers of a ViT block."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.operations", description=(__doc__ or "").split("\n")[0])
+    parser = command_line.parser("operations", __doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[5, 197, 3152], help="numbers of tokens")
     parser.add_argument("--operations", action="store_true", help="list the operations")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # warnings of the compared libraries
-    print(f"| method | tokens | {' | '.join(SHAPES)} | mean | calls of a forward |")
-    print("| --- | ---: |" + " ---: |" * (len(SHAPES) + 2))
+    rows = [["method", "tokens", *SHAPES, "mean", "calls of a forward"]]
+    details = []
     for name, method in METHODS.items():
         if name == "full":
             continue
         for tokens in options.tokens:
             found = [added(method.apply, *shape, tokens=tokens) for shape in SHAPES.values()]
             mean = sum(layer.count for layer in found) / len(found)
-            counts = " | ".join(str(layer.count) for layer in found)
-            print(f"| {method.title} | {tokens} | {counts} | {mean:.1f} | {max(layer.calls for layer in found)} |")
-            if options.operations:
-                for shape, layer in zip(SHAPES, found, strict=True):
-                    print(f"  {shape}: {dict(layer.operations)}, {layer.accumulations} sums of gradients")
+            counts = [str(layer.count) for layer in found]
+            rows.append([method.title, f"{tokens}", *counts, f"{mean:.1f}", f"{max(layer.calls for layer in found)}"])
+            details += [
+                f"{method.title}, {tokens} tokens, {shape}: {dict(layer.operations)}, {layer.accumulations} sums"
+                for shape, layer in zip(SHAPES, found, strict=True)
+            ]
+    print(table(rows), end="")
+    if options.operations:
+        print("\n".join(["", *details]))
 
 
 if __name__ == "__main__":

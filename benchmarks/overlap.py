@@ -7,7 +7,6 @@ named, and prints the share of a step outside the forward and backward passes: t
 the optimiser and bookkeeping that is not hidden behind computation.
 """
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -15,13 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import command_line
 from randlora_vision.files.atomic import write_json
-from randlora_vision.training.harness import fit as fitting
+from randlora_vision.training.harness import fit
 from randlora_vision.training.harness.loop import Trainer
 
 _WARM_UP = 2  # steps that are not counted, in which loader processes start and memory is allocated
@@ -42,7 +43,7 @@ class TimedTrainer(Trainer):
         self.times.clear()
         self.batches = _Timed(self.batches, self.times)
         forward = self.task.loss.forward
-        self.task.loss.forward = self._timed("forward", forward)  # type: ignore[method-assign]
+        self.task.loss.forward = self._timed("forward", forward)
         self.accelerator.backward = self._timed("backward", self.accelerator.backward)
         for name in ("step", "zero_grad"):
             setattr(self.optimizer, name, self._timed("optimiser", getattr(self.optimizer, name)))
@@ -111,23 +112,19 @@ def measure(script: str, model: str, data: Path, output: Path, flags: Sequence[s
     from randlora_vision.train_scripts import train_classifier, train_clip
 
     main = {"clip": train_clip.main, "classifier": train_classifier.main}[script]
-    ordinary = fitting.Trainer
-    fitting.Trainer = TimedTrainer  # type: ignore[misc]
-    try:
+    with mock.patch.object(fit, "Trainer", TimedTrainer):
         main(["--data", str(data), "--model", model, "--output-dir", str(output), *flags])
-    finally:
-        fitting.Trainer = ordinary  # type: ignore[misc]
     return shares(TimedTrainer.times)
 
 
 def main() -> None:
     """Measure one or both scripts and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", choices=[*_MODELS, "both"], default="both", help="which script (default: both)")
-    parser.add_argument("--model", help="model to train (default: a model of ViT-S size)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode images (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per step (default: 16)")
-    parser.add_argument("--steps", type=int, default=8, help=f"steps after {_WARM_UP} warm-up steps (default: 8)")
+    parser = command_line.parser("overlap", __doc__)
+    parser.add_argument("--script", choices=[*_MODELS, "both"], default="both", help="which script")
+    parser.add_argument("--model", help="model to train, or one of ViT-S size")
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode images")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per step")
+    parser.add_argument("--steps", type=int, default=8, help=f"steps after {_WARM_UP} warm-up steps")
     parser.add_argument("--json", type=Path, help="also write the shares to this file")
     options, flags = parser.parse_known_args()  # unknown arguments are passed to the script
     steps = str(options.steps + _WARM_UP)

@@ -89,7 +89,8 @@ def spectra(path: Path) -> None:
             with torch.no_grad():
                 for _, tensor in adapter_parameters(layer):
                     tensor.copy_(torch.randn(tensor.shape, generator=generator))
-                values = torch.linalg.svdvals(layer.weight - layer.base_weight())
+                update = layer.weight - layer.base_weight()  # type: ignore[operator]
+                values = torch.linalg.svdvals(update)
             label = f"RandLoRA, rank {rank}: {count_parameters(layer)[0]:,} trained"
             axes.plot(range(1, narrow + 1), values / values[0], color=f"C{number}", label=label)
         for number, rank in enumerate((3, 1), 2):

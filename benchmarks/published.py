@@ -9,7 +9,6 @@
 ``<!-- figures: NAME -->`` and ``<!-- end -->`` in Markdown files, and are replaced there; a test compares them.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -18,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choosing
+from benchmarks import choosing, command_line
 from benchmarks.report import size_text, table
 from randlora_vision.files.atomic import write_json, write_text
 
@@ -39,11 +38,7 @@ _MARKED = re.compile(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, collect, and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.published",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("published", __doc__)
     parser.add_argument("--demo", type=Path, help="the output folder of make demo")
     parser.add_argument("--step", type=Path, help="the output folder of benchmarks.step")
     options = parser.parse_args(argv)

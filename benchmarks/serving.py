@@ -7,7 +7,6 @@ A batch of images is classified with 1 to S different adapters in it: ours by `p
 run. Adapters have (nearly) as many trained numbers in both.
 """
 
-import argparse
 import gc
 import tracemalloc
 import warnings
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks import command_line
 from benchmarks.measure import timed
 from benchmarks.methods import lora_rank, peft_model, randlora_numbers
 from benchmarks.operations import Operations, python_calls
+from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS, Layer
 from randlora_vision import RandLoRAConfig, inject, per_sample, set_active
 
@@ -74,8 +75,8 @@ def mixed_batch(one: Served, chosen: list[str], x: Tensor) -> Tensor:
         return one.model(x, **arguments)
 
 
-def batches(samples: int, rounds: int) -> Iterator[str]:
-    """Yield the lines of the table of mixed batches."""
+def batches(samples: int, rounds: int) -> Iterator[list[str]]:
+    """Yield the rows of the table of mixed batches."""
     workload = WORKLOADS["vit_s"]
     x = workload.inputs(samples, torch.device("cpu"))["x"]
     names = [f"a{i}" for i in range(samples)]
@@ -83,8 +84,7 @@ def batches(samples: int, rounds: int) -> Iterator[str]:
     for method in (PEFT, *KINDS):
         model = workload.build()
         models[method] = served(method, model, workload.targets(model, "attention+mlp"), names)
-    yield "| method | adapters in the batch | FLOPs | operations | time |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
+    yield ["method", "adapters in the batch", "FLOPs", "operations", "time"]
     for different in (1, samples // 2, samples):
         chosen = [names[i % different] for i in range(samples)]
         seconds: dict[str, list[float]] = {method: [] for method in models}
@@ -101,22 +101,20 @@ def batches(samples: int, rounds: int) -> Iterator[str]:
             counts = flops.get_total_flops(), operations.counts.total()
             reference = reference or counts
             ratio = median(own / other for own, other in zip(seconds[method], seconds[PEFT], strict=True))
-            yield (
-                f"| {method} | {different} of {samples} | {counts[0] / reference[0]:.2f} | {counts[1]:,} "
-                f"| {ratio:.2f} |"
-            )
+            costs = [f"{counts[0] / reference[0]:.2f}", f"{counts[1]:,}", f"{ratio:.2f}"]
+            yield [method, f"{different} of {samples}", *costs]
 
 
-def many(counts: list[int], rounds: int) -> Iterator[str]:
-    """Yield the lines of the table of switching."""
-    yield "| method | adapters | Python calls to switch | time to switch | tensors per adapter | objects per adapter |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+def many(counts: list[int], rounds: int) -> Iterator[list[str]]:
+    """Yield the rows of the table of switching."""
+    sizes = ["tensors per adapter", "objects per adapter"]
+    yield ["method", "adapters", "Python calls to switch", "time to switch", *sizes]
     for count in counts:
         found = {method: _switching(method, [f"a{i}" for i in range(count)], rounds) for method in (PEFT, *KINDS)}
         for method, one in found.items():
             ratio = median(own / other for own, other in zip(one.seconds, found[PEFT].seconds, strict=True))
-            sizes = f"{one.tensors / 1e3:,.0f} KB | {one.objects / 1e3:,.1f} KB"
-            yield f"| {method} | {count:,} | {one.calls:,} | {ratio:.3f} | {sizes} |"
+            sizes = [f"{one.tensors / 1e3:,.0f} KB", f"{one.objects / 1e3:,.1f} KB"]
+            yield [method, f"{count:,}", f"{one.calls:,}", f"{ratio:.3f}", *sizes]
 
 
 class Switching(NamedTuple):
@@ -147,11 +145,7 @@ def _switching(method: str, names: list[str], rounds: int) -> Switching:
 
 def main() -> None:
     """Parse the command line, measure, and print the tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=(__doc__ or "").partition("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_line.parser("serving", __doc__)
     parser.add_argument("--samples", type=int, default=8, help="images of a batch")
     parser.add_argument(
         "--adapters", type=int, nargs="+", default=[10, 100, 1000], help="numbers of adapters to switch"
@@ -159,13 +153,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed repetitions")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # warnings of the compared libraries
-    for title, lines in (
+    for title, rows in (
         (f"ViT-S/16, {options.samples} images, an adapter per image", batches(options.samples, options.rounds)),
         ("Two layers of 384 to 1,152 and 384 features", many(options.adapters, options.rounds)),
     ):
-        print(f"\n{title}\n", flush=True)
-        for line in tqdm(lines, unit="line", leave=False):
-            tqdm.write(line)
+        print(f"\n{title}\n\n{table(list(tqdm(rows, unit='row', leave=False)))}", end="")
 
 
 if __name__ == "__main__":

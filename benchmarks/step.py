@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import measure
+from benchmarks import command_line, measure
 from benchmarks.expectations import verdicts
 from benchmarks.methods import METHODS
 from benchmarks.report import Result, markdown, plot, write_csv
@@ -87,13 +87,7 @@ def _write(results: list[Result], folder: Path, device: torch.device) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_line.parser("step", __doc__)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--quick", action="store_true", help="only a few rows, in less than three minutes on two cores")
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), help="only these models")

@@ -10,55 +10,38 @@ import argparse
 import csv
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import measure
-from benchmarks.methods import METHODS
+from benchmarks import command_line, measure
+from benchmarks.methods import METHODS, Apply, ours
 from benchmarks.workloads import Layer
-from randlora_vision import RandLoRAConfig, inject
 from randlora_vision.figures import figure_file
 from randlora_vision.files.atomic import write_text
 
 _RANK = 32
 
 
-def _pinned(bases: str, compute: str) -> Callable[[nn.Module], nn.Module]:
-    def apply(model: nn.Module) -> nn.Module:
-        inject(model, RandLoRAConfig(rank=_RANK, target_modules=["layer"], bases=bases, compute=compute))
-        return model
-
-    return apply
-
-
-def _method(name: str) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: METHODS[name].apply(model, ["layer"], _RANK)
-
-
-CURVES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "full fine-tuning": _method("full"),
-    "PEFT LoRA": _method("peft_lora"),
-    "PEFT RandLora": _method("peft_randlora"),
-    "ours, always dense": _pinned("uniform", "dense"),
-    "ours, always factored": _pinned("uniform", "factored"),
-    "ours, auto": _pinned("uniform", "auto"),
-    "ours, fewest bytes": _pinned("uniform", "memory"),
-    "ours, structured": _pinned("structured", "auto"),
+CURVES: dict[str, Apply] = {
+    "full fine-tuning": METHODS["full"].apply,
+    "PEFT LoRA": METHODS["peft_lora"].apply,
+    "PEFT RandLora": METHODS["peft_randlora"].apply,
+    "ours, always dense": ours("uniform", "dense"),
+    "ours, always factored": ours("uniform", "factored"),
+    "ours, auto": ours("uniform"),
+    "ours, fewest bytes": ours("uniform", "memory"),
+    "ours, structured": ours("structured"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, and write the table and the plot."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tokens",
-        description=(__doc__ or "").partition("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_line.parser("tokens", __doc__)
     parser.add_argument("--outputs", type=int, default=3072, help="output features of the layer")
     parser.add_argument("--inputs", type=int, default=768, help="input features of the layer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device for timing")
@@ -114,7 +97,7 @@ def _trainees(options: argparse.Namespace, device: torch.device) -> dict[str, me
     trainees = {}
     for name, apply in CURVES.items():
         torch.manual_seed(0)
-        model = apply(Layer(options.inputs, options.outputs).requires_grad_(False)).to(device)
+        model = apply(Layer(options.inputs, options.outputs).requires_grad_(False), ["layer"], _RANK).to(device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         inputs = _inputs(1, options.inputs, device)
         trainees[name] = measure.Trainee(model, optimizer, inputs, lambda y: y.sum(), torch.float32)

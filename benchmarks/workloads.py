@@ -143,16 +143,16 @@ def _flux_tokens(size: int, device: torch.device) -> Inputs:
     }
 
 
-_VIT_LAYERS = {"attention": r"blocks\.\d+\.attn\.(qkv|proj)", "mlp": r"blocks\.\d+\.mlp\.fc[12]"}
+_VIT_LAYERS = (r"blocks\.\d+\.attn\.(qkv|proj)", r"blocks\.\d+\.mlp\.fc[12]")
 
 WORKLOADS: dict[str, Workload] = {
     "vit_s": Workload(
-        "ViT-S/16", "images", (1, 4, 16, 64), _vit("vit_small_patch16_224"), _images, mean_square, **_VIT_LAYERS
+        "ViT-S/16", "images", (1, 4, 16, 64), _vit("vit_small_patch16_224"), _images, mean_square, *_VIT_LAYERS
     ),
     "vit_b": Workload(
-        "ViT-B/16", "images", (1, 4, 16, 64), _vit("vit_base_patch16_224"), _images, mean_square, **_VIT_LAYERS
+        "ViT-B/16", "images", (1, 4, 16, 64), _vit("vit_base_patch16_224"), _images, mean_square, *_VIT_LAYERS
     ),
-    "vit_l": Workload("ViT-L/16", "images", (64,), _vit("vit_large_patch16_224"), _images, mean_square, **_VIT_LAYERS),
+    "vit_l": Workload("ViT-L/16", "images", (64,), _vit("vit_large_patch16_224"), _images, mean_square, *_VIT_LAYERS),
     "clip_b": Workload(
         "CLIP ViT-B/32, both towers",
         "pairs",

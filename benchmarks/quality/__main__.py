@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import command_line
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import plot_budgets, plot_rates
 from benchmarks.quality.report import markdown
@@ -86,8 +87,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=summary, epilog=rest)
+    parser = command_line.parser("quality", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))

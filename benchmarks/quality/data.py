@@ -8,7 +8,6 @@ can be given them there: without npm the command names the files and where they 
 its SHA-256. Nothing of this is part of the repository.
 """
 
-import argparse
 import hashlib
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from benchmarks import command_line
 from benchmarks.quality import prepare
 from randlora_vision.errors import user_errors
 
@@ -177,8 +177,7 @@ def get(folder: Path, names: Iterable[str] = PARTS) -> None:
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Download and prepare what DIR does not hold yet."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.data", description=summary, epilog=rest)
+    parser = command_line.parser("quality.data", __doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the archives and the prepared data")
     folder: Path = parser.parse_args(argv).folder
     get(folder)

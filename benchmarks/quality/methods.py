@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.methods import peft_model, randlora_numbers, trained_numbers
+from benchmarks.methods import peft_model, randlora_numbers, trained_numbers, weight_shape
 from randlora_vision import RandLoRAConfig, inject
 from randlora_vision.training.methods.rivals import inject_rival
 
@@ -56,8 +56,7 @@ def _peft(kind: str, settings: Callable[[int, int], dict[str, Any]]) -> Apply:
     def apply(model: nn.Module, targets: Sequence[str], knob: int, seed: int) -> nn.Module:
         import peft
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             config = getattr(peft, kind)(target_modules=list(targets), **settings(knob, seed))
         return peft_model(model, config)
 
@@ -122,7 +121,7 @@ def knob_for(method: Method, model: nn.Module, targets: Sequence[str], rank: int
         return 0
     shapes: dict[tuple[int, int], int] = {}
     for target in targets:
-        out, inputs = model.get_submodule(target).weight.shape
+        out, inputs = weight_shape(model, target)
         shapes[out, inputs] = shapes.get((out, inputs), 0) + 1
 
     def numbers(knob: int) -> int:

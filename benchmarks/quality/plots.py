@@ -1,13 +1,16 @@
 """Plots of the runs: the score against the trained numbers, and against the learning rate."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.report import BASES, Row, rows
+from benchmarks.quality.report import BASES, Row, rows, tasks_of
 from benchmarks.quality.search import Results, exponent_means
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import RATE_STEP
@@ -20,7 +23,7 @@ _WIDTH, _HEIGHT = 4.4, 3.4
 
 def plot_budgets(results: Results, path: Path) -> None:
     """Plot the test score of every method at its best rate against its trained numbers, one panel per task."""
-    tasks = _tasks(results)
+    tasks = tasks_of(results)
     with figure_file(path, _size(tasks), "Test score and trained numbers", layout="constrained") as figure:
         for axes, task in zip(_panels(figure, tasks), tasks, strict=False):
             found = rows(results, task)
@@ -46,7 +49,7 @@ def _points(axes: Axes, own: Sequence[Row], number: int) -> None:
     axes.errorbar(
         [row.result["trained"] for row in own],
         [row.mean for row in own],
-        [0 if row.half_width != row.half_width else row.half_width for row in own],
+        [0 if math.isnan(row.half_width) else row.half_width for row in own],
         color=_COLOURS[number % len(_COLOURS)],
         marker=_MARKERS[number],
         capsize=2,
@@ -57,7 +60,7 @@ def _points(axes: Axes, own: Sequence[Row], number: int) -> None:
 
 def plot_rates(results: Results, path: Path) -> None:
     """Plot the validation score against the rate, relative to the centre of each method's grid, one panel per task."""
-    tasks = _tasks(results)
+    tasks = tasks_of(results)
     with figure_file(path, _size(tasks), "Validation score and learning rate", layout="constrained") as figure:
         for axes, task in zip(_panels(figure, tasks), tasks, strict=False):
             for number, method in enumerate(METHODS):
@@ -78,26 +81,22 @@ def plot_rates(results: Results, path: Path) -> None:
         _legend(figure)
 
 
-def _tasks(results: Results) -> list[str]:
-    return [task for task in TASKS if any(run.task == task for run in results)]
-
-
 def _size(tasks: Sequence[str]) -> tuple[float, float]:
     columns = min(3, len(tasks))
-    return _WIDTH * columns, _HEIGHT * -(-len(tasks) // columns) + 0.9
+    return _WIDTH * columns, _HEIGHT * math.ceil(len(tasks) / columns) + 0.9
 
 
-def _panels(figure, tasks: Sequence[str]) -> list[Axes]:  # type: ignore[no-untyped-def]
+def _panels(figure: Figure, tasks: Sequence[str]) -> list[Axes]:
     columns = min(3, len(tasks))
-    panels = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False).ravel()
+    panels = figure.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).ravel()
     for spare in panels[len(tasks) :]:
         spare.axis("off")
     return list(panels)
 
 
-def _legend(figure) -> None:  # type: ignore[no-untyped-def]
+def _legend(figure: Figure) -> None:
     """One legend for all panels, with every label once."""
-    found = {}
+    found: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)

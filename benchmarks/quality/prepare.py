@@ -59,7 +59,8 @@ def prepare_emoji(archives: dict[str, Path], folder: Path) -> None:
             files = [f"package/img/{artist}/64/{row['image']}" for row in table]
             drawn[artist] = torch.stack([_on_white(_read(archive, held[file])) for file in files])
     captions = [f"{row['name'] or row['short_name']}".lower().replace("_", " ") for row in table]
-    kept, seen = [], set()
+    kept: list[int] = []
+    seen: set[object] = set()
     for index, caption in enumerate(captions):
         traits = {caption, *((artist, pictures[index].numpy().tobytes()) for artist, pictures in drawn.items())}
         if not traits & seen:

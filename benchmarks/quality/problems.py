@@ -103,6 +103,8 @@ class Classification(Problem):
 class Cosine(nn.Module):
     """Logits of features (B, D) -> (B, C): cosines to `texts` (C, D), which stay as they are, over a temperature."""
 
+    texts: Tensor
+
     def __init__(self, texts: Tensor, temperature: float) -> None:
         super().__init__()
         self.register_buffer("texts", texts)

@@ -10,6 +10,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.search import DEFAULT_RATES, Results, best_exponent, exponent_means, unsearched
 from benchmarks.quality.tasks import TASKS, Task
 from benchmarks.quality.train import RATE_STEP
+from benchmarks.report import table
 from randlora_vision.training.evaluation.intervals import seeds_half_width
 
 _Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
@@ -78,14 +79,17 @@ def rows(results: Results, task: str) -> list[Row]:
 def markdown(results: Results, steps: Iterable[Mapping[str, Any]]) -> str:
     """Return the whole report, without a title."""
     ratios = {(line["task"], line["method"]): line["ratio"] for line in steps}
-    tasks = [task for task in TASKS if any(run.task == task for run in results)]
+    tasks = tasks_of(results)
     parts = [_task_section(TASKS[task], rows(results, task), ratios) for task in tasks]
-    default, bases = (
-        table(head, lines) for head, lines in (default_rates(results, tasks), kinds_of_bases(results, tasks))
-    )
-    parts.append(f"## The default rate of RandLoRA (`suggest_lr`)\n\n{default}\n")
-    parts.append(f"## Kinds of bases, each at its best rate\n\n{bases}\n")
+    default, bases = table(default_rates(results, tasks)), table(kinds_of_bases(results, tasks))
+    parts.append(f"## The default rate of RandLoRA (`suggest_lr`)\n\n{default}")
+    parts.append(f"## Kinds of bases, each at its best rate\n\n{bases}")
     return "\n".join(parts)
+
+
+def tasks_of(results: Results) -> list[str]:
+    """Return the tasks that have runs, in the benchmark's order."""
+    return [task for task in TASKS if any(run.task == task for run in results)]
 
 
 def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, str], float]) -> str:
@@ -110,7 +114,7 @@ def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, s
                 f"{row.result['file_bytes']:,}",
             ]
         )
-    return f"## {task.title}\n\n{table(header, lines)}\n\n{told_apart(found)}\n"
+    return f"## {task.title}\n\n{table([header, *lines])}\n{told_apart(found)}\n"
 
 
 def told_apart(found: Sequence[Row]) -> str:
@@ -138,10 +142,13 @@ def _sized_name(row: Row, among: Sequence[Row]) -> str:
     return f"{METHODS[row.method].title} ({row.result['trained']:,})" if several else METHODS[row.method].title
 
 
-def default_rates(results: Results, tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return a header and lines: scores at the default rate, a third and thrice it, over the seeds of all rates."""
-    header = ["task", "bases", "trained", "a third", "default", "three times", "best of the grid", "default below best"]
-    lines = []
+def default_rates(results: Results, tasks: Sequence[str]) -> list[list[str]]:
+    """Return the rows of a table: scores at a third of the default rate, at it, and at three times it, by task.
+
+    The first row is the head. Scores are means over the seeds that were run at all of the rates.
+    """
+    lines = [["task", "bases", "trained", "a third", "default", "three times"]]
+    lines[0] += ["best of the grid", "default below best"]
     for task in tasks:
         for row in rows(results, task):
             wanted = (*DEFAULT_RATES, row.exponent)
@@ -159,13 +166,12 @@ def default_rates(results: Results, tasks: Sequence[str]) -> tuple[list[str], li
                     f"{100 * (best - default):+.1f}",
                 ]
             )
-    return header, lines
+    return lines
 
 
-def kinds_of_bases(results: Results, tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return a header and lines: the difference of every kind of bases to uniform ones, seed by seed."""
-    header = ["task", "bases", "trained", "minus uniform, points, 95%", "seeds"]
-    lines = []
+def kinds_of_bases(results: Results, tasks: Sequence[str]) -> list[list[str]]:
+    """Return the rows of a table, the first its head: every kind of bases minus uniform ones, seed by seed."""
+    lines = [["task", "bases", "trained", "minus uniform, points, 95%", "seeds"]]
     for task in tasks:
         found = rows(results, task)
         uniform = {row.result["budget"]: row for row in found if row.method == "uniform"}
@@ -187,10 +193,4 @@ def kinds_of_bases(results: Results, tasks: Sequence[str]) -> tuple[list[str], l
                     str(len(common)),
                 ]
             )
-    return header, lines
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, without a line break at its end."""
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
+    return lines

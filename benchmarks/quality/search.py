@@ -48,8 +48,8 @@ def unsearched(results: Results, task: str, method: str, budget: int, search_see
     if missing:
         return missing
     best = best_exponent(results, task, method, budget)
-    beyond = {tried[0]: tried[0] - 1, tried[-1]: tried[-1] + 1}.get(best)
-    return [beyond] if beyond is not None and abs(beyond) <= WIDEST else []
+    beyond = [tried[0] - 1] if best == tried[0] else [tried[-1] + 1] if best == tried[-1] else []
+    return [exponent for exponent in beyond if abs(exponent) <= WIDEST]
 
 
 def next_run(

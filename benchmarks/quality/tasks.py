@@ -126,18 +126,17 @@ def _flat(generator: torch.Generator) -> Tensor:
 def _linear(sample: Callable[[torch.Generator], Tensor]) -> Callable[[Path, int], Problem]:
     def make(folder: Path, seed: int) -> Problem:
         generator = torch.Generator().manual_seed(1000 + seed)
-        base = nn.Sequential(nn.Linear(_LINEAR, _LINEAR, bias=False))
-        with torch.no_grad():
-            base[0].weight.copy_(torch.randn(_LINEAR, _LINEAR, generator=generator) / _LINEAR**0.5)
+        layer = nn.Linear(_LINEAR, _LINEAR, bias=False).requires_grad_(False)
+        layer.weight.copy_(torch.randn(_LINEAR, _LINEAR, generator=generator) / _LINEAR**0.5)
         change = sample(generator)
-        change *= _RELATIVE_TARGET * base[0].weight.detach().norm() / change.norm()
+        change *= _RELATIVE_TARGET * layer.weight.norm() / change.norm()
         scale = float(_LINEAR**0.5 / change.norm())  # answers whose change has unit mean square
         parts = {}
         for name, number in (("train", 4096), ("val", 1000), ("test", 1000)):
             inputs = torch.randn(number, _LINEAR, generator=generator)
-            parts[name] = (inputs, inputs @ (base[0].weight.detach() + change).T * scale)
+            parts[name] = (inputs, inputs @ (layer.weight + change).T * scale)
         train = parts.pop("train")
-        return Regression(base, _Scaled(scale), *train, parts, 128, seed)
+        return Regression(nn.Sequential(layer.requires_grad_(True)), _Scaled(scale), *train, parts, 128, seed)
 
     return make
 
@@ -190,7 +189,7 @@ def _classification(
 
 def _head(base: nn.Module, labels: Tensor) -> nn.Linear:
     """Return a classifier that starts at zero."""
-    head = nn.Linear(base.num_features, int(labels.max()) + 1)
+    head = nn.Linear(base.num_features, int(labels.max()) + 1)  # type: ignore[arg-type]
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -77,6 +77,7 @@ class Trainee:
         loss = self.problem.loss(self.model)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, _CLIP)
+        assert self.optimizer is not None and self.schedule is not None  # there are parameters to train
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()

@@ -29,9 +29,9 @@ def test_a_mixed_batch_is_that_of_its_samples(method: str) -> None:
 
 
 def test_the_table_of_switching() -> None:
-    lines = list(many([2], rounds=1))
-    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {method}" for method in (PEFT, *KINDS)]
-    kilobytes = [float(line.split(" | ")[4].removesuffix(" KB")) for line in lines[2:]]
+    _, *rows = many([2], rounds=1)
+    assert [row[0] for row in rows] == [PEFT, *KINDS]
+    kilobytes = [float(row[4].removesuffix(" KB")) for row in rows]
     assert kilobytes[0] == pytest.approx(kilobytes[1], rel=0.2) and kilobytes[1] == kilobytes[2] > 1
 
 
@@ -43,11 +43,11 @@ def test_the_tables_of_mixed_batches_and_of_kept_bytes(monkeypatch: pytest.Monke
         return VisionTransformer(img_size=224, patch_size=112, embed_dim=64, depth=1, num_heads=2, num_classes=3)
 
     monkeypatch.setitem(WORKLOADS, "vit_s", replace(WORKLOADS["vit_s"], build=small))
-    rows = [line.split(" | ") for line in batches(2, 1)][2:]
+    _, *rows = batches(2, 1)
     operations = {(row[0], row[1]): int(row[3].replace(",", "")) for row in rows}
     for method in KINDS:
-        assert operations[f"| {method}", "1 of 2"] == operations[f"| {method}", "2 of 2"]
-    assert operations[f"| {PEFT}", "1 of 2"] < operations[f"| {PEFT}", "2 of 2"]
-    lines = memory.table("vit_s", [2])
-    assert len(lines) == 2 + len(memory.CHOICES) + len(memory.CHECKPOINTED)
-    assert lines[2] == "| PEFT RandLora | 1.00 | 1.00 |"
+        assert operations[method, "1 of 2"] == operations[method, "2 of 2"]
+    assert operations[PEFT, "1 of 2"] < operations[PEFT, "2 of 2"]
+    rows = memory.costs("vit_s", [2])
+    assert len(rows) == 1 + len(memory.CHOICES) + len(memory.CHECKPOINTED)
+    assert rows[1] == ["PEFT RandLora", "1.00", "1.00"]
