@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.methods import METHODS, trained_numbers
+from benchmarks.methods import METHODS, TIMED, trained_numbers
 from benchmarks.workloads import WORKLOADS, Inputs, Row
 from randlora_vision.torch_internals import storage_key
 
@@ -53,7 +53,7 @@ def prepare(row: Row, base: nn.Module, method: str, device: torch.device, dtype:
     model = copy.deepcopy(base).requires_grad_(False)
     targets = workload.targets(model, row.which)
     started = time.perf_counter()
-    model = METHODS[method].apply(model, targets, workload.rank)
+    model = TIMED[method].apply(model, targets, workload.rank)
     seconds = time.perf_counter() - started
     model.train().to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)

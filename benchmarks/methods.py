@@ -91,6 +91,12 @@ def _peft_randlora(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Mo
     return peft_model(model, RandLoraConfig(r=rank, randlora_alpha=alpha, target_modules=list(targets)))
 
 
+def _peft_vera(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+    from peft import VeraConfig
+
+    return peft_model(model, VeraConfig(target_modules=list(targets)))
+
+
 def ours(bases: str, compute: str = "auto") -> Apply:
     """Return RandLoRA with a kind of bases and an order of products."""
 
@@ -137,3 +143,5 @@ METHODS: dict[str, Method] = {
     "ours": Method("ours, dense bases", ours("uniform"), _our_save, _our_load),
     "ours_structured": Method("ours, structured bases", ours("structured"), _our_save, _our_load),
 }
+TIMED: dict[str, Method] = {**METHODS, "peft_vera": Method("PEFT VeRA", _peft_vera, _peft_save, _peft_load)}
+"""Those methods and VeRA, which trains far fewer numbers at any rank in use."""

@@ -6,6 +6,7 @@ T tokens, B images. The step of every workload is: forward, a scalar loss, backw
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,17 +83,17 @@ def mean_square(output: Any) -> Tensor:
     return sum((tensor.float().square().mean() for tensor in outputs), torch.zeros(()))
 
 
-def _vit(name: str) -> Callable[[], nn.Module]:
+def _vit(name: str, **settings: int) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import timm
 
-        return timm.create_model(name, num_classes=100)
+        return timm.create_model(name, num_classes=100, **settings)
 
     return build
 
 
-def _images(size: int, device: torch.device) -> Inputs:
-    return {"x": torch.randn(size, 3, 224, 224, device=device)}
+def _images(size: int, device: torch.device, side: int = 224) -> Inputs:
+    return {"x": torch.randn(size, 3, side, side, device=device)}
 
 
 def _clip() -> nn.Module:
@@ -148,6 +149,15 @@ _VIT_LAYERS = (r"blocks\.\d+\.attn\.(qkv|proj)", r"blocks\.\d+\.mlp\.fc[12]")
 WORKLOADS: dict[str, Workload] = {
     "vit_s": Workload(
         "ViT-S/16", "images", (1, 4, 16, 64), _vit("vit_small_patch16_224"), _images, mean_square, *_VIT_LAYERS
+    ),
+    "vit_s_few": Workload(
+        "ViT-S/14 of 28 x 28 pixels",
+        "images",
+        (1, 4, 16, 64),
+        _vit("vit_small_patch16_224", img_size=28, patch_size=14),
+        partial(_images, side=28),
+        mean_square,
+        *_VIT_LAYERS,
     ),
     "vit_b": Workload(
         "ViT-B/16", "images", (1, 4, 16, 64), _vit("vit_base_patch16_224"), _images, mean_square, *_VIT_LAYERS

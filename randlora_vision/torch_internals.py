@@ -55,6 +55,8 @@ unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_
 
 Autograd forbids writes into a view from a Function, and FSDP 2 warns of modules that return views.
 """
+eager_unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default._op
+"""The same without a call in Python; torch.compile does not know it."""
 
 
 def fake_mode_of(tensor: Tensor) -> Any:

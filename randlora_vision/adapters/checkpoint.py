@@ -148,8 +148,12 @@ def load_adapter(
     if not source.exists():
         raise FileNotFoundError(f"no adapter file {str(path)!r}")
     model = unwrap(model)
-    content = peft_folder.read(source, peft_dtype).fit(model) if source.is_dir() else adapter_file.read(source)
-    return install(plan_for(model, content, adapter_name, source), content, trainable)
+    if source.is_dir():
+        content = peft_folder.read(source, peft_dtype).fit(model)
+        return install(plan_for(model, content, adapter_name, source), content, trainable)
+    with adapter_file.reading(source) as content:
+        plan = plan_for(model, content, adapter_name, source)
+    return install(plan, content, trainable)
 
 
 def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> InjectionReport:

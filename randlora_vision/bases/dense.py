@@ -105,6 +105,8 @@ class DenseTerm(NamedTuple):
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
         """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
         b = self.b if self.b.dtype == hidden.dtype else self.b_as(hidden.dtype)
+        if total is not None and total.dtype == hidden.dtype:  # as `add_product` does, without the call
+            return torch.addmm(total, hidden, b.t(), alpha=self.scale)
         return add_product(total, hidden, b.t(), self.scale)
 
     def times_af_t(self, narrow: Tensor, factor: float = 1.0) -> tuple[Tensor, None]:
@@ -114,7 +116,10 @@ class DenseTerm(NamedTuple):
 
     def times_af(self, total: Tensor | None, u: Tensor) -> tuple[Tensor, None]:
         """Return ``total`` (T, m) + s u Af; `gradients` has no use for parts of it."""
-        return add_product(total, u, scaled_a(self.a, self.lam, self.gamma, u.dtype), self.scale), None
+        af = scaled_a(self.a, self.lam, self.gamma, u.dtype)
+        if total is not None and total.dtype == u.dtype:
+            return torch.addmm(total, u, af, alpha=self.scale), None
+        return add_product(total, u, af, self.scale), None
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
         """Return ``weight`` (O, I) + delta W."""
@@ -122,7 +127,7 @@ class DenseTerm(NamedTuple):
         b = self.b if self.b.dtype == dtype else self.b_as(dtype)
         af = scaled_a(self.a, self.lam, self.gamma, dtype)
         left, right = (b, af) if tall else (af.t(), b.t())
-        if weight is not None and weight.dtype == dtype:  # as `add_product` does, without the call
+        if weight is not None and weight.dtype == dtype:
             return torch.addmm(weight, left, right, alpha=self.scale)
         return add_product(weight, left, right, self.scale)
 

@@ -147,11 +147,14 @@ class SignedTerm(NamedTuple):
         """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
         inner, b, _ = self.right.shape
         outer = self.left.shape[0]
-        tokens = _pad(hidden, inner * b).reshape(-1, inner, b).permute(1, 0, 2)
+        padded = hidden if hidden.shape[1] == inner * b else _pad(hidden, inner * b)
+        tokens = padded.reshape(-1, inner, b).permute(1, 0, 2)
         half = torch.bmm(tokens, self.right.to(hidden.dtype)).reshape(inner, -1).t()
         left = self.left.to(hidden.dtype).t()
         if b * outer == self.wide:
             folded = None if total is None else total.reshape(-1, outer)
+            if folded is not None and folded.dtype == half.dtype:  # as `add_product` does, without the call
+                return torch.addmm(folded, half, left, alpha=self.scale).reshape(-1, self.wide)
             return add_product(folded, half, left, self.scale).reshape(-1, self.wide)
         out = self._fold(add_product(None, half, left, self.scale).reshape(-1, b, outer), 1)
         return out if total is None else total + out.to(total.dtype)
@@ -220,9 +223,10 @@ class SignedTerm(NamedTuple):
     def _unfold(self, wide: Tensor) -> Tensor:
         """Reshape (T, M) to (T, q, p), with zeros for the missing rows."""
         b, outer = self.right.shape[1], self.left.shape[0]
-        full, tokens = hadamard.full_rows(self.wide, b, outer), wide.shape[0]
-        if full == b:
+        tokens = wide.shape[0]
+        if self.wide == b * outer:
             return wide.reshape(tokens, b, outer)
+        full = hadamard.full_rows(self.wide, b, outer)
         short = wide[:, full * outer :].reshape(tokens, b - full, outer - 1)
         return torch.cat([wide[:, : full * outer].reshape(tokens, full, outer), F.pad(short, (0, 1))], 1)
 
@@ -241,13 +245,17 @@ class SignedTerm(NamedTuple):
 
     def _by_class(self, dtype: torch.dtype) -> Tensor:
         """Gamma in `dtype` as (P, C, N)."""
-        classes, size, bases = self.q.shape[1], self._class_size(), self.gamma.shape[0]
-        return _pad(self.gamma, classes * size).to(dtype).reshape(bases, classes, size).permute(1, 2, 0)
+        (bases, narrow), classes = self.gamma.shape, self.q.shape[1]
+        size = -(-narrow // classes)
+        padded = self.gamma if narrow == classes * size else _pad(self.gamma, classes * size)
+        return padded.to(dtype).reshape(bases, classes, size).permute(1, 2, 0)
 
     def _in_classes(self, narrow: Tensor) -> Tensor:
         """Reshape (T, m) to (P, T, C)."""
-        classes, size = self.q.shape[1], self._class_size()
-        return _pad(narrow, classes * size).reshape(-1, classes, size).permute(1, 0, 2)
+        classes = self.q.shape[1]
+        size = -(-narrow.shape[1] // classes)
+        padded = narrow if narrow.shape[1] == classes * size else _pad(narrow, classes * size)
+        return padded.reshape(-1, classes, size).permute(1, 0, 2)
 
     def _joined(self, classes: Tensor) -> Tensor:
         """Reshape (P, T, C) to (T, m)."""

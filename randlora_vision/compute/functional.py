@@ -15,15 +15,16 @@ chooses their order, and `orders` computes them in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from randlora_vision.bases.products import Products, Term
 from randlora_vision.compute import orders
-from randlora_vision.compute.planner import ANY, Call, Plan, cheapest, choose
+from randlora_vision.compute.planner import ANY, Call, Plan, cheapest, choose, problem_of
 from randlora_vision.torch_internals import (
+    eager_unsafe_view,
     is_exporting,
     is_jit_tracing,
     torch_exports,
@@ -81,22 +82,22 @@ def randlora_linear(
         for_bias = bias is not None and bias.requires_grad
         for tensor in trained:
             for_adapter = for_adapter or tensor.requires_grad
-    call = Call(wide, narrow, tall, weight is None, () if compiling else kinds)
+    call = (wide, narrow, tall, weight is None, () if compiling else kinds)
     plan = cheapest(flat.shape[0], call, ready, (for_input, for_adapter, for_weight), pinned, compiling)
-    shape = (*x.shape[:-1], out_features)
+    shape, view = (*x.shape[:-1], out_features), unsafe_view if compiling else eager_unsafe_view
     if not (for_input or for_adapter or for_weight or for_bias):
-        return unsafe_view(orders.output(flat, weight, bias, ready, tall, plan.forward).contiguous(), shape)
+        return view(orders.output(flat, weight, bias, ready, tall, plan.forward).contiguous(), shape)
     kept: list[Tensor] = []
     if plan.grad_adapter == "tokens" and not tall:  # all that this gradient needs of x, and smaller
         for term in ready:
             kept.append(term.times_b(flat))
     if compiling or transforms_are_active():  # they replace the tensors that a function computes with
         frozen = [tensor for term in ready for tensor in term.frozen]
-        step = _Step(call, _blank(ready), plan, pinned, len(kept), len(frozen))
+        step = (call, _blank(ready), plan, pinned, len(kept), len(frozen))
         out = _RandLoRALinear.apply(flat, weight, bias, step, *kept, *frozen, *trained)
     else:
-        out = _PlainLinear.apply(flat, weight, bias, _Step(call, ready, plan, pinned, len(kept), None), *kept, *trained)
-    return unsafe_view(out.contiguous(), shape)  # the products of structured bases may end in a view
+        out = _PlainLinear.apply(flat, weight, bias, (call, ready, plan, pinned, len(kept), 0), *kept, *trained)
+    return view(out.contiguous(), shape)  # the products of structured bases may end in a view
 
 
 def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -119,22 +120,16 @@ def effective_weight(weight: Tensor, terms: tuple[Term, ...], dtype: torch.dtype
 def pays_to_build(tokens: int, weight: Tensor, terms: tuple[Term, ...]) -> bool:
     """True if, for this many tokens, building the effective weight (O, I) and using it is cheaper."""
     wide, narrow = terms[0].wide, terms[0].gamma.shape[1]
-    call = Call(wide, narrow, weight.shape[0] == wide, False, ())
-    return choose(call.problem(tokens, terms)).forward == "dense"
+    call = (wide, narrow, weight.shape[0] == wide, False, ())
+    return choose(problem_of(call, tokens, terms)).forward == "dense"
 
 
-class _Step(NamedTuple):
-    """The non-tensor arguments of `_RandLoRALinear`."""
+_Step = tuple[Call, Sequence[Products], Plan, Plan, int, int]
+"""What `_RandLoRALinear` and `_PlainLinear` get besides tensors: call, terms, plan, pinned orders, kept, frozen.
 
-    call: Call
-    terms: Sequence[Products]
-    """Without their tensors if those are arguments."""
-    plan: Plan
-    pinned: Plan
-    kept: int
-    """Number of products x B computed in advance: one per term, or zero."""
-    frozen: int | None
-    """Number of tensors of the bases among the arguments; None if `terms` are complete."""
+`kept` is the number of products x B computed in advance, one per term or zero, and `frozen` the number of tensors of
+the bases among the arguments: the terms have none then. It is a plain tuple, as every pass of a layer makes one.
+"""
 
 
 def _blank(terms: Sequence[Products]) -> tuple[Products, ...]:
@@ -162,47 +157,68 @@ class _RandLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step, *tensors: Tensor) -> Tensor:
-        terms, end = step.terms, step.kept + (step.frozen or 0)
-        if step.frozen is not None:
-            terms = _filled(terms, tensors[step.kept : end], tensors[end:])
-        return orders.output(x, weight, bias, terms, step.call.tall, step.plan.forward, tensors[: step.kept])
+        (_, _, tall, _, _), blank, plan, _, kept, frozen = step
+        terms = _filled(blank, tensors[kept : kept + frozen], tensors[kept + frozen :])
+        return orders.output(x, weight, bias, terms, tall, plan.forward, tensors[:kept])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        step = inputs[3]
-        kept = 4 + step.kept
-        trained = kept + (step.frozen or 0)
+        *_, kept, frozen = ctx.step = inputs[3]
+        kept += 4
+        trained = kept + frozen
         # The bases are shared constants: as context attributes they are neither copied nor offloaded per layer.
-        ctx.step, ctx.frozen = step, None if step.frozen is None else inputs[kept:trained]
+        ctx.frozen = inputs[kept:trained]
         ctx.need_terms = True in ctx.needs_input_grad[trained:]
-        need_x = ctx.needs_input_grad[1] or (ctx.need_terms and not step.kept)
+        need_x = ctx.needs_input_grad[1] or (ctx.need_terms and kept == 4)
         ctx.save_for_backward(inputs[0] if need_x else None, inputs[1], *inputs[4:kept], *inputs[trained:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
-        step, (need_x, need_weight, need_bias) = ctx.step, ctx.needs_input_grad[:3]
-        kept, terms = saved[: step.kept], _filled(step.terms, ctx.frozen, saved[step.kept :])
+        call, blank, planned, pinned, count, frozen = ctx.step
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        kept, terms = saved[:count], _filled(blank, ctx.frozen, saved[count:])
         base = None if weight is None else weight.to(grad.dtype)
-        fixed = Plan(step.plan.forward, step.pinned.grad_input, "tokens" if kept else step.pinned.grad_adapter)
+        fixed = Plan(planned.forward, pinned.grad_input, "tokens" if kept else pinned.grad_adapter)
         needed, compiling = (need_x, ctx.need_terms, need_weight), torch.compiler.is_dynamo_compiling()
-        plan = cheapest(grad.shape[0], step.call, terms, needed, fixed, compiling)
-        d_x, d_weight, d_kept, d_trained = orders.gradients(
-            grad, x, base, terms, step.call.tall, plan, need_weight, kept
-        )
+        plan = cheapest(grad.shape[0], call, terms, needed, fixed, compiling)
+        d_x, d_weight, d_kept, d_trained = orders.gradients(grad, x, base, terms, call[2], plan, need_weight, kept)
         return (
             d_x,
             None if d_weight is None else d_weight.to(weight.dtype),
             grad.sum(0) if need_bias else None,
             None,
             *d_kept,
-            *(None,) * (step.frozen or 0),
+            *(None,) * frozen,
             *d_trained,
         )
 
 
+class _PlainLinear(torch.autograd.Function):
+    """`_RandLoRALinear` outside of torch.func and torch.compile, with complete terms and without bases as arguments.
+
+    PyTorch binds the arguments of a function with `setup_context` to their names, which takes longer than a small
+    product of matrices.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step, *tensors: Tensor
+    ) -> Tensor:
+        (_, _, tall, _, _), terms, plan, _, kept, _ = ctx.step = step
+        ctx.frozen, ctx.need_terms = None, True in ctx.needs_input_grad[4 + kept :]
+        need_x = ctx.needs_input_grad[1] or (ctx.need_terms and not kept)
+        ctx.save_for_backward(x if need_x else None, weight, *tensors)
+        return orders.output(x, weight, bias, terms, tall, plan.forward, tensors[:kept])
+
+    backward = _RandLoRALinear.backward
+
+
 class _EffectiveWeight(torch.autograd.Function):
-    """See `effective_weight`. Arguments: weight, (terms, dtype, as `_Step.frozen`), bases, every lambda and gamma."""
+    """See `effective_weight`. Arguments: weight, (terms, dtype, frozen), bases, every lambda and gamma.
+
+    `frozen` is the number of tensors of the bases among the arguments, or None if the terms are complete.
+    """
 
     generate_vmap_rule = True
 
@@ -233,25 +249,13 @@ class _EffectiveWeight(torch.autograd.Function):
         return (d_weight, None, *(None,) * ctx.passed, *gradients)
 
 
-def _unbound(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same function for use outside of torch.func and torch.compile.
+class _PlainWeight(torch.autograd.Function):
+    """`_EffectiveWeight` outside of torch.func and torch.compile, as `_PlainLinear` is."""
 
-    PyTorch binds the arguments of a function with `setup_context` to their names, which takes longer than a small
-    product of matrices.
-    """
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        output = _EffectiveWeight.forward(*args)
+        _EffectiveWeight.setup_context(ctx, args, output)
+        return output
 
-    class Unbound(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = function.forward(*args)
-            function.setup_context(ctx, args, output)
-            return output
-
-        backward = function.backward
-
-    Unbound.__name__ = Unbound.__qualname__ = function.__name__
-    return Unbound
-
-
-_PlainLinear = _unbound(_RandLoRALinear)
-_PlainWeight = _unbound(_EffectiveWeight)
+    backward = _EffectiveWeight.backward

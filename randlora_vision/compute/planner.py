@@ -153,22 +153,21 @@ def _variants(problem: tuple[Any, ...], costs: tuple[int, ...], needed: tuple[bo
 _KNOWN: dict[tuple[Any, ...], Plan] = {}
 
 
-class Call(NamedTuple):
-    """What fixes the plan of a call apart from its number of tokens."""
+Call = tuple[int, int, bool, bool, tuple[Any, ...]]
+"""What fixes the plan of a call apart from its number of tokens: wide, narrow, tall and branch of `Problem`, and type
+and shape of lambda of every adapter, which determine its costs.
 
-    wide: int
-    narrow: int
-    tall: bool
-    branch: bool
-    kinds: tuple[Any, ...]
-    """Type and shape of lambda of every adapter, which determine its costs."""
+It is a plain tuple, as every pass of a layer makes one.
+"""
 
-    def problem(self, tokens: int, terms: Sequence[Term]) -> Problem:
-        """The problem for this number of tokens, with these adapters."""
-        costs, inner = terms[0].costs(), terms[0].lam.numel()
-        for term in terms[1:]:
-            costs, inner = costs.plus(term.costs()), inner + term.lam.numel()
-        return Problem(tokens, self.wide, self.narrow, inner, self.tall, self.branch, costs)
+
+def problem_of(call: Call, tokens: int, terms: Sequence[Term]) -> Problem:
+    """The problem for this number of tokens, with these adapters."""
+    costs, inner = terms[0].costs(), terms[0].lam.numel()
+    for term in terms[1:]:
+        costs, inner = costs.plus(term.costs()), inner + term.lam.numel()
+    wide, narrow, tall, branch, _ = call
+    return Problem(tokens, wide, narrow, inner, tall, branch, costs)
 
 
 def cheapest(
@@ -179,7 +178,7 @@ def cheapest(
     `needed` are the gradients: of the input, the adapter and the weight. While compiling, `tokens` may be a symbol.
     """
     if compiling:
-        problem = call.problem(0, terms)
+        problem = problem_of(call, 0, terms)
         for start, plan in _variants(tuple(problem)[1:-1], tuple(problem.costs), needed, tuple(pinned)):
             if tokens >= start:
                 return Plan(*plan)
@@ -187,9 +186,9 @@ def cheapest(
         key = (tokens, call, needed, pinned)
         plan = _KNOWN.get(key)
     except TypeError:  # symbolic sizes cannot be looked up
-        return choose(call.problem(tokens, terms), *needed, pinned)
+        return choose(problem_of(call, tokens, terms), *needed, pinned)
     if plan is None:
         if len(_KNOWN) >= 4096:
             _KNOWN.clear()
-        plan = _KNOWN[key] = choose(call.problem(tokens, terms), *needed, pinned)
+        plan = _KNOWN[key] = choose(problem_of(call, tokens, terms), *needed, pinned)
     return plan

@@ -17,11 +17,13 @@ Version 2 is a bundle of such adapters: see `randlora_vision.files.bundle`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +127,34 @@ def read(path: Path) -> AdapterFile:
         ValueError: If the file is not an adapter file, is truncated, altered or of a newer format, or is a bundle of
             several adapters; each case has its own message.
     """
+    return unpack(path, *_open_adapter(path))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[AdapterFile]:
+    """As `read`, but the SHA-256 of the tensors is computed during the block, in a thread of its own.
+
+    The block must not act on the content, as what is wrong with it is raised at the end, in place of other errors.
+    """
+    tensors, metadata = _open_adapter(path)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        digest = thread.submit(_digest, tensors, metadata)
+        try:
+            yield _content(path, tensors, metadata)
+        except Exception:
+            _check_digest(path, metadata, digest.result())
+            raise
+        _check_digest(path, metadata, digest.result())
+
+
+def _open_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = open_file(path)
     if metadata["format_version"] == str(BUNDLE_VERSION):
         raise ValueError(
             f"{path} holds adapters for the components of a pipeline: load it with "
             "randlora_vision.integrations.diffusers.load_adapter(pipe, path)"
         )
-    return unpack(path, tensors, metadata)
+    return tensors, metadata
 
 
 @printable_errors
@@ -212,11 +235,21 @@ def _check_version(path: Path, version: str) -> None:
         raise ValueError(f"{path} has format version {version}, newer than this library's {BUNDLE_VERSION}: upgrade it")
 
 
-@printable_errors
 def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> AdapterFile:
     """Read the output of `pack`; raise ValueError, which names `path`, if it was altered or is malformed."""
-    if metadata.get("sha256") != _digest(tensors, metadata):
-        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
+    _check_digest(path, metadata, _digest(tensors, metadata))
+    return _content(path, tensors, metadata)
+
+
+@printable_errors
+def _check_digest(path: Path, metadata: Mapping[str, Any], sha256: str) -> None:
+    if metadata.get("sha256") != sha256:
+        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match") from None
+
+
+@printable_errors
+def _content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> AdapterFile:
+    """The content of a file whose SHA-256 is checked elsewhere."""
     config, spec, sha256, targets = _metadata.parsed(path, metadata)
     groups = _groups(targets)
     expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from randlora_vision.layers.adapted import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized
+from randlora_vision.layers.adapted import ATTENTION_PARAMETERS, CONVOLUTIONS, is_quantized, own_parameters
 from randlora_vision.layers.peft_around import plain_modules
-from randlora_vision.names import is_adapter_name, matches_suffix, with_parents
+from randlora_vision.names import matches_suffix, with_parents
 from randlora_vision.report import Target
 
 LINEAR, TRANSPOSED, ATTENTION, CONVOLUTION, PARAMETER, QUANTIZED = (
@@ -206,18 +206,18 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):
         return
     else:
-        own = list(module._parameters) + list(getattr(module, "parametrizations", ()))
-        for name in own:
+        own = own_parameters(module)
+        for name in (*own, *getattr(module, "parametrizations", ())):
             if name in ATTENTION_PARAMETERS:
-                if module._parameters.get(name) is not None or name not in module._parameters:
+                if own.get(name) is not None or name not in own:
                     yield name, ATTENTION
-            elif getattr(module._parameters.get(name), "ndim", 0) == 2 and not is_adapter_name(name):
+            elif getattr(own.get(name), "ndim", 0) == 2:
                 yield name, PARAMETER
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The module's own parameters; empty for a TorchScript module, which has no such table."""
-    return {} if isinstance(module, torch.jit.ScriptModule) else module._parameters
+    """The module's parameters without adapters; empty for a TorchScript module, which has no such table."""
+    return {} if isinstance(module, torch.jit.ScriptModule) else own_parameters(module)
 
 
 def _transformers_conv1d() -> tuple[type, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from randlora_vision.injection.offloaded import offloaded_modules
-from randlora_vision.layers.adapted import adapted_modules
+from randlora_vision.layers.adapted import adapted_modules, own_parameters
 from randlora_vision.layers.torch_around import is_sharded
 from randlora_vision.torch_internals import is_fsdp_managed
 
@@ -61,7 +61,7 @@ def refuse_unfit(root: nn.Module, what: str) -> None:
     if any(map(_is_grouped, root.modules())):
         refuse_offloaded(root, what)
     for path, module in root.named_modules():
-        _refuse_sharded(path or type(module).__name__, list(module._parameters.values()), module, what)
+        _refuse_sharded(path or type(module).__name__, list(own_parameters(module).values()), module, what)
 
 
 def refuse_offloaded_tensors(root: nn.Module, paths: Iterable[str], what: str) -> None:

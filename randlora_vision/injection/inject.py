@@ -26,11 +26,11 @@ from randlora_vision.injection.record import (
     unwrap,
 )
 from randlora_vision.injection.trained_in_full import install_saved, own_saved
-from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, is_quantized
+from randlora_vision.layers.adapted import AdaptedModule, adapted_modules, base_parameters, is_quantized
 from randlora_vision.layers.peft_around import plain_name, watch_hosts
 from randlora_vision.layers.state import AdapterSlot, ParameterState, Switches
 from randlora_vision.layers.swap import adapt_module, adapted_class, base_class, restore_module
-from randlora_vision.names import PARTS, is_adapter_name, parameter_name
+from randlora_vision.names import PARTS, parameter_name
 from randlora_vision.report import InjectionReport, Target
 
 
@@ -91,8 +91,8 @@ def add_adapter(plan: AdapterPlan, trainable: bool, valued: bool = False) -> Non
     if own_record(model) is None:
         watch_calls(model)
     record = make_record(model)
-    for parameter_path, parameter in model.named_parameters():
-        if not is_adapter_name(parameter_path) and not _in_training(record, parameter_path):
+    for parameter_path, parameter in base_parameters(model):
+        if not _in_training(record, parameter_path):
             parameter.requires_grad = False  # lazy parameters do not support requires_grad_
     offloaded = offloaded_modules(model)
     for candidate, target in zip(plan.candidates, report.targets, strict=True):
@@ -108,7 +108,7 @@ def add_adapter(plan: AdapterPlan, trainable: bool, valued: bool = False) -> Non
             device = torch.device("cpu")
         for host in hosts:
             hide_new_adapters(host.hook)
-        _add_slot(candidate, target, slot, device, adapter_name, record.switches)
+        _add_slot(candidate, target, slot, device, adapter_name, record.switches, valued)
     adapter = record.adapters[adapter_name] = AdapterRecord(config, plan.bases.spec, report.targets, trainable)
     own_saved(record, adapter, plan.saved)
     record.switches.active = (*record.switches.active, adapter_name)
@@ -177,6 +177,7 @@ def _add_slot(
     device: torch.device,
     adapter_name: str,
     switches: Switches,
+    valued: bool,
 ) -> None:
     first, param = candidate.owners[0]
     state = first.adapter_state(param) if isinstance(first, AdaptedModule) else None
@@ -185,10 +186,10 @@ def _add_slot(
     state.slots[adapter_name] = slot
     dtype = master_dtype(weight_of(candidate))
     shapes = ((target.rank, target.bases), (target.bases, target.narrow))
-    tensors = [
-        nn.Parameter(torch.full(shape, value, dtype=dtype, device=device), slot.trainable)
-        for shape, value in zip(shapes, slot.start, strict=True)
-    ]
+    tensors = []
+    for shape, value in zip(shapes, slot.start, strict=True):
+        tensor = torch.empty(shape, dtype=dtype, device=device)  # filling it would take as long as reading the values
+        tensors.append(nn.Parameter(tensor if valued else tensor.fill_(value), slot.trainable))
     for module, owned in candidate.owners:
         adapt_module(module, owned, state)
         for part, tensor in zip(PARTS, tensors, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from randlora_vision.bases import BasesSpec
 from randlora_vision.config import RandLoRAConfig
-from randlora_vision.layers.adapted import AdaptedModule
+from randlora_vision.layers.adapted import AdaptedModule, base_parameters
 from randlora_vision.layers.peft_around import inside, plain_name
 from randlora_vision.layers.state import Switches
 from randlora_vision.names import is_adapter_name
@@ -163,8 +163,7 @@ def refuse_in_block(record: ModelRecord, what: str) -> None:
 def count_base(model: nn.Module) -> int:
     """Number of parameters without the adapters; lazy parameters, whose size is not known yet, are left out."""
     lazy = nn.parameter.UninitializedParameter
-    own = (p for path, p in model.named_parameters() if not is_adapter_name(path))
-    return sum(p.numel() for p in own if not isinstance(p, lazy))
+    return sum(p.numel() for _, p in base_parameters(model) if not isinstance(p, lazy))
 
 
 def check_names(model: nn.Module, names: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:

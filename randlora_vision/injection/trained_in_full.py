@@ -64,13 +64,15 @@ def listed_saved(model: nn.Module, paths: Iterable[str], adapted: Sequence[Tenso
     Raises:
         ValueError: If the model lacks one of them, has one tensor at two of the paths, or it is adapted as well.
     """
+    wanted = set(paths)
+    if not wanted:
+        return {}
     have = {
         f"{path}.{name}".lstrip("."): _get(model, f"{path}.{name}".lstrip("."))
         for path, module in model.named_modules()
         for name in persistent_names(module)
         if not is_adapter_name(name)
     }
-    wanted = set(paths)
     found = {path: tensor for path, tensor in have.items() if tensor is not None and path in wanted}
     missing = sorted(wanted - found.keys())
     if missing:

@@ -244,6 +244,34 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule, str,
                 yield path, module, param, state
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, without lambda and gamma, in a time that does not grow with the adapters.
+
+    Adapters are registered after the parameters of their layer, so the first entries usually are all of them.
+    """
+    if not isinstance(module, AdaptedModule):
+        return dict(module._parameters.items())  # TorchScript's are not a dict
+    adapters = sum(len(state.slots) - len(state.parked) for state in module._randlora.values())
+    count = len(module._parameters) - len(PARTS) * adapters
+    found: dict[str, nn.Parameter | None] = {}
+    for name, parameter in module._parameters.items():
+        if len(found) == count:
+            break
+        if not is_adapter_name(name):
+            found[name] = parameter
+    return found
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As ``model.named_parameters()``, without lambda and gamma."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in own_parameters(module).items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{name}" if path else name, parameter
+
+
 def is_quantized(module: nn.Module) -> bool:
     """True for a linear layer with a packed weight: integers, or a tensor subclass of a quantisation library."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None

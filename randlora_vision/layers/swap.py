@@ -23,6 +23,7 @@ from torch.fx import Proxy
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import randlora_linear
+from randlora_vision.compute.planner import PINNED
 from randlora_vision.compute.recompute import Recipe, scope
 from randlora_vision.layers.adapted import (
     ATTENTION_PARAMETERS,
@@ -137,7 +138,8 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         return F.linear(input, weight, bias)  # the base layer, including its error for a wrong dtype
     dtype = dtype or weight.dtype
     if fused:
-        terms, pinned, out = self._terms("weight", fused, dtype), state.pinned(fused), None
+        terms, out = self._terms("weight", fused, dtype), None
+        pinned = PINNED[state.slots[fused[0]].compute] if len(fused) == 1 else state.pinned(fused)
         if not torch.is_grad_enabled() and pinned.forward != "factored":
             out = _from_cache(input, weight, bias, terms, dtype)
         if out is None:

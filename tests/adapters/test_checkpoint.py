@@ -398,6 +398,16 @@ def test_a_bad_file_is_one_clear_error_and_the_model_is_untouched(tmp_path: Path
     assert snapshot(model) == before
 
 
+def test_damage_is_named_rather_than_what_follows_from_it(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\xff" * 4  # a value that is not a number
+    path.write_bytes(data)
+    for model in (mlp(), vit(depth=1)):
+        with pytest.raises(ValueError, match="altered or damaged"):
+            load_adapter(model, path)
+
+
 def test_targets_in_another_order_are_still_the_right_ones(tmp_path: Path) -> None:
     model, fresh = mlp(), mlp()
     path = rewritten(saved(tmp_path, model), targets(json.dumps(LISTED[::-1])))

@@ -31,7 +31,7 @@ def test_a_mixed_batch_is_that_of_its_samples(method: str) -> None:
 def test_the_table_of_switching() -> None:
     _, *rows = many([2], rounds=1)
     assert [row[0] for row in rows] == [PEFT, *KINDS]
-    kilobytes = [float(row[4].removesuffix(" KB")) for row in rows]
+    kilobytes = [float(row[5].removesuffix(" KB")) for row in rows]
     assert kilobytes[0] == pytest.approx(kilobytes[1], rel=0.2) and kilobytes[1] == kilobytes[2] > 1
 
 

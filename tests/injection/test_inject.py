@@ -12,17 +12,21 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.operations import python_calls
 from randlora_vision import (
     InjectionReport,
     RandLoRAConfig,
     adapter_parameters,
     count_parameters,
+    delete_adapter,
     inject,
+    merge,
     plan,
     remove,
     save_adapter,
+    unmerge,
 )
-from randlora_vision.layers.adapted import AdaptedModule
+from randlora_vision.layers.adapted import AdaptedModule, base_parameters
 from tests.helpers import IMAGES, clip, dense_model, mlp, randomize, snapshot, vit
 
 
@@ -356,3 +360,32 @@ def test_injection_under_distributed_data_parallel_is_refused(tmp_path: Path) ->
         assert not any(isinstance(module, AdaptedModule) for module in model.modules())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("host", ["mlp", "attention"])
+def test_an_injection_does_not_take_longer_with_many_adapters(host: str) -> None:
+    model = mlp() if host == "mlp" else nn.MultiheadAttention(8, 2)
+    config = RandLoRAConfig(rank=2, target_modules="all")
+    calls = [python_calls(lambda name=f"a{i}": inject(model, config, name)) for i in range(12)]
+    assert calls[11] <= calls[3]  # the first ones fill caches
+
+
+def test_the_parameters_of_the_base_are_found_among_those_of_adapters(tmp_path: Path) -> None:
+    def expected() -> list[tuple[str, int]]:
+        return [(path, id(p)) for path, p in model.named_parameters() if "_randlora_" not in path]
+
+    def found() -> list[tuple[str, int]]:
+        return [(path, id(parameter)) for path, parameter in base_parameters(model)]
+
+    model = nn.Sequential(mlp(), nn.MultiheadAttention(8, 2), nn.LayerNorm(8))
+    model[0].tied = model[0][0]
+    for name in "abc":
+        inject(model, RandLoRAConfig(rank=2, target_modules="all"), name)
+        assert found() == expected()
+    model[0][0].register_parameter("late", nn.Parameter(torch.ones(1)))  # behind the adapters
+    assert found() == expected() and found()[2][0] == "0.0.late"
+    merge(model, "b")
+    assert found() == expected()
+    unmerge(model)
+    delete_adapter(model, "a")
+    assert found() == expected()
