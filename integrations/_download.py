@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from randlora_vision.errors import reason_of
 from randlora_vision.names import printable
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -25,7 +26,7 @@ def download(repository: str, name: str = ADAPTER_FILE, revision: str | None = N
     try:
         return Path(hub.hf_hub_download(repository, name, **options))
     except (OSError, ValueError) as error:  # all exceptions of huggingface_hub derive from one of these
-        reason = printable(str(error).strip().partition("\n")[0], 500)
+        reason = printable(reason_of(error))
         raise FileNotFoundError(
             f"there is no local file or folder {repository!r}, and {name} of the repository {repository!r} could not "
             f"be downloaded from the Hugging Face Hub: {reason}"

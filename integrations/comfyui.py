@@ -132,7 +132,7 @@ def _part(path: str, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str,
     places: dict[str, Any] = {}
     found = {}
     for name, out, into, rank, alpha in listed:
-        group = f"{rank}x{-(-min(out, into) // rank)}.{min(out, into)}"
+        group = f"{rank}x{math.ceil(min(out, into) / rank)}.{min(out, into)}"
         place = next(places.setdefault(group, itertools.count()))
         pair = (tensors[f"lambda.{group}"][place], tensors[f"gamma.{group}"][place])
         keys = {f"lambda.{group}", f"gamma.{group}"}
@@ -217,10 +217,10 @@ _DRAWN: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], Callable[[int],
 def _structured(seed: int, rank: int, narrow: int, wide: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return A (R, m) and B (M, K), composed of Hadamard matrices with random signs; int8."""
     classes = 1 << (rank - 1).bit_length()
-    q = _hadamard(seed, _A, 1, rank, classes).repeat(-(-narrow // classes), axis=1)[:, :narrow]
+    q = _hadamard(seed, _A, 1, rank, classes).repeat(math.ceil(narrow / classes), axis=1)[:, :narrow]
     a = q * _signs(_words(seed, _A, 0, narrow))
     b = min((2**power for power in range(columns.bit_length() + 1)), key=lambda b: _cost(b, wide, columns))
-    inner, outer = -(-columns // b), -(-wide // b)
+    inner, outer = math.ceil(columns / b), math.ceil(wide / b)
     between = _signs(_words(seed, _B, 0, inner * b)).reshape(inner, b)
     core = _hadamard(seed, _B, 1, b, b)
     drawn: Iterable[np.ndarray] = (_hadamard(seed, _B, row, outer, inner) for row in itertools.count(2))
@@ -233,7 +233,7 @@ def _structured(seed: int, rank: int, narrow: int, wide: int, columns: int) -> t
 
 
 def _cost(b: int, wide: int, columns: int) -> int:
-    return b * -(-columns // b) * (b + -(-wide // b))
+    return b * math.ceil(columns / b) * (b + math.ceil(wide / b))
 
 
 def _signs(raw: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import nn
 
 import randlora_vision
 from randlora_vision import InjectionReport
+from randlora_vision.errors import reason_of
 from randlora_vision.files import bundle
 from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.integrations._download import ADAPTER_FILE, download, hugging_face_hub
@@ -143,7 +144,7 @@ def upload(
             repo_id=repository, folder_path=str(folder), allow_patterns=list(names), commit_message=message
         )
     except (OSError, ValueError) as error:
-        reason = printable(str(error).strip().partition("\n")[0], 500)
+        reason = printable(reason_of(error))
         raise ValueError(f"the Hugging Face Hub rejected the upload to {repository!r}: {reason}") from None
     return str(commit.commit_url)
 

@@ -7,7 +7,6 @@ narrow side, R rank of one random base, N = ceil(m / R) number of bases, T token
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from randlora_vision.json_values import parse_json
-from randlora_vision.names import is_preset, matches_any
+from randlora_vision.names import close_matches, is_preset, matches_any
 
 BASES_KINDS = (
     "uniform",
@@ -164,9 +163,8 @@ class RandLoRAConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(known)}"
-                raise ValueError(f"unknown key {key!r} in a RandLoRA config{hint}")
+                hint = close_matches(str(key), known) or f"valid keys: {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r} in a RandLoRA config; {hint}")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -239,6 +237,5 @@ def _alpha(field: str, value: object) -> int | float:
 
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        hint = close_matches(str(value), choices)
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}{hint and f'; {hint}'}")

@@ -75,10 +75,10 @@ def without_numbers(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def listing(names: Iterable[str], most: int = 5) -> str:
-    """Return the first `most` names, made printable, and how many more there are."""
+def listing(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
+    """Return the first `most` names, or other short texts, made printable, and how many more there are."""
     names = list(names)
-    shown = ", ".join(printable(name, 200) for name in names[:most])
+    shown = separator.join(printable(name, 300) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -25,9 +25,18 @@ CORE = (
     "injection",
     "adapters",
 )
-HOSTS = ("", *CORE, "integrations")  # "" is randlora_vision itself, with the public names
 FIELDS = "training.option_fields"
-COMMON = (*HOSTS, FIELDS, "training.methods", "training.data", "training.harness", "training.evaluation")
+MESSAGES = ("names", "json_values", "errors", "files")  # also all that the data and the harness take of the core
+COMMON = (
+    "",
+    "integrations",
+    "errors",
+    FIELDS,
+    "training.methods",
+    "training.data",
+    "training.harness",
+    "training.evaluation",
+)
 ALLOWED = {
     "torch_internals": (),
     "names": (),
@@ -55,20 +64,35 @@ ALLOWED = {
         "errors",
         "torch_internals",
     ),
-    "": CORE,
-    "integrations": ("", *CORE),
-    "cli": (*HOSTS, "versions", "figures"),
+    "": ("adapters", "injection", "compute", "config", "report"),
+    "integrations": ("", "adapters", "injection", "layers", "bases", "config", "report", *MESSAGES),
+    "cli": ("", "integrations", "bases", "compute", "report", "skeletons", "versions", "figures", *MESSAGES),
     "training": (),
     FIELDS: (),
-    "training.methods": (*HOSTS, "training.harness"),
-    "training.data": (FIELDS, "names", "json_values", "errors", "files"),
-    "training.harness": (FIELDS, "names", "json_values", "errors", "files", "versions", "training.data"),
-    "training.evaluation": (*HOSTS, "versions", "figures", "training.harness", "training.data", "training.methods"),
-    "training.clip": COMMON,
-    "training.classifier": COMMON,
-    "training.dreambooth": COMMON,
-    "demos": ("files", *(f"training.{room}" for room in ("data", "harness", "clip", "classifier", "dreambooth"))),
-    "train_scripts": (*COMMON, "demos", "training.clip", "training.classifier", "training.dreambooth"),
+    "training.data": (FIELDS, *MESSAGES),
+    "training.harness": (FIELDS, "training.data", "versions", *MESSAGES),
+    "training.methods": (
+        "",
+        "integrations",
+        "adapters",
+        "training.harness",
+        *MESSAGES,
+    ),  # their options are the harness's
+    "training.evaluation": (
+        *("integrations", "names", "errors", "files", "versions", "figures"),
+        *("training.harness", "training.data", "training.methods"),
+    ),
+    "training.clip": (*COMMON, "names", "files"),
+    "training.classifier": (*COMMON, "names", "skeletons"),
+    "training.dreambooth": (*COMMON, "adapters", "skeletons", *MESSAGES),
+    "demos": ("files", *(f"training.{room}" for room in ("data", "harness", "clip", "dreambooth"))),
+    "train_scripts": (
+        *("", "integrations", "demos", "json_values", "errors", "files"),
+        *(
+            f"training.{room}"
+            for room in ("methods", "data", "harness", "evaluation", "clip", "classifier", "dreambooth")
+        ),
+    ),
 }
 """Each part of `randlora_vision` and the parts that it may import besides itself."""
 LIBRARIES = {"torch", "numpy", "safetensors"}

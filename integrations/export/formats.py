@@ -19,6 +19,7 @@ from randlora_vision.files.atomic import replacing
 from randlora_vision.integrations.export.kohya_names import Stack, stack_of
 from randlora_vision.integrations.export.low_rank import Choice, ExportReport, Factors
 from randlora_vision.integrations.export.updates import Update, components
+from randlora_vision.names import listing
 
 Contents = Mapping[str, Tensor | Factors]
 """Key of a piece -> complete update (O, I...), or factors."""
@@ -71,11 +72,10 @@ class Format:
         """Raise ValueError, with the layers at fault, if the format cannot hold the updates."""
         wrong = [(update.name, reason) for update in found if (reason := self.problem(host, update))]
         if wrong:
-            shown = "; ".join(f"{name}: {reason}" for name, reason in wrong[:3])
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"the format {self.name!r} cannot hold {len(wrong)} of the adapted layers ({shown}{more})")
+            shown = listing((f"{name}: {reason}" for name, reason in wrong), 3, "; ")
+            raise ValueError(f"the format {self.name!r} cannot hold {len(wrong)} of the adapted layers ({shown})")
         if whole and not self.whole_modules:
-            names = ", ".join(".".join(key).strip(".") for key in list(whole)[:3])
+            names = listing((".".join(key).strip(".") for key in whole), 3)
             raise ValueError(f"the format {self.name!r} cannot hold modules trained in full (modules_to_save: {names})")
 
     def problem(self, host: Any, update: Update) -> str | None:

@@ -34,6 +34,7 @@ from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.untrusted import check_finite_pairs
 from randlora_vision.injection.control import set_active, set_scale
 from randlora_vision.injection.record import own_record, unwrap
+from randlora_vision.names import listing
 from randlora_vision.report import InjectionReport
 
 _WINDOWS = ("uniform", "normal", "sparse", "structured")
@@ -148,8 +149,8 @@ def _sum(
             trained[target] = pair
     if apart:
         raise ValueError(
-            f"no single adapter equals this sum of {_named(contents)}: lambda and gamma both differ at {apart[0]}"
-            f"{f' and {len(apart) - 1} more' if len(apart) > 1 else ''}, and an update is bilinear in them. Keep the "
+            f"no single adapter equals this sum of {_named(contents)}: lambda and gamma both differ at "
+            f"{listing(apart, 1)}, and an update is bilinear in them. Keep the "
             "adapters active together (set_weights), and merge them if you want a single set of weights"
         )
     saved = {}

@@ -25,6 +25,7 @@ drawn from the seed.
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def grid(wide: int, columns: int) -> tuple[int, int, int]:
     """(b, ceil(K / b), a) with b * a >= M: the power of two b for which applying B is cheapest."""
 
     def sizes(b: int) -> tuple[int, int, int]:
-        return b, -(-columns // b), -(-wide // b)
+        return b, math.ceil(columns / b), math.ceil(wide / b)
 
     def cost(b: int) -> int:
         _, inner, outer = sizes(b)
@@ -72,7 +73,7 @@ def dense(seed: int, matrix: int, rows: int, columns: int) -> np.ndarray:
     """Return A (matrix 0) or B (matrix 1) as a dense (rows, columns) float32 matrix."""
     if matrix == _A:
         q, own = a_factors(seed, rows, columns)
-        spread = q.repeat(-(-columns // q.shape[1]), axis=1)[:, :columns]
+        spread = q.repeat(math.ceil(columns / q.shape[1]), axis=1)[:, :columns]
         return (spread * own).astype(np.float32)
     right, left = b_factors(seed, rows, columns)
     whole = left[None, :, :, None] * right.transpose(2, 0, 1)[:, None]  # (q, p, n, k)

@@ -38,7 +38,7 @@ def draw(kind: str, seed: int, rank: int, narrow: int, wide: int) -> tuple[Tenso
     `narrow` is PEFT's m, min(largest output, largest input) of the adapted layers; `wide` is their largest side.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    bases = -(-narrow // rank)
+    bases = math.ceil(narrow / rank)
     with torch.device("cpu"):
         if kind in _DENSE:
             a = _kaiming((rank, 1, narrow), _DENSE[kind], generator)

@@ -26,7 +26,7 @@ def filled(
     """Fill the rows of `out` with the first `count` `words` of their streams, converted n rows at a time."""
     rows, columns = out.shape
     generator = np.random.Philox(key=seed, counter=(matrix << 64) * _ROW)
-    to_next = _ROW - -(-count // 4)  # from the counter after a row to that of the next row
+    to_next = _ROW - math.ceil(count / 4)  # from the counter after a row to that of the next row
     raw = np.empty((max(1, _CHUNK // max(1, count)), count), dtype=np.uint64)
     for first in range(0, rows, len(raw)):
         some = raw[: rows - first]

@@ -111,7 +111,7 @@ def _target(entry: list[Any]) -> Target:
         raise ValueError(f"target {name!r}: alpha must be a positive number, got {alpha}")
     out_features, in_features, rank = sizes
     shape = (out_features, in_features)
-    return Target(name, "", shape, rank, alpha, -(-min(shape) // rank))
+    return Target(name, "", shape, rank, alpha, math.ceil(min(shape) / rank))
 
 
 def _check_config(config: RandLoRAConfig, spec: BasesSpec, targets: tuple[Target, ...]) -> None:
@@ -143,7 +143,7 @@ def check_sizes(path: Path, spec: BasesSpec, targets: tuple[Target, ...]) -> Non
         fits = all(have[side] >= size for side, size in needed.items())
     elif spec.kind in PEFT_KINDS:
         fits = needed["narrow"] <= spec.narrow <= spec.wide
-        needed |= {"narrow": spec.narrow, "columns": spec.rank * -(-spec.narrow // spec.rank)}
+        needed |= {"narrow": spec.narrow, "columns": spec.rank * math.ceil(spec.narrow / spec.rank)}
         fits = fits and have == needed
     else:
         fits = have == needed

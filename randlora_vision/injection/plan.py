@@ -18,6 +18,7 @@ from randlora_vision.injection.record import check_root, count_base, own_record,
 from randlora_vision.injection.selection import select, select_listed
 from randlora_vision.injection.sizing import bases_spec
 from randlora_vision.injection.trained_in_full import find_saved, listed_saved
+from randlora_vision.names import listing
 from randlora_vision.report import InjectionReport
 
 
@@ -64,7 +65,7 @@ def make_plan(
     if config.dropout:
         without = [target.name for target in targets if target.kind not in ("linear", "quantized")]
         if without:
-            notes.append(f"dropout has no effect on weights that are read directly: {', '.join(without[:3])}, ...")
+            notes.append(f"dropout has no effect on weights that are read directly: {listing(without, 3)}")
     report = InjectionReport(
         adapter_name=adapter_name,
         config=config,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 import sys
@@ -21,6 +20,7 @@ from randlora_vision.injection.candidates import (
 )
 from randlora_vision.injection.unused import unused_layers
 from randlora_vision.names import (
+    close_matches,
     is_preset,
     listing,
     matches_any,
@@ -208,9 +208,8 @@ def _nothing(
     asked = config.target_modules
     message = f"target_modules={asked if isinstance(asked, str) else list(asked)!r} leaves nothing to adapt"
     if skipped:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        return f"{message}: every match was skipped ({shown}{more})"
+        shown = listing((f"{name}: {reason}" for name, reason in skipped), 3, "; ")
+        return f"{message}: every match was skipped ({shown})"
     words = (asked,) if isinstance(asked, str) else asked
     present = [word for word in words if described(model, word)]
     if present:
@@ -221,6 +220,6 @@ def _nothing(
     components = {part for group in groups for part in group.split(" ")[0].split(".")}
     if isinstance(asked, str):
         components |= {"all-linear", "all"}
-    close = [c for word in words for c in difflib.get_close_matches(word[-100:].split(".")[-1], components, n=2)]
-    hint = f"; did you mean {' or '.join(repr(c) for c in dict.fromkeys(close))}?" if close else ""
+    hints = (close_matches(word[-100:].rpartition(".")[2], components) for word in words)
+    hint = next((f"; {hint}" for hint in hints if hint), "")
     return f"{message}{hint}; the model has: {', '.join(groups[:12])}{', ...' if len(groups) > 12 else ''}"

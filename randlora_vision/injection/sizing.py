@@ -5,6 +5,8 @@ Shapes: A (R, m) and B (M, K), see `randlora_vision.bases`.
 
 from __future__ import annotations
 
+import math
+
 from randlora_vision.bases import Bases, BasesSpec
 from randlora_vision.bases.peft import PEFT_KINDS
 from randlora_vision.bases.stored import STORED
@@ -45,7 +47,7 @@ def peft_sizes(targets: tuple[Target, ...]) -> dict[str, int]:
     # The shape of a Conv1D is given as (I, O).
     shapes = [target.shape[::-1] if target.kind == "transposed" else target.shape for target in targets]
     sides = (max(out for out, _ in shapes), max(inner for _, inner in shapes))
-    return {"rank": rank, "narrow": min(sides), "wide": max(sides), "columns": rank * -(-min(sides) // rank)}
+    return {"rank": rank, "narrow": min(sides), "wide": max(sides), "columns": rank * math.ceil(min(sides) / rank)}
 
 
 def _check_ranks(targets: tuple[Target, ...]) -> None:

@@ -294,7 +294,7 @@ def test_zero_matches_lists_the_model_and_close_names() -> None:
     with pytest.raises(ValueError) as caught:
         plan(vit(), RandLoRAConfig(rank=4, target_modules=["attn.qvk"]))
     text = str(caught.value)
-    assert "did you mean 'qkv'" in text and "blocks.*.attn.qkv (x2)" in text and "patch_embed.proj" in text
+    assert "close matches: qkv" in text and "blocks.*.attn.qkv (x2)" in text and "patch_embed.proj" in text
     with pytest.raises(ValueError, match="no linear layer"):
         plan(nn.Sequential(nn.ReLU()), RandLoRAConfig())
 

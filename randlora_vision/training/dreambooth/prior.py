@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from randlora_vision.errors import failures
 from randlora_vision.training.data.decode import Colour
 from randlora_vision.training.data.pictures import Picture
 from randlora_vision.training.dreambooth.batches import read_picture
@@ -30,10 +31,8 @@ class Encoder:
             import timm
         except ImportError as error:
             raise ValueError(f"--likeness-encoder needs timm: pip install 'randlora_vision[timm]' ({error})") from error
-        try:
+        with failures(f"--likeness-encoder {name} cannot be loaded"):
             model = timm.create_model(name, pretrained=True, num_classes=0)
-        except Exception as error:  # timm and the Hub raise many types
-            raise ValueError(f"--likeness-encoder {name} cannot be loaded: {type(error).__name__}: {error}") from error
         self.model = model.eval().requires_grad_(False).to(device)
         self.device = device
         self.config: dict[str, Any] = timm.data.resolve_data_config({}, model=model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from randlora_vision.errors import failures
 from randlora_vision.files.text import as_utf8
 from randlora_vision.names import printable
 from randlora_vision.training.data.cleaning import clean_caption
@@ -108,10 +109,8 @@ def _read_dataset(options: SubjectOptions) -> tuple[str, list[_Found]]:
 
     name = options.dataset_name
     assert name is not None
-    try:
+    with failures(f"--dataset-name {name} cannot be read"):
         found = load_from_disk(name) if is_saved_dataset(Path(name)) else load_dataset(name)
-    except Exception as error:  # datasets raises many types
-        raise ValueError(f"--dataset-name {name} cannot be read: {type(error).__name__}: {error}") from error
     data = (found.get("train") or next(iter(found.values()))) if isinstance(found, DatasetDict) else found
     original = options.cond_image_column
     columns = {"--image-column": options.image_column, "--caption-column": options.caption_column}

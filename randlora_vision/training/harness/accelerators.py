@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from randlora_vision.names import listing
 from randlora_vision.training.harness.optim import PRODIGY
 from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.progress import wrapped
@@ -128,6 +129,6 @@ def require_all_gradients(accelerator: Accelerator, names: Mapping[nn.Parameter,
     without = [name for parameter, name in names.items() if parameter.grad is None]
     if without:
         raise ValueError(
-            f"no gradient reaches {', '.join(without[:3])}{' and others' if without[3:] else ''}: with several "
+            f"no gradient reaches {listing(without, 3)}: with several "
             "processes, the loss must depend on every trained parameter; leave them out, or train with one process"
         )

@@ -4,6 +4,7 @@ Shapes: P processes, N rows of all processes together, n rows of this one.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def _own_batches(batches: Iterable[Any], process: int, processes: int) -> Iterat
         yield from enumerate(batches)
     elif isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset):
         chosen = list(batches.batch_sampler or ())
-        numbers = range(process, -(-len(chosen) // processes) * processes, processes)
+        numbers = range(process, math.ceil(len(chosen) / processes) * processes, processes)
         own = with_batches(batches, batches.dataset, [chosen[number % len(chosen)] for number in numbers])
         yield from zip((number if number < len(chosen) else -1 for number in numbers), own, strict=True)
     else:

@@ -27,7 +27,7 @@ from randlora_vision.training.harness.progress import BAR, Best, Log, Mean, best
 from randlora_vision.training.harness.schedules import warmup_schedule
 from randlora_vision.training.harness.seeding import seed_everything, seeded_items
 from randlora_vision.training.harness.sharding import sharing
-from randlora_vision.training.harness.stopping import StopRequests, farewell
+from randlora_vision.training.harness.stopping import StopRequests, failure_message, stop_message
 from randlora_vision.training.harness.task import BoundedLoss, JointLoss, OwnBatches, Speed, Task
 
 
@@ -133,7 +133,7 @@ class Trainer:
                 if code:
                     self._close(loader, batches)
                     folder = self.checkpoints.folder if self.checkpoints else None
-                    line = farewell(code, self.step, self.options.steps, folder, self.saved)
+                    line = stop_message(code, self.step, self.options.steps, folder, self.saved)
                     raise Stopped("" if silent else line, code)
         self._close(loader, batches)
         if self.ema:
@@ -294,10 +294,5 @@ class Trainer:
         self.seconds = values["seconds"]
         self.step = state.step
 
-    def _stop(self, reason: str) -> None:
-        advice = "a lower --lr usually helps"
-        if self.step == 0:
-            advice = (
-                "nothing has been trained yet, so it is due to the data, the precision or the loss, and not to --lr"
-            )
-        raise ValueError(f"training stopped after step {self.step}: {reason}; {advice} ({self.saved})")
+    def _stop(self, what: str) -> None:
+        raise ValueError(failure_message(what, self.step, self.saved))

@@ -33,7 +33,7 @@ def seconds_of(limit: str) -> int:
 
 
 class StopRequests:
-    """Notes requests to stop while it is used as a context; `poll` returns them.
+    """Records requests to stop while it is used as a context; `poll` returns them.
 
     Signals that the process ignored before, such as SIGHUP under nohup, stay ignored. Processes that are forked in the
     context, such as the workers of a loader, are not ended by these signals, which a terminal or Slurm also sends to
@@ -59,7 +59,7 @@ class StopRequests:
             usual = {number: signal.getsignal(number) for number in _SIGNALS}
             self._before = {number: old for number, old in usual.items() if old not in (signal.SIG_IGN, None)}
             for number in self._before:
-                signal.signal(number, self._note)
+                signal.signal(number, self._record)
         _listening.append(self)
         return self
 
@@ -68,7 +68,7 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self._code and now - self._at > _PATIENCE:
             raise KeyboardInterrupt  # a second Ctrl-C: do not wait for the step
@@ -97,19 +97,27 @@ def reason(code: int) -> str:
     return signal_name(code - 128)
 
 
-def farewell(code: int, step: int, steps: int, checkpoints: Path | None, saved: str) -> str:
-    """Return the line that says where a stopped run goes on: in a folder of checkpoints, or that it has `saved`."""
+def stop_message(code: int, step: int, steps: int, checkpoints: Path | None, saved: str) -> str:
+    """Return the line on a run that was asked to stop: which checkpoint continues it, or else what was `saved`."""
     where = f"its checkpoint is in {checkpoints}, --resume latest goes on from it" if checkpoints else saved
     return f"stopped by {reason(code)} after step {step} of {steps}: {where}"
+
+
+def failure_message(what: str, step: int, saved: str) -> str:
+    """Return the line on a run that cannot go on: what is not finite, what helps, and what was `saved`."""
+    advice = "a lower --lr usually helps"
+    if step == 0:
+        advice = "nothing has been trained yet, so it is due to the data, the precision or the loss, and not to --lr"
+    return f"training stopped after step {step}: {what}; {advice} ({saved})"
 
 
 _listening: list[StopRequests] = []
 
 
-def _spare_child() -> None:
+def _block_in_child() -> None:
     if _listening:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_spare_child)
+    os.register_at_fork(after_in_child=_block_in_child)

@@ -3,7 +3,6 @@
 Names are checked here, because accelerate drops a tracker that is not installed without saying so.
 """
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from randlora_vision.files.atomic import write_errors
+from randlora_vision.names import close_matches
 from randlora_vision.training.harness.progress import Log
 
 _PROJECT = "randlora_vision"
@@ -34,8 +34,8 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
     known = [name for name in LoggerType.list() if name != "all"]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"--report-to {name} is not known; choose from none, {', '.join(close or known)}")
+            hint = close_matches(name, known) or f"choose from none, {', '.join(known)}"
+            raise ValueError(f"--report-to {name} is not known; {hint}")
         if name not in installed:
             raise ValueError(f"--report-to {name}: the package is not installed (pip install {name.replace('_', '-')})")
     return list(dict.fromkeys(names))

@@ -67,7 +67,7 @@ class Peft:
         if dead:
             names = [name.removeprefix("base_model.model.") for name in dead]
             raise ValueError(
-                f"no gradient reaches PEFT's adapters of {', '.join(names[:3])} ({len(dead)} in all): the model reads "
+                f"no gradient reaches PEFT's adapters of {listing(names, 3)}: the model reads "
                 "these weights without calling their layers; choose others with --target-modules, or use --method "
                 "randlora, which adapts them"
             )

@@ -179,5 +179,5 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for path in (folder / "images").iterdir():
         Image.new("RGB", (8, 8)).save(path)
     assert "no image has a transparent pixel" in message(alpha_mask=True)
-    with pytest.raises(ValueError, match="excludes --alpha-mask"):
+    with pytest.raises(ValueError, match="--mask-data-dir and --alpha-mask"):
         SubjectOptions(instance_data_dir="x", alpha_mask=True, mask_data_dir="y")

@@ -87,7 +87,7 @@ def test_what_is_asked_for_is_measured() -> None:
     assert given is not None and [prompt for prompt, _ in sampler.asked] == ["a house"]
     plain = measure(sampler, Settings(validation_prompt=("x",)))
     assert plain is not None and len({prompt for prompt, _ in sampler.asked}) == 4
-    with pytest.raises(ValueError, match="need --num-prior-images above 0"):
+    with pytest.raises(ValueError, match="--prior-prompt needs --num-prior-images"):
         ValidationOptions(prior_prompt=("x",), num_prior_images=0)
     with pytest.raises(ValueError, match="--likeness-encoder no_such_model cannot be loaded"):
         Encoder("no_such_model", torch.device("cpu"))

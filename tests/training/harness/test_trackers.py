@@ -75,7 +75,7 @@ def test_the_default_is_tensorboard_where_it_is_installed(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("tensorbord",), "--report-to tensorbord is not known; choose from none, tensorboard"),
+        (("tensorbord",), "--report-to tensorbord is not known; close matches: tensorboard"),
         (("comet_ml",), "--report-to comet_ml: the package is not installed .pip install comet-ml."),
         (("none", "wandb"), "none cannot be combined with other trackers"),
     ],

@@ -6,6 +6,7 @@ from its beginning to its end instead.)
 """
 
 import io
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ def _members(path: Path) -> Iterator[_Member]:
     with tarfile.open(path, "r:") as tar:
         try:
             for member in tar:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                end = member.offset_data + math.ceil(member.size / _BLOCK) * _BLOCK
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError(f"it ends inside {member.name}")
                 for name, extension, is_image in wanted(member):
