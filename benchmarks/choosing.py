@@ -10,11 +10,13 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.report import Row, default_rates, kinds_of_bases, rows, tasks_of, told_apart
 from benchmarks.quality.search import Results
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.train import CENTRE_STEP, Run, read_results
+from benchmarks.quality.train import CENTRE_STEP, Run, read_lines, read_results
+from benchmarks.quality.variants import FILE, table_rows
 from benchmarks.report import table
 
 RUNS = Path(__file__).parent / "quality" / "results" / "runs.jsonl"
 _GRID = "mnist16"
+_ONE_SIZE = (1, -1)  # the middle budget, and that of methods of one size
 
 
 @cache
@@ -24,14 +26,37 @@ def results() -> Results:
 
 
 def methods_table() -> str:
-    """Return the score of every method on every task, and what each task can tell apart."""
-    by_task = {task: rows(results(), task) for task in tasks_of(results())}
+    """Return the score of every method of the middle size on every task, and what each task can tell apart."""
+    by_task = {
+        task: [row for row in rows(results(), task) if row.result["budget"] in _ONE_SIZE]
+        for task in tasks_of(results())
+    }
     scores = {(row.task, row.method): _score(row) for found in by_task.values() for row in found}
     tried = [name for name in METHODS if any(name == method for _, method in scores)]
     header = ["method", *(TASKS[task].title for task in by_task)]
     lines = [[METHODS[name].title, *(scores.get((task, name), "") for task in by_task)] for name in tried]
     verdicts = [f"- {TASKS[task].title} ({TASKS[task].score}): {told_apart(found)}" for task, found in by_task.items()]
     return f"{table([header, *lines])}\n" + "".join(f"{line}\n" for line in verdicts)
+
+
+def budgets_table() -> str:
+    """Return the scores of the methods that were trained in several sizes, with the numbers that they trained."""
+    header = ["task", "method", "smallest", "middle", "largest"]
+    lines = []
+    for task in tasks_of(results()):
+        by_method: dict[str, dict[int, Row]] = {}
+        for row in rows(results(), task):
+            by_method.setdefault(row.method, {})[row.result["budget"]] = row
+        for method, sizes in by_method.items():
+            if len(sizes) > 1:
+                cells = [f"{row.result['trained']:,}: {_score(row)}" if (row := sizes.get(n)) else "" for n in range(3)]
+                lines.append([TASKS[task].title, METHODS[method].title, *cells])
+    return table([header, *lines])
+
+
+def variants_table() -> str:
+    """Return what a change of one default does to RandLoRA on 16-shot MNIST."""
+    return table(table_rows(read_lines(RUNS.with_name(FILE))))
 
 
 def rates_table() -> str:

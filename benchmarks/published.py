@@ -108,7 +108,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "demo": demo_table,
     "cost": cost_table,
     "methods": choosing.methods_table,
+    "budgets": choosing.budgets_table,
     "rates": choosing.rates_table,
+    "variants": choosing.variants_table,
     "bases": choosing.bases_table,
     "grid": choosing.grid_table,
 }

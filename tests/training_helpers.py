@@ -118,10 +118,15 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def run_script(name: str, argv: Sequence[str], defaults: Mapping[str, str]) -> None:
-    """Run a script as in a separate process, with `defaults` for the options that are not in `argv`."""
+def as_in_a_new_process() -> None:
+    """Forget accelerate's state, which scripts leave behind."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
+
+
+def run_script(name: str, argv: Sequence[str], defaults: Mapping[str, str]) -> None:
+    """Run a script as in a separate process, with `defaults` for the options that are not in `argv`."""
+    as_in_a_new_process()
     given = [word for option, value in defaults.items() if option not in argv for word in (option, value)]
     script(name).main([*given, *QUICK, *argv])
 

@@ -84,7 +84,9 @@ def clip_subject(config: Path, samples: int) -> Subject:
     def adapted(path: Path) -> nn.Module:
         fresh = train_clip.load(chosen, options, torch.device("cpu")).model
         if load_trained(fresh, path) is not None:
-            raise ValueError(f"{path} is a linear classifier: it changes no weight of the model")
+            raise ValueError(
+                f"{path} holds a linear classifier in the place of the class prompts: compare runs without"
+            )
         return fresh
 
     if isinstance(data, ImageSplits):
@@ -161,7 +163,7 @@ def find_runs(folder: Path) -> dict[str, RunFolder]:
     found: dict[str, RunFolder] = {}
     for path in sorted(folder.rglob("summary.json")):
         run = RunFolder(path.parent)
-        if run.adapter.is_file():
+        if run.adapter.is_file() and {"clip", "model"} & _config(run).keys():
             found.setdefault(json.loads(read_text(path))["method"], run)
     found.pop("linear-probe", None)
     if not found:

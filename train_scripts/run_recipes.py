@@ -23,7 +23,7 @@ import torch
 from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_text
 from randlora_vision.files.text import read_text
-from randlora_vision.train_scripts.compare import SCRIPTS, Comparison
+from randlora_vision.train_scripts.compared import SCRIPTS, Comparison
 from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.evaluation.comparison import LABELS
 from randlora_vision.training.evaluation.intervals import seeds_half_width

@@ -193,7 +193,7 @@ def load(chosen: ClipModel, options: ClipOptions, device: torch.device) -> Loade
     on_device(clip.model, device, options.speed.channels_last)
     adapter = options.evaluation.adapter
     if adapter is not None and not options.evaluation.eval_only and load_trained(clip.model, adapter) is not None:
-        raise ValueError(f"--adapter {adapter} is itself a linear classifier: it has no features to train on")
+        raise ValueError(f"--adapter {adapter} already holds a linear classifier: give an adapter without one")
     return clip
 
 

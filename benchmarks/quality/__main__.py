@@ -22,7 +22,7 @@ from benchmarks.quality.plots import plot_budgets, plot_rates
 from benchmarks.quality.report import markdown
 from benchmarks.quality.search import next_run, plan
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.train import Run, read_lines, read_results, step_ratios, train
+from benchmarks.quality.train import Run, append_line, read_lines, read_results, step_ratios, train
 from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_text
 
@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace, path: Path, results: dict[Run, dict[str,
         while run := next_run(results, task, method, budget, search_seeds, wanted):
             problem = TASKS[task].make(options.data, run.seed)
             results[run] = train(run, TASKS[task], problem)
-            _append(path, results[run])
+            append_line(path, results[run])
             print(json.dumps(results[run]), flush=True)
 
 
@@ -76,14 +76,7 @@ def _time(options: argparse.Namespace) -> None:
         if missing:
             problem = TASKS[task].make(options.data, 0)
             for name, ratio in step_ratios(TASKS[task], problem, missing, _REFERENCE):
-                _append(path, {"task": task, "method": name, "to": _REFERENCE, "ratio": ratio})
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+                append_line(path, {"task": task, "method": name, "to": _REFERENCE, "ratio": ratio})
 
 
 def _parser() -> argparse.ArgumentParser:

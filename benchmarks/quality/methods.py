@@ -41,10 +41,13 @@ class Method:
         return self.lr is None or bool(self.knobs)
 
 
-def _randlora(bases: str) -> Apply:
+def randlora(bases: str, alpha_per_rank: float = ALPHA_PER_RANK, init: str = "lambda-zero") -> Apply:
+    """Return RandLoRA, whose knob is the rank."""
+
     def apply(model: nn.Module, targets: Sequence[str], rank: int, seed: int) -> nn.Module:
-        alpha = ALPHA_PER_RANK * rank
-        inject(model, RandLoRAConfig(rank=rank, alpha=alpha, target_modules=list(targets), bases=bases, seed=seed))
+        alpha = alpha_per_rank * rank
+        config = RandLoRAConfig(rank=rank, alpha=alpha, target_modules=list(targets), bases=bases, init=init, seed=seed)
+        inject(model, config)
         return model
 
     return apply
@@ -79,11 +82,11 @@ def _probe(model: nn.Module, targets: Sequence[str], knob: int, seed: int) -> nn
 
 
 METHODS: dict[str, Method] = {
-    "uniform": Method("RandLoRA, uniform", _randlora("uniform"), None),
-    "structured": Method("RandLoRA, structured", _randlora("structured"), None),
-    "normal": Method("RandLoRA, normal", _randlora("normal"), None),
-    "sparse": Method("RandLoRA, sparse", _randlora("sparse"), None),
-    "very_sparse": Method("RandLoRA, very sparse", _randlora("very_sparse"), None),
+    "uniform": Method("RandLoRA, uniform", randlora("uniform"), None),
+    "structured": Method("RandLoRA, structured", randlora("structured"), None),
+    "normal": Method("RandLoRA, normal", randlora("normal"), None),
+    "sparse": Method("RandLoRA, sparse", randlora("sparse"), None),
+    "very_sparse": Method("RandLoRA, very sparse", randlora("very_sparse"), None),
     "lora": Method("LoRA", _peft("LoraConfig", lambda r, _: {"r": r, "lora_alpha": 2 * r}), 1e-3, range(1, 65)),
     "dora": Method(
         "DoRA",

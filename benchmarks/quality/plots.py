@@ -16,8 +16,23 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import RATE_STEP
 from randlora_vision.figures import figure_file
 
+# One per method. RandLoRA's five kinds share a hue, from dark to light; every other method has a hue of its own.
 _MARKERS = "os^vDP*X<>hdp"
-_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6")
+_COLOURS = (
+    "#08306b",
+    "#2171b5",
+    "#4292c6",
+    "#6baed6",
+    "#9ecae1",
+    "#d62728",
+    "#ff7f0e",
+    "#2ca02c",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#444444",
+    "#999999",
+)
 _WIDTH, _HEIGHT = 4.4, 3.4
 
 
@@ -50,7 +65,7 @@ def _points(axes: Axes, own: Sequence[Row], number: int) -> None:
         [row.result["trained"] for row in own],
         [row.mean for row in own],
         [0 if math.isnan(row.half_width) else row.half_width for row in own],
-        color=_COLOURS[number % len(_COLOURS)],
+        color=_COLOURS[number],
         marker=_MARKERS[number],
         capsize=2,
         linewidth=1,
@@ -69,7 +84,7 @@ def plot_rates(results: Results, path: Path) -> None:
                 axes.plot(
                     [RATE_STEP**exponent for exponent in means],
                     list(means.values()),
-                    color=_COLOURS[number % len(_COLOURS)],
+                    color=_COLOURS[number],
                     linestyle="-" if method in BASES else "--",
                     marker=_MARKERS[number],
                     linewidth=1,

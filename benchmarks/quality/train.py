@@ -5,7 +5,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
 
 RATE_STEP = 10**0.5
 CENTRE_STEP = 0.01  # the relative step of `suggest_lr` at the centre of the grid of RandLoRA
-_WARMUP = 0.1
+WARMUP = 0.1
 _WEIGHT_DECAY = 0.01
 _CLIP = 1.0
 _TIMED_ROUNDS = 4
@@ -53,7 +53,16 @@ class Run:
 class Trainee:
     """A copy of the problem's model with a method applied, and the optimiser."""
 
-    def __init__(self, problem: Problem, method: Method, knob: int, task: Task, exponent: float, seed: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        method: Method,
+        knob: int,
+        task: Task,
+        exponent: float,
+        seed: int,
+        warmup: float = WARMUP,
+    ) -> None:
         self.problem = problem
         base = copy.deepcopy(problem.base)
         torch.manual_seed(seed)
@@ -68,7 +77,7 @@ class Trainee:
             if self.parameters
             else None
         )
-        self.warmup = round(_WARMUP * task.steps)
+        self.warmup = round(warmup * task.steps)
         self.schedule = warmup_schedule(self.optimizer, Schedule(task.steps, self.warmup)) if self.optimizer else None
         self.model.train()
 
@@ -97,13 +106,16 @@ def train(run: Run, task: Task, problem: Problem) -> dict[str, Any]:
     """Train and evaluate; return the fields of `run` with the figures."""
     method = METHODS[run.method]
     knob = knob_for(method, problem.base, targets_of(problem.base), task.ranks[run.budget])
-    trainee = Trainee(problem, method, knob, task, run.exponent, run.seed)
+    return {**asdict(run), "knob": knob, **outcome(Trainee(problem, method, knob, task, run.exponent, run.seed), task)}
+
+
+def outcome(trainee: Trainee, task: Task) -> dict[str, Any]:
+    """Train and evaluate; return the figures."""
+    problem = trainee.problem
     losses = [trainee.step() for _ in range(task.steps)] if trainee.optimizer else [float(problem.loss(trainee.model))]
     figures = problem.figures(trainee.model)
     tail = losses[trainee.warmup :] or losses
     return {
-        **asdict(run),
-        "knob": knob,
         "lr": float(f"{trainee.lr:.3g}"),
         "trained": trainee.trained,
         "file_bytes": trainee.file_bytes(),
@@ -151,6 +163,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line to a JSONL file, which is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(line) + "\n")
 
 
 def read_results(path: Path) -> dict[Run, dict[str, Any]]:

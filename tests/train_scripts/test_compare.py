@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.training_helpers import QUICK, draw_nothing, script, write_class_folders, write_tiny_clip, write_tiny_vit
+from randlora_vision.training.data.sources import digits
+from randlora_vision.training.dreambooth import task as dreambooth_task
+from tests.tiny_pipelines import PIPELINES
+from tests.training_helpers import (
+    QUICK,
+    as_in_a_new_process,
+    draw_nothing,
+    script,
+    write_class_folders,
+    write_tiny_clip,
+    write_tiny_vit,
+)
+
+SUBJECT = ("--pretrained-model-name-or-path", "a", "--instance-data-dir", "b", "--instance-prompt", "c")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +84,13 @@ def test_rates_and_seeds_of_the_classifier_and_going_on_after_a_stop(
         (["--resume", "latest"], "give --go-on instead"),
         (["--eval-only"], "leave --eval-only and --adapter out"),
         (["--script", "classifier", "--methods", "nola"], "train_classifier.py has no nola"),
+        (["--script", "dreambooth", "--methods", "vera"], "train_dreambooth.py has no vera"),
+        (["--script", "dreambooth", "--dry-run"], "the comparison trains: for --dry-run"),
+        (["--script", "dreambooth", *SUBJECT], "nothing would measure what is lost of other prompts"),
+        (
+            ["--script", "dreambooth", *SUBJECT, "--prior-prompt", "a", "--num-prior-images", "0"],
+            "needs --num-prior-images",
+        ),
         (["--rates", "dora=1e-3"], "dora is not among --methods"),
         (["--rates", "lora=fast"], "expected METHOD=RATE"),
     ],
@@ -89,3 +109,40 @@ def test_the_help_has_both_groups_of_options(compare: Any, capsys: pytest.Captur
         compare.main(["--help"])
     printed = capsys.readouterr().out
     assert "--seeds SEED" in printed and "--data" in printed
+
+
+@pytest.mark.slow
+def test_dreambooth_with_loras_of_the_same_size(
+    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PIPELINES["sd15"]().save_pretrained(tmp_path / "sd15")
+    (tmp_path / "subject").mkdir()
+    picture: Any = digits.read_digits((7,)).images["train"][0]
+    picture.save(tmp_path / "subject" / "1.png")
+    draw_nothing(monkeypatch)
+    monkeypatch.setattr(dreambooth_task, "_MEASURED", 2)
+    as_in_a_new_process()
+    words = ["--script", "dreambooth", "--pretrained-model-name-or-path", str(tmp_path / "sd15"), "--go-on"]
+    words += ["--instance-data-dir", str(tmp_path / "subject"), "--instance-prompt", "a photo of sks digit"]
+    words += ["--prior-prompt", "a dog", "--num-prior-images", "1", "--resolution", "16", "--num-inference-steps", "2"]
+    words += [
+        "--rank",
+        "4",
+        "--batch-size",
+        "1",
+        "--steps",
+        "1",
+        "--report-to",
+        "none",
+        "--methods",
+        "randlora",
+        "lora",
+    ]
+    compare.main([*words, "--rates", "lora=1e-3,1e-2", "--output-dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    summaries = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    numbers = {method: runs[0]["trained_numbers"] for method, runs in summaries.items()}
+    assert abs(numbers["lora"] - numbers["randlora"]) < 0.25 * numbers["randlora"]
+    losses = [json.loads(path.read_text())["after"]["loss"] for path in tmp_path.glob("out/lora/*/summary.json")]
+    assert len(losses) == 2 and summaries["lora"][0]["after"]["loss"] == min(losses)
+    assert "loss on the subject" in printed and "pixel drift of other prompts" in printed

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
+from randlora_vision.training.clip.classifier import ClassPromptLoss
 from randlora_vision.training.data.known_data import known_data
-from tests.training_helpers import draw_nothing, script, write_class_folders, write_tiny_clip
+from tests.training_helpers import (
+    Killed,
+    as_in_a_new_process,
+    draw_nothing,
+    script,
+    write_class_folders,
+    write_tiny_clip,
+)
 
 recipes = script("run_recipes")
 WIDTH, BLOCKS = 768, 12
@@ -61,32 +69,41 @@ def test_the_data_sets_are_the_22_whose_words_are_known() -> None:
         assert known is not None and len(known.names) in (0, data.classes) or data.classes > len(known.names)
 
 
-@pytest.mark.slow
-def test_a_row_goes_on_and_its_results_are_gathered(
+def test_a_row_goes_on_after_a_stop_and_its_results_are_gathered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_tiny_clip(tmp_path / "tiny")
-    images = write_class_folders(tmp_path / "dtd")
-    row = recipes.rows()["clip/ViT-B-32/both"]
-    options = recipes._merged(row.options, {"clip": {"model": f"local-dir:{model}", "pretrained": None}})
-    small = recipes.Row(
-        "clip/tiny/both", row.script, options, {"randlora": {"rank": 4}, "vera": {"rank": 8, "lr": 0.01}}
-    )
-    monkeypatch.setattr(recipes, "rows", lambda: {small.name: small})
-    data = recipes.DataSet("dtd", "{root}/dtd", 3, 1)
-    monkeypatch.setattr(recipes, "data_sets", lambda: {"dtd": data})
+    """A row of clip.yaml as it is, but for the model, the precision and the length."""
+    model, row = write_tiny_clip(tmp_path / "tiny"), "clip/ViT-B-32/vision-and-classifier"
+    write_class_folders(tmp_path / "eurosat")
+    words = ["run", row, "--data-root", str(tmp_path), "--data", "eurosat", "--images", "1"]
+    words += ["--methods", "randlora", "lora", "--output-dir", str(tmp_path / "out"), "--"]
+    words += ["--model", f"local-dir:{model}", "--pretrained", "None", "--mixed-precision", "no", "--steps", "2"]
+    words += ["--workers", "0", "--val-fraction", "0.3", "--eval-every", "5", "--checkpoint-every", "1"]
     draw_nothing(monkeypatch)
-    words = ["run", small.name, "--data-root", str(tmp_path), "--images", "1", "--seeds", "0", "1"]
-    words += ["--output-dir", str(tmp_path / "out"), "--"]
-    words += ["--steps", "2", "--workers", "0", "--mixed-precision", "no", "--val-fraction", "0.3", "--eval-every", "5"]
-    recipes.main(words)
+    as_in_a_new_process()
+    steps, forward = iter(range(1, 10)), ClassPromptLoss.forward
+
+    def stopped(self: ClassPromptLoss, batch: Any) -> Any:
+        if next(steps) == 4:  # the second step of the second method
+            raise Killed
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ClassPromptLoss, "forward", stopped)
+        recipes.main(words)
     assert "kept:" not in capsys.readouterr().out
     recipes.main(words)
-    assert capsys.readouterr().out.count("kept:") == 4
-    recipes.main(["gather", "--output-dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "| clip/tiny/both | 1 | 2 |" in printed and "| VeRA |" in printed and "±" in printed
-    assert images.is_dir()
+    place = tmp_path / "out" / row / "eurosat" / "1"
+    assert f"kept: {place / 'randlora'}" in printed and f"resumed from {place / 'lora' / 'checkpoints'}" in printed
+    for method, settings in {"randlora": (6, 1, "gamma-zero"), "lora": (32, 1, "lambda-zero")}.items():
+        adapter = yaml.safe_load((place / method / "config.yaml").read_text())["adapter"]
+        assert (adapter["rank"], adapter["alpha"], adapter["init"]) == settings and adapter["probe_lr"] == 0.0002
+        assert len(json.loads((place / method / "summary.json").read_text())["after"]) == 1
+    recipes.main(["gather", "--output-dir", str(tmp_path / "out")])
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert table.startswith(f"| {row} | 1 | 2 |") and "| RandLoRA |" in table and "| LoRA |" in table
+    assert "Data sets in the mean, by images per class or part: 1: 1." in table and table in capsys.readouterr().out
 
 
 def test_the_table_is_the_mean_over_the_data_sets_that_all_methods_have(tmp_path: Path) -> None:

@@ -122,6 +122,12 @@ def test_a_timm_command_trains(tiny: Path, images: Path, tmp_path: Path, monkeyp
     assert (training["beta1"], training["min_lr"]) == (0.8, 1e-5)
 
 
+def test_a_rate_that_is_too_high_is_said(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = summary(train("--lr", "30"))["warning"]
+    assert "--lr 30 is probably too high: try --lr 1e+01" in warning
+    assert capsys.readouterr().out.count(f"WARNING: {warning}\n") == 1
+
+
 def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train("--bases", "normal")
     assert {path.name for path in folder.iterdir()} == RUN_FILES

@@ -107,6 +107,13 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
     assert steps == {"train": [1, 2, 3], "val": [0, 2, 3], "validation": [0, 3]}
 
 
+@pytest.mark.parametrize("data", [[], ["--data", "digits-pairs", "--loss", "clip"]], ids=["classes", "captions"])
+def test_a_rate_that_is_too_high_is_said(data: list[str], train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = summary_of(train(*data, "--method", "full", "--lr", "3"))["warning"]
+    assert warning.startswith("the model answers ") and "for all " in warning
+    assert capsys.readouterr().out.count(f"WARNING: {warning}\n") == 1
+
+
 def test_the_adapter_alone_gives_the_accuracy_back(train: Any, tiny: Path, images: Path) -> None:
     folder = train()
     summary = json.loads((folder / "summary.json").read_text())
@@ -207,8 +214,9 @@ def check_the_card(folder: Path) -> None:
         ["--method", "lora"],
         ["--method", "full"],
         ["--method", "linear-probe"],
+        ["--method", "lora", "--towers", "vision", "--probe-lr", "0.05"],
     ],
-    ids=lambda argv: argv[1],
+    ids=lambda argv: "-".join(argv[1::4]),
 )
 def test_a_run_starts_from_an_adapter(
     method: list[str], train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -216,7 +224,7 @@ def test_a_run_starts_from_an_adapter(
     """At a rate of almost zero, the file stays as it was."""
     first = tmp_path / "first" / "adapter.safetensors"
     train(*method, "--output-dir", str(first.parent), "--lr", "0.01")
-    start = [*method, "--init-adapter", str(first)]
+    start = [word.replace("0.05", "1e-30") for word in method] + ["--init-adapter", str(first)]
     train(*start, "--lr", "1e-30", "--weight-decay", "0", "--steps", "1")
     assert all(summary_of(folder)["reload_difference"] == 0 for folder in (first.parent, tmp_path / "run"))
     check_the_card(first.parent)
@@ -428,7 +436,7 @@ def test_a_probe_learns_on_adapted_features(
     assert load_file(probed / "adapter.safetensors").keys() == {"class_features"}
     with pytest.raises(SystemExit):
         train("--method", "linear-probe", "--adapter", str(probed / "adapter.safetensors"), "--overwrite")
-    assert "is itself a linear classifier: it has no features to train on" in capsys.readouterr().err
+    assert "already holds a linear classifier: give an adapter without one" in capsys.readouterr().err
 
 
 def test_the_towers_of_a_resnet_cannot_be_checkpointed(

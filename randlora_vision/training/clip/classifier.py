@@ -23,8 +23,9 @@ class ClipClassifier(nn.Module):
     """logits (B, C) = exp(logit_scale) * image features (B, D) @ class features (C, D)^T.
 
     The class features are the text features of the class prompts, averaged over the templates. With `probe`,
-    they initialise a trained parameter, `class_features`. Otherwise they are recomputed at every call if the
-    text tower is trained, and computed once if it is frozen when the classifier is built.
+    they initialise a trained parameter, `class_features`, unless the model already holds one, which is trained with
+    its adapters (`set_class_features`). Otherwise they are recomputed at every call if the text tower is trained, and
+    computed once if it is frozen when the classifier is built.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class ClipClassifier(nn.Module):
             with torch.no_grad():
                 self._frozen = self._encode(self.tokens)
         if probe:
-            self.class_features = nn.Parameter(self.prompt_features().detach().clone())
+            held = getattr(clip.model, PROBE, None)
+            self.class_features = nn.Parameter(self.prompt_features().detach().clone()) if held is None else held
 
     def prompt_features(self) -> Tensor:
         """Return the class features (C, D), of unit length, of the prompts with the current text tower."""
@@ -113,6 +115,12 @@ class ClassPromptLoss(nn.Module):
         clamp_logit_scale(self.classifier.clip)
 
 
+def set_class_features(model: nn.Module, features: Tensor) -> None:
+    """Give a CLIP model class features (C, D) as a parameter: every method trains and saves it as it does a weight."""
+    device = next(model.parameters()).device
+    model.register_parameter(PROBE, nn.Parameter(features.detach().clone().to(device), requires_grad=False))
+
+
 def text_tower_learns(model: nn.Module) -> bool:
     """Return whether any parameter of the text tower requires a gradient."""
     return any(p.requires_grad for name, p in model.named_parameters() if belongs_to(name, "text"))
@@ -121,8 +129,8 @@ def text_tower_learns(model: nn.Module) -> bool:
 def belongs_to(name: str, tower: str) -> bool:
     """Return whether the open_clip parameter `name` belongs to `tower` ("vision" or "text").
 
-    The logit scale and bias, and CoCa's caption decoder, belong to neither.
+    The logit scale and bias, class features, and CoCa's caption decoder, belong to neither.
     """
     if name.startswith("visual."):
         return tower == "vision"
-    return tower == "text" and not name.startswith(("logit_", "text_decoder."))
+    return tower == "text" and not name.startswith(("logit_", PROBE, "text_decoder."))

@@ -59,6 +59,8 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
         raise ValueError("--loss class-prompts needs data with classes, but this has captions: choose clip or siglip")
     if captions and adapter.method == "linear-probe":
         raise ValueError("--method linear-probe is a classifier and needs data with classes, but this has captions")
+    if captions and adapter.probe_lr is not None:
+        raise ValueError("--probe-lr trains a classifier and needs data with classes, but this has captions")
     if captions and training.best_metric == TrainingOptions.best_metric:
         training = replace(training, best_metric="mean_recall")
     defaults = DEFAULTS.of(adapter.method, embedded)

@@ -11,18 +11,18 @@ from randlora_vision.errors import printable_errors
 from randlora_vision.files.metadata import FORMAT
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.integrations._open_clip_models import LoadedClip
-from randlora_vision.training.clip.classifier import PROBE, ClipClassifier
+from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, set_class_features
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.methods.adaptation import move, quiet
 from randlora_vision.training.methods.lora import FORMAT as LORA_FORMAT
-from randlora_vision.training.methods.lora import LowRank, load_lora
+from randlora_vision.training.methods.lora import load_lora
 from randlora_vision.training.methods.rivals import is_rival, load_rival
 
 
 def load_classifier(
     clip: LoadedClip, class_names: Sequence[str] | None, settings: ClipSettings, path: Path, scale: float = 1.0
 ) -> ClipClassifier | None:
-    """Call `load_trained`; return the classifier, of a linear probe at prompts + scale * (probe - prompts), if any."""
+    """Call `load_trained`; return the classifier, of a probe at prompts + scale * (probe - prompts), if any."""
     probe = load_trained(clip.model, path, scale)
     if class_names is None:
         if probe is not None:
@@ -38,7 +38,7 @@ def load_classifier(
                 f"{path} is a linear classifier of shape {shapes[0]}, but the model and the data need {shapes[1]}"
             )
         with torch.no_grad():
-            own.copy_(torch.lerp(own, probe.to(own), scale))
+            own.copy_(torch.lerp(classifier.prompt_features(), probe.to(own), scale))
         own.requires_grad_(False)
     return classifier
 
@@ -47,9 +47,10 @@ def load_classifier(
 def load_trained(model: nn.Module, path: Path | str, scale: float = 1.0) -> Tensor | None:
     """Load a file that train_clip.py wrote, with any method, into a frozen base model, in place.
 
-    Returns the class features (C, D) of a linear probe, unscaled and without changing the model; None for other
-    methods. At a `scale` s, the weights are base + s * (adapted - base): 1 gives the trained weights, 0 the base
-    weights. Raises ValueError for a file that is not an adapter file or belongs to another model.
+    Returns the class features (C, D) of a linear probe, or of one that was trained with an adapter, unscaled; None for
+    other files. A probe alone does not change the model. At a `scale` s, the weights are base + s * (adapted - base): 1
+    gives the trained weights, 0 the base weights. Raises ValueError for a file that is not an adapter file or belongs
+    to another model.
     """
     path = Path(path)
     if path.is_dir():  # a PEFT adapter
@@ -59,21 +60,21 @@ def load_trained(model: nn.Module, path: Path | str, scale: float = 1.0) -> Tens
         tensors, metadata = read_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} is not an adapter file: {error}") from None
+    probe = tensors.get(PROBE, tensors.get(f"saved.{PROBE}"))  # the second is the name in our own format
+    if set(tensors) == {PROBE}:
+        return probe
+    if probe is not None:
+        set_class_features(model, torch.zeros_like(probe))  # which the loaders below replace
     kind = metadata.get("format")
     if kind == FORMAT:
         _load_randlora(model, path, scale)
     elif kind == LORA_FORMAT:
-        load_lora(model, path)
-        for part in model.modules():
-            if isinstance(part, LowRank):
-                part.scale *= scale
+        load_lora(model, path, scale)
     elif is_rival(metadata):
         load_rival(model, path, scale)
-    elif set(tensors) == {PROBE}:
-        return tensors[PROBE]
     else:
         move(model, tensors, path, scale)
-    return None
+    return probe
 
 
 def _load_randlora(model: nn.Module, path: Path, scale: float) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations._open_clip_models import LoadedClip
-from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to
+from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to, set_class_features
 from randlora_vision.training.clip.options import ClipOptions, ClipSettings, RankedAdapter
 from randlora_vision.training.harness.memory import checkpoint_activations
 from randlora_vision.training.harness.optim import (
@@ -44,14 +44,17 @@ def adapt(
 ) -> tuple[ClipClassifier | None, Adaptation]:
     """Prepare the model for the chosen method and freeze all other weights; return the classifier and the adaptation.
 
-    The linear probe trains the weights of the classifier; the other methods train weights of the model. The
-    classifier is None for data without classes.
+    The linear probe trains the weights of the classifier; the other methods train weights of the model, and with
+    `probe_lr` the classifier too. The classifier is None for data without classes.
     """
-    probe = settings.adapter.method == "linear-probe"
+    probe, images = settings.adapter.method == "linear-probe", settings.images
+    together = settings.adapter.probe_lr is not None
+    if together and class_names is not None:
+        set_class_features(clip.model, ClipClassifier(clip, class_names, images.templates).prompt_features())
     adaptation = None if probe else _adapt_model(clip.model, settings)
     classifier = None
     if class_names is not None:
-        classifier = ClipClassifier(clip, class_names, settings.images.templates, settings.images.prompts, probe)
+        classifier = ClipClassifier(clip, class_names, images.templates, images.prompts, probe or together)
     if adaptation is None:
         assert classifier is not None, "a probe needs classes: resolve checks this"
         adaptation = TrainedTensors(classifier, [PROBE], "linear classifier", _PROBE_CODE)
@@ -61,12 +64,13 @@ def adapt(
 def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
     adapter = settings.adapter
     if adapter.method == "randlora":
-        return RandLoRA(model, config_of(settings, adapter.rank, _scalars(model, settings)))
+        return RandLoRA(model, config_of(settings, adapter.rank, _whole(model, settings)))
     if isinstance(adapter, RankedAdapter):
         targets, alpha = adapter_targets(model, settings), adapter.alpha or adapter.rank
         if adapter.method == "lora":
-            return LoRA(model, targets, adapter.rank, alpha)
-        return RivalAdaptation(model, adapter.method, targets, adapter.rank, alpha, settings.training.seed)
+            return LoRA(model, targets, adapter.rank, alpha, _whole(model, settings))
+        seed, whole = settings.training.seed, _whole(model, settings)
+        return RivalAdaptation(model, adapter.method, targets, adapter.rank, alpha, seed, whole)
     towers = _towers(settings)
     # Token embeddings stay frozen: the prompts use few of their rows, and training them slows down every step.
     tables = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
@@ -75,7 +79,7 @@ def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
         for name, _ in model.named_parameters()
         if name not in tables and any(belongs_to(name, tower) for tower in towers)
     ]
-    names += _scalars(model, settings)
+    names += _whole(model, settings)
     return TrainedTensors(model, names, f"full fine-tuning ({' and '.join(towers)} tower)", _FULL_CODE)
 
 
@@ -106,7 +110,14 @@ def own_rates(model: Any, settings: ClipSettings) -> dict[nn.Parameter, float]:
     rates = layer_rates(model, clip_layers(model), settings.training.lr, decay) if decay != 1 else {}
     if scale_lr is not None:
         rates |= {model.get_parameter(name): Rate(scale_lr, "logit_scale") for name in _scalars(model, settings)}
+    if settings.adapter.probe_lr is not None:
+        rates[model.get_parameter(PROBE)] = Rate(settings.adapter.probe_lr, "classifier")
     return rates
+
+
+def _whole(model: nn.Module, settings: ClipSettings) -> list[str]:
+    """Return the names of the parameters that are trained in full beside an adapter."""
+    return [*_scalars(model, settings), *([PROBE] if settings.adapter.probe_lr is not None else [])]
 
 
 def _scalars(model: nn.Module, settings: ClipSettings) -> list[str]:

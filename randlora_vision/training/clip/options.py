@@ -72,7 +72,7 @@ class ModelOptions(Options):
     """Which towers to adapt. If the text tower is frozen, its features are computed once."""
     train_logit_scale: bool = field(default=False, metadata=RARE)
     """Also train the logit scale, and with --loss siglip the logit bias of a SigLIP model, and save it in the same
-    file. For RandLoRA and full fine-tuning only."""
+    file."""
     logit_scale_lr: float | None = field(default=None, metadata=RARE | ABOVE_0 | needs("train_logit_scale"))
     """Peak learning rate of the logit scale. Default: --lr."""
     cache_dir: str | None = field(default=None, metadata=RARE)
@@ -117,9 +117,14 @@ class ClipAdapterOptions(AdapterOptions):
     method: ClipMethod = "randlora"
     """RandLoRA; LoRA, DoRA, VeRA or NoLA on the same weights; full fine-tuning; or a linear classifier on frozen
     features."""
+    probe_lr: float | None = field(default=None, metadata=RARE | ABOVE_0)
+    """Also train the linear classifier, from the class prompts on, at this peak rate, and save it in the same file. It
+    takes the place of the text tower: needs --towers vision."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.probe_lr is not None and self.method == "linear-probe":
+            raise ValueError("--probe-lr is for an adapter: --method linear-probe trains the classifier alone, at --lr")
         if self.alpha is not None and self.method in ("vera", "nola"):
             raise ValueError(f"--alpha: --method {self.method} has no scale, leave it out")
 
@@ -179,8 +184,10 @@ class ClipOptions:
     def __post_init__(self) -> None:
         if self.adapter.target_modules and self.clip.towers != "both":
             raise ValueError("--towers and --target-modules both choose what is adapted: give only one")
-        if self.clip.train_logit_scale and self.adapter.method not in ("randlora", "full"):
-            raise ValueError(f"--train-logit-scale: the file format of --method {self.adapter.method} cannot store it")
+        if self.clip.train_logit_scale and self.adapter.method == "linear-probe":
+            raise ValueError("--train-logit-scale: the file format of --method linear-probe cannot store it")
+        if self.adapter.probe_lr is not None and self.clip.towers != "vision":
+            raise ValueError("--probe-lr: the classifier takes the place of the text tower, give --towers vision too")
         if self.images.embedded and self.clip.model is None and self.clip.pretrained:
             raise ValueError("--pretrained needs --model: the digits CLIP has its own weights")
         evaluation = self.evaluation
@@ -195,10 +202,11 @@ class ClipOptions:
             raise ValueError("--eval-only does not train: give --adapter instead of --init-adapter")
         if evaluation.eval_only and self.checkpoints.resume is not None:
             raise ValueError("--eval-only does not train: leave --resume out")
-        if self.loss.loss in ("clip", "siglip") and self.adapter.method == "linear-probe":
-            raise ValueError(
-                f"--method linear-probe is a classifier: it cannot be trained with --loss {self.loss.loss}"
-            )
+        if self.loss.loss in ("clip", "siglip"):
+            probe = self.adapter.method == "linear-probe"
+            if probe or self.adapter.probe_lr is not None:
+                what = "--method linear-probe is" if probe else "--probe-lr trains"
+                raise ValueError(f"{what} a classifier: it cannot be trained with --loss {self.loss.loss}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from randlora_vision.training.clip.evaluation import ClipMeasured, Evaluation
 from randlora_vision.training.clip.options import ClipSettings
-from randlora_vision.training.evaluation.collapse import collapse_warning
+from randlora_vision.training.evaluation.collapse import collapse_warning, high_loss_warning, one_answer_warning
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_curves, plot_scales
 from randlora_vision.training.evaluation.grids import plot_found
 from randlora_vision.training.evaluation.intervals import intervals
@@ -19,6 +19,7 @@ from randlora_vision.training.evaluation.results import (
     plot_results,
     summarise,
 )
+from randlora_vision.training.harness.distributed import process_and_processes
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 from randlora_vision.training.methods.adaptation import Adaptation
@@ -96,6 +97,13 @@ def write_results(
     if names is not None:
         entropy = settings.loss.loss == "class-prompts"
         warning = collapse_warning(measured.after.scores[task], names, task, metrics, settings.training, entropy)
+    elif (answer := measured.after.features[task].only_answer()) is not None:
+        images = len(measured.after.features[task].images)
+        warning = one_answer_warning(answer, images, task, metrics, settings.training)
+    elif settings.loss.loss == "clip":
+        training = settings.training
+        pairs = training.batch_size * training.gradient_accumulation_steps * process_and_processes()[1]
+        warning = high_loss_warning(metrics, training, pairs)
     summary = {
         **summarise(run, method, title, adaptation, speed, reload_difference, measured.evaluation.skipped),
         "warning": warning,
@@ -171,7 +179,12 @@ def loading_code(
     if settings.evaluation.adapter is not None:
         lines.append("from randlora_vision.training.clip.load import load_trained")
         lines.append(f"load_trained(model, {settings.evaluation.adapter!r})")
-    lines += adaptation.loading_code(run.adapter)
+    together = settings.adapter.probe_lr is not None
+    if together:
+        lines.append("from randlora_vision.training.clip.load import load_trained")
+        lines.append(f"class_features = load_trained(model, {str(run.adapter)!r})")
+    else:
+        lines += adaptation.loading_code(run.adapter)
     lines += ["model.eval()", 'picture = preprocess(Image.new("RGB", (224, 224)))[None]  # or Image.open(FILE)']
     if class_names is None:
         lines.append('texts, answers = tokenizer(["a cat", "a dog"]), ["a cat", "a dog"]  # or yours')
@@ -179,7 +192,7 @@ def loading_code(
     else:
         lines.append(f"answers = {_words(class_names, run)}")
         features = "class_features.T"
-        if settings.adapter.method != "linear-probe":
+        if settings.adapter.method != "linear-probe" and not together:
             lines.append(f"templates = {list(settings.images.templates)!r}")
             features = "open_clip.build_zero_shot_classifier(model, tokenizer, answers, templates)"
     return [

@@ -76,6 +76,13 @@ class Features:
 
         return _ranks(self.texts, self.images, right)
 
+    def only_answer(self) -> str | None:
+        """Return the text that is the nearest one to every image, if there is such a text among several."""
+        found = {
+            text for part in self.images.split(_QUERIES_AT_ONCE) for text in (part @ self.texts.T).argmax(1).tolist()
+        }
+        return self.words[found.pop()] if len(found) == 1 and len(self.images) > 1 and len(self.texts) > 1 else None
+
     def nearest(self, index: int) -> tuple[str, bool]:
         """Return the text nearest to the image at `index` of the split, and whether it is correct."""
         (row,) = (self.indices == index).nonzero().flatten().tolist()

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from randlora_vision.figures import figure_file, plain
 from randlora_vision.names import printable
 from randlora_vision.training.evaluation.grids import shortened
+from randlora_vision.training.harness.progress import smaller_is_better
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 HEADLINES = {"top1": "top-1 accuracy", "mean_recall": "mean recall"}  # of a test, the first of these that it has
@@ -190,6 +191,21 @@ def plot_comparison(runs: Sequence[Compared], title: str, path: Path) -> None:
         _percent(curves, "While training (validation images)", HEADLINES[name])
         _over_steps(curves)
         _before_and_after(bars, runs, HEADLINES[name])
+
+
+def plot_measures(runs: Sequence[Compared], titles: Mapping[str, str], title: str, path: Path) -> None:
+    """Plot metrics that were measured during training (name -> title) side by side, a line per method."""
+    with figure_file(path, (6 * len(titles), 4.6), title, layout="constrained") as figure:
+        for axes, (name, words) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+            for run in runs:
+                steps, values = evaluations(run.metrics, name)
+                axes.plot(steps, values, marker="o", label=run.label)
+            axes.set(title=words.capitalize(), ylabel=words)
+            axes.set_ylim(bottom=0)
+            if not smaller_is_better(name):
+                axes.set_ylim(top=1.06)
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            _over_steps(axes)
 
 
 def _before_and_after(axes: Axes, runs: Sequence[Compared], ylabel: str) -> None:

@@ -82,6 +82,11 @@ class Best:
     evaluations_since: int = 0
 
 
+def smaller_is_better(metric: str) -> bool:
+    """Return whether a metric is a loss or a drift."""
+    return "loss" in metric or "drift" in metric
+
+
 def best_of(best: Best | None, step: int, values: Mapping[str, float], metric: str) -> Best:
     """Return the better of `best` and the values of `step`; ties do not count as an improvement.
 
@@ -91,8 +96,7 @@ def best_of(best: Best | None, step: int, values: Mapping[str, float], metric: s
     if metric not in values:
         raise ValueError(f"--best-metric {metric} is not measured; choose one of {', '.join(values)}")
     value = values[metric]
-    smaller = "loss" in metric or "drift" in metric
-    if best is None or (value < best.value if smaller else value > best.value):
+    if best is None or (value < best.value if smaller_is_better(metric) else value > best.value):
         return Best(step, value)
     return replace(best, evaluations_since=best.evaluations_since + 1)
 

@@ -140,11 +140,9 @@ class TrainedTensors:
 
     def __init__(self, model: nn.Module, names: Iterable[str], what: str, code: Sequence[str]) -> None:
         self.model = model
-        self.names = list(names)
         self.code = code  # lines in which {path!r} is replaced by the file
         model.requires_grad_(False)
-        for name in self.names:
-            model.get_parameter(name).requires_grad_(True)
+        self.names = list(unfrozen(model, names))
         self.report = f"{what}: {len(self.names)} parameters of the model itself"
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -173,6 +171,14 @@ class TrainedTensors:
     def loading_code(self, path: Path) -> list[str]:
         """Return plain safetensors and PyTorch calls."""
         return [line.format(path=str(path)) for line in self.code]
+
+
+def unfrozen(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the named parameters of a model, which are trained from now on."""
+    found = {name: model.get_parameter(name) for name in names}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
 
 
 def start(adaptation: Adaptation, options: AdapterOptions, resuming: bool) -> None:

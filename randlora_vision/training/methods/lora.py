@@ -24,7 +24,7 @@ from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing
-from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients
+from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, move, unfrozen
 
 FORMAT = "randlora_vision.lora"
 
@@ -77,10 +77,17 @@ def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: floa
     return added
 
 
-def save_lora(added: Mapping[str, LowRank], path: Path, rank: int, alpha: float) -> None:
-    """Write the trained tensors, and what is needed to load them, to one safetensors file."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(added).items()}
+def save_lora(
+    added: Mapping[str, LowRank], path: Path, rank: int, alpha: float, whole: Mapping[str, nn.Parameter] = {}
+) -> None:
+    """Write the trained tensors, and what is needed to load them, to one safetensors file.
+
+    `whole` are parameters of the model that were trained in full.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in {**_tensors(added), **whole}.items()}
     metadata = {"format": FORMAT, "rank": str(rank), "alpha": str(alpha), "targets": json.dumps(list(added))}
+    if whole:
+        metadata["whole"] = json.dumps(list(whole))
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -90,8 +97,11 @@ def _tensors(added: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
 
 
 @printable_errors
-def load_lora(model: nn.Module, path: Path | str) -> None:
-    """Add the LoRA in a file to a base model, frozen; raise ValueError for a file that is not one or does not fit."""
+def load_lora(model: nn.Module, path: Path | str, scale: float = 1.0) -> None:
+    """Add the LoRA in a file to a base model, frozen, with the `scale` of its change.
+
+    Raises ValueError for a file that is not one or does not fit.
+    """
     tensors, metadata = read_tensors(Path(path))
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a LoRA file written by this package")
@@ -99,6 +109,8 @@ def load_lora(model: nn.Module, path: Path | str) -> None:
     targets = check_type(parse_json(texts["targets"], path), list[str], path, "targets")
     rank = check_type(parse_json(texts["rank"], path), int, path, "rank")
     alpha = check_type(parse_json(texts["alpha"], path), float, path, "alpha")
+    names = check_type(parse_json(metadata.get("whole", "[]"), path), list[str], path, "whole")
+    whole = {name: tensors.pop(name) for name in names if name in tensors}
     shapes = {}
     for target in targets:
         weight = getattr(*weight_of(model, target))
@@ -107,27 +119,33 @@ def load_lora(model: nn.Module, path: Path | str) -> None:
     if rank < 1 or found != shapes:
         wrong = sorted(name for name in {**found, **shapes} if found.get(name) != shapes.get(name))
         raise ValueError(f"{path} does not hold LoRA tensors of rank {rank} for this model: {listing(wrong, 3)}")
+    move(model, whole, Path(path), scale)
     with torch.no_grad():
         for target, part in inject_lora(model, targets, rank, alpha).items():
             part.down.copy_(tensors[f"{target}.lora_A"])
             part.up.copy_(tensors[f"{target}.lora_B"])
+            part.scale *= scale
             part.requires_grad_(False)
 
 
 class LoRA:
     """LoRA: two low-rank factors added to each weight."""
 
-    def __init__(self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Sequence[str], rank: int, alpha: float, whole: Iterable[str] = ()
+    ) -> None:
         self.added: Mapping[str, Any] = inject_lora(model, targets, rank, alpha)
+        self.whole = unfrozen(model, whole)
         self.rank = rank
         self.alpha = alpha
         self.report = f"LoRA of rank {rank}, alpha {alpha:g}, on {len(self.added)} weights"
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield both factors of every adapted weight."""
+        """Yield the factors of every adapted weight, then the parameters that are trained in full."""
         for target, part in self.added.items():
             for name, parameter in part.named_parameters():
                 yield f"{target}.{name}", parameter
+        yield from self.whole.items()
 
     def check_gradients(self) -> list[str]:
         """Require a gradient, which may be zero behind a residual branch that is initialised to zero."""
@@ -138,7 +156,7 @@ class LoRA:
 
     def save(self, path: Path) -> None:
         """Write the factors."""
-        save_lora(self.added, path, self.rank, self.alpha)
+        save_lora(self.added, path, self.rank, self.alpha, self.whole)
 
     def load(self, model: nn.Module, path: Path) -> None:
         """Load the factors."""
@@ -149,7 +167,7 @@ class LoRA:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT or metadata.get("alpha") != str(self.alpha):
             raise ValueError(f"{path} is not a LoRA file of alpha {self.alpha:g} written by this package")
-        copy_tensors(_tensors(self.added), tensors, path)
+        copy_tensors({**_tensors(self.added), **self.whole}, tensors, path)
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the call of `load_lora`."""

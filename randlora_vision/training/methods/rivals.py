@@ -20,7 +20,7 @@ from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.json_values import check_object, parse_json
 from randlora_vision.names import listing
-from randlora_vision.training.methods.adaptation import copy_tensors
+from randlora_vision.training.methods.adaptation import copy_tensors, move, unfrozen
 from randlora_vision.training.methods.lora import LoRA, weight_of
 
 _FORMAT = "randlora_vision.rival"
@@ -165,12 +165,16 @@ def trained_numbers(method: str, shapes: Iterable[tuple[int, int]], rank: int) -
 
 
 def rank_for_budget(method: str, model: nn.Module, targets: Iterable[str], budget: int) -> int:
-    """Return the rank, 1 or more, with which a method trains about `budget` numbers.
+    """Return the rank with which a method trains about `budget` numbers on the targets: see `rank_for_shapes`."""
+    weights = (getattr(*weight_of(model, target)) for target in targets)
+    return rank_for_shapes(method, [(weight.shape[0], weight[0].numel()) for weight in weights], budget)
+
+
+def rank_for_shapes(method: str, shapes: Sequence[tuple[int, int]], budget: int) -> int:
+    """Return the rank, 1 or more, with which a method trains about `budget` numbers on weights of the shapes (O, I).
 
     For VeRA and NoLA at most 1024, beyond which their cost grows without learning more.
     """
-    weights = (getattr(*weight_of(model, target)) for target in targets)
-    shapes = [(weight.shape[0], weight[0].numel()) for weight in weights]
     fixed = trained_numbers(method, shapes, 0)
     rank = max(1, round((budget - fixed) / (trained_numbers(method, shapes, 1) - fixed)))
     return min(rank, _LARGEST) if method in ("vera", "nola") else rank
@@ -180,10 +184,20 @@ class RivalAdaptation(LoRA):
     """One of the methods of this file, behind the interface of `Adaptation`."""
 
     def __init__(
-        self, model: nn.Module, method: str, targets: Sequence[str], rank: int, alpha: float, seed: int
+        self,
+        model: nn.Module,
+        method: str,
+        targets: Sequence[str],
+        rank: int,
+        alpha: float,
+        seed: int,
+        whole: Iterable[str] = (),
     ) -> None:
         self.added = inject_rival(model, method, targets, rank, alpha, seed)
+        self.whole = unfrozen(model, whole)
         settings = {"method": method, "rank": rank, "alpha": alpha, "seed": seed, "targets": list(targets)}
+        if self.whole:
+            settings["whole"] = list(self.whole)
         self.metadata = {_FORMAT: json.dumps(settings)}
         size = f"{rank} random matrices" if method == "nola" else f"rank {rank}"
         self.report = f"{type(next(iter(self.added.values()))).__name__} of {size} on {len(self.added)} weights"
@@ -223,10 +237,12 @@ def load_rival(model: nn.Module, path: Path | str, scale: float = 1.0) -> None:
     tensors, metadata = read_tensors(Path(path))
     if not is_rival(metadata):
         raise ValueError(f"{path} is not a file of DoRA, VeRA or NoLA written by this package")
-    kinds = {"method": str, "rank": int, "alpha": float, "seed": int, "targets": list[str]}
+    kinds = {"method": str, "rank": int, "alpha": float, "seed": int, "targets": list[str], "whole": list[str] | None}
     held = check_object(parse_json(metadata[_FORMAT], path), kinds, path)
     if held["method"] not in ("dora", "vera", "nola") or not 1 <= held["rank"] <= 1 << 16 or not held["targets"]:
         raise ValueError(f"{path}: expected a method (dora, vera, nola), a rank from 1 to 65536 and targets")
+    whole = {name: tensors.pop(name) for name in held["whole"] or () if name in tensors}
+    move(model, whole, Path(path), scale)
     added = inject_rival(model, held["method"], held["targets"], held["rank"], held["alpha"], held["seed"])
     own = {f"{target}.{name}": p for target, part in added.items() for name, p in part.named_parameters()}
     wrong = sorted(

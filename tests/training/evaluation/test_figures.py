@@ -24,6 +24,7 @@ from randlora_vision.training.evaluation.curves import (
     plot_comparison,
     plot_confusion,
     plot_curves,
+    plot_measures,
     plot_scales,
     smoothed,
 )
@@ -238,6 +239,9 @@ def test_scales_and_comparison(tmp_path: Path, drawn: list[Figure]) -> None:
     accuracies = {"inverted digits": (0.1, 0.6), "upright digits": (0.9, 0.3)}
     runs = [Compared(label, run_of(30, top1=0.4), accuracies) for label in METHODS]
     plot_comparison(runs, "a model adapted to digits", tmp_path / "comparison.png")
+    runs = [Compared(label, run_of(30, subject=0.4, prior_drift=0.05), {}) for label in METHODS]
+    titles = {"subject": "pictures of the subject recognised", "prior_drift": "pixel drift of other prompts"}
+    plot_measures(runs, titles, "a subject taught to a pipeline", tmp_path / "measures.png")
 
 
 @pytest.mark.parametrize("layers", [0, 3, 40])
