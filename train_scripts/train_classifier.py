@@ -88,7 +88,7 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
     task = AdaptedTask(
         adaptation,
         loss=ClassifierLoss(model, classes, settings.augment),
-        batches=training_loader(train, training, accelerator),
+        batches=training_loader(train, training, accelerator, settings.augment.aug_repeats or 1),
         evaluate=lambda: evaluate(model, val, classes).values,
         own_lr=own_rates(model, settings),
         path=run.adapter if run.writing else None,

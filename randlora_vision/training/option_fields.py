@@ -1,6 +1,7 @@
 """What an option says of itself besides its type, default and help: its bounds, what it needs, and where it counts."""
 
-from collections.abc import Callable, Mapping
+import ast
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any
 
@@ -52,6 +53,24 @@ class Options:
 def flag(name: str) -> str:
     """Return the flag of an option."""
     return "--" + name.replace("_", "-")
+
+
+def named_values(flag: str, words: Sequence[str], taken: Collection[str] = ()) -> dict[str, Any]:
+    """Return words of the form NAME=VALUE by name; a value that is not a Python literal is a string.
+
+    Raises ValueError for other words, and for names that are `taken`, because other options set them.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier() or name in taken:
+            other = f" with a name other than {', '.join(taken)}" if taken else ""
+            raise ValueError(f"{flag} {word}: expected NAME=VALUE{other}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def marked_settings(options: Any, mark: str) -> list[str]:

@@ -213,7 +213,7 @@ def test_the_code_of_the_card_makes_a_fully_tuned_pipeline(
     folder = train("--method", "full", "--lr", "5e-3", "--schedule", "step", "--decay-steps", "1", *own, module=module)
     assert json.loads((folder / "summary.json").read_text())["reload_difference"] == 0
     settings = yaml.safe_load((folder / "config.yaml").read_text())["training"]
-    assert settings["lr"] == 1e-2 and not settings["scale_lr"]  # two images in a step
+    assert settings["lr"] == 1e-2 and settings["lr_images"] is None  # two images in a step
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines if line["split"] == "train"] == pytest.approx([1e-2, 1e-3])
     (pipe,) = trained

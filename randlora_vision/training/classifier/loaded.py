@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from randlora_vision.training.classifier.copies import Copies
 from randlora_vision.training.classifier.options import AugmentOptions, ClassifierModel
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.pictures import Transform
@@ -85,10 +86,17 @@ class LoadedClassifier:
 
         if _is_own(splits, augment):
             assert splits.augment is not None
+            if augment.aug_splits:
+                return Copies(Compose([]), splits.augment, self.eval_transform, self.eval_transform, augment.aug_splits)
             return Compose([splits.augment, self.eval_transform])
         config = {name: value for name, value in self._colour_config.items() if name not in ("crop_pct", "crop_mode")}
         try:
-            transform: Transform = create_transform(**config, is_training=True, **_timm_arguments(augment))
+            arguments = {**config, "is_training": True, **_timm_arguments(augment)}
+            if augment.aug_splits:
+                crop, change, last = create_transform(**arguments, separate=True)
+                first = create_transform(**{**arguments, "re_prob": 0.0}, separate=True)[2] if augment.resplit else last
+                return Copies(crop, change, self._for_channels(last), self._for_channels(first), augment.aug_splits)
+            transform: Transform = create_transform(**arguments)
         except Exception as error:  # assertions and others, for a string that timm cannot parse
             raise ValueError(f"timm cannot create the --auto-augment {augment.auto_augment!r}: {error}") from error
         return self._for_channels(transform)
@@ -110,6 +118,7 @@ def _timm_arguments(augment: AugmentOptions) -> dict[str, Any]:
     if augment.no_aug:
         return {"no_aug": True}
     return {
+        **({"interpolation": augment.train_interpolation} if augment.train_interpolation else {}),
         "scale": augment.scale,
         "ratio": augment.ratio,
         "hflip": augment.hflip,

@@ -1,6 +1,5 @@
 """The options of train_classifier.py, as given and with the defaults filled in."""
 
-import ast
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +27,8 @@ from randlora_vision.training.option_fields import (
     PART,
     RARE,
     Options,
+    flag,
+    named_values,
     needs,
 )
 
@@ -76,16 +77,7 @@ class ModelOptions(Options):
     @property
     def arguments(self) -> dict[str, Any]:
         """--model-kwargs by name; what is not a Python literal is a string. Raises ValueError for other words."""
-        found: dict[str, Any] = {}
-        for word in self.model_kwargs:
-            name, equals, value = word.partition("=")
-            if not equals or not name.isidentifier() or name in _OWN:
-                raise ValueError(f"--model-kwargs {word}: expected NAME=VALUE with a name other than {', '.join(_OWN)}")
-            try:
-                found[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                found[name] = value
-        return found
+        return named_values("--model-kwargs", self.model_kwargs, _OWN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +111,20 @@ class AugmentOptions(Options):
     """Probability of a vertical flip."""
     color_jitter: float = field(default=0.4, metadata=RARE | AT_LEAST_0)
     """Strength of random changes of brightness, contrast and saturation, without --auto-augment."""
+    train_interpolation: Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
+        field(default=None, metadata=RARE)
+    )
+    """How random crops are resized; random: bilinear or bicubic. Default: --interpolation."""
+    aug_repeats: int = field(default=0, metadata=RARE | AT_LEAST_0)
+    """How often an image comes in a row, augmented anew each time; an epoch has as many fewer of them."""
+    aug_splits: int = field(default=0, metadata=RARE)
+    """Train on every image and on this number, less one, of augmented copies of it (by --auto-augment or
+    --color-jitter, after the same crop)."""
+    jsd_loss: bool = field(default=False, metadata=RARE | needs("aug_splits"))
+    """With --aug-splits: minimise the cross entropy of the images, and the Jensen-Shannon divergence between the
+    predictions for them and their augmented copies (AugMix)."""
+    resplit: bool = field(default=False, metadata=RARE | needs("aug_splits"))
+    """With --aug-splits: erase rectangles of the augmented copies alone."""
     random_erasing: float = field(default=0.0, metadata=BELOW_1)
     """Probability of erasing a rectangle of an image."""
     erasing_mode: Literal["const", "rand", "pixel"] = field(default="const", metadata=RARE)
@@ -140,6 +146,13 @@ class AugmentOptions(Options):
         super().__post_init__()
         if self.no_aug and (self.auto_augment or self.random_erasing):
             raise ValueError("--no-aug excludes --auto-augment and --random-erasing")
+        if self.aug_splits == 1 or self.aug_splits < 0:
+            raise ValueError(f"--aug-splits must be 0, or 2 or more, got {self.aug_splits}")
+        for name in ("mixup", "cutmix", "no_aug", *(("bce_loss",) if self.jsd_loss else ())):
+            if self.aug_splits and getattr(self, name):
+                raise ValueError(
+                    f"{flag(name)} cannot be combined with {'--jsd-loss' * self.jsd_loss or '--aug-splits'}"
+                )
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "scale" and high > 1):
@@ -178,6 +191,8 @@ class ClassifierOptions:
         if self.adapter.alpha is not None and self.adapter.method == "vera":
             raise ValueError("--alpha: VeRA has no alpha, leave it out")
         require_epoch(self.data.streaming, self.training)
+        if self.data.streaming and self.augment.aug_repeats > 1:
+            raise ValueError("--aug-repeats: streamed images come once, leave it or --streaming out")
         model = self.model
         if model.model is None and (model.drop or model.drop_path):
             raise ValueError("--drop and --drop-path need --model")

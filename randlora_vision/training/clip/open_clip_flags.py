@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from randlora_vision.training.harness.flags import HUGGING_FACE, Given, Refused, Table
+from randlora_vision.training.harness.flags import HUGGING_FACE, Given, Refused, Table, only
 
 
 def _lock(other: str, towers: str) -> Any:
@@ -35,8 +35,10 @@ _PARTS = Refused("leave --lock-image and --lock-text out too, and give --target-
 _FIXED = Refused("the model is used as it was pretrained: leave it out, or change a configuration (--model FILE.json)")
 _NO_AUDIO = Refused("audio models are not supported: leave it out")
 _NO_NAFLEX = Refused("images have one size, see --force-image-size: leave it out")
-_NO_COCA = Refused("CoCa's loss is not implemented: see --loss for those that are")
-_NO_DISTILLATION = Refused("there is no distillation here: leave it out")
+_NO_COCA = "its text decoder is not trained here: leave it out to adapt the towers of a CoCa model with --loss clip"
+_NO_DISTILLATION = Refused(
+    "there is no teacher here: distil with open_clip itself, and give its weights as --pretrained"
+)
 _PURE = Refused("trained parameters stay in float32: give amp_bf16")
 _LOCAL = Refused("the run folder is on disk: copy it after the run")
 
@@ -69,10 +71,10 @@ OPEN_CLIP: Table = {
     "--name": "--run-name {}",
     "--log-local": "",
     "--wd": "--weight-decay {}",
-    "--momentum": Refused("the momentum is timm's 0.9: leave it out"),
+    "--momentum": only("0.9", otherwise="give --opt-kwargs momentum=NUMBER"),
     "--warmup": "--warmup-steps {}",
     "--opt": "--optimizer {}",
-    "--opt-kwargs": Refused("give --beta1, --beta2 or --eps; other settings are timm's"),
+    "--opt-kwargs": "--optimizer-kwargs {}",
     "--opt-fallback-list": Refused("one optimiser trains everything: leave it out"),
     "--text-layer-decay": Refused("give --layer-decay, which applies to each tower separately"),
     "--image-layer-decay": Refused("give --layer-decay, which applies to each tower separately"),
@@ -136,7 +138,8 @@ OPEN_CLIP: Table = {
     "--log-every-n-steps": "--log-every {}",
     "--log-metric-every-n-steps": "--log-every {}",
     "--train-loss-ema-samples": Refused("metrics.jsonl has the mean loss since its last line: leave it out"),
-    **dict.fromkeys(("--coca-caption-loss-weight", "--coca-contrastive-loss-weight"), _NO_COCA),
+    "--coca-caption-loss-weight": only("0", "0.0", otherwise=_NO_COCA),
+    "--coca-contrastive-loss-weight": only("1", "1.0", otherwise=_NO_COCA),
     **dict.fromkeys(("--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"), _LOCAL),
     **dict.fromkeys(("--distill-model", "--distill-pretrained"), _NO_DISTILLATION),
     "--use-bnb-linear": Refused("layers quantised by bitsandbytes are adapted by the library, not by this script"),

@@ -1,6 +1,5 @@
 """The options of train_clip.py, as given and with the defaults filled in."""
 
-import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -20,7 +19,17 @@ from randlora_vision.training.harness.options import (
     require_digits_cache,
     require_epoch,
 )
-from randlora_vision.training.option_fields import ABOVE_0, AT_LEAST_1, BELOW_1, FREE, RARE, Options, flag, needs
+from randlora_vision.training.option_fields import (
+    ABOVE_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FREE,
+    RARE,
+    Options,
+    flag,
+    named_values,
+    needs,
+)
 
 Towers = Literal["vision", "text", "both"]
 ClipMethod = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]
@@ -32,15 +41,12 @@ def parse_augmentation(words: Sequence[str]) -> dict[str, Any]:
     from open_clip.transform import AugmentationCfg
 
     known = [member.name for member in fields(AugmentationCfg)]
-    settings: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
+    settings = named_values("--aug-cfg", words)
+    for name, value in settings.items():
         if name not in known:
-            raise ValueError(f"--aug-cfg {word}: expected NAME=VALUE with a name from {', '.join(known)}")
-        try:
-            settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"--aug-cfg {word}: {value!r} is not a number, True, False or (a, b)") from error
+            raise ValueError(f"--aug-cfg {name}={value}: expected NAME=VALUE with a name from {', '.join(known)}")
+        if isinstance(value, str):
+            raise ValueError(f"--aug-cfg {name}={value}: {value!r} is not a number, True, False or (a, b)")
     return settings
 
 

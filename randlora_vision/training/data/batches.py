@@ -63,15 +63,17 @@ class ShuffledBatches(Sampler[list[int]]):
 
     Passes follow each other without a break: one batch may end a pass and begin the next. Every batch
     therefore has `batch_size` items whatever the size of the data, and batch k does not depend on where
-    reading starts.
+    reading starts. With `repeats`, each item comes that often in a row, and a pass, which is not longer, has as many
+    fewer of them, as in timm.
     """
 
-    def __init__(self, items: int, batch_size: int, batches: int, seed: int) -> None:
+    def __init__(self, items: int, batch_size: int, batches: int, seed: int, repeats: int = 1) -> None:
         assert items > 0
         self.items = items
         self.batch_size = batch_size
         self.batches = batches
         self.seed = seed
+        self.repeats = repeats
         self.drop_last = False  # accelerate reads this attribute
 
     def __len__(self) -> int:
@@ -82,7 +84,8 @@ class ShuffledBatches(Sampler[list[int]]):
         waiting: list[int] = []
         for _ in range(self.batches):
             while len(waiting) < self.batch_size:
-                waiting += torch.randperm(self.items, generator=generator).tolist()
+                order = torch.randperm(self.items, generator=generator)
+                waiting += order.repeat_interleave(self.repeats)[: self.items].tolist()
             yield waiting[: self.batch_size]
             del waiting[: self.batch_size]
 
@@ -126,10 +129,10 @@ class Pictures(Dataset[Any]):
 
 
 def training_batches(
-    data: Pictures, batch_size: int, batches: int, seed: int, workers: int | None
+    data: Pictures, batch_size: int, batches: int, seed: int, workers: int | None, repeats: int = 1
 ) -> "DataLoader[Any]":
     """Return a loader of exactly `batches` shuffled batches, all of `batch_size` pictures."""
-    order = ShuffledBatches(len(data), batch_size, batches, seed)
+    order = ShuffledBatches(len(data), batch_size, batches, seed, repeats)
     collate = partial(_filled_batch, data.collate)
     return DataLoader(Filled(data), batch_sampler=order, collate_fn=collate, **_loading(data, workers))
 

@@ -20,7 +20,7 @@ NOT_MEASURED = -1
 
 
 class Batch(TypedDict):
-    """Images (B, 3, H, W) float32 and their labels (B,) int64."""
+    """Images (B, C, H, W) float32, or N copies of each (B, N, C, H, W), and their labels (B,) int64."""
 
     images: Tensor
     labels: Tensor

@@ -2,12 +2,14 @@
 
 from randlora_vision.training.harness.flags import Given, Refused, Table, only
 
-_PRODIGY = Refused("Prodigy has the settings that are diffusers' defaults: leave it out")
+_PRODIGY = Refused("the settings are diffusers' defaults: for others, give --optimizer-kwargs, such as decouple=False")
 _BY_PIPELINE = Refused("the pipeline's own tokenizers and masks are used: leave it out")
 _DEEPFLOYD = Refused("DeepFloyd's pipelines are not supported: leave it out")
 _EDM = Refused("EDM training is not implemented: choose a pipeline that predicts noise or flow")
 
-_TOKENS = Refused("textual inversion is not implemented: leave it out, --train-text-encoder adapts the encoders")
+_TOKENS = Refused(
+    "an adapter file holds no tokens, so there is no textual inversion: --train-text-encoder adapts the encoders"
+)
 
 
 def _layers(given: Given) -> str:

@@ -9,6 +9,7 @@ from dataclasses import field, make_dataclass
 from typing import TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from randlora_vision.errors import one_line
 from randlora_vision.names import close_matches
@@ -27,6 +28,27 @@ _RIVALS = (
     ("--decay-steps", "--decay-epochs"),
 )
 """Options that set the same thing in different units."""
+_CONSTRUCTORS = ConstructorRegistry()
+
+
+@_CONSTRUCTORS.primitive_rule
+def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Read integers as open_clip does, for which 4e8 and 131072000.0 are numbers of samples."""
+
+    def read(words: list[str]) -> int:
+        try:
+            return int(words[0])
+        except ValueError:
+            number = float(words[0])
+            if not number.is_integer():  # nor are infinity and NaN
+                raise
+            return int(number)
+
+    return PrimitiveConstructorSpec(1, "INT", read, _is_int, lambda number: [str(number)]) if info.type is int else None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int)
 
 
 def parse(
@@ -58,7 +80,7 @@ def parse(
     )
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), _CONSTRUCTORS:
             return tyro.cli(command_line, args=words, config=_STYLE).options
     except SystemExit:
         raise ValueError(_one_line_complaint(complaint.getvalue(), table)) from None

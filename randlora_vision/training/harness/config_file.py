@@ -18,7 +18,8 @@ class ConfigFile:
     """Options from a file."""
 
     config: str | None = None
-    """A YAML file with any of these options, grouped as in a run folder's config.yaml (training: lr: 0.001).
+    """A YAML file with any of these options, grouped as in a run folder's config.yaml (training: lr: 0.001), or a flat
+    list of flags (lr: 0.001), as timm's args.yaml.
     Flags override the file; options in neither have their defaults. The config.yaml of a run repeats that run
     with another --output-dir; it also holds the resolved defaults, such as --lr."""
 
@@ -53,11 +54,16 @@ def _read(path: Path, options: type, foreign: Collection[str]) -> list[str]:
 
 
 def flags_of(content: Any, options: type, foreign: Collection[str] = ()) -> list[str]:
-    """Return grouped options as flags; raise ValueError for an unknown group or option, or a value of a wrong kind."""
+    """Return options as flags; raise ValueError for an unknown group or option, or a value of a wrong kind.
+
+    They are grouped, or a flat list in the names of flags, such as the args.yaml of a run of timm.
+    """
     groups = {name: get_type_hints(group) for name, group in get_type_hints(options).items()}
     homes = {name: group for group, names in groups.items() for name in names}
     if not isinstance(content, Mapping):
         raise ValueError(f"expected groups of options ({', '.join(groups)}), found {content!r}")
+    if _is_flat(content, groups, {*homes, *(flag[2:].replace("-", "_") for flag in foreign)}):
+        return [word for name, value in content.items() for word in _flat(name, value, homes, foreign)]
     flags: list[str] = []
     for group, values in content.items():
         if group not in groups:
@@ -76,7 +82,27 @@ def flags_of(content: Any, options: type, foreign: Collection[str] = ()) -> list
     return flags
 
 
-def _close(word: object, known: Mapping[str, Any]) -> str:
+def _is_flat(content: Mapping[str, Any], groups: Collection[str], known: Collection[str]) -> bool:
+    return all(
+        (name in known or name not in groups) and (not isinstance(value, Mapping) or str(name).endswith("_kwargs"))
+        for name, value in content.items()
+    )
+
+
+def _flat(name: str, value: Any, homes: Mapping[str, str], foreign: Collection[str]) -> list[str]:
+    """Return the words of a flag; none for one that is not set, which argparse writes as null, false or nothing."""
+    flag = f"--{name}".replace("_", "-")
+    if name not in homes and flag not in foreign:
+        known = [*homes, *homes.values(), *(other[2:].replace("-", "_") for other in foreign)]
+        raise ValueError(f"there is no option {name!r}; {_close(name, known)}")
+    if not value and not isinstance(value, int | float) or value is False and name not in homes:
+        return []
+    if isinstance(value, Mapping):
+        value = [f"{key}={part}" for key, part in value.items()]
+    return _flag(name, value, isinstance(value, bool))
+
+
+def _close(word: object, known: Collection[str]) -> str:
     return close_matches(str(word), known) or f"choose from {', '.join(known)}"
 
 

@@ -2,13 +2,13 @@
 
 A table maps a flag to what it means here: a template of flags ("--weight-decay {}"; one {} per value that it takes,
 none for a switch, and nothing at all for what happens here anyway), a template per value, a function that chooses a
-template from all flags given, or the reason why there is no such option.
+template from all flags given, the meaning that it has beside another flag, or the reason why there is no such option.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 from randlora_vision.training.harness.config_file import ConfigFile
 
@@ -18,8 +18,18 @@ class Refused(str):
 
 
 Given = Mapping[str, Sequence[str]]  # flag -> its values
-Meaning = str | Mapping[str, str] | Callable[[Given], str]
+Meaning = Union[str, Mapping[str, str], Callable[["Given"], str], "With"]
 Table = Mapping[str, Meaning]
+
+
+@dataclass(frozen=True)
+class With:
+    """The meaning of a flag beside another one; without that, it has no effect in the other script either."""
+
+    other: str
+    meaning: str | Mapping[str, str] | Callable[[Given], str]
+
+
 _OTHER_NAME = re.compile(r"(--[\w-]+) \{\}")  # the template of a flag that is just another name
 
 HUGGING_FACE: Table = {
@@ -28,6 +38,7 @@ HUGGING_FACE: Table = {
     "--num-train-epochs": "--epochs {}",
     "--train-batch-size": "--batch-size {}",
     "--learning-rate": "--lr {}",
+    "--scale-lr": "--lr-images 1 --lr-scaling linear",
     "--adam-weight-decay": "--weight-decay {}",
     "--adam-beta1": "--beta1 {}",
     "--adam-beta2": "--beta2 {}",
@@ -78,11 +89,13 @@ def aliases_of(table: Table) -> dict[str, list[Alias]]:
     """Return the flags of other scripts that set an option, by its flag."""
     found: dict[str, list[Alias]] = {}
     for flag, meaning in table.items():
-        meaning = meaning({}) if callable(meaning) else meaning
+        meaning = _usual(meaning)
         for value, template in meaning.items() if isinstance(meaning, Mapping) else [("", meaning)]:
             if isinstance(template, Refused) or not flag:
                 continue
             for target in re.findall(r"--[\w-]+", template):
+                if target == flag:
+                    continue
                 same = template in (f"{target} {value}", f"{target} {{}}")
                 found.setdefault(target, []).append(
                     Alias(flag, f"{target} {{}}" if same else template, value * (not same))
@@ -144,12 +157,18 @@ def _value_counts(options: type) -> dict[str, int | None]:
     return counts
 
 
-def _value_count(meaning: Any, own: Mapping[str, int | None]) -> int | None:
-    if isinstance(meaning, Refused):
+def _usual(meaning: Meaning) -> str | Mapping[str, str]:
+    """Return the meaning of a flag beside no others but the one that it needs."""
+    meaning = meaning.meaning if isinstance(meaning, With) else meaning
+    return meaning({}) if callable(meaning) else meaning
+
+
+def _value_count(meaning: Meaning, own: Mapping[str, int | None]) -> int | None:
+    template = _usual(meaning)
+    if isinstance(template, Refused):
         return None
-    if isinstance(meaning, Mapping):
+    if isinstance(template, Mapping):
         return 1
-    template = meaning if isinstance(meaning, str) else meaning({})
     return own.get(name[1], 1) if (name := _OTHER_NAME.fullmatch(template)) else template.count("{}")
 
 
@@ -172,6 +191,8 @@ def _split(words: Sequence[str], counts: Mapping[str, int | None], positional: b
 
 
 def _template(word: _Word, meaning: Meaning, given: Given) -> str:
+    if isinstance(meaning, With):
+        return _template(word, meaning.meaning, given) if meaning.other in given else ""
     if isinstance(meaning, Mapping):
         value = word.values[0] if word.values else ""
         if value in meaning:

@@ -67,10 +67,9 @@ class Trainer:
             self.checkpoints = None
         self.shapes = {name: tuple(p.shape) for name, p in task.loss.named_parameters() if p.requires_grad}
         trained = [parameter for parameter in task.loss.parameters() if parameter.requires_grad]
-        betas = options.beta1, options.beta2
-        optimizer = make_optimizer(
-            options.optimizer, trained, options.lr, options.weight_decay, task.own_lr, betas, options.eps
-        )
+        usual = options.optimizer, trained, options.lr, options.weight_decay
+        numbers = (options.beta1, options.beta2), options.eps, options.optimizer_arguments
+        optimizer = make_optimizer(*usual, task.own_lr, *numbers)
         batches = seeded_items(task.batches, options.seed)
         self.loss, self.optimizer, self.batches = accelerator.prepare(task.loss, optimizer, batches)
         # Only now, because FSDP replaces the parameters of the model.

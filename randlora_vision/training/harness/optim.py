@@ -57,12 +57,14 @@ def make_optimizer(
     own_lr: Mapping[nn.Parameter, float] | None = None,
     betas: tuple[float | None, float | None] = (None, None),
     eps: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimiser of that name over the trainable parameters in `parameters`.
 
     `own_lr` gives individual peak learning rates; the groups of a `Rate` have its name as "name". `betas` and `eps`
-    replace those of the optimiser. Raises ValueError when the optimiser needs a package or a device that is not
-    available, or does not have two betas, or has one rate while `own_lr` has others.
+    replace those of the optimiser, and `arguments` its other ones. Raises ValueError when the optimiser needs a package
+    or a device that is not available, or does not have two betas or such an argument, or has one rate while `own_lr`
+    has others.
     """
     check_optimizer_name(name)
     own_lr = own_lr or {}
@@ -77,20 +79,24 @@ def make_optimizer(
         own = {"lr": rate, "name": label} if label else {"lr": rate}
         groups += [{**group, **own} for group in decay_groups(chosen, weight_decay)]
     if name == PRODIGY:
-        return _prodigy(groups, lr, betas, eps)
+        return _prodigy(groups, lr, betas, eps, arguments or {})
     from timm.optim import create_optimizer_v2
 
     try:
-        numbers = {**_fused(name, everything), **_numbers(name, betas, eps)}
+        numbers = {**_fused(name, everything), **_numbers(name, betas, eps), **(arguments or {})}
         return create_optimizer_v2(groups, opt=name, lr=lr, **numbers)
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # from packages that are not installed
         raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error
 
 
 def _prodigy(
-    groups: list[dict[str, Any]], lr: float, betas: tuple[float | None, float | None], eps: float | None
+    groups: list[dict[str, Any]],
+    lr: float,
+    betas: tuple[float | None, float | None],
+    eps: float | None,
+    arguments: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """Return Prodigy with the settings of diffusers' scripts."""
+    """Return Prodigy, where nothing else is given with the settings of diffusers' scripts."""
     others = sorted({group["lr"] for group in groups if group.get("lr", lr) != lr})
     if others:
         raise ValueError(
@@ -103,9 +109,11 @@ def _prodigy(
     usual = (0.9, 0.999)
     both = tuple(given if given is not None else own for given, own in zip(betas, usual, strict=True))
     numbers = {} if eps is None else {"eps": eps}
-    optimizer: torch.optim.Optimizer = Prodigy(
-        groups, lr=lr, betas=both, use_bias_correction=True, safeguard_warmup=True, **numbers
-    )
+    settings = {"use_bias_correction": True, "safeguard_warmup": True, **numbers, **arguments}
+    try:
+        optimizer: torch.optim.Optimizer = Prodigy(groups, lr=lr, betas=both, **settings)
+    except TypeError as error:  # an argument that it does not have
+        raise ValueError(f"--optimizer prodigy: {error}") from error
     return optimizer
 
 

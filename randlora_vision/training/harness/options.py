@@ -22,6 +22,7 @@ from randlora_vision.training.option_fields import (
     RARE,
     Options,
     flag,
+    named_values,
     needs,
 )
 
@@ -90,8 +91,13 @@ class LoopOptions(Options):
     lr: float | Literal["auto"] | None = field(default=None, metadata=ABOVE_0)
     """Peak learning rate. The defaults are for AdamW. auto, the default of RandLoRA on your own model or data, is the
     rate at which one step changes an adapted weight by 2% of its norm (docs/learning-rate.md)."""
-    scale_lr: bool = field(default=False, metadata=RARE)
-    """Multiply --lr by the images of an optimiser step, as diffusers' scripts do."""
+    optimizer_kwargs: tuple[str, ...] = field(default=(), metadata=RARE)
+    """More arguments of the optimiser, such as nesterov=True momentum=0.8."""
+    lr_images: int | None = field(default=None, metadata=RARE | AT_LEAST_1)
+    """--lr is for optimiser steps of this many images, and is scaled to those of this run."""
+    lr_scaling: Literal["linear", "sqrt"] | None = field(default=None, metadata=RARE | needs("lr_images"))
+    """With --lr-images: how the rate depends on the images of a step. Default: sqrt for the Adam family and LAMB, else
+    linear, as in timm."""
     weight_decay: float = field(default=0.01, metadata=AT_LEAST_0)
     """Weight decay of matrices and convolutions, including lambda and gamma. Vectors and scalars are never decayed."""
     beta1: float | None = field(default=None, metadata=RARE | BELOW_1)
@@ -127,12 +133,18 @@ class LoopOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_optimizer_name(self.optimizer)
-        if self.scale_lr and self.lr in (None, "auto"):
-            raise ValueError("--scale-lr needs a number for --lr")
+        _ = self.optimizer_arguments  # raises for a wrong one
+        if self.lr_images is not None and self.lr in (None, "auto"):
+            raise ValueError("--lr-images (--scale-lr, --lr-base-size) needs a number for --lr")
         if self.optimizer == PRODIGY:
             if self.lr == "auto":
                 raise ValueError("--lr auto is for AdamW: leave it out, --optimizer prodigy finds the rate itself")
             object.__setattr__(self, "lr", self.lr or 1.0)
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """--optimizer-kwargs by name. Raises ValueError for other words."""
+        return named_values("--optimizer-kwargs", self.optimizer_kwargs, ("lr", "weight_decay", "betas", "eps"))
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class TrainingOptions(ScheduleOptions, LoopOptions):
         super().__post_init__()
         for name in ("min_lr", "warmup_lr"):
             value = getattr(self, name)
-            if isinstance(self.lr, float | int) and (value or 0) > self.lr:
+            if isinstance(self.lr, float | int) and self.lr_images is None and (value or 0) > self.lr:
                 raise ValueError(f"{flag(name)} must be at most --lr {self.lr}, got {value}")
 
 
@@ -157,6 +169,13 @@ class Training(TrainingOptions):
     def batches(self, processes: int) -> int:
         """Return how many batches all processes together take from the loader."""
         return self.steps * self.gradient_accumulation_steps * processes
+
+    def scaled_lr(self, images: int) -> float:
+        """Return the learning rate for optimiser steps of so many images."""
+        if self.lr_images is None:
+            return self.lr
+        rooted = any(part in self.optimizer for part in ("ada", "lamb")) if self.lr_scaling is None else False
+        return self.lr * (images / self.lr_images) ** (0.5 if rooted or self.lr_scaling == "sqrt" else 1)
 
     @property
     def warmup(self) -> int:
@@ -174,6 +193,8 @@ class Training(TrainingOptions):
             start=(self.warmup_lr or 0) / self.lr,
             power=self.lr_power,
             cycles=self.lr_num_cycles,
+            cycle_mul=self.lr_cycle_mul,
+            cycle_decay=self.lr_cycle_decay,
             times=self.decay_steps,
             rate=self.decay_rate,
             noise=self.lr_noise,

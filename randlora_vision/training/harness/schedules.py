@@ -7,12 +7,23 @@ learns nothing, and PyTorch's chained schedulers multiply rounded rates.
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from randlora_vision.training.option_fields import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, INSIDE, RARE, Options, flag
+from randlora_vision.training.option_fields import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    INSIDE,
+    PART,
+    RARE,
+    Options,
+    flag,
+)
 
 Shape = Literal[
     "cosine", "cosine_with_restarts", "linear", "polynomial", "tanh", "constant", "wsd", "step", "multistep", "plateau"
@@ -22,6 +33,8 @@ _LOUDEST = 0.67  # timm's, of the noise
 _USES = {
     "lr_power": ("polynomial", "wsd"),
     "lr_num_cycles": ("cosine_with_restarts",),
+    "lr_cycle_mul": ("cosine_with_restarts",),
+    "lr_cycle_decay": ("cosine_with_restarts",),
     "decay_steps": ("step", "multistep", "wsd"),
     "decay_epochs": ("step", "multistep", "wsd"),
     "decay_rate": ("step", "multistep", "plateau"),
@@ -53,6 +66,10 @@ class ScheduleOptions(Options):
     """The power of --schedule polynomial or wsd."""
     lr_num_cycles: int = field(default=1, metadata=RARE | AT_LEAST_1)
     """How many times --schedule cosine_with_restarts falls."""
+    lr_cycle_mul: float = field(default=1.0, metadata=RARE | ABOVE_0)
+    """Each of its cycles takes this times the steps of the one before."""
+    lr_cycle_decay: float = field(default=1.0, metadata=RARE | PART)
+    """The peak of each of its cycles is this times that of the one before."""
     decay_steps: tuple[int, ...] = field(default=(), metadata=RARE)
     """One number of steps for --schedule step or wsd, several for multistep."""
     decay_epochs: tuple[float, ...] = field(default=(), metadata=RARE)
@@ -96,6 +113,8 @@ class Schedule:
         start: The factor of the first step of the warmup; 0: 1 / warmup.
         power: Of "polynomial" and "wsd".
         cycles: Of "cosine_with_restarts".
+        cycle_mul: The length of each of them, relative to the one before.
+        cycle_decay: The peak of each of them, relative to the one before.
         times: The steps of "step", "multistep" and "wsd".
         rate: The factor of each fall of "step", "multistep" and "plateau".
         noise: The fraction of the steps from which the factor is noisy, and that up to which it is.
@@ -109,6 +128,8 @@ class Schedule:
     start: float = 0.0
     power: float = 1.0
     cycles: int = 1
+    cycle_mul: float = 1.0
+    cycle_decay: float = 1.0
     times: tuple[int, ...] = ()
     rate: float = 0.1
     noise: tuple[float, ...] = ()
@@ -137,7 +158,21 @@ class Schedule:
             return max(self.floor, self.rate ** bisect_right(self.times, step))
         if self.shape == "plateau":
             return max(self.floor, self.rate**falls)
-        return self.floor + (1 - self.floor) * self._fallen(step, part)
+        peak = 1.0
+        if self.shape == "cosine_with_restarts" and part < 1:
+            cycle, part = self._cycle(part)
+            peak = max(self.floor, self.cycle_decay**cycle)
+        return self.floor + (peak - self.floor) * self._fallen(step, part)
+
+    def _cycle(self, part: float) -> tuple[int, float]:
+        """Return the number of a cycle, from 0, and the part of it that is over; its lengths are a geometric series."""
+        mul = self.cycle_mul
+        if mul == 1:
+            return int(self.cycles * part), self.cycles * part % 1
+        *starts, end = accumulate((mul**cycle for cycle in range(self.cycles)), initial=0.0)
+        past = part * end  # in lengths of the first cycle
+        cycle = bisect_right(starts, past * (1 + 1e-12)) - 1  # which is not rounded to below a start
+        return cycle, max(0.0, past - starts[cycle]) / mul**cycle
 
     def _fallen(self, step: int, part: float) -> float:
         if self.shape == "linear":
@@ -148,8 +183,6 @@ class Schedule:
             return 0.5 * (1 - math.tanh(-7 * (1 - part) + 3 * part))  # timm's
         if self.shape == "wsd":
             return min(1.0, (self.steps - step) / self.times[0]) ** self.power
-        if self.shape == "cosine_with_restarts" and part < 1:
-            part = self.cycles * part % 1
         return 0.5 * (1 + math.cos(math.pi * part))
 
 

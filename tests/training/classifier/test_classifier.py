@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,6 +16,8 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from timm.data import AugMixDataset
+from timm.loss import JsdCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,6 +41,7 @@ from randlora_vision.training.data.labelled import LabelledImages
 from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.splits import few_shot_indices
 from randlora_vision.training.evaluation.curves import plot_confusion
+from randlora_vision.training.harness.seeding import seed_everything
 from randlora_vision.training.methods.peft import load_peft
 from tests.data_helpers import png
 from tests.training_helpers import NO_SKIPS, write_class_folders, write_tiny_vit
@@ -135,6 +139,54 @@ def test_the_binary_loss_is_that_of_every_class(tiny: Path) -> None:
     assert loss({"images": IMAGES, "labels": LABELS}).item() == pytest.approx(expected.item(), rel=1e-6)
     mixed = ClassifierLoss(model, 7, AugmentOptions(bce_loss=True, mixup=0.5))
     assert mixed({"images": IMAGES, "labels": LABELS}).isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_copies_is_timms(tiny: Path, smoothing: float) -> None:
+    model = load_classifier(model_of(tiny), 7, seed=0).model.eval()
+    copies = [IMAGES, IMAGES.flip(3), IMAGES * 0.5]
+    batch: Any = {"images": torch.stack(copies, dim=1), "labels": LABELS}
+    augment = AugmentOptions(aug_splits=3, jsd_loss=True, label_smoothing=smoothing)
+    expected = JsdCrossEntropy(3, smoothing=smoothing)(model(torch.cat(copies)), LABELS)
+    assert ClassifierLoss(model, 7, augment)(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    plain = ClassifierLoss(model, 7, AugmentOptions(aug_splits=3))(batch)
+    assert plain.item() == pytest.approx(F.cross_entropy(model(torch.cat(copies)), LABELS.repeat(3)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("resplit", [False, True])
+def test_copies_are_those_of_timms_augmix_dataset(tiny: Path, resplit: bool) -> None:
+    loaded = load_classifier(model_of(tiny), 5, seed=0)
+    augment = AugmentOptions(aug_splits=3, auto_augment="rand-m9-inc1", random_erasing=0.999, resplit=resplit)
+    splits: Any = SimpleNamespace(augment=None)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    found = {}
+    for erasing in (0.999, 0.0):
+        transform = loaded.training_transform(splits, replace(augment, random_erasing=erasing))
+        seed_everything(3)
+        found[erasing] = transform(picture)
+    config = {**loaded.data_config, "is_training": True, "auto_augment": "rand-m9-inc1", "separate": True}
+    del config["crop_pct"], config["crop_mode"]
+    theirs = AugMixDataset(SimpleNamespace(transform=timm.data.create_transform(**config)), num_splits=3)
+    theirs.dataset = [(theirs.dataset.transform(picture), 0)] if seed_everything(3) is None else []  # type: ignore[func-returns-value]
+    assert torch.equal(found[0.0], torch.stack(theirs[0][0]))
+    assert torch.equal(found[0.999][0], found[0.0][0]) == resplit
+    assert not torch.equal(found[0.999][1], found[0.0][1])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"aug_splits": 1}, "--aug-splits must be 0, or 2 or more, got 1"),
+        ({"jsd_loss": True}, "--jsd-loss needs --aug-splits"),
+        ({"resplit": True}, "--resplit needs --aug-splits"),
+        ({"aug_splits": 2, "mixup": 0.1}, "--mixup cannot be combined with --aug-splits"),
+        ({"aug_splits": 2, "jsd_loss": True, "bce_loss": True}, "--bce-loss cannot be combined with --jsd-loss"),
+        ({"aug_splits": 2, "no_aug": True}, "--no-aug cannot be combined with --aug-splits"),
+    ],
+)
+def test_copies_that_do_not_fit_are_refused(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        AugmentOptions(**given)
 
 
 def test_drop_rates_are_those_of_training_alone(tiny: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
 from torchvision.transforms.functional import to_tensor
 
 from randlora_vision.training.data.batches import ShuffledBatches, evaluation_batches, training_batches
@@ -194,6 +195,17 @@ def test_the_order_is_decided_by_the_seed() -> None:
         return list(ShuffledBatches(20, 5, 3, seed))
 
     assert order(0) == order(0) != order(1)
+
+
+def test_repeated_images_are_those_of_timms_sampler() -> None:
+    """Of two processes, whose batches together are one step: there, the copies of an image are in different ones."""
+    repeated = list(ShuffledBatches(items=12, batch_size=6, batches=4, seed=0, repeats=3))
+    assert list(ShuffledBatches(12, 6, 4, 0, repeats=3)) == repeated
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    samplers = [RepeatAugSampler(order, num_replicas=2, rank=rank, shuffle=False) for rank in range(2)]
+    theirs = [order[i] for pair in zip(*samplers, strict=True) for i in pair]
+    assert repeated[0] + repeated[1] == theirs and len(set(theirs)) == 4
+    assert {*repeated[2], *repeated[3]} != set(theirs)
 
 
 def test_training_batches_hold_images_and_labels() -> None:

@@ -71,7 +71,8 @@ def test_what_a_run_writes_gives_its_options_back(options: ClipOptions, tmp_path
     ("text", "expected"),
     [
         ("trainin: {lr: 1}", "there is no group of options 'trainin'; close matches: training"),
-        ("lr: 1", "there is no group of options 'lr'; it belongs under training:"),
+        ("{lr: 1, run: {overwrite: true}}", "there is no group of options 'lr'; it belongs under training:"),
+        ("learning_rat: 1", "there is no option 'learning_rat'; close matches: learning_rate"),
         ("training: {learning_rat: 1, lr: 2}", "there is no option training: learning_rat; "),
         ("training: {batchsize: 1}", "there is no option training: batchsize; close matches: batch_size"),
         ("training: {rank: 1}", "there is no option training: rank; rank belongs under adapter:"),
@@ -83,12 +84,23 @@ def test_what_a_run_writes_gives_its_options_back(options: ClipOptions, tmp_path
         ("training: {steps: abc}", "--steps"),
         ("training: {steps: 0}", "--steps must be 1 or more, got 0"),
         ("a: [", "file.yaml cannot be read"),
-        ("config: x", "there is no group of options 'config'"),
+        ("config: x", "there is no option 'config'"),
     ],
 )
 def test_mistakes_in_a_file_are_named(text: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=expected):
         parsed(tmp_path, text)
+
+
+def test_a_file_may_be_a_flat_list_of_flags(tmp_path: Path) -> None:
+    text = (
+        "{learning_rate: 1e-3, epochs: 2, overwrite: true, output_dir: null, templates: ['a {}'], strict_data: false}"
+    )
+    assert parsed(tmp_path, text, "--steps", "7") == ClipOptions(
+        training=TrainingOptions(lr=1e-3, steps=7),
+        run=RunOptions(overwrite=True),
+        images=ImageOptions(templates=("a {}",)),
+    )
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,8 @@ from randlora_vision.training.harness.options import CheckpointOptions, Training
 from tests.training_helpers import clip_settings
 
 
-def settings(checkpoints: CheckpointOptions | None = None, **training: float | None) -> ClipSettings:
-    options = ClipOptions(training=TrainingOptions(batch_size=4, **training))  # type: ignore[arg-type]
+def settings(checkpoints: CheckpointOptions | None = None, **training: Any) -> ClipSettings:
+    options = ClipOptions(training=TrainingOptions(batch_size=4, **training))
     return replace(clip_settings(options), checkpoints=checkpoints or CheckpointOptions())
 
 
@@ -40,6 +41,17 @@ def test_warmup_evaluation_and_checkpoints_in_epochs() -> None:
     assert (resolved.training.steps, resolved.training.warmup, resolved.training.eval_every) == (80, 15, 5)
     assert resolved.checkpoints == CheckpointOptions(checkpoint_every=20)
     assert in_steps(resolved, 7, 2) == resolved
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scaling", "expected"),
+    [("sgd", None, 0.3), ("adamw", None, 0.1 * 3**0.5), ("lamb", None, 0.1 * 3**0.5), ("adamw", "linear", 0.3)],
+)
+def test_a_rate_for_steps_of_other_sizes_is_scaled(optimizer: str, scaling: Any, expected: float) -> None:
+    given = settings(lr=0.1, lr_images=8, lr_scaling=scaling, optimizer=optimizer, gradient_accumulation_steps=2)
+    training = in_steps(given, 40, processes=3).training  # 24 images in a step
+    assert training.lr == pytest.approx(expected) and (training.lr_images, training.lr_scaling) == (None, None)
+    assert in_steps(replace(given, training=training), 40, 1).training.lr == training.lr
 
 
 def test_an_epoch_can_have_a_given_number_of_images() -> None:

@@ -164,6 +164,17 @@ def test_betas_and_epsilon_replace_those_of_the_optimiser() -> None:
             groups(name, (0.5, None))
 
 
+def test_other_arguments_of_an_optimiser() -> None:
+    def group(name: str, **arguments: Any) -> dict[str, Any]:
+        return make_optimizer(name, network().parameters(), 0.1, 0.0, arguments=arguments).param_groups[0]
+
+    assert (group("sgd")["momentum"], group("sgd", momentum=0.8, nesterov=False)["momentum"]) == (0.9, 0.8)
+    assert group("adamw", amsgrad=True)["amsgrad"]
+    for name in ("adamw", "lion", "lookahead_sgd"):
+        with pytest.raises(ValueError, match=f"--optimizer {name} cannot be used here: TypeError .*'nonsense'"):
+            group(name, nonsense=1)
+
+
 def test_the_default_is_pytorchs_adamw() -> None:
     first, second = network(), network()
     train(first, make_optimizer("adamw", first.parameters(), 0.01, 0.1), range(5))

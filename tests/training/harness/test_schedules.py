@@ -79,6 +79,20 @@ def test_the_factors_are_timms(shape: str, own: dict[str, Any], timm: dict[str, 
     assert factors(shape, **own) == pytest.approx(timms(**{"sched": shape, **timm}))
 
 
+@pytest.mark.parametrize(
+    ("cycles", "mul", "decay", "steps"), [(3, 2.0, 0.5, 140), (2, 1.0, 0.8, 40), (3, 0.5, 0.4, 35)]
+)
+def test_cycles_of_several_lengths_and_peaks_are_timms(cycles: int, mul: float, decay: float, steps: int) -> None:
+    own = optimizer()
+    given = {"cycle_limit": cycles, "cycle_mul": mul, "cycle_decay": decay}
+    scheduler, _ = create_scheduler_v2(
+        own, num_epochs=20, step_on_epochs=False, updates_per_epoch=1, min_lr=0.1, **given
+    )
+    expected = [(scheduler.step_update(step), own.param_groups[0]["lr"])[1] for step in range(steps)]
+    found = factors("cosine_with_restarts", steps, floor=0.1, cycles=cycles, cycle_mul=mul, cycle_decay=decay)
+    assert found == pytest.approx(expected)
+
+
 def test_the_factors_are_pytorchs_and_transformers() -> None:
     assert factors("multistep", times=(10, 25, 26), rate=0.3) == pytest.approx(
         torchs(MultiStepLR(optimizer(), [10, 25, 26], 0.3))
@@ -111,7 +125,9 @@ def test_the_cooldown_is_open_clips() -> None:
         ({"lr_num_cycles": 2}, "--lr-num-cycles is for --schedule cosine_with_restarts"),
         ({"warmup_lr": 0.2, "lr": 0.1}, "--warmup-lr must be at most --lr 0.1, got 0.2"),
         ({"lr_noise": (0.9, 0.4)}, "--lr-noise must be one or two rising numbers"),
-        ({"scale_lr": True}, "--scale-lr needs a number for --lr"),
+        ({"lr_cycle_mul": 2.0}, "--lr-cycle-mul is for --schedule cosine_with_restarts"),
+        ({"lr_images": 1}, "--lr-images \\(--scale-lr, --lr-base-size\\) needs a number for --lr"),
+        ({"optimizer_kwargs": ("lr=1",)}, "--optimizer-kwargs lr=1: expected NAME=VALUE with a name other than lr"),
         ({"optimizer": "prodigy", "lr": "auto"}, "--lr auto is for AdamW"),
     ],
 )
