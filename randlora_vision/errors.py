@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 from randlora_vision.names import printable
 
 DEBUG_VARIABLE = "RANDLORA_DEBUG"
+_SIGPIPE = 13  # Windows has no such signal
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -90,8 +91,9 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
     The library raises these two for wrong input, including missing files; any other exception is a
     bug in the library and keeps its traceback. If the environment variable RANDLORA_DEBUG is set,
     these exceptions keep their tracebacks too. `Stopped` ends with its message and code; Ctrl-C, SIGTERM, SIGHUP and
-    SIGUSR1 with one line and the usual code, after what was opened has been closed. What the encoding of the
-    terminal lacks, such as the bytes of a file name, is printed escaped.
+    SIGUSR1 with one line and the usual code, after what was opened has been closed; so does output that nothing reads
+    any more, as under `| head`. What the encoding of the terminal lacks, such as the bytes of a file name, is printed
+    escaped.
     """
 
     @functools.wraps(main)
@@ -100,7 +102,9 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
             sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
         try:
             with _interruptible():
-                return main(*args, **kwargs)
+                result = main(*args, **kwargs)
+            sys.stdout.flush()  # here, because Python reports an error of its own flush in words of its own
+            return result
         except Stopped as stopped:
             if str(stopped):
                 print(stopped, file=sys.stderr)
@@ -113,6 +117,8 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
                 print(f"stopped by {signal_name(number)}", file=sys.stderr)
             raise SystemExit(128 + number) from None
         except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and _unread_streams():
+                raise SystemExit(128 + _SIGPIPE) from None
             if os.environ.get(DEBUG_VARIABLE):
                 raise
             line = f"error: {printable(one_line(_own_words(str(error))))}"
@@ -121,6 +127,20 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
             raise SystemExit(2) from None
 
     return wrapper
+
+
+def _unread_streams() -> bool:
+    """Return whether nothing reads the output any more, and say so; what is printed after that goes nowhere."""
+    unread = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            unread.append(stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if unread:
+        print("stopped by SIGPIPE: nothing reads the output any more", file=sys.stderr)
+    return bool(unread)
 
 
 def signal_name(number: int) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from randlora_vision.errors import one_line
+from randlora_vision.files.atomic import write_errors
 from randlora_vision.files.text import as_utf8
 from randlora_vision.names import printable
 
@@ -70,7 +71,7 @@ class SkipList:
             line = f"{name}\t{why}"
             if _key(line, once_per_item) not in self._written[path]:
                 self._written[path].add(_key(line, once_per_item))
-                with path.open("a", encoding="utf-8") as file:
+                with write_errors(path), path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
 
 

@@ -19,7 +19,7 @@ from randlora_vision.training.harness.preprocessing import check_preprocessing
 from randlora_vision.training.harness.run_folder import RunFolder, open_run_folder, plain_settings
 from randlora_vision.training.harness.stopping import StopRequests, seconds_of
 from randlora_vision.training.harness.task import HELD_OUT, OwnBatches, Speed, Task
-from randlora_vision.training.harness.trackers import report_pictures, start_trackers
+from randlora_vision.training.harness.trackers import end_trackers, report_pictures, start_trackers
 from randlora_vision.training.option_fields import marked_settings
 
 EVALUATED = "eval"
@@ -168,7 +168,7 @@ def _unlocked_on_failure(run: RunFolder, accelerator: Accelerator) -> Iterator[N
         yield
     except BaseException as error:
         if isinstance(error, Stopped):
-            accelerator.end_training()
+            _close(accelerator)
         unlock_folder(run.path)
         raise
 
@@ -177,6 +177,11 @@ def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:
     """Report the run's pictures to the trackers at `step`, close what accelerate has opened, and unlock the folder."""
     if run.writing:
         report_pictures(accelerator, step, run.pictures())
+    _close(accelerator)
+    unlock_folder(run.path)
+
+
+def _close(accelerator: Accelerator) -> None:
+    end_trackers(accelerator)
     accelerator.free_memory()  # before the processes part: DeepSpeed's engine speaks to the others when it is let go
     accelerator.end_training()
-    unlock_folder(run.path)

@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import IO
 
+from randlora_vision.files.atomic import write_errors
+
 NAME = ".lock"
 _held: dict[tuple[int, Path], IO[str]] = {}
 
@@ -25,7 +27,8 @@ def lock_folder(folder: Path) -> None:
         return
     path = folder.resolve() / NAME
     while (os.getpid(), path) not in _held:
-        file = path.open("a+", encoding="utf-8")
+        with write_errors(path):
+            file = path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -132,7 +132,11 @@ def open_run_folder(
     run = RunFolder(Path(options.output_dir) if options.output_dir else default, writing)
     if not writing:
         return run
-    run.path.mkdir(parents=True, exist_ok=True)
+    occupied = next((path for path in (run.path, *run.path.parents) if path.exists()), run.path)
+    if not occupied.is_dir():
+        raise ValueError(f"the run folder {run.path} cannot be made: {occupied} is a file; choose another --output-dir")
+    with write_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
     lock_folder(run.path)
     for path in run.files():
         remove_unfinished(path)

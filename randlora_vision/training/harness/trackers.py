@@ -3,18 +3,19 @@
 Names are checked here, because accelerate drops a tracker that is not installed without saying so.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker, filter_trackers, get_available_trackers
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, filter_trackers, get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from randlora_vision.files.atomic import write_errors
+from randlora_vision.errors import failures, reason_of
 from randlora_vision.names import close_matches
 from randlora_vision.training.harness.progress import Log
 
@@ -57,25 +58,47 @@ def start_trackers(
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.log_with = filter_trackers(chosen_trackers(names), folder)
     project = project or os.environ.get("WANDB_PROJECT", _PROJECT)  # wandb itself prefers the argument to its variable
-    accelerator.init_trackers(project, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
-    for tracker in accelerator.trackers:
-        if not isinstance(tracker, TensorBoardTracker):  # which would write them as a separate run
-            tracker.store_init_configuration(dict(settings))
+    with failures(f"--report-to {' '.join(names) or _DEFAULT}"):  # without a login, for example
+        accelerator.init_trackers(project, init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
+        for tracker in accelerator.trackers:
+            if not isinstance(tracker, TensorBoardTracker):  # which would write them as a separate run
+                tracker.store_init_configuration(dict(settings))
 
     def log(step: int, split: str, values: Mapping[str, float]) -> None:
-        with write_errors(folder):  # TensorBoard names no file when the disk is full
-            accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        for tracker in list(accelerator.trackers):
+            with _dropped_on_failure(accelerator, tracker):
+                tracker.log(named, step=step)
 
     return log
 
 
 def report_pictures(accelerator: Accelerator, step: int, paths: Sequence[Path]) -> None:
     """Report PNG files, by their names, to the trackers that accept pictures."""
-    for tracker in accelerator.trackers:
-        for path in paths:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-            if isinstance(tracker, TensorBoardTracker):
-                tracker.log_images({path.stem: np.asarray(picture)[None]}, step, dataformats="NHWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({path.stem: [picture]}, step)
+    for tracker in list(accelerator.trackers):
+        with _dropped_on_failure(accelerator, tracker):
+            for path in paths:
+                with Image.open(path) as opened:
+                    picture = opened.convert("RGB")
+                if isinstance(tracker, TensorBoardTracker):
+                    tracker.log_images({path.stem: np.asarray(picture)[None]}, step, dataformats="NHWC")
+                elif hasattr(tracker, "log_images"):
+                    tracker.log_images({path.stem: [picture]}, step)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers write what they have not yet written."""
+    for tracker in list(accelerator.trackers):
+        with _dropped_on_failure(accelerator, tracker):
+            tracker.finish()
+    accelerator.trackers = []
+
+
+@contextlib.contextmanager
+def _dropped_on_failure(accelerator: Accelerator, tracker: GeneralTracker) -> Iterator[None]:
+    """Go on without a tracker that fails, because the run folder has everything; a full disk fails there, too."""
+    try:
+        yield
+    except Exception as error:  # of its library, its disk or its network
+        accelerator.trackers = [other for other in accelerator.trackers if other is not tracker]
+        accelerator.print(f"note: {tracker.name} failed and gets nothing more from this run: {reason_of(error)}")

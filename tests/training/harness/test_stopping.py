@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader, Dataset
 
 from randlora_vision.errors import Stopped, user_errors
-from randlora_vision.training.harness import stopping
+from randlora_vision.training.harness import checkpoints, stopping
 from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.checkpoints import Checkpoints, list_checkpoints, read_checkpoint
 from randlora_vision.training.harness.loop import Trainer
@@ -158,6 +158,51 @@ def test_a_stopped_run_goes_on_bit_for_bit(during: str, every: int, tmp_path: Pa
     again, resumed = train(FitTask(12), resume=read_checkpoint(list_checkpoints(folder)[-1][1]))
     assert again == [line for line in lines if line[0] > done]
     assert all(torch.equal(one, other) for one, other in zip(parameters, resumed, strict=True))
+
+
+def test_a_second_signal_does_not_harm_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's SIGTERM and SIGHUP while the checkpoint is written that the first one asked for."""
+    save, task, stop = checkpoints.save_file, FitTask(12), StopRequests()
+
+    def saved(*given: Any) -> None:
+        save(*given)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(checkpoints, "save_file", saved)
+    forward = task.loss.forward
+    task.loss.forward = lambda batch: (os.kill(os.getpid(), signal.SIGTERM), forward(batch))[1]  # type: ignore[method-assign]
+    assert interrupted(task, tmp_path, stop).startswith("stopped by SIGTERM after step 1 of 12: its checkpoint is in ")
+    assert read_checkpoint(tmp_path / "checkpoints" / "step-000001").state.step == 1
+
+
+@pytest.mark.parametrize("during", ["a call", "the end"])
+def test_output_that_nothing_reads_ends_a_program_in_one_line(
+    during: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    @user_errors
+    def main() -> None:
+        print("a line", flush=during == "a call")
+
+    with os.fdopen(writing, "w") as stream, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.stdout", stream)
+        main()
+    assert ended.value.code == 141
+    assert capsys.readouterr().err == "stopped by SIGPIPE: nothing reads the output any more\n"
+
+
+def test_a_pipe_of_its_own_that_breaks_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    @user_errors
+    def main() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from randlora_vision.training.harness import trackers
 from randlora_vision.training.harness.options import RunOptions
 from randlora_vision.training.harness.run_folder import open_run_folder
-from randlora_vision.training.harness.trackers import chosen_trackers, report_pictures, start_trackers
+from randlora_vision.training.harness.trackers import chosen_trackers, end_trackers, report_pictures, start_trackers
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -34,7 +36,7 @@ def test_values_and_pictures_reach_tensorboard(tmp_path: Path) -> None:
     picture[:, :2] = (200, 10, 30)
     Image.fromarray(picture).save(run.curves)
     report_pictures(accelerator, 2, run.pictures())
-    accelerator.end_training()
+    end_trackers(accelerator)
 
     read = events(run.logs)
     assert sorted(read.Tags()["scalars"]) == ["train/loss", "train/lr", "val/top1"]
@@ -95,6 +97,69 @@ def test_the_project_of_wandb_is_that_of_its_variable(tmp_path: Path, monkeypatc
         start_trackers(Accelerator(cpu=True), ("none",), tmp_path, {}, step=0)
         monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert projects == ["randlora_vision", "mine"]
+
+
+class Failing(GeneralTracker):
+    """A tracker whose disk is full, or whose server is away, from some step on."""
+
+    name = "failing"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+        self.steps: list[int] = []
+
+    @property
+    def tracker(self) -> None: ...
+
+    def store_init_configuration(self, values: Any) -> None:
+        self.fail("init")
+
+    def log(self, values: Any, step: int, **_: Any) -> None:  # type: ignore[override]
+        if step == 2:
+            self.fail("log")
+        self.steps.append(step)
+
+    def log_images(self, values: Any, step: int, **_: Any) -> None:
+        self.fail("log_images")
+
+    def finish(self) -> None:
+        self.fail("finish")
+
+    def fail(self, at: str) -> None:
+        if at == self.at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["log", "log_images", "finish"])
+def test_a_run_goes_on_without_a_tracker_that_fails(
+    at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    log = start_trackers(accelerator, ("tensorboard",), tmp_path / "logs", {}, step=0)
+    failing = Failing(at)
+    accelerator.trackers.insert(0, failing)
+    for step in (1, 2, 3):
+        log(step, "train", {"loss": 1.0 * step})
+    Image.new("RGB", (3, 2)).save(tmp_path / "curves.png")
+    report_pictures(accelerator, 3, [tmp_path / "curves.png"])
+    end_trackers(accelerator)
+    assert accelerator.trackers == [] and failing.steps == ([1] if at == "log" else [1, 2, 3])
+    assert [value.step for value in events(tmp_path / "logs").Scalars("train/loss")] == [1, 2, 3]
+    assert capsys.readouterr().out == (
+        "note: failing failed and gets nothing more from this run: [Errno 28] No space left on device\n"
+    )
+
+
+def test_a_tracker_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*_: Any, **__: Any) -> None:
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", init)
+    with pytest.raises(ValueError, match=r"^--report-to tensorboard: api_key not configured \(no-tty\)$"):
+        start_trackers(Accelerator(cpu=True), ("tensorboard",), tmp_path, {}, step=0)
 
 
 def test_pictures_reach_a_tracker_through_its_interface(tmp_path: Path) -> None:
