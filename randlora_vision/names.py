@@ -82,6 +82,12 @@ def listing(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(count: float, noun: str) -> str:
+    """Return a number with a noun, which is given in the singular: 1 image, 2 images, 3 classes."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{ending}"
+
+
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Return the lines of a table whose first row is its head; all but the `left` first columns are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

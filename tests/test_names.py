@@ -8,7 +8,8 @@ import random
 import pytest
 
 from randlora_vision.errors import printable_errors
-from randlora_vision.names import listing, matches_one_of, matches_suffix, printable, short_name, suffixes
+from randlora_vision.names import counted, listing, matches_one_of, matches_suffix, printable, short_name, suffixes
+from randlora_vision.training.data.split_names import images_of
 
 
 def test_what_is_printable_stays() -> None:
@@ -42,6 +43,12 @@ def test_errors_are_made_printable() -> None:
     with pytest.raises(ValueError) as caught:
         fail("ü" * 10**6)
     assert len(str(caught.value)) <= 2000
+
+
+def test_numbers_of_things() -> None:
+    assert [counted(count, "test image") for count in (0, 1, 2)] == ["0 test images", "1 test image", "2 test images"]
+    assert (counted(1, "class"), counted(3, "class")) == ("1 class", "3 classes")
+    assert (images_of("all", 4), images_of("all", 1), images_of("val", 1)) == ("4 images", "1 image", "1 val image")
 
 
 def test_suffixes_are_what_a_name_may_match() -> None:

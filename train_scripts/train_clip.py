@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from randlora_vision.demos import clip as demo_clip
 from randlora_vision.errors import user_errors
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
+from randlora_vision.names import counted
 from randlora_vision.training.clip.defaults import DEFAULTS, resolve
 from randlora_vision.training.clip.evaluation import ClipMeasured, Evaluation
 from randlora_vision.training.clip.load import load_classifier, load_trained
@@ -80,7 +81,7 @@ def train(options: ClipOptions) -> dict[str, Any]:
         say(f"note: {note}")
     truncated = truncated_captions(data, clip.tokenize) if isinstance(data, PairSplits) else 0
     if truncated:
-        say(f"note: {truncated} captions are longer than the model's context and are truncated")
+        say(f"note: {counted(truncated, 'caption')} truncated to the model's context")
 
     set_seed(training.seed)
     evaluation = Evaluation(clip, read_tests(settings, data, skipped), settings, skipped)

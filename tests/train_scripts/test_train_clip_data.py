@@ -76,7 +76,7 @@ def test_what_was_skipped_and_cut_is_reported(train: Any, tmp_path: Path, capsys
     folder = train(path)
     printed = capsys.readouterr().out
     assert "skipped 2" in printed and "skipped.txt" in printed
-    assert "1 captions are longer than the model's context and are truncated" in printed
+    assert "1 caption truncated to the model's context" in printed
     assert json.loads((folder / "summary.json").read_text())["truncated_captions"] == 1
 
 

@@ -57,7 +57,7 @@ class PairSplits(SplitImages):
     def __str__(self) -> str:
         everyone = next(texts for texts in self.captions.values() if texts or not self.stream)
         captions = sum(len(texts) for texts in everyone) / max(1, len(everyone))
-        return f"{self.name}: {self.sizes} images, {captions:.3g} captions each ({self.origin})"
+        return f"{self.name}: {self.sizes}, {captions:.3g} captions each ({self.origin})"
 
 
 class CaptionedImages(Pictures):

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, TypeVar
 from PIL import Image
 
 from randlora_vision.files.text import as_utf8
+from randlora_vision.names import counted
 from randlora_vision.training.data.batches import Pictures
 from randlora_vision.training.data.decode import WHITE, Colour
 from randlora_vision.training.data.part import Stream
 from randlora_vision.training.data.pictures import Picture
+from randlora_vision.training.data.split_names import images_of
 
 _Splits = TypeVar("_Splits", bound="SplitImages")
 _Data = TypeVar("_Data", bound=Pictures)
@@ -44,9 +46,11 @@ class SplitImages:
     @property
     def sizes(self) -> str:
         """The sizes of the splits in words."""
-        streamed = [f"{len(self.stream.shards)} shards streamed for train"] if self.stream else []
-        counts = ((len(images), split) for split, images in self.images.items())
-        return ", ".join([*streamed, *(f"{count} {split}" for count, split in counts if count or not self.stream)])
+        streamed = [f"{counted(len(self.stream.shards), 'shard')} streamed for train"] if self.stream else []
+        counts = {split: len(images) for split, images in self.images.items() if images or not self.stream}
+        *others, last = counts
+        sizes = [*(f"{counts[split]} {split}" for split in others), images_of(last, counts[last])]
+        return ", ".join([*streamed, *sizes])
 
     def reading(self, data: _Data, split: str) -> _Data:
         """Return the dataset of a split after telling it how its pictures are read."""

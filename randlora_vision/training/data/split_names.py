@@ -2,6 +2,8 @@
 
 import re
 
+from randlora_vision.names import counted
+
 SPLITS = ("train", "val", "test")
 _SPELLINGS = {
     "train": ("train", "training"),
@@ -14,6 +16,11 @@ _SPLIT_NAMES = {
     for spelling in spellings
     for ending in ("", "set", "data", "images", "split")
 }
+
+
+def images_of(split: str, count: float) -> str:
+    """Return the size of a split in words; "all" is what is evaluated of data that has no splits."""
+    return counted(count, "image" if split == "all" else f"{split} image")
 
 
 def split_of(name: str) -> str | None:

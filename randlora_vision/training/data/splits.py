@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from randlora_vision.names import listing
+from randlora_vision.names import counted, listing
 from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.cleaning import Classes, look_alike
 from randlora_vision.training.data.labelled import ImageSplits
@@ -68,7 +68,7 @@ def make_evaluation(name: str, parts: Mapping[str, Part], wanted: str | None) ->
     for part in others:
         everything = everything + part
     part = everything if chosen == "all" else parts[chosen]
-    origin = f"all {len(part.images)} images" if chosen == "all" else f"its own {chosen} split"
+    origin = f"all {counted(len(part.images), 'image')}" if chosen == "all" else f"its own {chosen} split"
     if part.captions is not None:
         return _pair_splits(name, {chosen: part}, origin)
     return _image_splits(name, {chosen: part}, origin, classes=everything)
@@ -100,8 +100,8 @@ def _check_parts(parts: Mapping[str, Part]) -> None:
         shared = sorted(file for file in files if file in owners)
         if shared:
             raise ValueError(
-                f"{owners[shared[0]].source} and {part.source} share {len(shared)} images, for example {shared[0]}: "
-                "what is measured must not be trained on"
+                f"{owners[shared[0]].source} and {part.source} share {counted(len(shared), 'image')}, for example "
+                f"{shared[0]}: what is measured must not be trained on"
             )
         owners.update(dict.fromkeys(files, part))
 

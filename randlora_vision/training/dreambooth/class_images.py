@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from randlora_vision.files.atomic import replacing
+from randlora_vision.names import counted
 from randlora_vision.training.data.pictures import whole_images
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources.caption_folder import read_captions
@@ -59,7 +60,7 @@ class ClassImages:
         """Generate the missing images, on all processes; the prompts are already encoded."""
         if self._missing:
             count, prompts = len(self._missing), quoted(self.prompts)
-            self.accelerator.print(f"generating {count} images of {prompts} in {self.folder}")
+            self.accelerator.print(f"generating {counted(count, 'image')} of {prompts} in {self.folder}")
         quiet = not (self._own and self.accelerator.is_main_process)
         for some in tqdm(self._batches(), disable=quiet):
             captions = tuple(self._prompt(number) for number, _ in some)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from randlora_vision.names import printable
+from randlora_vision.names import counted, printable
 from randlora_vision.training.evaluation.accuracy import Scores
 from randlora_vision.training.evaluation.curves import Metrics, series
 from randlora_vision.training.harness.options import Training
@@ -33,7 +33,7 @@ def one_answer_warning(answer: str, images: int, task: str, metrics: Metrics, tr
     rose = any(loss > _ROSE * min(losses[: place + 1]) for place, loss in enumerate(losses))
     either = f"try --lr {training.lr / 3:.1g}, or if the training loss has hardly fallen, a higher one or more --steps"
     remedy = _remedy(training) if rose else either
-    return f"the model answers {printable(answer)!r} for all {images} {task} images; {remedy}"
+    return f"the model answers {printable(answer)!r} for all {counted(images, f'{task} image')}; {remedy}"
 
 
 def high_loss_warning(metrics: Metrics, training: Training, choices: int) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from randlora_vision.training.data.split_names import images_of
 from randlora_vision.training.evaluation.curves import HEADLINES, Compared, plot_comparison, plot_measures
 from randlora_vision.training.evaluation.intervals import seeds_half_width
 from randlora_vision.training.harness.progress import smaller_is_better
@@ -92,7 +93,7 @@ def columns(summary: Summary) -> list[Column]:
         return [Column(part[metric], part[metric], metric) for part, metric in chosen]
     counts = {test: values.get("samples", values.get("images")) for test, values in after.items()}
     return [
-        Column(f"{name} ({counts[test]} {summary['splits'][test]} images)", HEADLINES[metric], metric, test)
+        Column(f"{name} ({images_of(summary['splits'][test], counts[test])})", HEADLINES[metric], metric, test)
         for test, name in summary["tasks"].items()
         for metric in [next(metric for metric in HEADLINES if metric in after[test])]
     ]

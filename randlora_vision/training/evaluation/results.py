@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from randlora_vision.names import counted
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.evaluation.accuracy import Scores
 from randlora_vision.training.evaluation.curves import HEADLINES, plot_confusion
@@ -104,14 +105,16 @@ def headline(values: Mapping[str, float]) -> float:
 def _words(values: Mapping[str, float]) -> str:
     if "top1" in values:
         low, high = wilson(values["top1"], int(values["samples"]))
-        return f"top-1 {values['top1']:.1%} (95% interval {low:.1%} to {high:.1%}, {values['samples']} images)" + (
+        images = counted(values["samples"], "image")
+        return f"top-1 {values['top1']:.1%} (95% interval {low:.1%} to {high:.1%}, {images})" + (
             f", top-5 {values['top5']:.1%}" if "top5" in values else ""
         )
     ways = []
     for way in ("image_to_text", "text_to_image"):
         recalls = [f"{value:.1%}" for name, value in values.items() if name.startswith(f"{way}_r")]
         ways.append(f"{way.replace('_', ' ')} {'/'.join(recalls)}")
-    return f"recall@1/5/10 {', '.join(ways)} ({values['images']} images, {values['captions']} captions)"
+    sizes = (counted(values[f"{kind}s"], kind) for kind in ("image", "caption"))
+    return f"recall@1/5/10 {', '.join(ways)} ({', '.join(sizes)})"
 
 
 def closing_words(
@@ -123,6 +126,7 @@ def closing_words(
     same: str = "a fresh base model, it gives equal outputs (largest difference of a logit",
 ) -> str:
     """Return the printed summary: the results, the file, the check of the reload, and the loading code."""
+    n = summary["skipped_images"]
     return "\n".join(
         [
             f"\nbefore: {before}",
@@ -132,7 +136,7 @@ def closing_words(
             f"saved {run.adapter} ({summary['file_bytes']:,} bytes); loaded into {same}: "
             f"{summary['reload_difference']:.1e})",
             *([f"WARNING: {summary['warning']}"] if summary.get("warning") else []),
-            *([f"skipped {n} unreadable images, listed in {run.skipped}"] if (n := summary["skipped_images"]) else []),
+            *([f"skipped {counted(n, 'unreadable image')}, listed in {run.skipped}"] if n else []),
             *(f"changed {n} images or labels: {rule}" for rule, n in summary["changed"].items()),
             "\nTo use it:",
             *(f"    {line}" for line in code),

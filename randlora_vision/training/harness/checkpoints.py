@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from randlora_vision.files.atomic import remove_folder, replacing_folder
 from randlora_vision.json_values import check_object, check_type, parse_json
-from randlora_vision.names import listing, printable
+from randlora_vision.names import counted, listing, printable
 from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
@@ -80,7 +80,7 @@ class Checkpoint:
             if shares and indivisible:
                 hint = f" ({indivisible}: other batches have other images)"
             elif shares and images != images_now:
-                hint = f" ({images} images in a step, now {images_now})"
+                hint = f" ({counted(images, 'image')} in a step, now {images_now})"
             allowed = ", ".join(sorted(_flag(name) for name in may if name in now))
             raise ValueError(
                 f"cannot resume {self.path} with other settings: {_changes(refused, then, now)}{hint}; these may "

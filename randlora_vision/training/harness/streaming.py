@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from randlora_vision.names import listing
+from randlora_vision.names import counted, listing
 from randlora_vision.training.data.batches import Pictures, training_batches, worker_count
 from randlora_vision.training.data.part import Stream
 from randlora_vision.training.harness.options import Training
@@ -29,11 +29,13 @@ from randlora_vision.training.harness.task import OwnBatches
 _BUFFER = 1000  # encoded samples of a lane, among which the next one is drawn
 
 
-def training_loader(images: Pictures, training: Training, accelerator: Accelerator) -> DataLoader[Any] | OwnBatches:
-    """Return the batches of the training `images`."""
+def training_loader(
+    images: Pictures, training: Training, accelerator: Accelerator, repeats: int = 1
+) -> DataLoader[Any] | OwnBatches:
+    """Return the batches of the training `images`, each `repeats` times in a row unless they are streamed."""
     if images.stream is None:
         count = training.batches(accelerator.num_processes)
-        return training_batches(images, training.batch_size, count, training.seed, training.workers)
+        return training_batches(images, training.batch_size, count, training.seed, training.workers, repeats)
     return StreamedBatches(
         stream=images.stream,
         reader=images,
@@ -73,7 +75,7 @@ class StreamedBatches:
         count = len(self.stream.shards)
         if count < self.processes:
             raise ValueError(
-                f"{count} shards cannot be divided among {self.processes} processes: start at most {count}"
+                f"{counted(count, 'shard')} cannot be divided among {self.processes} processes: start at most {count}"
             )
         self.workers = min(worker_count(self.workers, decoding=True), count // self.processes)
 

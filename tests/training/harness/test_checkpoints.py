@@ -340,7 +340,7 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
         ValueError, match=r"other settings: --lr was 0.1, is now 0.2; processes was 1, is now 2 \("
     ) as no:
         checkpoint.check({"training": {"lr": 0.2, "workers": 0}, "run": {"report_to": ""}, "processes": 2}, free)
-    assert "(1 images in a step, now 2); these may change: --report-to, --workers, and --batch-size" in str(no.value)
+    assert "(1 image in a step, now 2); these may change: --report-to, --workers, and --batch-size" in str(no.value)
 
 
 def test_a_step_of_the_same_images_may_be_divided_in_another_way(tmp_path: Path) -> None:
