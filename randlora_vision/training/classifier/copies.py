@@ -1,8 +1,9 @@
 """Images together with augmented copies of them."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from randlora_vision.training.data.pictures import Transform
@@ -19,14 +20,21 @@ class Copies:
         count: N.
     """
 
-    def __init__(self, crop: Transform, change: Transform, last: Transform, first: Transform, count: int) -> None:
+    def __init__(
+        self,
+        crop: Callable[[Image.Image], Image.Image],
+        change: Callable[[Image.Image], Image.Image],
+        last: Transform,
+        first: Transform,
+        count: int,
+    ) -> None:
         self.crop = crop
         self.change = change
         self.last = last
         self.first = first
         self.count = count
 
-    def __call__(self, picture: Any) -> Tensor:
+    def __call__(self, picture: Image.Image) -> Tensor:
         """Return the image, then the copies."""
         cropped = self.crop(picture)
         copies = (self.last(self.change(cropped)) for _ in range(self.count - 1))
