@@ -291,9 +291,21 @@ def patches(
 def _names(component: str, layer: str) -> list[str]:
     flat = layer.replace(".", "_")
     if not component.startswith("text_encoder"):
-        return [f"transformer.{layer}", f"lora_unet_{flat}", f"lora_transformer_{flat}", f"diffusion_model.{layer}"]
+        names = [f"transformer.{layer}", f"lora_unet_{flat}", f"lora_transformer_{flat}", f"diffusion_model.{layer}"]
+        return [*names, f"diffusion_model.{_of_wan(layer)}"]
     number = component.removeprefix("text_encoder").strip("_") or "1"
     return [f"{component}.{layer}", f"{component}.text_model.{layer}", f"lora_te{number}_{flat}"]
+
+
+_WAN = (("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("to_out.0", "o"), ("add_k_proj", "k_img"),
+        ("add_v_proj", "v_img"), ("to_", ""), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"))  # fmt: skip
+"""Layers of Wan in diffusers and in ComfyUI, which knows them under its own names alone."""
+
+
+def _of_wan(layer: str) -> str:
+    for theirs, own in _WAN:
+        layer = layer.replace(theirs, own)
+    return layer
 
 
 class LoadRandLoRA:

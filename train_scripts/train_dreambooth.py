@@ -25,6 +25,7 @@ from randlora_vision.training.data.decode import parse_colour
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.buckets import Size, parse_buckets
 from randlora_vision.training.dreambooth.class_images import ClassImages
+from randlora_vision.training.dreambooth.clips import at_the_rate_of
 from randlora_vision.training.dreambooth.defaults import DEFAULTS, resolve
 from randlora_vision.training.dreambooth.diffusers_flags import DIFFUSERS
 from randlora_vision.training.dreambooth.dry_run import measure
@@ -93,6 +94,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     # Text is encoded first, and the denoiser loaded when the text encoders are gone, unless they are trained.
     set_seed(settings.training.seed)
     require_given(subject, family.takes, family.pipeline, settings.subject)
+    subject = at_the_rate_of(family, subject, settings.subject.num_frames, skipped)
     shown = images_shown(subject, settings.validation.validation_image, family.takes, buckets[0])
     sampler = make_sampler(family, settings, buckets[0], accelerator.autocast, shown)
     folder = Path(settings.subject.class_data_dir or run.class_images)
@@ -148,7 +150,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         summary = write_results(run, settings, adaptation, speed, difference, skipped)
         before, after = in_words(summary["before"]), in_words(summary["after"])
         after = "\n".join([after, *lost_words(summary["before"], summary["after"])])
-        code = loading_code(run, settings, base_of(settings)[0], adaptation, subject.captions[0])
+        code = loading_code(run, settings, base_of(settings)[0], family, adaptation, subject.captions[0])
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
         say(closing_words(run, before, after, summary, code, same))
         card = partial(write_card, run, base_model(settings), subject.name, settings.training, summary, code)
@@ -185,6 +187,7 @@ def load(settings: DreamBoothSettings, device: torch.device) -> Family:
         offload_to=pipeline.offload_base,
         vae=pipeline.pretrained_vae_model_name_or_path,
     )
+    family.num_frames = settings.subject.num_frames
     family.move(device)
     return family
 

@@ -30,6 +30,7 @@ _NO_TEXT = re.compile(r"(?i)vis(ual|ion)|image|audio|embed")
 # model is a tiny configuration, whose widest weights are its projections.
 _NARROWEST = 16
 _NARROW = "narrower than 16: a gate or a bias per head"
+_OF_INPUTS = "an embedding of what this part is given: list it in target_modules to adapt it"
 _BESIDE = "beside the blocks, in a part with layers of its own: list its weights in target_modules to adapt it"
 
 
@@ -55,7 +56,11 @@ def conv_targets(model: nn.Module) -> list[str]:
 
 
 def skipped_targets(model: nn.Module, preset: str) -> dict[str, str]:
-    """Return the weights that a preset leaves out and why: narrow ones, and parts beside the blocks with own layers."""
+    """Return the weights that a preset leaves out and why.
+
+    They are narrow, or in parts beside the blocks: those with layers of their own, and embeddings in parts that are
+    adapted.
+    """
     if preset == "text":
         return {}
     paths = dict(plain_modules(model))
@@ -74,6 +79,12 @@ def skipped_targets(model: nn.Module, preset: str) -> dict[str, str]:
         and not matrix.convolution
         and not _is_modulation(matrix.name.partition(".")[2])
         and any(_is_layer(paths[path]) for path in parents(matrix.name))
+    }
+    parts = {name for name in roots if not _BLOCKS.search(name)}
+    reasons |= {
+        matrix.name: _OF_INPUTS
+        for matrix in matrices(model)
+        if matrix.name.partition(".")[0] in parts and not matrix.convolution and _is_embedding(matrix.name)
     }
     return reasons
 
@@ -133,6 +144,12 @@ def _width(matrix: Matrix) -> int:
 
 def _is_modulation(name: str) -> bool:
     return any(_MODULATION.search(part) or part in _IP_ADAPTER for part in name.split("."))
+
+
+def _is_embedding(name: str) -> bool:
+    """True for a weight that is left out because of `emb` in its name alone."""
+    found = [match.group() for part in name.split(".") if (match := _MODULATION.search(part))]
+    return set(found) == {"emb"}
 
 
 def _is_layer(module: nn.Module) -> bool:

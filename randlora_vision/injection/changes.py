@@ -62,7 +62,10 @@ def refuse_changes(root: nn.Module, record: ModelRecord, adapter_names: Collecti
 
 
 def replaced_projections(attention: nn.Module) -> list[str]:
-    """Names of the parts of a diffusers attention that are not used: those that fusing replaced, or the fused ones."""
+    """Names of the parts of a diffusers attention that are not used: those that fusing replaced, or the fused ones.
+
+    An attention with `to_kv` and without `to_k` is not fused: it is made so (ConsisID's perceivers).
+    """
     processor = getattr(attention, "processor", None)
     if processor is None and not hasattr(attention, "to_q"):
         return []
@@ -75,7 +78,11 @@ def replaced_projections(attention: nn.Module) -> list[str]:
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
         "to_added_kv": ("add_k_proj", "add_v_proj"),
     }
-    present = {n: parts for n, parts in replaced.items() if hasattr(attention, n) and hasattr(attention, "to_q")}
+    present = {
+        name: parts
+        for name, parts in replaced.items()
+        if hasattr(attention, name) and hasattr(attention, "to_q") and hasattr(attention, parts[-1])
+    }
     found = [part for parts in present.values() for part in parts] if fused else list(present)
     return found + [part for own, part in _OWN_PARTS.items() if hasattr(processor, own)]
 

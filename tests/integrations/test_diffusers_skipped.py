@@ -30,6 +30,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(HEADS, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=24,
              rope_axes_dim=(8, 8)),
     ),
+    "HunyuanVideo15Transformer3DModel": (
+        "context_embedder.token_refiner.refiner_blocks.0.attn.to_q",
+        dict(HEADS, in_channels=9, out_channels=4, num_layers=1, num_refiner_layers=1, text_embed_dim=24,
+             text_embed_2_dim=20, image_embed_dim=16, rope_axes_dim=(4, 6, 6)),
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": (
+        "context_embedder.token_refiner.refiner_blocks.0.ff.net.2",
+        dict(HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+             text_embed_dim=24, pooled_projection_dim=20, rope_axes_dim=(4, 6, 6), image_proj_dim=16,
+             has_image_proj=True, has_clean_x_embedder=True),
+    ),
     "WanAnimateTransformer3DModel": (
         "face_adapter.0.to_q",
         dict(HEADS, num_layers=1, text_dim=24, freq_dim=16, ffn_dim=48, motion_encoder_size=16,
@@ -48,6 +59,21 @@ def test_parts_beside_the_blocks_are_in_the_report(name: str) -> None:
     targets = {target.name for target in report.targets}
     assert weight not in targets and targets
     assert not any(other.startswith(("x_embedder", "time", "norm_out", "proj_out")) for other in skipped)
+
+
+def test_every_weight_of_the_facial_extractor_is_adapted_or_in_the_report() -> None:
+    """Its attentions have keys and values in one weight, which is not one that fusing has replaced."""
+    report = planned(
+        "ConsisIDTransformer3DModel", **HEADS, in_channels=8, out_channels=4, num_layers=2, text_embed_dim=24,
+        time_embed_dim=16, sample_width=8, sample_height=8, sample_frames=5, is_train_face=True, cross_attn_interval=1,
+        cross_attn_dim_head=16, cross_attn_num_heads=2, LFE_id_dim=16, LFE_vit_dim=16, LFE_depth=5, LFE_dim_head=8,
+        LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=2, LFE_output_dim=16, LFE_ff_mult=2,
+    )  # fmt: skip
+    names, skipped = {target.name for target in report.targets}, dict(report.skipped)
+    assert {"local_facial_extractor.layers.4.0.to_kv", "perceiver_cross_attention.1.to_kv"} <= names
+    left = {f"local_facial_extractor.id_embedding_mapping.{number}" for number in (0, 3, 6)}
+    assert {name for name in skipped if name.startswith("local")} == left
+    assert len({name for name in {*names, *skipped} if name.startswith("local_facial")}) == 5 * 5 + 5 * 3 + 3
 
 
 def test_narrow_weights_are_in_the_report_and_tiny_models_are_adapted() -> None:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
 
 from randlora_vision.training.dreambooth import task
 from randlora_vision.training.dreambooth.families import Family
 from tests.tiny_families import LENGTHS, SIZES, TINY, small_edits
 from tests.training_helpers import draw_nothing, script
+from tests.video_helpers import write_video
 
 PROMPT = "a photo of sks digit"
 FAST = ("qwen_image",)  # texts of any length, packed latents, a VAE with statistics
@@ -28,6 +31,18 @@ CASES: list[Any] = [pytest.param(name, (), id=name, marks=[pytest.mark.slow] * (
 CASES += [
     pytest.param("flux_kontext", flags, id=flags[1], marks=pytest.mark.slow)
     for flags in (("--quantize", "torchao-int8"), ("--offload-base", "disk"))
+]
+CASES.append(
+    pytest.param(
+        "flux_kontext",
+        ("--method", "full", "--use-8bit-adam", "--mixed-precision", "bf16", "--gradient-checkpointing"),
+        id="low-memory",
+        marks=pytest.mark.slow,
+    )
+)
+CASES += [
+    pytest.param(name, ("--num-frames", "5", "--no-cache-latents"), id=f"{name}-clips", marks=pytest.mark.slow)
+    for name in ("wan", "ltx")
 ]
 
 
@@ -58,6 +73,12 @@ def test_a_run_of_every_family_goes_on_to_the_same_bytes(
         "--rank": 4,
         "--lr": 0.01,
     }
+    if "--num-frames" in flags:
+        write_video(tmp_path / "images/clip.mkv", [number / 20 for number in range(12)])
+        settings["--batch-size"] = 1
+    if "--use-8bit-adam" in flags:
+        pytest.importorskip("bitsandbytes")
+        del settings["--rank"]  # full fine-tuning, as the weights of tiny adapters are too few for states of 8 bits
     small_edits(monkeypatch)
     if name in ("flux_kontext", "qwen_image_edit"):
         settings["--cond-data-dir"] = tmp_path / "originals"
@@ -85,7 +106,15 @@ def test_a_run_of_every_family_goes_on_to_the_same_bytes(
     first = run("first", "--checkpoint-every", 1)
     assert len(loaded) == 2  # the second one for the check of the file
     assert json.loads((first / "summary.json").read_text())["reload_difference"] == 0
-    assert (first / "samples/step-000002/0-0.png").exists()
+    with Image.open(first / "samples/step-000002/0-0.png") as picture:
+        assert picture.size == (width * (3 if "--num-frames" in flags else 1), height)  # three frames of a clip
+    if "--num-frames" in flags:
+        assert "clip.mkv" in (first / "split.json").read_text()
+        with Image.open(first / "samples/step-000002/0-0.webp") as animation:
+            assert animation.n_frames == 5 and animation.size == (width, height)
+    if "--use-8bit-adam" in flags:
+        states = load_file(first / "checkpoints/step-000001/tensors.safetensors")
+        assert torch.uint8 in {tensor.dtype for tensor in states.values()}
     second = shutil.copytree(first, tmp_path / "second")
     (second / "adapter.safetensors").unlink()
     run("second", "--resume", second / "checkpoints/step-000001")

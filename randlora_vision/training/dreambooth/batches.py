@@ -1,4 +1,4 @@
-"""Training batches of captioned images for a denoiser: pixels, or cached latents.
+"""Training batches of captioned images and clips for a denoiser: pixels, or cached latents.
 
 Cached values are stored under the index of their item, so that no change of order can pair them with the caption of
 another item.
@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from randlora_vision.training.data.batches import worker_count
 from randlora_vision.training.data.decode import WHITE, Colour
 from randlora_vision.training.data.pictures import Picture, open_picture
-from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_like
+from randlora_vision.training.data.video import Clip
+from randlora_vision.training.dreambooth.buckets import BucketBatches, Size, fit, fit_frames, fit_like
 from randlora_vision.training.dreambooth.captions import Variants
 from randlora_vision.training.dreambooth.families import Encoded, Family, Takes
 from randlora_vision.training.dreambooth.given import as_given, random_mask
@@ -34,7 +35,7 @@ class DiffusionBatch(TypedDict):
     """A batch of B items with the same size."""
 
     inputs: Tensor
-    """Pixels (B, 3, h, w) between -1 and 1, or moments of latents (B, 2 C, H, W); float32."""
+    """Pixels (B, 3, h, w), of clips (B, 3, F, h, w), between -1 and 1, or moments of latents (B, 2 C, ...); float32."""
     captions: Tensor
     """Indices into the list of prompts (B,)."""
     prior: Tensor
@@ -64,7 +65,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """An image with the index of its caption in the list of prompts, and its bucket."""
+    """An image or a clip with the index of its caption in the list of prompts, and its bucket."""
 
     image: Picture
     caption: int
@@ -74,6 +75,11 @@ class Item:
     variants: Variants | None = None  # of the caption
     mask: Image.Image | None = None  # of the image's proportions, mode L: white where its error counts
     given: Picture | None = None  # of the image's proportions: the mask of inpainting, or the image to edit
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What the items of a batch have in common: the number of frames, and the size."""
+        return (self.image.frames if isinstance(self.image, Clip) else 1, *self.bucket)
 
     def draw_caption(self) -> int:
         """Return the index of the caption for training."""
@@ -100,11 +106,20 @@ class CaptionedPixels:
     def __getitem__(self, index: int) -> Entry:
         """Return an item with its own caption."""
         item = self.items[index]
-        pixels, sizes = fit(read_picture(item.image, item.background), item.bucket, self.center_crop)
+        pixels, sizes = self._fitted(item)
         mask = torch.ones(1, *(item.bucket if self.masked else (1, 1)))
         if item.mask is not None:
             mask = fit_like(item.mask, sizes)
         return Entry(pixels, sizes, item.caption, item.prior, mask, self.given(item, sizes))
+
+    def _fitted(self, item: Item) -> tuple[Tensor, Tensor]:
+        if not isinstance(item.image, Clip):
+            return fit(read_picture(item.image, item.background), item.bucket, self.center_crop)
+        try:
+            frames = item.image.read(self.center_crop)
+        except OSError as error:
+            raise ValueError(f"cannot read the video {item.image}: {error}") from error
+        return fit_frames(frames, item.bucket, self.center_crop)
 
     def given(self, item: Item, sizes: Tensor) -> Tensor:
         """Return the mask or the image to edit, cropped as the image was; a mask that is drawn covers a part of it."""
@@ -217,10 +232,10 @@ def diffusion_batches(
     data: Items, batch_size: int, batches: int, seed: int, workers: int | None
 ) -> "DataLoader[DiffusionBatch]":
     """Return a loader of exactly `batches` batches, each with `batch_size` instance items and as many prior items."""
-    buckets, prior = [item.bucket for item in data.items], [item.prior for item in data.items]
+    kinds, prior = [item.kind for item in data.items], [item.prior for item in data.items]
     return DataLoader(
         Samples(data, seed),
-        batch_sampler=Numbered(BucketBatches(buckets, prior, batch_size, batches, seed), prior),
+        batch_sampler=Numbered(BucketBatches(kinds, prior, batch_size, batches, seed), prior),
         collate_fn=collate,
         num_workers=worker_count(workers, decoding=isinstance(data, CaptionedPixels)),
         pin_memory=torch.cuda.is_available(),

@@ -59,6 +59,12 @@ def fit(image: Image.Image, bucket: Size, center_crop: bool) -> tuple[Tensor, Te
     return pixels, torch.tensor([image.height, image.width, top, left, height, width])
 
 
+def fit_frames(frames: Sequence[Image.Image], bucket: Size, center_crop: bool) -> tuple[Tensor, Tensor]:
+    """Scale and crop the frames of a clip alike, as `fit` an image; return the pixels (3, F, h, w) and its integers."""
+    first, sizes = fit(frames[0], bucket, center_crop)
+    return torch.stack([first, *(fit_like(frame, sizes) * 2 - 1 for frame in frames[1:])], dim=1), sizes
+
+
 def fit_like(other: Image.Image, sizes: Tensor) -> Tensor:
     """Crop a mask or another image of these proportions as `fit` cropped the image, which returned `sizes`.
 
@@ -86,11 +92,11 @@ class BucketBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, buckets: Sequence[Size], prior: Sequence[bool], batch_size: int, batches: int, seed: int
+        self, buckets: Sequence[tuple[int, ...]], prior: Sequence[bool], batch_size: int, batches: int, seed: int
     ) -> None:
         self.buckets = buckets
         self.instances = [index for index, is_prior in enumerate(prior) if not is_prior]
-        self.priors: dict[Size, list[int]] = defaultdict(list)
+        self.priors: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, is_prior in enumerate(prior):
             if is_prior:
                 self.priors[buckets[index]].append(index)
@@ -107,7 +113,7 @@ class BucketBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = random.Random(self.seed)
-        waiting: dict[Size, list[int]] = defaultdict(list)
+        waiting: dict[tuple[int, ...], list[int]] = defaultdict(list)
         priors = {bucket: _round_and_round(items, f"{self.seed} {bucket}") for bucket, items in self.priors.items()}
         made = 0
         while made < self.batches:

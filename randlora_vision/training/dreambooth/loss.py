@@ -64,4 +64,6 @@ class DiffusionLoss(nn.Module):
         answer = self.predict(noised.latents.to(dtype), noised.timesteps, prompt, sizes)
         errors = noised.errors(answer, family.options.loss_type)
         mask = nn.functional.interpolate(batch["masks"].to(family.device), errors.shape[-2:], mode="area")
+        if errors.ndim == 5:  # of clips
+            mask = mask.unsqueeze(2)
         return noised.weight.to(torch.float32) * (errors * mask).flatten(1).mean(1)

@@ -94,7 +94,7 @@ class Noised:
     """A batch at random noise levels."""
 
     latents: Tensor
-    """The noisy latents that the denoiser gets as input (B, C, H, W)."""
+    """The noisy latents that the denoiser gets as input (B, C, H, W), or those of clips (B, C, F, H, W)."""
     timesteps: Tensor
     """The timesteps that the denoiser gets as input (B,)."""
     target: Tensor
@@ -111,7 +111,7 @@ class Noised:
             return difference.square()
         if loss_type == "l1":
             return difference.abs()
-        c = self.huber_c.view(-1, 1, 1, 1)
+        c = _per_item(self.huber_c, difference)
         pseudo = 2 * ((difference.square() + c.square()).sqrt() - c)
         return c * pseudo if loss_type == "huber" else pseudo
 
@@ -221,26 +221,31 @@ class FlowMatching:
             )
         )
         index = (density * steps).long().clamp(max=steps - 1)
-        sigma, timesteps = self._levels(index, *latents.shape[-2:])
+        sigma, timesteps = self._levels(index, latents[0, 0].numel())
         sigma, timesteps = sigma.to(device), timesteps.to(device)
-        amount = sigma.view(-1, 1, 1, 1)
+        amount = _per_item(sigma, latents)
         noisy = (1 - amount) * latents + amount * added
         weight = compute_loss_weighting_for_sd3(options.weighting_scheme, sigma)
         return Noised(noisy, timesteps, added - latents, weight, _huber(options, timesteps, steps))
 
-    def _levels(self, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return the noise levels and timesteps (B,) at places in the schedule, for latents of this size."""
+    def _levels(self, index: Tensor, area: int) -> tuple[Tensor, Tensor]:
+        """Return the noise levels and timesteps (B,) at places in the schedule, for latents of so many places."""
         shift, config = self.options.flow_shift, self.scheduler.config
         if shift is None:
             return self.scheduler.sigmas[index].float(), self.scheduler.timesteps[index]
         if shift == "resolution":
-            tokens = height * width // self.patch_area
+            tokens = area // self.patch_area
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
         level = 1 - index / config.num_train_timesteps
         sigma = shift * level / (1 + (shift - 1) * level)
         return sigma, sigma * config.num_train_timesteps
+
+
+def _per_item(values: Tensor, like: Tensor) -> Tensor:
+    """Return values (B,) in the shape (B, 1, ...) of as many dimensions as another tensor."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 _OF_NOISE = ("prediction_type", "snr_gamma", "debiased_estimation_loss", "noise_offset", "input_perturbation")

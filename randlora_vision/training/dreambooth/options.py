@@ -5,6 +5,7 @@ from typing import Literal
 
 from randlora_vision.names import short_name
 from randlora_vision.training.data.decode import parse_colour
+from randlora_vision.training.data.video import require_reader
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.pipeline_options import PipelineOptions as PipelineOptions
 from randlora_vision.training.harness.options import (
@@ -63,6 +64,9 @@ class SubjectOptions(Options):
     name. The caption says what the edit does."""
     cond_image_column: str | None = field(default=None, metadata=RARE | needs("dataset_name"))
     """The same for --dataset-name: the column of the images to edit."""
+    num_frames: int = field(default=1, metadata=RARE | AT_LEAST_1 | needs("instance_data_dir"))
+    """For a pipeline of videos: train on clips of so many frames of the videos in --instance-data-dir, at the rate of
+    the pipeline, and generate such clips. Wan takes 4k+1 frames, LTX 8k+1. Images are clips of one frame."""
     with_prior_preservation: bool = field(default=False, metadata=needs("class_prompt"))
     """Also train on images of the class, so that the model does not forget the class."""
     class_data_dir: str | None = field(default=None, metadata=PLACE | RARE | needs("with_prior_preservation"))
@@ -97,6 +101,10 @@ class SubjectOptions(Options):
             raise ValueError("--instance-data-dir and --dataset-name both choose the images: give only one")
         if self.mask_data_dir and self.alpha_mask:
             raise ValueError("--mask-data-dir and --alpha-mask both choose the masks: give only one")
+        if self.num_frames > 1:
+            if self.mask_data_dir or self.alpha_mask or self.cond_data_dir or self.with_prior_preservation:
+                raise ValueError("--num-frames above 1 is without masks, images to edit and prior preservation")
+            require_reader()
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Album:
         if step == 0:
             return  # the adapter is untrained
         with self.adaptation.with_saved(self.run.adapter):
-            write_pictures(self.run, _name(step), self.gallery.draw())
+            write_pictures(self.run, _name(step), self.gallery.draw(), self.gallery.sampler.family.frame_rate)
         path = self.run.sample_folder / _name(step) / "base-and-adapted.png"  # trackers use the file name as the title
         self._plot({"base": _BASE, "adapted": _name(step)}, f"Base and adapted after {step} steps, same seeds", path)
         self.report(step, [path])
@@ -89,15 +89,25 @@ class Album:
 
 def write_base_pictures(run: RunFolder, gallery: Gallery) -> None:
     """Write the pictures of the pipeline before it is adapted."""
-    write_pictures(run, _BASE, gallery.draw())
+    write_pictures(run, _BASE, gallery.draw(), gallery.sampler.family.frame_rate)
 
 
-def write_pictures(run: RunFolder, name: str, rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write each picture of each prompt to the sample folder `name`."""
+def write_pictures(run: RunFolder, name: str, rows: Sequence[Sequence[Tensor]], rate: float | None = None) -> None:
+    """Write each picture of each prompt to the sample folder `name`; of a clip, three frames and a WebP animation."""
     for prompt, pictures in enumerate(rows):
         for number, picture in enumerate(pictures):
-            with replacing(_path(run, name, prompt, number)) as temporary:
+            path = _path(run, name, prompt, number)
+            with replacing(path) as temporary:
                 as_image(picture).save(temporary)
+            if picture.ndim == 4:
+                with replacing(path.with_suffix(".webp")) as temporary:
+                    _write_clip(temporary, picture, rate)
+
+
+def _write_clip(path: Path, clip: Tensor, rate: float | None) -> None:
+    assert rate is not None
+    first, *rest = (as_image(frame) for frame in clip.unbind(1))
+    first.save(path, "WEBP", save_all=True, append_images=rest, duration=round(1000 / rate), loop=0, lossless=True)
 
 
 def _path(run: RunFolder, folder: str, prompt: int, number: int) -> Path:

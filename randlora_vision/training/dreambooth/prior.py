@@ -39,7 +39,9 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Return the features (B, F) of pictures (B, 3, h, w), float32 on the CPU."""
+        """Return the features (B, F) of pictures (B, 3, h, w), or of the middle frames of clips, float32 on the CPU."""
+        if pictures.ndim == 5:
+            pictures = pictures[:, :, pictures.shape[2] // 2]
         mean, std = (torch.tensor(self.config[name]).view(3, 1, 1) for name in ("mean", "std"))
         size = self.config["input_size"][1:]
         resized = F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)

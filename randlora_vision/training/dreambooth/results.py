@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
 from randlora_vision.training.evaluation.curves import plot_curves
@@ -25,7 +26,7 @@ def base_model(settings: DreamBoothSettings) -> Base:
 
 
 def loading_code(
-    run: RunFolder, settings: DreamBoothSettings, path: str, adaptation: PipelineAdaptation, prompt: str
+    run: RunFolder, settings: DreamBoothSettings, path: str, family: Family, adaptation: PipelineAdaptation, prompt: str
 ) -> list[str]:
     """Return the Python code that rebuilds the adapted pipeline, whose base is at `path`, and draws a picture."""
     given = {"revision": settings.pipeline.revision, "variant": settings.pipeline.variant}
@@ -43,8 +44,17 @@ def loading_code(
     return [
         *lines,
         *adaptation.loading_code(run.adapter),
-        f"picture = pipe({prompt!r}).images[0]",
+        _drawing(family, prompt),
     ]
+
+
+def _drawing(family: Family, prompt: str) -> str:
+    if family.frame_rate is not None:
+        return f"clip = pipe(prompt={prompt!r}, num_frames={family.num_frames}).frames[0]"
+    if family.takes is None:
+        return f"picture = pipe({prompt!r}).images[0]"
+    given = "image=image, mask_image=mask" if family.takes == "mask" else "image=image"
+    return f"picture = pipe(prompt={prompt!r}, {given}).images[0]  # PIL images of your own"
 
 
 _SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a different adapter differs far more

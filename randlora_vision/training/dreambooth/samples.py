@@ -124,9 +124,12 @@ class Gallery:
 
 
 def as_image(picture: Tensor) -> Any:
-    """Return a picture (3, h, w) between 0 and 1 as a PIL image."""
+    """Return a picture (3, h, w) between 0 and 1 as a PIL image; of a clip (3, F, h, w), three frames side by side."""
     from torchvision.transforms.functional import to_pil_image
 
+    if picture.ndim == 4:
+        last = picture.shape[1] - 1
+        picture = torch.cat([picture[:, number] for number in (0, last // 2, last)], dim=2)
     return to_pil_image((picture * 255).round().to(torch.uint8))
 
 

@@ -12,11 +12,12 @@ from randlora_vision.files.text import as_utf8
 from randlora_vision.names import printable
 from randlora_vision.training.data.cleaning import clean_caption
 from randlora_vision.training.data.decode import parse_colour
-from randlora_vision.training.data.pictures import Picture, readable
+from randlora_vision.training.data.pictures import Picture, is_image_name, readable
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import caption_folder
 from randlora_vision.training.data.sources.caption_folder import read_captions
 from randlora_vision.training.data.sources.hugging_face import is_saved_dataset, stored_images
+from randlora_vision.training.data.video import Clip, is_video_name
 from randlora_vision.training.dreambooth.batches import Item, read_picture
 from randlora_vision.training.dreambooth.buckets import Size, nearest_bucket
 from randlora_vision.training.dreambooth.captions import variants_of, with_trigger
@@ -42,7 +43,7 @@ class Subject:
         return {
             "name": self.name,
             "images": [
-                as_utf8(image) if isinstance(image, Path) else number for number, image in enumerate(self.images)
+                as_utf8(image) if isinstance(image, Path | Clip) else number for number, image in enumerate(self.images)
             ],
             "captions": list(self.captions),
         }
@@ -56,7 +57,7 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
     """Read the images with captions, unreadable ones into `skipped`; raise ValueError for none or no caption."""
     name, found = _read_dataset(options) if options.dataset_name else _read_folder(options, skipped)
     if not found:
-        raise ValueError(f"{name} contains no images")
+        raise ValueError(f"{name} contains no images" + _videos_in(options))
     background = parse_colour(options.background)
     kept = [entry for entry in found if readable(entry[0], skipped, background) is not None]
     if not kept:
@@ -84,7 +85,23 @@ def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[
     assert options.instance_data_dir is not None
     folder = Path(options.instance_data_dir)
     list_images(folder, "--instance-data-dir")  # raises if it is not a folder
-    return printable(as_utf8(folder.name)), [(path, caption, None) for path, caption in read_captions(folder, skipped)]
+    found = read_captions(folder, skipped, lambda name: is_image_name(name) or is_video_name(name))
+    items: list[_Found] = []
+    for path, caption in found:
+        if not is_video_name(path.name):
+            items.append((path, caption, None))
+        elif options.num_frames > 1:
+            items.append((Clip(path, options.num_frames), caption, None))
+        else:
+            skipped.add(path, "it is a video: --num-frames trains pipelines of videos on clips")
+    return printable(as_utf8(folder.name)), items
+
+
+def _videos_in(options: SubjectOptions) -> str:
+    folder = options.instance_data_dir
+    if folder is None or not caption_folder.list_images(Path(folder), is_video_name):
+        return ""
+    return ": its videos are for pipelines of videos, with --num-frames"
 
 
 def require_given(subject: Subject, takes: Takes, pipeline: str, options: SubjectOptions) -> None:

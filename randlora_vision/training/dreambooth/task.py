@@ -143,10 +143,10 @@ def _fixed_batches(items: Sequence[Item], batch_size: int) -> list[list[Place]]:
     """Return batches of one size and one kind, with the same few images for every seed and batch size."""
     batches = []
     for prior in (False, True):
-        by_bucket: dict[Size, list[Place]] = defaultdict(list)
+        by_kind: dict[tuple[int, ...], list[Place]] = defaultdict(list)
         chosen = [index for index, item in enumerate(items) if item.prior == prior]
         for number, index in enumerate(itertools.islice(itertools.cycle(chosen), _MEASURED)):
-            by_bucket[items[index].bucket].append((number, index))
-        for places in by_bucket.values():
+            by_kind[items[index].kind].append((number, index))
+        for places in by_kind.values():
             batches += [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
     return batches

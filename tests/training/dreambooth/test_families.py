@@ -27,6 +27,8 @@ from tests.tiny_families import LENGTHS, SIZES
 
 PROMPT = "a photo of sks digit"
 PIPELINES = {**tiny_pipelines.PIPELINES, **tiny_families.TINY, "kolors": tiny_families.kolors}
+PIPELINES |= {"wan_clips": tiny_families.wan, "ltx_clips": tiny_families.ltx}
+CLIP = 5  # frames
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`FluxPosEmbed` is deprecated:FutureWarning",
     "ignore:`torch.jit.script` is deprecated:FutureWarning",  # the ChatGLM of diffusers
@@ -61,7 +63,8 @@ class Recorded:
         self.pipe = PIPELINES[name]()
         self.length = tiny_pipelines.CONTEXT if name in tiny_pipelines.PIPELINES else LENGTHS.get(name, 64)
         self.family: Family = FAMILIES[type(self.pipe).__name__](self.pipe, ObjectiveOptions(), self.length)
-        self.size = SIZES.get(name, (16, 32))
+        self.family.num_frames = CLIP if name.endswith("clips") else 1
+        self.size = SIZES.get(name, (32, 64) if name.startswith("ltx") else (16, 32))
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # prediction, timestep, before, after
         step, decode = self.pipe.scheduler.step, self.pipe.vae.decode
 
@@ -83,6 +86,8 @@ class Recorded:
         guidance = {self.family.guidance_argument: 3.5 if built_in else 1.0}
         if name == "z_image":
             guidance = {"guidance_scale": 0.0}
+        if self.family.frame_rate is not None:
+            options["num_frames"] = self.family.num_frames
         arguments = {**self.family.sampling, **guidance, **options, "num_inference_steps": 2, "output_type": "pt"}
         if name == "hidream":
             self.pipe.default_sample_size = (height * width * (1 + 1e-6)) ** 0.5 / self.pipe.vae_scale_factor
@@ -95,7 +100,8 @@ class Recorded:
                 arguments |= {"image": to_pil_image(self.given[0] / 2 + 0.5)}
             elif self.family.takes == "image":  # as pixels, which the pipeline encodes
                 arguments |= {"image": self.given / 2 + 0.5, "max_area": height * width, "_auto_resize": False}
-            self.picture = self.pipe(prompt=PROMPT, **arguments)[0][0]
+            picture = self.pipe(prompt=PROMPT, **arguments)[0][0]
+        self.picture = picture if picture.ndim == 3 else picture.transpose(0, 1) if len(picture) > 1 else picture[0]
         self.pipe.scheduler.step, self.pipe.vae.decode = step, decode
 
     def unpack(self, latents: Tensor) -> Tensor:
@@ -161,17 +167,18 @@ def test_pictures_are_made_from_the_images_shown(name: str, recorded: Any) -> No
 def test_latents_are_scaled_as_the_pipeline_undoes_it(name: str, recorded: Any) -> None:
     run = recorded(name)
     family, last = run.family, run.unpack(run.steps[-1][-1])
-    raw = run.raw[:, :, 0] if run.raw.ndim == 5 else run.raw
+    raw = run.raw[:, :, 0] if run.raw.ndim > last.ndim else run.raw  # of an image by a VAE of videos
     torch.testing.assert_close(family.normalise(raw), last, rtol=1e-4, atol=1e-4)
-    picture = run.picture[0] if run.picture.ndim == 4 else run.picture  # the only frame
-    torch.testing.assert_close(family.decode(last)[0], picture, rtol=0, atol=1e-4)
+    torch.testing.assert_close(family.decode(last)[0], run.picture, rtol=0, atol=1e-4)
     torch.manual_seed(1)
-    pixels = torch.rand(1, 3, *run.size) * 2 - 1
+    clip = (CLIP,) * name.endswith("clips")
+    pixels = torch.rand(1, 3, *clip, *run.size) * 2 - 1
     moments = family.moments(pixels)
-    frames = pixels[:, :, None] if run.raw.ndim == 5 else pixels
+    frames = pixels[:, :, None] if run.raw.ndim > pixels.ndim else pixels
     encoded = run.pipe.vae.encode(frames)
     mean = encoded.latent if name == "sana" else encoded.latent_dist.mean
-    mean = mean[:, :, 0] if mean.ndim == 5 else mean
+    mean = mean[:, :, 0] if mean.ndim > last.ndim else mean
+    assert not clip or mean.shape[2] > 1
     torch.testing.assert_close(moments[:, : mean.shape[1]], mean, rtol=1e-4, atol=1e-5)
     if name != "sana":  # without the noise of the distribution
         moments = torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)

@@ -1,7 +1,7 @@
 """A folder of images with their captions: in text files beside them, or in a metadata file."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from randlora_vision.files.text import read_text
@@ -40,23 +40,27 @@ def _is_sidecar(name: str) -> bool:
     return Path(name).suffix.lower() in _SIDECARS and not is_hidden(name)
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, is_item: Callable[[str], bool] = is_image_name) -> list[Path]:
     """Return the image files in a folder itself, sorted by name, without hidden ones.
 
     Links to nothing and what is not a regular file are among them: they are recorded when they are read.
     """
-    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
+    return sorted(path for path in folder.iterdir() if is_item(path.name) and not path.is_dir())
 
 
-def read_captions(folder: Path, skipped: SkipList) -> list[tuple[Path, str | None]]:
+def read_captions(
+    folder: Path, skipped: SkipList, is_item: Callable[[str], bool] = is_image_name
+) -> list[tuple[Path, str | None]]:
     """Return the images of a folder, and those that its metadata names, with their captions; None for none.
+
+    `is_item` says of a file name whether it is that of an image, or of whatever else has captions.
 
     A text file beside an image (1.txt or 1.caption for 1.jpg; 1.jpg.txt) takes precedence over the metadata. Captions
     without an image are recorded in `skipped`.
 
     Raises ValueError for a file that is not UTF-8 text and for a malformed metadata file.
     """
-    images = list_images(folder)
+    images = list_images(folder, is_item)
     files = sorted(path for path in folder.iterdir() if _is_sidecar(path.name) and not path.is_dir())
     for path in files:
         if not path.is_file():

@@ -1,7 +1,8 @@
 """The base class of the families, which is the family of Stable Diffusion 1.5 and 2.
 
 Prompts are encoded by `encode_prompt` of the pipeline, so training and sampling use the same encodings. Latents are
-always unpacked here, (B, C, H, W); a family whose denoiser needs packed latents packs them internally.
+always unpacked here, (B, C, H, W), or (B, C, F, H, W) in families of videos; a family whose denoiser needs packed
+latents packs them internally.
 """
 
 import contextlib
@@ -63,8 +64,15 @@ class Family:
         if "pipeline" in vars(cls):
             Family.registered[cls.pipeline] = cls
 
+    frame_rate: float | None = None
+    """The frames per second of clips; None for families that make images alone."""
+    frames_per_latent: int = 1
+    """How many frames become one in the latents of a clip, after the first frame."""
+
     def __init__(self, pipe: Any, options: ObjectiveOptions, max_sequence_length: int | None) -> None:
         self.pipe = pipe
+        self.num_frames = 1
+        """The number of frames of what is generated."""
         self.options = options
         self.max_sequence_length = max_sequence_length
         self.denoiser_later: Callable[[], nn.Module] | None = None
@@ -259,7 +267,7 @@ class Family:
         return self.sampled(answer[0], height, width)
 
     def sampled(self, output: Tensor, height: int, width: int) -> Tensor:
-        """Return the output of the pipeline as latents (B, C, H, W)."""
+        """Return the output of the pipeline as latents."""
         return self.unpack(output, height, width)
 
     def arguments(self, encoded: Encoded) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.functional import to_pil_image
 
-from randlora_vision.training.dreambooth.families.base import Encoded
+from randlora_vision.training.dreambooth.families.base import Encoded, full_precision
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
 from randlora_vision.training.dreambooth.families.seen import Seen, with_image_of
 from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
@@ -32,6 +32,18 @@ class QwenImage(StatisticsOfVAE, FlowFamily):
     def size_multiple(self) -> int:
         """The multiple for the VAE and latents packed two by two."""
         return 2 * int(self.pipe.vae_scale_factor)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Encode images as videos of one frame."""
+        with full_precision(self.device):
+            frames = pixels.to(self.device, torch.float32).unsqueeze(2)
+            moments: Tensor = self.pipe.vae.encode(frames).latent_dist.parameters
+            return moments[:, :, 0].contiguous()
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Decode videos of one frame."""
+        return self.pipe.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Also return the masks of the tokens (B, T)."""

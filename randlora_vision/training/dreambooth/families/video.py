@@ -1,7 +1,7 @@
-"""Video pipelines, trained on images as videos of one frame: Wan and LTX."""
+"""Video pipelines, trained on clips, of which an image is one of a single frame: Wan and LTX."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,35 @@ from randlora_vision.training.dreambooth.families.flow import FlowFamily
 from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
 
 
-class Wan(StatisticsOfVAE, FlowFamily):
+class Video(FlowFamily):
+    """A family of videos: latents have frames (B, C, F, H, W), also those of an image."""
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return mean and log variance of the latents (B, 2 C, F, H, W) of clips (B, 3, f, h, w) or images."""
+        with full_precision(self.device):
+            clips = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+            moments: Tensor = self.pipe.vae.encode(clips.to(self.device, torch.float32)).latent_dist.parameters
+            return moments.contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return clips (B, 3, f, h, w), or images (B, 3, h, w) for a single frame, between 0 and 1, float32."""
+        with full_precision(self.device):
+            pixels = self.decode_raw(self.denormalise(latents.float()))
+            clips = self.pipe.video_processor.postprocess_video(pixels, output_type="pt").transpose(1, 2)
+            return clips[:, :, 0] if clips.shape[2] == 1 else clips
+
+    def arguments(self, encoded: Encoded) -> dict[str, Any]:
+        """Also give the number of frames."""
+        return {**encoded, "num_frames": self.num_frames}
+
+
+class Wan(StatisticsOfVAE, Video):
     """Wan 2.1, and 2.2 with one transformer."""
 
     pipeline = "WanPipeline"
-    sampling: ClassVar[Mapping[str, Any]] = {"num_frames": 1}
+    frame_rate = 16  # at which 2.1 was trained; 2.2 TI2V at 24
 
     def __init__(self, pipe: Any, *options: Any) -> None:
         if pipe.config.boundary_ratio is not None:
@@ -24,6 +48,9 @@ class Wan(StatisticsOfVAE, FlowFamily):
                 "one can be trained (Wan 2.1, Wan 2.2 TI2V-5B)"
             )
         super().__init__(pipe, *options)
+        if pipe.config.expand_timesteps:
+            self.frame_rate = 24
+        self.frames_per_latent = int(pipe.vae_scale_factor_temporal)
 
     @property
     def size_multiple(self) -> int:
@@ -44,31 +71,31 @@ class Wan(StatisticsOfVAE, FlowFamily):
         return present(prompt_embeds=found, negative_prompt_embeds=negative)
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
-        """Call the transformer on one frame; Wan 2.2 TI2V takes a timestep per token."""
+        """Call the transformer; Wan 2.2 TI2V takes a timestep per token."""
         if self.pipe.config.expand_timesteps:
-            tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-            timesteps = timesteps[:, None].expand(-1, tokens)
-        answer = self.denoiser(
-            hidden_states=latents.unsqueeze(2), timestep=timesteps, encoder_hidden_states=prompt["prompt_embeds"]
+            frames, height, width = latents.shape[2:]
+            timesteps = timesteps[:, None].expand(-1, frames * (height // 2) * (width // 2))
+        answer: Tensor = self.denoiser(
+            hidden_states=latents, timestep=timesteps, encoder_hidden_states=prompt["prompt_embeds"]
         ).sample
-        return answer[:, :, 0]
+        return answer
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return images (B, 3, h, w) between 0 and 1, float32."""
-        return frame(self, latents)
-
-    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Return the latents of the only frame."""
-        return latents[:, :, 0]
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Return the clips (B, 3, f, h, w) of latents as the VAE has them."""
+        clips: Tensor = self.pipe.vae.decode(latents, return_dict=False)[0]
+        return clips
 
 
-class LTX(FlowFamily):
+class LTX(Video):
     """LTX-Video: T5, and one token per place of the latents."""
 
     pipeline = "LTXPipeline"
-    sampling: ClassVar[Mapping[str, Any]] = {"num_frames": 1}
     normalised = True
+    frame_rate = 25  # the default of the pipeline, which conditions on it
+
+    def __init__(self, pipe: Any, *options: Any) -> None:
+        super().__init__(pipe, *options)
+        self.frames_per_latent = int(pipe.vae_temporal_compression_ratio)
 
     @property
     def size_multiple(self) -> int:
@@ -89,17 +116,17 @@ class LTX(FlowFamily):
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Pack the latents, call the transformer and unpack its output."""
-        height, width = latents.shape[2:]
+        frames, height, width = latents.shape[2:]
         spatial, temporal = self.pipe.vae_spatial_compression_ratio, self.pipe.vae_temporal_compression_ratio
         answer = self.denoiser(
-            hidden_states=self.pipe._pack_latents(latents.unsqueeze(2), *self._patches),
+            hidden_states=self.pipe._pack_latents(latents, *self._patches),
             encoder_hidden_states=prompt["prompt_embeds"],
             timestep=timesteps,
             encoder_attention_mask=prompt["prompt_attention_mask"],
-            num_frames=1,
+            num_frames=frames,
             height=height,
             width=width,
-            rope_interpolation_scale=(temporal / 25, spatial, spatial),  # 25 frames per second, as in the pipeline
+            rope_interpolation_scale=(temporal / self.frame_rate, spatial, spatial),
         ).sample
         return self.unpack(answer, height * spatial, width * spatial)
 
@@ -114,19 +141,20 @@ class LTX(FlowFamily):
 
     def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Undo the packing of the pipeline."""
-        side = self.pipe.vae_spatial_compression_ratio
-        unpacked: Tensor = self.pipe._unpack_latents(latents, 1, height // side, width // side, *self._patches)
-        return unpacked[:, :, 0]
-
-    moments = StatisticsOfVAE.moments
+        height, width = (side // self.pipe.vae_spatial_compression_ratio for side in (height, width))
+        frames = latents.shape[1] // (height * width)
+        unpacked: Tensor = self.pipe._unpack_latents(latents, frames, height, width, *self._patches)
+        return unpacked
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Apply the statistics and the scale of the VAE."""
-        return self.pipe._normalize_latents(latents.unsqueeze(2), *self._statistics)[:, :, 0]
+        normalised: Tensor = self.pipe._normalize_latents(latents, *self._statistics)
+        return normalised
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo `normalise`."""
-        return self.pipe._denormalize_latents(latents.unsqueeze(2), *self._statistics)[:, :, 0]
+        plain: Tensor = self.pipe._denormalize_latents(latents, *self._statistics)
+        return plain
 
     @property
     def _statistics(self) -> tuple[Tensor, Tensor, float]:
@@ -134,19 +162,8 @@ class LTX(FlowFamily):
         return vae.latents_mean, vae.latents_std, vae.config.scaling_factor
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Decode videos of one frame; a VAE that denoises gets the timestep 0, the default of the pipeline."""
+        """Return the clips of latents; a VAE that denoises gets the timestep 0, the default of the pipeline."""
         vae = self.pipe.vae
         clean = torch.zeros(len(latents), device=latents.device) if vae.config.timestep_conditioning else None
-        return vae.decode(latents.unsqueeze(2), clean, return_dict=False)[0][:, :, 0]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return images (B, 3, h, w) between 0 and 1, float32."""
-        return frame(self, latents)
-
-
-def frame(family: FlowFamily, latents: Tensor) -> Tensor:
-    """Return the only frames (B, 3, h, w) of videos, between 0 and 1; latents are those of the denoiser."""
-    with full_precision(family.device):
-        pixels = family.decode_raw(family.denormalise(latents.float()))
-        return family.pipe.video_processor.postprocess(pixels, output_type="pt")
+        clips: Tensor = vae.decode(latents, clean, return_dict=False)[0]
+        return clips
