@@ -7,7 +7,7 @@ accelerate launch --quiet train_scripts/train_dreambooth.py --pretrained-model-n
 
 Supports the pipelines listed in docs/diffusion.md: Stable Diffusion, Flux, Qwen-Image, Z-Image and others. Without
 arguments, a tiny pipeline learns a new handwritten digit, with no download; --family flow chooses a flow-matching
-pipeline. The run folder contains the adapter, the metrics, the pictures and the settings.
+pipeline. The run folder contains the adapter, metrics, pictures and settings.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,23 @@ def _layers(given: Given) -> str:
     return f"--target-modules {' '.join(names) or '{}'}"
 
 
+_ALL_LEVELS = "noise levels are drawn from all: leave it out, and choose --weighting-scheme"
+_ONE_OFFSET = Refused("the strength is the same at every step: give --noise-offset or --input-perturbation alone")
+_PYRAMID = Refused("noise of several resolutions is not implemented: give --noise-offset")
+
 _KOHYA: Table = {
+    "--scale-v-pred-loss-like-noise-pred": Refused("give --snr-gamma or --debiased-estimation-loss"),
+    **dict.fromkeys(
+        ("--adaptive-noise-scale", "--noise-offset-random-strength", "--ip-noise-gamma-random-strength"), _ONE_OFFSET
+    ),
+    **dict.fromkeys(("--multires-noise-iterations", "--multires-noise-discount"), _PYRAMID),
+    "--min-timestep": only("0", otherwise=_ALL_LEVELS),
+    "--max-timestep": only("1000", otherwise=_ALL_LEVELS),
+    "--sigmoid-scale": "--logit-std {}",
+    "--training-shift": "--discrete-flow-shift {}",
+    "--model-prediction-type": only("raw", otherwise="the prediction is that of the pipeline: give raw"),
+    "--caption-dropout-every-n-epochs": only("0", otherwise="give --caption-dropout-rate"),
+    "--caption-tag-dropout-rate": only("0", "0.0", otherwise="tags are shuffled and not dropped: leave it out"),
     "--min-snr-gamma": "--snr-gamma {}",
     "--ip-noise-gamma": "--input-perturbation {}",
     "--v-parameterization": "--prediction-type v_prediction",

@@ -42,8 +42,8 @@ class PipelineOptions(Options):
     """Print the parameters and the bytes of every part, the size of the adapter and an estimate of the peak memory, and
     stop. No weights are loaded."""
     offload_base: Place | None = None
-    """Keep the weights of the frozen denoiser in main memory (cpu) or on disk, and load each layer for as long as it is
-    used: least memory, most time. Turns on --gradient-checkpointing."""
+    """Keep the weights of the frozen denoiser in main memory (cpu) or on disk, and load a layer while it is used. Turns
+    on --gradient-checkpointing."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and more time."""
     torch_compile: bool = field(default=False, metadata=RARE)

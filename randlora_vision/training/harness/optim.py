@@ -85,8 +85,8 @@ def make_optimizer(
     try:
         numbers = {**_fused(name, everything), **_numbers(name, betas, eps), **(arguments or {})}
         if name.startswith("bnb"):  # for which timm's factory asks for a GPU, unlike bitsandbytes itself
-            chosen: torch.optim.Optimizer = get_optimizer_class(name)(groups, lr=lr, **numbers)
-            return chosen
+            optimizer: torch.optim.Optimizer = get_optimizer_class(name)(groups, lr=lr, **numbers)
+            return optimizer
         return create_optimizer_v2(groups, opt=name, lr=lr, **numbers)
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # from packages that are not installed
         raise ValueError(f"--optimizer {name} cannot be used here: {type(error).__name__} {error}") from error

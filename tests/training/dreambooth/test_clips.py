@@ -95,7 +95,7 @@ def test_what_cannot_be_trained_on_clips_is_said(folder: Path, monkeypatch: pyte
         at_the_rate_of(WAN, read_subject(options(folder, 5), skipped), 5, skipped)
     with pytest.raises(ValueError, match="is without masks, images to edit and prior preservation"):
         SubjectOptions(instance_data_dir="x", num_frames=5, alpha_mask=True)
-    with pytest.raises(ValueError, match="--num-frames above 1 needs videos in --instance-data-dir"):
+    with pytest.raises(ValueError, match="--num-frames needs --instance-data-dir"):
         SubjectOptions(num_frames=5)
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

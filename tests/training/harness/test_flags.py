@@ -79,6 +79,49 @@ def test_every_flag_of_the_peer_is_known(script: str) -> None:
     assert [flag for flag in flags if flag not in own | {*table, *HUGGING_FACE}] == []
 
 
+KOHYA = {  # what kohya's scripts call the settings of losses, noise and captions, and what they are here
+    "--min_snr_gamma=5": ("snr_gamma", 5.0),
+    "--noise_offset=0.1": ("noise_offset", 0.1),
+    "--ip_noise_gamma=0.1": ("input_perturbation", 0.1),
+    "--debiased_estimation_loss": ("debiased_estimation_loss", True),
+    "--v_parameterization": ("prediction_type", "v_prediction"),
+    "--loss_type=smooth_l1": ("loss_type", "smooth_l1"),
+    "--huber_schedule=snr": ("huber_schedule", "snr"),
+    "--huber_c=0.2": ("huber_c", 0.2),
+    "--huber_scale=2": ("huber_scale", 2.0),
+    "--weighting_scheme=mode": ("weighting_scheme", "mode"),
+    "--logit_mean=0.5": ("logit_mean", 0.5),
+    "--logit_std=2": ("logit_std", 2.0),
+    "--mode_scale=1.5": ("mode_scale", 1.5),
+    "--timestep_sampling=sigmoid": ("weighting_scheme", "logit_normal"),
+    "--sigmoid_scale=0.5": ("logit_std", 0.5),
+    "--discrete_flow_shift=3": ("discrete_flow_shift", "3"),
+    "--training_shift=3": ("discrete_flow_shift", "3"),
+    "--caption_dropout_rate=0.1": ("caption_dropout_rate", 0.1),
+    "--shuffle_caption": ("shuffle_caption", True),
+    "--zero_terminal_snr": "rescale_betas_zero_snr",
+    "--scale_v_pred_loss_like_noise_pred": "--snr-gamma",
+    "--multires_noise_iterations=6": "--noise-offset",
+    "--adaptive_noise_scale=0.01": "--noise-offset",
+    "--min_timestep=100": "--weighting-scheme",
+    "--model_prediction_type=sigma_scaled": "raw",
+    "--caption_dropout_every_n_epochs=2": "--caption-dropout-rate",
+    "--caption_tag_dropout_rate=0.1": "not dropped",
+}
+
+
+@pytest.mark.parametrize("flag", KOHYA)
+def test_the_names_of_kohya_for_losses_and_noise(flag: str) -> None:
+    expected = KOHYA[flag]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            parsed("train_dreambooth", flag)
+        return
+    options = parsed("train_dreambooth", flag)
+    name, value = expected
+    assert getattr(options.objective if hasattr(options.objective, name) else options.subject, name) == value
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_table_names_only_options_of_its_script(script: str) -> None:
     options, table, _ = SCRIPTS[script]
