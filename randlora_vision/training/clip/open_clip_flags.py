@@ -1,5 +1,6 @@
 """The flags of open_clip's training script, and what they mean for train_clip.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 from randlora_vision.training.harness.flags import HUGGING_FACE, Given, Refused, Table, only
@@ -27,6 +28,11 @@ def _imagenet(given: Given) -> str:
     if _trains(given):
         return "--retention-data {} --retention-class-names imagenet"
     return "--eval-only --class-names imagenet --data {}"
+
+
+def _every(flag: str, option: str) -> Callable[[Given], str]:
+    """Return the meaning of a number of epochs, of which 0 is never."""
+    return lambda given: "" if list(given.get(flag, ())) == ["0"] else f"{option} {{}}"
 
 
 _LAUNCHER = Refused("devices and processes are chosen by accelerate launch: see accelerate launch --help")
@@ -90,11 +96,11 @@ OPEN_CLIP: Table = {
     "--epochs-cooldown": "--decay-epochs {}",
     "--lr-cooldown-end": "--min-lr {}",
     "--lr-cooldown-power": "--lr-power {}",
-    "--save-frequency": "--checkpoint-epochs {}",
+    "--save-frequency": _every("--save-frequency", "--checkpoint-epochs"),
     "--save-most-recent": "--checkpoints-total-limit 1",
     "--delete-previous-checkpoint": "--checkpoints-total-limit 1",
-    "--zeroshot-frequency": "--eval-epochs {}",
-    "--val-frequency": "--eval-epochs {}",
+    "--zeroshot-frequency": _every("--zeroshot-frequency", "--eval-epochs"),
+    "--val-frequency": _every("--val-frequency", "--eval-epochs"),
     "--val-retrieval-chunk-size": Refused("retrieval needs no chunks here: leave it out"),
     "--val-retrieval-precision": {"fp32": "", "*": Refused("similarities are computed in float32: leave it out")},
     "--precision": {

@@ -12,6 +12,20 @@ _TOKENS = Refused(
 )
 
 
+_AS_SAVED = Refused("the pipeline is used as it was saved: leave it out")
+_SMALL = Refused("give --quantize bnb-nf4, bnb-int8 or torchao-int8, for the frozen weights")
+_TEXT = Refused("all text is encoded before the denoiser is loaded: leave it out")
+
+
+def _optimizer(given: Given) -> str:
+    name = next(iter(given.get("--optimizer", ())), "{}")
+    return f"--optimizer {name.lower() if name.lower() in ('adamw', 'prodigy') else '{}'}"
+
+
+def _final_prompt(given: Given) -> str:
+    return "" if "--validation-prompt" in given else "--validation-prompt {}"
+
+
 def _layers(given: Given) -> str:
     names = " ".join(given.get("--lora-layers", ())).replace(",", " ").split()
     return f"--target-modules {' '.join(names) or '{}'}"
@@ -70,11 +84,28 @@ DIFFUSERS: Table = {
     "--prior-generation-precision": Refused("class images are generated in --mixed-precision: leave it out"),
     "--pre-compute-text-embeddings": "",
     "--set-grads-to-none": "",
-    "--optimizer": {
-        "AdamW": "--optimizer adamw",
-        "Prodigy": "--optimizer prodigy",
-        "*": "--optimizer {}",
-    },
+    "--optimizer": _optimizer,
+    "--caption-dropout": "--caption-dropout-rate {}",
+    "--use-aspect-ratio-buckets": lambda given: (
+        "" if "--aspect-ratio-buckets" in given else "--aspect-ratio-buckets auto"
+    ),
+    "--final-validation-prompt": _final_prompt,
+    "--validation-num-inference-steps": "--num-inference-steps {}",
+    "--validation-model-path": Refused(
+        "pictures are of the pipeline that is trained: load the adapter into the other one"
+    ),
+    "--skip-final-inference": Refused("leave --validation-prompt out, and no pictures are made"),
+    "--offload": "",  # text encoders are let go once everything is encoded
+    **dict.fromkeys(("--remote-text-encoder", "--fsdp-text-encoder"), _TEXT),
+    **dict.fromkeys(("--do-fp8-training", "--bnb-quantization-config-path"), _SMALL),
+    **dict.fromkeys(
+        (
+            *("--complex-human-instruction", "--system-prompt", "--text-encoder-out-layers", "--upsample-prompt"),
+            *("--pretrained-text-encoder-4-name-or-path", "--pretrained-tokenizer-4-name-or-path"),
+            *("--prompt-enhancer-head-id", "--vae-encode-mode", "--enable-vae-tiling", "--disable-training-autocast"),
+        ),
+        _AS_SAVED,
+    ),
     "--prodigy-beta3": _PRODIGY,
     **dict.fromkeys(
         ("--prodigy-decouple", "--prodigy-use-bias-correction", "--prodigy-safeguard-warmup"),
@@ -97,7 +128,10 @@ DIFFUSERS: Table = {
     "--train-text-encoder-frac": only("1", "1.0", otherwise="text encoders are trained to the end: leave it out"),
     "--use-blora": Refused("give --target-modules with a pattern of the blocks"),
     "--clip-skip": Refused("the layer that the pipeline itself uses is taken: leave it out"),
-    "--lora-blocks": Refused("give --target-modules with a regular expression that names the blocks"),
+    **dict.fromkeys(
+        ("--lora-blocks", "--lora-unet-blocks"),
+        Refused("give --target-modules with a regular expression that names the blocks"),
+    ),
     "--use-dora": Refused("DoRA is not implemented: give --method randlora or lora"),
     "--output-kohya-format": Refused("the adapter is written for this library, LoRA for diffusers: leave it out"),
     "--do-edm-style-training": _EDM,

@@ -26,8 +26,9 @@ SCRIPTS: dict[str, tuple[Any, ...]] = {
 
 
 NOT_HERE = (  # what the documented commands that are refused have in common
-    *("--text_encoder_use_attention_mask", "--train_text_encoder_ti", "piecewise_constant"),
+    *("--text_encoder_use_attention_mask", "--train_text_encoder_ti", "piecewise_constant", "--do_fp8_training"),
     *("--coca", "--audio", "--lock-text-unlocked", "--remote-sync", "--distill-model", "--train-data-upsampling"),
+    *("--clip-mode agc", "--prior_generation_precision"),
 )
 
 
@@ -166,7 +167,24 @@ def test_the_help_is_short_and_shows_the_aliases(script: str, monkeypatch: pytes
             "--optimizer AdamW --adam_beta2 0.9",
             {"training.optimizer": "adamw", "training.beta2": 0.9},
         ),
-        ("train_dreambooth", "--repeats=1 --logging_dir logs --local_rank 0", {}),
+        ("train_dreambooth", "--repeats=1 --logging_dir logs --local_rank 0 --offload", {}),
+        ("train_dreambooth", "--optimizer adamW --use_aspect_ratio_buckets", {"training.optimizer": "adamw"}),
+        ("train_dreambooth", "--optimizer lion", {"training.optimizer": "lion"}),
+        (
+            "train_dreambooth",
+            "--final_validation_prompt=a --use_aspect_ratio_buckets --caption_dropout 0.1 --instance_data_dir d",
+            {
+                "validation.validation_prompt": ("a",),
+                "subject.aspect_ratio_buckets": "auto",
+                "subject.caption_dropout_rate": 0.1,
+            },
+        ),
+        (
+            "train_dreambooth",
+            "--final_validation_prompt=a --validation_prompt b",
+            {"validation.validation_prompt": ("b",)},
+        ),
+        ("train_clip", "--zeroshot-frequency 0 --save-frequency 0", {"training.eval_epochs": None}),
         ("train_dreambooth", "--optimizer=Prodigy --prodigy_decouple True", {"training.optimizer": "prodigy"}),
         (
             "train_dreambooth",
