@@ -28,7 +28,7 @@ SCRIPTS: dict[str, tuple[Any, ...]] = {
 NOT_HERE = (  # what the documented commands that are refused have in common
     *("--text_encoder_use_attention_mask", "--train_text_encoder_ti", "piecewise_constant", "--do_fp8_training"),
     *("--coca", "--audio", "--lock-text-unlocked", "--remote-sync", "--distill-model", "--train-data-upsampling"),
-    *("--clip-mode agc", "--prior_generation_precision"),
+    *("--clip-mode agc", "--prior_generation_precision", "--cache_dir"),
 )
 
 
