@@ -113,7 +113,7 @@ class ValidationOptions(Options):
 
     validation_prompt: tuple[str, ...] = ()
     """One or more prompts. Default: no pictures are generated."""
-    validation_image: tuple[str, ...] = ()
+    validation_image: tuple[str, ...] = field(default=(), metadata=RARE)
     """Images to edit, or whose middle to make anew by inpainting, in turn for the pictures. Default: those of the
     training data."""
     num_validation_images: int = field(default=4, metadata=RARE | ABOVE_0)

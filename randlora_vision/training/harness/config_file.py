@@ -18,7 +18,7 @@ class ConfigFile:
     """Options from a file."""
 
     config: str | None = None
-    """A YAML file with any of these options, grouped as in a run folder's config.yaml (training: lr: 0.001), or a flat
+    """A YAML file with any of these options, grouped as in a run folder's config.yaml (training: lr: 0.001); or a flat
     list of flags (lr: 0.001), as timm's args.yaml.
     Flags override the file; options in neither have their defaults. The config.yaml of a run repeats that run
     with another --output-dir; it also holds the resolved defaults, such as --lr."""
