@@ -428,9 +428,14 @@ def flux_kontext() -> Any:
     return _like(flux, FluxKontextPipeline, FluxTransformer2DModel, FLUX)
 
 
-def qwen_image_edit() -> Any:
+def qwen_image_edit(plus: bool = False) -> Any:
     """A QwenImageEditPipeline, whose text encoder sees images: use it within `small_edits`."""
-    from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        QwenImageEditPipeline,
+        QwenImageEditPlusPipeline,
+        QwenImageTransformer2DModel,
+    )
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
@@ -477,7 +482,7 @@ def qwen_image_edit() -> Any:
         text = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     images = Qwen2VLImageProcessor(min_pixels=64, max_pixels=1024, patch_size=4, merge_size=2)
     return built(
-        lambda: QwenImageEditPipeline(
+        lambda: (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
             scheduler=_flow(**DYNAMIC),
             vae=AutoencoderKLQwenImage(**_VIDEO_VAE),
             text_encoder=text,
@@ -497,11 +502,20 @@ def qwen_image_edit() -> Any:
     )
 
 
+def qwen_image_edit_plus() -> Any:
+    """A QwenImageEditPlusPipeline, which takes several images: use it within `small_edits`."""
+    return qwen_image_edit(plus=True)
+
+
 def small_edits(patch: Any) -> None:
     """Let Qwen-Image-Edit resize images to edit to 16 x 32 pixels instead of a million."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
-    patch.setattr(module, "calculate_dimensions", lambda area, ratio: (32, 16, None) if ratio > 1 else (16, 32, None))
+    def small(area: int, ratio: float) -> tuple[int, int]:
+        return (32, 16) if ratio > 1 else (16, 32)
+
+    patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (*small(area, ratio), None))
+    patch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", small)
 
 
 def kolors() -> Any:
@@ -569,7 +583,8 @@ def _like(make: Callable[[], Any], kind: Any, denoiser: Any, options: dict[str, 
 TINY: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (flux2, flux2_klein, qwen_image, z_image, sana, pixart_sigma, lumina2, chroma, aura_flow, hunyuan_dit,
-                 wan, ltx, hidream, sd_inpaint, sdxl_inpaint, flux_fill, flux_kontext, qwen_image_edit)
+                 wan, ltx, hidream, sd_inpaint, sdxl_inpaint, flux_fill, flux_kontext, qwen_image_edit,
+                 qwen_image_edit_plus)
 }  # fmt: skip
 LENGTHS = {"flux_fill": CONTEXT, "flux_kontext": CONTEXT}  # of texts, in tokens; 64 for the others
 SIZES = {"sana": (32, 64), "ltx": (32, 64)}  # of which the pipelines demand multiples of 32

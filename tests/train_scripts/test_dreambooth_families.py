@@ -80,8 +80,9 @@ def test_a_run_of_every_family_goes_on_to_the_same_bytes(
         pytest.importorskip("bitsandbytes")
         del settings["--rank"]  # full fine-tuning, as the weights of tiny adapters are too few for states of 8 bits
     small_edits(monkeypatch)
-    if name in ("flux_kontext", "qwen_image_edit"):
-        settings["--cond-data-dir"] = tmp_path / "originals"
+    edits = {"flux_kontext": ["originals"], "qwen_image_edit": ["originals"]}
+    edits["qwen_image_edit_plus"] = ["originals", "images"]
+    given = ["--cond-data-dir", *(tmp_path / folder for folder in edits[name])] if name in edits else []
     prior = ["--with-prior-preservation", "--class-prompt", "a dog", "--num-class-images", 2] * (name == "sd_inpaint")
 
     load_denoiser, loaded = Family.load_denoiser, []
@@ -99,7 +100,7 @@ def test_a_run_of_every_family_goes_on_to_the_same_bytes(
             state._shared_state.clear()
         words = [str(word) for pair in settings.items() for word in pair]
         script("train_dreambooth").main(
-            [*words, "--output-dir", str(tmp_path / folder), *map(str, (*prior, *flags, *more))]
+            [*words, "--output-dir", str(tmp_path / folder), *map(str, (*prior, *given, *flags, *more))]
         )
         return tmp_path / folder
 

@@ -74,7 +74,7 @@ class Item:
     background: Colour = WHITE
     variants: Variants | None = None  # of the caption
     mask: Image.Image | None = None  # of the image's proportions, mode L: white where its error counts
-    given: Picture | None = None  # of the image's proportions: the mask of inpainting, or the image to edit
+    given: Sequence[Picture] = ()  # the mask of inpainting, of the image's proportions, or the images to edit
 
     @property
     def kind(self) -> tuple[int, ...]:
@@ -125,9 +125,9 @@ class CaptionedPixels:
         """Return the mask or the image to edit, cropped as the image was; a mask that is drawn covers a part of it."""
         if self.takes is None:
             return torch.zeros(0)
-        if item.given is None:
+        if not item.given:
             return random_mask(item.bucket)
-        return as_given(read_picture(item.given, item.background), sizes, self.takes)
+        return as_given([read_picture(image, item.background) for image in item.given], sizes, self.takes)
 
 
 class CachedLatents:

@@ -36,11 +36,13 @@ class Needs:
     file_bytes: int
     bases_bytes: int
     state_bytes: int
-    """The trained numbers, their gradients and the optimiser's state."""
+    """The trained numbers, unless they are those of the pipeline itself, their gradients and the optimiser's state."""
     text_bytes: int
     """What is loaded to encode prompts: everything but the denoiser, unless text encoders are trained."""
     training_bytes: int
-    """What remains loaded while the denoiser is trained."""
+    """What remains loaded on the device while the denoiser is trained; of an offloaded denoiser, a block."""
+    offloaded: str = ""
+    """Where an offloaded denoiser is, and how much of it is on the device."""
 
     @property
     def peak_bytes(self) -> int:
@@ -50,12 +52,14 @@ class Needs:
     def __str__(self) -> str:
         lines = [f"{part.name}: {part.parameters:,} parameters, {_size(part.bytes)}" for part in self.parts]
         lines.append(f"adapter: {self.trained_numbers:,} trained numbers, a file of {_size(self.file_bytes)}")
-        lines.append(f"trained numbers, gradients and optimiser: {_size(self.state_bytes)}")
+        lines.append(f"what training adds (trained numbers, gradients, optimiser): {_size(self.state_bytes)}")
         if self.bases_bytes:
             lines.append(f"random bases: {_size(self.bases_bytes)}")
         lines.append(
             f"estimated peak: {_size(self.peak_bytes)}; a step takes {_size(self.training_bytes)} and activations"
         )
+        if self.offloaded:
+            lines.append(self.offloaded)
         return "\n".join(lines)
 
 
@@ -71,8 +75,14 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
     }
     trained = trained_components(family, settings)
     resting = list(dict.fromkeys((family.denoiser_name, "vae", *trained)))
+    block, offloaded = 0, ""
     if pipeline.offload_base:
         resting.remove(family.denoiser_name)
+        block, whole = _block_bytes(family.denoiser, dtype), sizes[family.denoiser_name]
+        place = "on disk" if pipeline.offload_base == "disk" else "in main memory"
+        offloaded = (
+            f"{place}: {_size(whole)} of the {family.denoiser_name}, on the device a block of up to {_size(block)}"
+        )
     if adapter.method == "full":
         numbers = sum(_count(modules[name]) for name in trained)
         file, bases = _FLOAT32 * numbers, 0
@@ -80,7 +90,8 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
         configs = adapter_configs(family, settings, adapter)
         numbers, file, bases = _adapter(modules, configs, adapter.method, adapter.rank)
     states = 2 if settings.training.use_8bit_adam else 2 * _FLOAT32
-    state = numbers * (2 * _FLOAT32 + states)
+    own = 0 if adapter.method == "full" else _FLOAT32
+    state = numbers * (own + _FLOAT32 + states)
     return Needs(
         tuple(Part(name, _count(part), sizes[name]) for name, part in modules.items()),
         numbers,
@@ -88,7 +99,8 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
         bases,
         state,
         sum(sizes.values()) - (0 if pipeline.train_text_encoder else sizes[family.denoiser_name]),
-        sum(sizes[name] for name in resting) + state + bases,
+        sum(sizes[name] for name in resting) + block + state + bases,
+        offloaded,
     )
 
 
@@ -143,6 +155,19 @@ def _bytes(module: nn.Module, dtype: torch.dtype, quantize: str | None) -> int:
     weights = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} if quantize else set()
     each = BYTES_PER_WEIGHT[quantize] if quantize else 0.0
     return round(sum(p.numel() * (each if id(p) in weights else dtype.itemsize) for p in module.parameters()))
+
+
+def _block_bytes(denoiser: nn.Module, dtype: torch.dtype) -> int:
+    """Return the size of the largest part whose activations are recomputed at once: its weights are loaded together."""
+    lists = [
+        part
+        for module in denoiser.modules()
+        if hasattr(module, "gradient_checkpointing")
+        for part in module.children()
+        if isinstance(part, nn.ModuleList)
+    ]
+    units = [unit for part in lists for unit in part if not hasattr(unit, "gradient_checkpointing")]
+    return max((_bytes(unit, dtype, None) for unit in units), default=_bytes(denoiser, dtype, None))
 
 
 def _size(count: int) -> str:

@@ -1,24 +1,43 @@
 """What inpainting and editing are given beside the text: masks, drawn or the user's, and images to edit."""
 
 import random
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from randlora_vision.training.dreambooth.buckets import Size, fit_like
+from randlora_vision.training.dreambooth.buckets import Size, fit, fit_like
 from randlora_vision.training.dreambooth.families import Takes
 
+_ALIKE = 0.02  # how far the proportions of a mask may be from those of its image: rounding of a smaller mask
 
-def as_given(image: Image.Image, sizes: Tensor, takes: Takes) -> Tensor:
-    """Return a mask (1, h, w), 1 where it is white, or an image to edit (3, h, w), between -1 and 1.
 
-    It is cropped as `fit` cropped the image that it belongs to, which returned `sizes`.
+def alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes have the same proportions."""
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= _ALIKE
+
+
+def as_given(images: Sequence[Image.Image], sizes: Tensor, takes: Takes) -> Tensor:
+    """Return a mask (1, h, w), 1 where it is white, an image to edit (3, h, w), between -1 and 1, or N (N, 3, h, w).
+
+    It is cropped as `fit` cropped the image that it belongs to, which returned `sizes`; one of several that has other
+    proportions is cropped at the center.
     """
     if takes == "mask":
-        return (fit_like(image.convert("L"), sizes) >= 0.5).float()
-    return fit_like(image, sizes) * 2 - 1
+        return (fit_like(images[0].convert("L"), sizes) >= 0.5).float()
+    if takes == "image":
+        return fit_like(images[0], sizes) * 2 - 1
+    high, wide, _, _, height, width = sizes.tolist()
+    return torch.stack(
+        [
+            fit_like(image, sizes) * 2 - 1
+            if alike(image.size, (wide, high))
+            else fit(image, (height, width), center_crop=True)[0]
+            for image in images
+        ]
+    )
 
 
 def random_mask(size: Size) -> Tensor:

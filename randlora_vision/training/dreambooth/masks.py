@@ -11,9 +11,8 @@ from PIL import Image, ImageChops
 from randlora_vision.training.data.pictures import Picture
 from randlora_vision.training.data.sources.caption_folder import list_images
 from randlora_vision.training.dreambooth.batches import read_picture
+from randlora_vision.training.dreambooth.given import alike
 from randlora_vision.training.dreambooth.options import SubjectOptions
-
-_ALIKE = 0.02  # how far the proportions of a mask may be from those of its image: rounding of a smaller mask
 
 
 def read_masks(images: Sequence[Picture], options: SubjectOptions) -> list[Image.Image] | None:
@@ -23,6 +22,8 @@ def read_masks(images: Sequence[Picture], options: SubjectOptions) -> list[Image
     """
     if options.mask_data_dir is not None:
         paths = _beside(images, Path(options.mask_data_dir), "--mask-data-dir", "mask")
+        for path, image in zip(paths, images, strict=True):
+            require_alike(path, image)
         return [read_picture(path).convert("L") for path in paths]
     if options.alpha_mask:
         masks = [_alpha(image) for image in images]
@@ -32,20 +33,21 @@ def read_masks(images: Sequence[Picture], options: SubjectOptions) -> list[Image
     return None
 
 
-def read_originals(images: Sequence[Picture], options: SubjectOptions) -> list[Path] | None:
-    """Return the images of --cond-data-dir that are edited into those of the subject, or None.
+def read_originals(images: Sequence[Picture], options: SubjectOptions) -> list[tuple[Picture, ...]] | None:
+    """Return the images of each --cond-data-dir that are edited into those of the subject, or None.
 
-    Raises ValueError for an image without an original, and for an original of other proportions.
+    Raises ValueError for an image without an original.
     """
-    if options.cond_data_dir is None:
+    if not options.cond_data_dir:
         return None
-    return _beside(images, Path(options.cond_data_dir), "--cond-data-dir", "image to edit")
+    found = [_beside(images, Path(folder), "--cond-data-dir", "image to edit") for folder in options.cond_data_dir]
+    return list(zip(*found, strict=True))
 
 
 def require_alike(other: Picture, image: Picture) -> None:
     """Raise ValueError if an image that belongs to another one has other proportions."""
     (width, height), (of_image, high) = read_picture(other).size, read_picture(image).size
-    if abs(width * high / (height * of_image) - 1) > _ALIKE:
+    if not alike((width, height), (of_image, high)):
         raise ValueError(f"{other} has {width} x {height} pixels, but {image} has {of_image} x {high}")
 
 
@@ -60,7 +62,6 @@ def _of_file(image: Picture, files: dict[str, Path], missing: str) -> Path:
     assert isinstance(image, Path)
     if image.stem not in files:
         raise ValueError(f"{missing} for {image.name}: expected {image.stem}.png")
-    require_alike(files[image.stem], image)
     return files[image.stem]
 
 

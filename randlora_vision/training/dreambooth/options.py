@@ -59,11 +59,11 @@ class SubjectOptions(Options):
     and does not where it is black. For inpainting: what is white is made anew. Default there: random masks."""
     alpha_mask: bool = field(default=False, metadata=RARE)
     """Let the loss count only where the images of the subject are opaque."""
-    cond_data_dir: str | None = field(default=None, metadata=RARE | needs("instance_data_dir"))
+    cond_data_dir: tuple[str, ...] = field(default=(), metadata=RARE | needs("instance_data_dir"))
     """For a pipeline that edits: a folder with the image to edit for each image of --instance-data-dir, of the same
-    name. The caption says what the edit does."""
-    cond_image_column: str | None = field(default=None, metadata=RARE | needs("dataset_name"))
-    """The same for --dataset-name: the column of the images to edit."""
+    name. The caption says what the edit does. Qwen-Image-Edit 2509 and later take several folders."""
+    cond_image_column: tuple[str, ...] = field(default=(), metadata=RARE | needs("dataset_name"))
+    """The same for --dataset-name: the column of the images to edit, or several."""
     num_frames: int = field(default=1, metadata=RARE | AT_LEAST_1 | needs("instance_data_dir"))
     """For a pipeline of videos: train on clips of so many frames of the videos in --instance-data-dir, at the rate of
     the pipeline, and generate such clips. Wan takes 4k+1 frames, LTX 8k+1. Images are clips of one frame."""

@@ -53,7 +53,7 @@ def _drawing(family: Family, prompt: str) -> str:
         return f"clip = pipe(prompt={prompt!r}, num_frames={family.num_frames}).frames[0]"
     if family.takes is None:
         return f"picture = pipe({prompt!r}).images[0]"
-    given = "image=image, mask_image=mask" if family.takes == "mask" else "image=image"
+    given = {"mask": "image=image, mask_image=mask", "image": "image=image", "images": "image=[image]"}[family.takes]
     return f"picture = pipe(prompt={prompt!r}, {given}).images[0]  # PIL images of your own"
 
 

@@ -30,7 +30,7 @@ class Sampler:
     ) -> None:
         self.family = family
         self.size = size
-        self.at_once = at_once
+        self.at_once = 1 if family.one_at_a_time else at_once
         self.autocast = autocast
         self.shown = shown
         self.settings: dict[str, Any] = {}
@@ -44,7 +44,8 @@ class Sampler:
         """Encode prompts, one per picture, for guided sampling."""
         if self.family.sees:
             assert self.shown is not None
-            images = [as_image(image / 2 + 0.5) for image in self.shown[1]]
+            given = self.shown[1] if self.shown[1].ndim == 5 else self.shown[1][:, None]
+            images = [[as_image(image / 2 + 0.5) for image in some] for some in given]
             prompts = [Seen(prompt, images[number % len(images)]) for number, prompt in enumerate(prompts)]
         for name in self.family.text_encoder_names:
             encoder = getattr(self.family.pipe, name)

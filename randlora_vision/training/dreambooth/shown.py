@@ -34,15 +34,16 @@ def images_shown(subject: Subject, files: Sequence[str], takes: Takes, size: Siz
             raise ValueError("--validation-image is for pipelines that edit or inpaint images")
         return None
     images: Sequence[Picture] = [Path(file) for file in files] or subject.images[:_SHOWN]
-    own = subject.masks if takes == "mask" else subject.originals
+    masks = None if subject.masks is None else [(mask,) for mask in subject.masks]
+    own: Sequence[Sequence[Picture]] | None = masks if takes == "mask" else subject.originals
     pixels, given = [], []
     for number, image in enumerate(images):
         found, sizes = fit(read_picture(image), size, center_crop=True)
         pixels.append(found)
-        if takes == "image" and files:
-            given.append(found)
+        if takes != "mask" and files:
+            given.append(found if takes == "image" else found[None])
         elif own is None or files:
             given.append(middle_mask(size))
         else:
-            given.append(as_given(read_picture(own[number]), sizes, takes))
+            given.append(as_given([read_picture(picture) for picture in own[number]], sizes, takes))
     return torch.stack(pixels), torch.stack(given)

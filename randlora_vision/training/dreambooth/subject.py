@@ -35,8 +35,8 @@ class Subject:
     captions: Sequence[str]
     masks: Sequence[Image.Image] | None = None
     """Where the errors count in each image, or where an inpainting pipeline makes it anew; mode L."""
-    originals: Sequence[Picture] | None = None
-    """The images that an editing pipeline makes into these."""
+    originals: Sequence[Sequence[Picture]] | None = None
+    """The images that an editing pipeline makes into each of these."""
 
     def record(self) -> dict[str, Any]:
         """Return the record for the run folder: the files and their captions."""
@@ -70,15 +70,13 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
         raise ValueError(f"{image} has no caption: give --instance-prompt{beside}")
     images = [image for image, _, _ in found]
     captions = [with_trigger(text, options.trigger_word) for text in captions]
-    originals: Sequence[Picture] | None = read_originals(images, options)
-    if options.cond_image_column is not None:
-        originals = [original for _, _, original in found if original is not None]
-        for original, image in zip(originals, images, strict=True):
-            require_alike(original, image)
+    originals: Sequence[Sequence[Picture]] | None = read_originals(images, options)
+    if options.cond_image_column:
+        originals = [given for _, _, given in found]
     return Subject(name, images, captions, read_masks(images, options), originals)
 
 
-_Found = tuple[Picture, str | None, Picture | None]  # an image, its caption, and the image that is edited into it
+_Found = tuple[Picture, str | None, Sequence[Picture]]  # an image, its caption, and the images that are edited into it
 
 
 def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[_Found]]:
@@ -89,9 +87,9 @@ def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[
     items: list[_Found] = []
     for path, caption in found:
         if not is_video_name(path.name):
-            items.append((path, caption, None))
+            items.append((path, caption, ()))
         elif options.num_frames > 1:
-            items.append((Clip(path, options.num_frames), caption, None))
+            items.append((Clip(path, options.num_frames), caption, ()))
         else:
             skipped.add(path, "it is a video: --num-frames trains pipelines of videos on clips")
     return printable(as_utf8(folder.name)), items
@@ -106,11 +104,17 @@ def _videos_in(options: SubjectOptions) -> str:
 
 def require_given(subject: Subject, takes: Takes, pipeline: str, options: SubjectOptions) -> None:
     """Raise ValueError if a pipeline of this name needs images to edit that the options do not name, or the reverse."""
-    if takes == "image" and subject.originals is None:
+    edits = takes in ("image", "images")
+    if edits and subject.originals is None:
         raise ValueError(f"a {pipeline} edits images: give --cond-data-dir, with the image to edit for each image")
-    if takes != "image" and subject.originals is not None:
+    if not edits and subject.originals is not None:
         raise ValueError(f"--cond-data-dir and --cond-image-column are for editing, but {pipeline} edits no images")
-    if takes == "image" and options.with_prior_preservation:
+    if takes == "image":
+        for given, image in zip(subject.originals or (), subject.images, strict=True):
+            if len(given) > 1:
+                raise ValueError(f"a {pipeline} edits one image: give one --cond-data-dir or --cond-image-column")
+            require_alike(given[0], image)
+    if edits and options.with_prior_preservation:
         raise ValueError(f"--with-prior-preservation: class images are made from text, but a {pipeline} edits images")
 
 
@@ -129,16 +133,16 @@ def _read_dataset(options: SubjectOptions) -> tuple[str, list[_Found]]:
     with failures(f"--dataset-name {name} cannot be read"):
         found = load_from_disk(name) if is_saved_dataset(Path(name)) else load_dataset(name)
     data = (found.get("train") or next(iter(found.values()))) if isinstance(found, DatasetDict) else found
-    original = options.cond_image_column
-    columns = {"--image-column": options.image_column, "--caption-column": options.caption_column}
-    for flag, column in {**columns, "--cond-image-column": original}.items():
+    columns = [("--image-column", options.image_column), ("--caption-column", options.caption_column)]
+    for flag, column in (*columns, *(("--cond-image-column", name) for name in options.cond_image_column)):
         if column is not None and column not in data.column_names:
             raise ValueError(
                 f"{flag} {column}: there is no such column, {name} has the columns {', '.join(data.column_names)}"
             )
     column = options.caption_column
     captions = [clean_caption(caption) for caption in data[column]] if column else [""] * len(data)
-    originals = [None] * len(data) if original is None else stored_images(data, original)
+    given = [stored_images(data, name) for name in options.cond_image_column]
+    originals = list(zip(*given, strict=True)) if given else [()] * len(data)
     return name, list(zip(stored_images(data, options.image_column), captions, originals, strict=True))
 
 
@@ -162,14 +166,14 @@ def make_items(
     if sees:
         assert subject.originals is not None
         pairs = zip(captions, subject.originals, strict=True)
-        captions = [Seen(caption, read_picture(original, background)) for caption, original in pairs]
+        captions = [Seen(caption, [read_picture(image, background) for image in given]) for caption, given in pairs]
     prompts = list(dict.fromkeys([*captions, *(caption for _, caption in class_images)]))
     variants = {caption: variants_of(caption, options, seed, prompts) for caption in dict.fromkeys(captions)}
     none: Sequence[None] = [None] * len(subject.images)
     masks: Sequence[Image.Image | None] = subject.masks or none
-    given: Sequence[Picture | None] = subject.originals or none
+    given: Sequence[Sequence[Picture]] = subject.originals or [()] * len(subject.images)
     if takes == "mask":  # those of the subject say what is made anew, and the error counts everywhere
-        masks, given = none, masks
+        masks, given = none, [() if mask is None else (mask,) for mask in masks]
     items = []
     for image, caption, mask, beside in zip(subject.images, captions, masks, given, strict=True):
         picture = read_picture(image, background)

@@ -7,6 +7,7 @@ The groups are by hand, because those of timm
 are for a whole model, not for the parameters that an adapter trains.
 """
 
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -80,12 +81,13 @@ def make_optimizer(
         groups += [{**group, **own} for group in decay_groups(chosen, weight_decay)]
     if name == PRODIGY:
         return _prodigy(groups, lr, betas, eps, arguments or {})
-    from timm.optim import create_optimizer_v2, get_optimizer_class
+    from timm.optim import create_optimizer_v2, get_optimizer_info
 
     try:
         numbers = {**_fused(name, everything), **_numbers(name, betas, eps), **(arguments or {})}
         if name.startswith("bnb"):  # for which timm's factory asks for a GPU, unlike bitsandbytes itself
-            optimizer: torch.optim.Optimizer = get_optimizer_class(name)(groups, lr=lr, **numbers)
+            defaults = get_optimizer_info(name).defaults or {}
+            optimizer: torch.optim.Optimizer = _class_of(name)(groups, lr=lr, **{**defaults, **numbers})
             return optimizer
         return create_optimizer_v2(groups, opt=name, lr=lr, **numbers)
     except (ImportError, AssertionError, RuntimeError, TypeError) as error:  # from packages that are not installed
@@ -122,11 +124,9 @@ def _prodigy(
 
 def _numbers(name: str, betas: tuple[float | None, float | None], eps: float | None) -> dict[str, Any]:
     """Return the betas, those not given from the optimiser's own defaults, and epsilon, as keywords."""
-    from timm.optim import get_optimizer_class
-
     numbers: dict[str, Any] = {} if eps is None else {"eps": eps}
     if betas != (None, None):
-        defaults = inspect.signature(get_optimizer_class(name.removeprefix("lookahead_"), bind_defaults=False))
+        defaults = inspect.signature(_class_of(name.removeprefix("lookahead_")))
         own = defaults.parameters.get("betas")
         if own is None or len(own.default) != 2:
             raise ValueError(f"--optimizer {name} does not have two betas: leave --beta1 and --beta2 out")
@@ -134,6 +134,16 @@ def _numbers(name: str, betas: tuple[float | None, float | None], eps: float | N
             usual if beta is None else beta for beta, usual in zip(betas, own.default, strict=True)
         )
     return numbers
+
+
+def _class_of(name: str) -> Any:
+    """Return the class of one of timm's optimisers, without the GPU that timm asks for with those of bitsandbytes."""
+    from timm.optim import get_optimizer_class, get_optimizer_info
+
+    if not name.startswith("bnb"):
+        return get_optimizer_class(name, bind_defaults=False)
+    module, _, kind = str(get_optimizer_info(name).opt_class).rpartition(".")
+    return getattr(importlib.import_module(module), kind)
 
 
 def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:

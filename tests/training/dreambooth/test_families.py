@@ -53,6 +53,8 @@ def beside(family: Family, size: tuple[int, int], count: int = 1) -> tuple[Tenso
     if family.takes == "mask":
         given = torch.zeros(count, 1, *size)
         given[:, :, 3 : size[0] - 4, 5 : size[1] - 3] = 1
+    if family.takes == "images":
+        given = torch.stack([given, pixels.flip(-1)], dim=1)
     return pixels, given
 
 
@@ -97,7 +99,7 @@ class Recorded:
             if self.family.takes == "mask":
                 arguments |= {"image": self.pixels / 2 + 0.5, "mask_image": self.given}
             if self.family.sees:
-                arguments |= {"image": to_pil_image(self.given[0] / 2 + 0.5)}
+                arguments |= {"image": seen(self.given[0]) if self.family.takes == "images" else seen(self.given[0])[0]}
             elif self.family.takes == "image":  # as pixels, which the pipeline encodes
                 arguments |= {"image": self.given / 2 + 0.5, "max_area": height * width, "_auto_resize": False}
             picture = self.pipe(prompt=PROMPT, **arguments)[0][0]
@@ -117,7 +119,12 @@ def prompts(family: Family, texts: list[str], given: Tensor) -> list[str]:
     """The texts, each with its image if the text encoder sees them."""
     if not family.sees:
         return texts
-    return [Seen(text, to_pil_image(image / 2 + 0.5)) for text, image in zip(texts, given, strict=True)]
+    return [Seen(text, seen(images)) for text, images in zip(texts, given, strict=True)]
+
+
+def seen(images: Tensor) -> list[Any]:
+    """One image (3, h, w), or several, as PIL images."""
+    return [to_pil_image(image / 2 + 0.5) for image in (images if images.ndim == 4 else images[None])]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +151,8 @@ def test_the_prediction_is_what_the_pipeline_gives_to_its_scheduler(name: str, r
         torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd_inpaint", "sdxl_inpaint", "flux_fill", "flux_kontext", "qwen_image_edit"])
+@pytest.mark.parametrize("name", ["sd_inpaint", "sdxl_inpaint", "flux_fill", "flux_kontext", "qwen_image_edit",
+                                  "qwen_image_edit_plus"])  # fmt: skip
 @torch.no_grad()
 def test_pictures_are_made_from_the_images_shown(name: str, recorded: Any) -> None:
     run = recorded(name)

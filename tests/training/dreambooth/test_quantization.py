@@ -176,9 +176,27 @@ def test_a_dry_run_says_what_the_loaded_pipeline_has(name: str, method: Any, fol
     adaptation.save(tmp_path / "adapter.safetensors")
     assert needs.trained_numbers == numbers
     assert needs.file_bytes == pytest.approx((tmp_path / "adapter.safetensors").stat().st_size, rel=0.02, abs=8192)
-    assert needs.state_bytes == numbers * (10 if name == "flux" else 16)
+    each = {"flux": 10, "sana": 12}  # of 8-bit Adam; of full fine-tuning, whose numbers are those of the pipeline
+    assert needs.state_bytes == numbers * each.get(name, 16)
     assert needs.training_bytes < needs.peak_bytes + needs.state_bytes + needs.bases_bytes
     assert f"adapter: {numbers:,} trained numbers" in str(needs)
+
+
+@pytest.mark.parametrize(("name", "units"), [("flux", ("FluxTransformerBlock", "FluxSingleTransformerBlock")),
+                                             ("sd15", ("BasicTransformerBlock", "ResnetBlock2D"))])  # fmt: skip
+def test_a_dry_run_counts_one_block_of_an_offloaded_denoiser(name: str, units: tuple[str, ...], folder: Any) -> None:
+    def needs(place: Any) -> Any:
+        return measure(folder(name), resolve(DreamBoothOptions(pipeline=PipelineOptions(offload_base=place))), kind)
+
+    kind = torch.bfloat16
+    denoiser = load_family(folder(name), ObjectiveOptions(), CONTEXT).denoiser
+    sizes = [2 * sum(p.numel() for p in m.parameters()) for m in denoiser.modules() if type(m).__name__ in units]
+    whole = 2 * sum(p.numel() for p in denoiser.parameters())
+    plain, offloaded = needs(None), needs("disk")
+    assert plain.training_bytes - offloaded.training_bytes == whole - max(sizes) > 0
+    assert f"on disk: {whole:,} bytes of the {'unet' if name == 'sd15' else 'transformer'}" in str(offloaded)
+    assert f"on the device a block of up to {max(sizes):,} bytes" in str(offloaded)
+    assert "in main memory" in str(needs("cpu")) and "block" not in str(plain)
 
 
 def test_a_dry_run_counts_quantised_parts(folder: Any) -> None:

@@ -24,7 +24,7 @@ from randlora_vision.training.dreambooth.objectives import (
 from randlora_vision.training.dreambooth.offload import Place, offload
 
 Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
-Takes = Literal["mask", "image"] | None
+Takes = Literal["mask", "image", "images"] | None
 
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -56,9 +56,11 @@ class Family:
     sampling: ClassVar[Mapping[str, Any]] = {}
     """Further arguments of the pipeline when it samples."""
     takes: ClassVar[Takes] = None
-    """What the denoiser is given beside the text: the image around a mask, or the image to edit."""
+    """What the denoiser is given beside the text: the image around a mask, the image to edit, or several images."""
     sees: ClassVar[bool] = False
-    """Whether the text encoder sees the image to edit: prompts are `Seen` then."""
+    """Whether the text encoder sees the images to edit: prompts are `Seen` then."""
+    one_at_a_time: ClassVar[bool] = False
+    """Whether the pipeline makes one picture per call."""
 
     def __init_subclass__(cls) -> None:
         if "pipeline" in vars(cls):
@@ -227,7 +229,8 @@ class Family:
 
         Args:
             pixels: The images (B, 3, h, w), between -1 and 1.
-            given: Their masks (B, 1, h, w), 1 where the image is made anew, or the images to edit (B, 3, h, w).
+            given: Their masks (B, 1, h, w), 1 where the image is made anew, or the images to edit (B, 3, h, w), or N
+                of them (B, N, 3, h, w).
         """
         raise NotImplementedError
 

@@ -1,14 +1,14 @@
-"""Qwen-Image and Qwen-Image-Edit, which edits images that its text encoder sees too."""
+"""Qwen-Image and its editors, which edit images that their text encoder sees too."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.functional import to_pil_image
 
-from randlora_vision.training.dreambooth.families.base import Encoded, full_precision
+from randlora_vision.training.dreambooth.families.base import Encoded, Takes, full_precision
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
 from randlora_vision.training.dreambooth.families.seen import Seen, with_image_of
 from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
@@ -99,7 +99,7 @@ class QwenImageEdit(QwenImage):
     """
 
     pipeline = "QwenImageEditPipeline"
-    takes = "image"
+    takes: ClassVar[Takes] = "image"
     sees = True
 
     def _text(self, prompts: Sequence[str]) -> Encoded:
@@ -107,17 +107,19 @@ class QwenImageEdit(QwenImage):
         texts, masks = [], []
         for prompt in prompts:
             assert isinstance(prompt, Seen)
-            image = self._resized(prompt.image)
-            found, mask = self.pipe.encode_prompt([str(prompt)], image=image, device=self.device, **self.text_options)
+            seen = self.seen(prompt.images)
+            found, mask = self.pipe.encode_prompt([str(prompt)], image=seen, device=self.device, **self.text_options)
             texts.append(found[0])
             masks.append(torch.ones(len(found[0]), dtype=torch.long, device=found.device) if mask is None else mask[0])
         padded = {"prompt_embeds": texts, "prompt_embeds_mask": masks}
         return {name: pad_sequence(parts, batch_first=True) for name, parts in padded.items()}
 
-    def _resized(self, image: Any) -> Any:
+    def seen(self, images: Sequence[Any]) -> Any:
+        """Return the image as the pipeline gives it to the text encoder."""
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
 
-        width, height, _ = module.calculate_dimensions(1024 * 1024, image.width / image.height)  # as the pipeline
+        (image,) = images
+        width, height, _ = module.calculate_dimensions(1024 * 1024, image.width / image.height)
         return self.pipe.image_processor.resize(image, height, width)
 
     def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
@@ -133,3 +135,35 @@ class QwenImageEdit(QwenImage):
         own, shapes = super().tokens(latents, prompt)
         given, more = super().tokens(prompt["condition"], prompt)
         return torch.cat([own, given], dim=1), [*shapes, *more]
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Qwen-Image-Edit 2509 and later: several images, which captions call Picture 1, Picture 2 and so on.
+
+    In training, all of them have the size of the image that is made.
+    """
+
+    pipeline = "QwenImageEditPlusPipeline"
+    takes = "images"
+    one_at_a_time = True
+
+    def seen(self, images: Sequence[Any]) -> Any:
+        """Return the images as the pipeline gives them to the text encoder."""
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
+
+        sizes = [module.calculate_dimensions(module.CONDITION_IMAGE_SIZE, i.width / i.height) for i in images]
+        resize = self.pipe.image_processor.resize
+        return [resize(image, height, width) for image, (width, height) in zip(images, sizes, strict=True)]
+
+    def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
+        """Return the latents of the images (B, N, C, H, W)."""
+        return self.mean_latents(given.flatten(0, 1)).unflatten(0, given.shape[:2])
+
+    def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
+        """Return the images of the only picture."""
+        return super().shown(pixels, given[0])
+
+    def tokens(self, latents: Tensor, prompt: Encoded) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Also return the tokens and the shapes of all images."""
+        parts = [QwenImage.tokens(self, some, prompt) for some in (latents, *prompt["condition"].unbind(1))]
+        return torch.cat([tokens for tokens, _ in parts], dim=1), [shape for _, shapes in parts for shape in shapes]
