@@ -57,7 +57,7 @@ REMEDIES = {
         "An argument is wrong or a library is missing: `randlora COMMAND --help` lists the arguments, `randlora "
         "doctor` what is installed.",
     ),
-    "randlora_vision/training/harness": (
+    "randlora_vision/training": (
         "All training scripts",
         "An option, the run folder or a checkpoint is not as it must be. `--help` and `--help-all` list the options. A "
         "folder that holds a run is replaced only with `--overwrite`; `--resume latest` goes on with it.",

@@ -9,6 +9,7 @@ import resource
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,18 +130,23 @@ def test_a_folder_that_is_not_empty_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept"]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1 KiB: Python's writers fail with an OSError, safetensors' with its own error."""
+    """No file may grow beyond 1 KiB: Python's writers fail with an OSError, safetensors' with its own error.
+
+    Not a fixture: pytest reports between the parts of a test, perhaps into a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("writer", ["adapter", "peft", "lora", "merged", "checkpoint", "json"])
-def test_a_full_disk_is_one_line_that_names_the_path(tmp_path: Path, writer: str, full_disk: None) -> None:
-    with pytest.raises(OSError, match="cannot write .*(too large|safetensors)") as caught:
+def test_a_full_disk_is_one_line_that_names_the_path(tmp_path: Path, writer: str) -> None:
+    with full_disk(), pytest.raises(OSError, match="cannot write .*(too large|safetensors)") as caught:
         WRITERS[writer](tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value) and ".." not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
