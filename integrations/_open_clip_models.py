@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from randlora_vision.errors import failures, without_logs
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.json_values import check_object
 from randlora_vision.names import close_matches
+from randlora_vision.skeletons import without_draws
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,27 @@ def load_clip(
     elif pretrained:
         raise ValueError(f"--pretrained {pretrained}: {schema} models come with their own weights, leave it out")
     weights = f" with weights {pretrained!r}" if pretrained else ""
-    # open_clip also logs its failures through the root logger; one message is enough.
-    with (
-        failures(f"open_clip cannot load the model {name!r}{weights}"),
-        without_logs(logging.ERROR),
-        torch.random.fork_rng(devices=[]),
-    ):
+
+    def create() -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(seed)
-        model, train, evaluate = open_clip.create_model_and_transforms(
+        return open_clip.create_model_and_transforms(
             known,
             pretrained=pretrained,
             device=torch.get_default_device(),
             **(changes or {}),
             aug_cfg=dict(augmentation or {}),
         )
+
+    # open_clip also logs its failures through the root logger; one message is enough.
+    with (
+        failures(f"open_clip cannot load the model {name!r}{weights}"),
+        without_logs(logging.ERROR),
+        torch.random.fork_rng(devices=[]),
+    ):
+        with without_draws() if pretrained or schema else nullcontext():
+            model, train, evaluate = create()
+        if any(tensor.isnan().any() for tensor in (*model.parameters(), *model.buffers())):  # the file lacks some
+            model, train, evaluate = create()
         tokenize = open_clip.get_tokenizer(known)
     drops = any(isinstance(part, open_clip.transformer.PatchDropout) for part in model.modules())
     if (changes or {}).get("force_patch_dropout") and not drops:

@@ -145,7 +145,7 @@ def _classifiers(model: nn.Module, prefix: str = "") -> list[str]:
         classifier = ()
     modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
     known = _towers.configured(model, "classifier")
-    if not modules and not known:  # almost every module
+    if not modules and not known:
         return []
     paths = [
         path
@@ -162,4 +162,7 @@ def _body(model: nn.Module) -> list[Matrix]:
     paths = dict(model.named_modules())
     # CLIP's ResNets keep their attention pooling, with the classifier in it, under the name of a head.
     heads = {c.name for c in candidates(model) if c.head and not _towers.in_attention(c.name, paths, _ATTENTION)}
-    return _towers.body(model, heads.union(*(_classifiers(module, path) for path, module in paths.items())))
+    models = [
+        (path, m) for path, m in paths.items() if hasattr(type(m), "get_classifier") or "pretrained_cfg" in vars(m)
+    ]
+    return _towers.body(model, heads.union(*(_classifiers(module, path) for path, module in models)))

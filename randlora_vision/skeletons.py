@@ -1,7 +1,8 @@
-"""Models without memory for their weights."""
+"""Models without memory for their weights, and without random numbers that the weights of a file replace."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _FILLS = {name for name in dir(nn.init) if name.endswith("_")} | {"erfinv_", "clamp_", "fill_", "zero_", "mul_", "add_"}
+_DRAWS = {"normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "erfinv_"}
 
 
 @contextmanager
@@ -27,4 +29,20 @@ class _WithoutValues(TorchFunctionMode):
             filled = args[0] if args else kwargs["tensor"]
             if filled.is_meta:
                 return filled
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_draws() -> Iterator[None]:
+    """Fill weights that start as random numbers with NaN instead: drawing takes most of the time of loading a model."""
+    with _WithoutDraws():
+        yield
+
+
+class _WithoutDraws(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWS:
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).fill_(math.nan)
         return func(*args, **kwargs)

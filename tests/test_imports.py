@@ -65,7 +65,7 @@ ALLOWED = {
         "torch_internals",
     ),
     "": ("adapters", "injection", "compute", "config", "report"),
-    "integrations": ("", "adapters", "injection", "layers", "bases", "config", "report", *MESSAGES),
+    "integrations": ("", "adapters", "injection", "layers", "bases", "config", "report", "skeletons", *MESSAGES),
     "cli": ("", "integrations", "bases", "compute", "report", "skeletons", "versions", "figures", *MESSAGES),
     "training": (),
     FIELDS: (),

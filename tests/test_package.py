@@ -54,8 +54,7 @@ def run_installed(site: Path, *arguments: str | Path, code: int = 0) -> subproce
 def test_the_wheel_in_a_clean_target(wheel: Path, site: Path, tmp_path: Path) -> None:
     """One test, because test workers do not share a wheel, which takes ten seconds to build and install."""
     check_contents(site)
-    check_imports(site)
-    check_scripts(site, tmp_path)
+    check_imports_and_scripts(site, tmp_path)
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], check=True)
 
 
@@ -73,9 +72,14 @@ def check_contents(site: Path) -> None:
     assert ours == {path.relative_to(site / "randlora_vision") for path in (site / "randlora_vision").rglob("*.py")}
 
 
-def check_imports(site: Path) -> None:
-    """What is imported, printed and refused, in one process, which takes seconds to start."""
-    done = run_installed(site, "-c", IMPORTS.format(bin=str(site / "bin" / "randlora")), code=2)
+def check_imports_and_scripts(site: Path, tmp_path: Path) -> None:
+    """What is imported, printed, launched and refused, in one process, which takes seconds to start."""
+    model, images = write_tiny_clip(tmp_path / "tiny"), write_class_folders(tmp_path / "images")
+    launch = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "-m", "randlora_vision.train_scripts.train_clip"]
+    arguments = ["--model", f"local-dir:{model}", "--data", images, "--output-dir", tmp_path / "run", "--rank", "4"]
+    arguments += ["--steps", "2", "--batch-size", "8", "--report-to", "none"]
+    done = run_installed(site, "-c", IMPORTS.format(bin=str(site / "bin" / "randlora")), *launch, *arguments, code=2)
     place, *lines = done.stdout.splitlines()
     assert place.startswith(str(site))
     printed = dict(line.split() for line in lines[: lines.index("helps")])
@@ -83,10 +87,14 @@ def check_imports(site: Path) -> None:
     assert printed["torch"] == metadata.version("torch") and printed["timm"] == metadata.version("timm")
     assert done.stdout.count("--output-dir") >= 3
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: open_clip has no model")
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert Path(environment["command"][0]) == site / "randlora_vision" / "train_scripts" / "train_clip.py"
 
 
 IMPORTS = """
-import contextlib, importlib, importlib.util, runpy, sys
+import contextlib, importlib, importlib.util, io, os, runpy, sys, types
+words = sys.argv[1:]
 import randlora_vision
 assert "torch._dynamo" not in sys.modules, "importing the package imports the compiler: seconds"
 import randlora_vision.integrations.open_clip, randlora_vision.training
@@ -95,24 +103,26 @@ assert importlib.util.find_spec("integrations") is None
 sys.argv = ["randlora", "--version"]
 with contextlib.suppress(SystemExit):
     runpy.run_path({bin!r}, run_name="__main__")
+from accelerate.commands import launch
+
+class Here:  # what accelerate launches, in this process
+    returncode = 0
+    def __init__(self, command, env):
+        assert command[1] == "-m", command
+        os.environ.update(env)
+        sys.argv = command[2:]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    def wait(self): pass
+
+launch.subprocess = types.SimpleNamespace(Popen=Here)
 print("helps")
+with contextlib.redirect_stderr(io.StringIO()):
+    launch.launch_command(launch.launch_command_parser().parse_args(words))
 for name in ("compare", "train_classifier", "train_dreambooth"):
     with contextlib.suppress(SystemExit):
         importlib.import_module(f"randlora_vision.train_scripts.{{name}}").main(["--help"])
 importlib.import_module("randlora_vision.train_scripts.train_clip").main(["--model", "ViT-B-33"])
 """
-
-
-def check_scripts(site: Path, tmp_path: Path) -> None:
-    model, images = write_tiny_clip(tmp_path / "tiny"), write_class_folders(tmp_path / "images")
-    arguments = ["--model", f"local-dir:{model}", "--data", images, "--output-dir", tmp_path / "run", "--rank", "4"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    module = ["-m", "randlora_vision.train_scripts.train_clip"]
-    run_installed(site, *launch, *module, *arguments, "--steps", "2", "--batch-size", "8", "--report-to", "none")
-    assert (tmp_path / "run" / "adapter.safetensors").is_file()
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert Path(environment["command"][0]) == site / "randlora_vision" / "train_scripts" / "train_clip.py"
 
 
 def test_the_public_surface_is_listed() -> None:

@@ -67,20 +67,29 @@ def _kept(family: Family) -> nn.Module:
 
 
 def _made(family: Family, **changes: Any) -> nn.Module:
-    import timm
-
-    options = {"num_classes": CLASSES, **family.options, **changes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        make = timm.create_model
-        if isinstance(family.create, str):
-            module, function = family.create.split(".")
-            make = getattr(importlib.import_module(f"timm.models.{module}"), function)
-        elif family.create:
-            make = family.create
-        model = make(family.variant, pretrained=False, **options)
+        model = _new(family, **changes)
         unmute(model)
     return model.eval()
+
+
+def shapes_of(family: Family, **changes: Any) -> nn.Module:
+    """The model of `build`, without memory for its weights."""
+    with shapes_only():
+        return _new(family, **changes)
+
+
+def _new(family: Family, **changes: Any) -> nn.Module:
+    import timm
+
+    make = timm.create_model
+    if isinstance(family.create, str):
+        module, function = family.create.split(".")
+        make = getattr(importlib.import_module(f"timm.models.{module}"), function)
+    elif family.create:
+        make = family.create
+    return make(family.variant, pretrained=False, **{"num_classes": CLASSES, **family.options, **changes})
 
 
 def make_full_size(variant: str, **options: Any) -> nn.Module:

@@ -18,9 +18,10 @@ SHOWN = 6  # patterns of targets in a row
 HEADER = f"""# timm families
 
 Written by `python -m tests.timm_table`; a test compares. Each row is a family of timm's whose small member the tests
-take through injection, training, merging, removal, saving and loading, headless and with `features_only`, with every
-target of `timm:conv` (the widest preset). The numbers are of the registered model named, at rank {RANK}, for
-`timm:backbone` and without the classifier that is trained beside it. A larger rank trains fewer numbers.
+take through injection, training, merging, removal, saving and loading with every target of `timm:conv` (the widest
+preset); headless, the same layers are chosen; with `features_only`, the presets choose layers, and every sixth family
+is adapted and merged. The numbers are of the registered model named, at rank {RANK}, for `timm:backbone` and without
+the classifier that is trained beside it. A larger rank trains fewer numbers.
 
 Targets: how many weights `timm:backbone`, `timm:attention` and `timm:conv` choose. What `timm:backbone` adapts is
 summarised by the last two names of each path. Share: trained numbers in percent of the model's.
@@ -45,7 +46,8 @@ def line(family: Family, model: nn.Module | None = None) -> str:
 
 def row(family: Family, model: nn.Module) -> tuple[str, ...]:
     report = plan(model, RandLoRAConfig(rank=RANK, target_modules="timm:backbone"))
-    counts = " / ".join(str(len(PRESETS[preset](model))) for preset in ("backbone", "attention", "conv"))
+    backbone = len(report.targets) + len(report.skipped)
+    counts = " / ".join(map(str, (backbone, *(len(PRESETS[preset](model)) for preset in ("attention", "conv")))))
     share = 100 * report.num_parameters / report.base_parameters
     adapted = patterns([target.name for target in report.targets])
     trained = f"{report.num_parameters:,}"

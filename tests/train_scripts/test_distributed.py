@@ -23,13 +23,13 @@ from tests.distributed_cases import (
     SHARDED,
     STOPPED,
     Case,
+    do_little,
     forget_accelerator,
     run_case,
 )
 from tests.tiny_pipelines import PIPELINES
 from tests.training_helpers import (
     TINY_CONFIG,
-    draw_nothing,
     script,
     write_class_folders,
     write_tiny_clip,
@@ -45,7 +45,7 @@ def without_figures() -> Iterator[None]:
     for case in (*CASES, DREAMBOOTH):
         script(case.script)  # imports what draws
     with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch)
+        do_little(patch)
         yield
 
 

@@ -169,6 +169,8 @@ def test_a_run_on_class_folders(train: Any, tiny: Path, capsys: pytest.CaptureFi
 def test_the_code_of_the_card_gives_the_accuracy_back(train: Any, method: str) -> None:
     folder = train("--method", method, "--lr", "0.01")
     assert summary(folder)["reload_difference"] == 0
+    if method in ("lora", "vera"):  # the random projections are not saved
+        assert summary(folder)["file_bytes"] <= 4 * summary(folder)["trained_numbers"] + 8192
     scope = card_scope(folder)
     held_out = [Path(name) for name in json.loads((folder / "split.json").read_text())["held_out"]["val"]]
     labels = torch.tensor([scope["answers"].index(path.parent.name) for path in held_out])
@@ -186,7 +188,7 @@ def test_other_families_from_random_weights(train: Any, model: str, capsys: pyte
     assert "RANDOM weights" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["randlora", "lora", "full"])
+@pytest.mark.parametrize("method", ["randlora", "full"])
 def test_the_statistics_of_batch_normalisation_stay_the_bases(train: Any, tmp_path: Path, method: str) -> None:
     model = timm.create_model("test_resnet", num_classes=3, zero_init_last=False)
     torch.save(model.state_dict(), tmp_path / "resnet.pth")
@@ -197,14 +199,14 @@ def test_the_statistics_of_batch_normalisation_stay_the_bases(train: Any, tmp_pa
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--mixup", "0.8", "--cutmix", "1.0", "--label-smoothing", "0.1"],
-        ["--auto-augment", "rand-m9-mstd0.5-inc1", "--random-erasing", "0.25", "--label-smoothing", "0.1"],
-        ["--shots", "2", "--method", "lora", "--budget", "1000"],
-        ["--target-modules", "timm:attention", "--gradient-accumulation-steps", "2", "--mixed-precision", "bf16"],
+        ["--auto-augment", "rand-m9-mstd0.5-inc1", "--random-erasing", "0.25", "--label-smoothing", "0.1",
+         "--shots", "2", "--method", "lora", "--budget", "1000"],
+        ["--target-modules", "timm:attention", "--gradient-accumulation-steps", "2", "--mixed-precision", "bf16",
+         "--mixup", "0.8", "--cutmix", "1.0", "--label-smoothing", "0.1"],
         ["--layer-decay", "0.7", "--gradient-checkpointing", "--channels-last", "--report-to", "none"],
         ["--method", "lora", "--layer-decay", "0.7", "--head-lr", "0.01", "--gradient-checkpointing"],
     ],
-)
+)  # fmt: skip
 def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
     assert summary(train(*argv))["reload_difference"] == 0
 
@@ -242,7 +244,7 @@ def test_a_resumed_run_learns_the_same(train: Any, argv: list[str]) -> None:
     assert (folder / "adapter.safetensors").read_bytes() == whole
 
 
-@pytest.mark.parametrize("method", ["randlora", "lora", "vera", "full"])
+@pytest.mark.parametrize("method", ["randlora", "full"])
 def test_the_head_has_a_learning_rate_of_its_own_and_the_file_loads(train: Any, method: str) -> None:
     """The rate is so small that the head keeps its initial state."""
     folder = train("--method", method, "--head-lr", "1e-30", "--lr", "0.01", "--weight-decay", "0")
@@ -251,8 +253,6 @@ def test_the_head_has_a_learning_rate_of_its_own_and_the_file_loads(train: Any, 
     assert weight.abs().max() < 0.01
     assert any(tensor.abs().max() > 0.01 for name, tensor in saved.items() if "head" not in name)
     assert summary(folder)["reload_difference"] == 0
-    if method in ("lora", "vera"):  # the random projections are not saved
-        assert summary(folder)["file_bytes"] <= 4 * summary(folder)["trained_numbers"] + 8192
 
 
 def test_torchvisions_own_format(train: Any, tmp_path: Path) -> None:

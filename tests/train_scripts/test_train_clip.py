@@ -284,18 +284,18 @@ def test_a_runs_own_config_repeats_it(train: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--mixed-precision", "bf16", "--gradient-accumulation-steps", "2", "--max-grad-norm", "0"],
-        ["--workers", "1", "--val-fraction", "0.3", "--split-seed", "4"],
-        ["--dropout", "0.1", "--init", "gamma-zero", "--bases", "sparse", "--alpha", "8"],
-        ["--target-modules", "c_fc", "c_proj", "--weight-decay", "0", "--warmup-fraction", "0.5"],
-        ["--optimizer", "lookahead_lion", "--schedule", "linear", "--ema-decay", "0.9", "--best-metric", "loss"],
-        ["--train-logit-scale", "--logit-scale-lr", "0.1", "--optimizer", "nadamw", "--schedule", "constant"],
-        ["--train-logit-scale", "--method", "full"],
-        ["--target-modules", "all-linear", "--templates", "a {}", "the {}", "--prompts", "average"],
-        ["--channels-last", "--layer-decay", "0.7", "--gradient-checkpointing", "--report-to", "none"],
+        ["--mixed-precision", "bf16", "--gradient-accumulation-steps", "2", "--max-grad-norm", "0",
+         "--dropout", "0.1", "--init", "gamma-zero", "--bases", "sparse", "--alpha", "8"],
+        ["--workers", "1", "--val-fraction", "0.3", "--split-seed", "4", "--target-modules", "c_fc", "c_proj",
+         "--optimizer", "lookahead_lion", "--schedule", "linear", "--ema-decay", "0.9", "--best-metric", "loss",
+         "--weight-decay", "0", "--warmup-fraction", "0.5"],
+        ["--train-logit-scale", "--logit-scale-lr", "0.1", "--optimizer", "nadamw", "--schedule", "constant",
+         "--target-modules", "all-linear", "--templates", "a {}", "the {}", "--prompts", "average"],
+        ["--train-logit-scale", "--method", "full", "--channels-last", "--layer-decay", "0.7",
+         "--gradient-checkpointing", "--report-to", "none"],
         ["--method", "lora", "--towers", "text", "--gradient-checkpointing", "--layer-decay", "0.5"],
     ],
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python, for loader processes
 def test_options_reach_the_run(train: Any, argv: list[str]) -> None:
     assert (train(*argv) / "summary.json").exists()

@@ -97,9 +97,12 @@ def test_bad_data_is_one_line(train: Any, tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("kind", ["txt", "cls"])
-def test_streamed_shards(kind: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_streamed_shards(
+    kind: str, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twelve images are an epoch of three steps; step 4 is the first of the second epoch."""
     pytest.importorskip("webdataset")
+    draw_nothing(monkeypatch)
     val = str(shards(tmp_path / "val", kind, count=1))
     loss = ["--loss", "clip", "--class-names", str(write_text(tmp_path / "names.txt", "zero\none\ntwo"))]
     argv = ["--streaming", "--val-data", val, "--steps", "6", "--train-num-samples", "12", "--eval-every", "3"]
@@ -119,8 +122,11 @@ def test_streamed_shards(kind: str, train: Any, tmp_path: Path, capsys: pytest.C
     assert "workers that read shards was 1, is now 2" in capsys.readouterr().err
 
 
-def test_a_classifier_on_streamed_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_on_streamed_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("webdataset")
+    draw_nothing(monkeypatch)
     vit = write_tiny_vit(tmp_path / "vit", classes=3)
     argv = ["--streaming", "--train-num-samples", "6", "--label-column", "kind", "--rank", "4", "--report-to", "none"]
     argv += [

@@ -105,7 +105,7 @@ def weight_norm() -> nn.Module:
 
 
 def old_weight_norm() -> nn.Module:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():  # with a graph it could not be copied
         warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
         normed = torch.nn.utils.weight_norm(nn.Linear(WIDTH, 32))
     return nn.Sequential(normed, nn.GELU(), nn.Linear(32, WIDTH))

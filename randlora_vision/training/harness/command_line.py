@@ -1,6 +1,7 @@
 """The parser that builds the options of a script from its command line and its --config file."""
 
 import contextlib
+import functools
 import io
 import re
 import sys
@@ -74,16 +75,21 @@ def parse(
     own = translate(argv, options, table)
     file = translate(config_words(own, options, table), options, table)
     words = [*without_rivals(file, own), *own]
-    command_line = make_dataclass(
-        "CommandLine",
-        [("options", options, field(default_factory=options)), ("file", ConfigFile, field(default_factory=ConfigFile))],
-    )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _CONSTRUCTORS:
+            command_line = _command_line(options)  # type: ignore[arg-type]  # classes are hashable
             return tyro.cli(command_line, args=words, config=_STYLE).options
     except SystemExit:
         raise ValueError(_one_line_complaint(complaint.getvalue(), table)) from None
+
+
+@functools.cache
+def _command_line(options: type) -> type:
+    """Options and `--config` in one class. With help texts of its own, tyro does not look for any in source files."""
+    groups = [("options", options), ("file", ConfigFile)]
+    members = [(name, group, field(default_factory=group, metadata={"help": name})) for name, group in groups]
+    return make_dataclass("CommandLine", members)
 
 
 def without_rivals(file: Sequence[str], own: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from randlora_vision.demos import clip as demo_clip
 from randlora_vision.demos.clip import contrastive_loss, demo_model_folder
@@ -241,6 +242,25 @@ def test_a_configuration_file_with_a_checkpoint_is_the_folders_model(folder: Pat
     for name, tensor in tiny_clip(folder).model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
     assert loaded.has_weights
+
+
+def test_only_weights_that_a_file_lacks_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            drawn.extend(word for word in ("normal_", "uniform_") if word in str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watched():
+        load_clip(f"local-dir:{folder}", None, 0)
+    assert not drawn
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *_, **__: None)
+    with Watched():
+        model = load_clip(f"local-dir:{folder}", None, 3).model
+    assert drawn
+    expected = load_clip(str(folder / "tiny-test-clip.json"), None, 3).model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from torchvision.datasets import FakeData
 
 from randlora_vision.training.data.captioned import PairSplits
 from randlora_vision.training.data.labelled import ImageSplits
@@ -115,9 +116,10 @@ def test_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # it has no list of labels, so all its images are generated
-def test_torchvisions_fake_data_has_no_files() -> None:
+def test_torchvisions_fake_data_has_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeData.__init__, "__defaults__", (100, (3, 8, 8), 10, None, None, 0))  # 1000 larger images
     splits = read("torchvision:FakeData")
-    assert len(splits.images["train"]) + len(splits.images["val"]) == 1000 and len(splits.class_names) == 10
+    assert len(splits.images["train"]) + len(splits.images["val"]) == 100 and len(splits.class_names) == 10
 
 
 def test_digits_as_pairs() -> None:

@@ -52,7 +52,7 @@ def read_digits(classes: Sequence[int] = range(10), inverted: bool = False) -> I
 
     `inverted` swaps background and foreground. Training images are rotated slightly at random.
     """
-    pixels, labels = _load()
+    labels = _load()[1]
     chosen = {
         split: [index for index in indices if labels[index] in classes] for split, indices in _split_indices().items()
     }
@@ -60,13 +60,15 @@ def read_digits(classes: Sequence[int] = range(10), inverted: bool = False) -> I
     return ImageSplits(
         name=f"{'inverted' if inverted else 'upright'} digits {min(classes)}-{max(classes)}",
         class_names=[NAMES[digit] for digit in classes],
-        images={split: [_picture(pixels[i], inverted) for i in indices] for split, indices in chosen.items()},
+        images={split: [_picture(int(i), inverted) for i in indices] for split, indices in chosen.items()},
         labels={split: [classes.index(labels[i]) for i in indices] for split, indices in chosen.items()},
         origin="scikit-learn's digits, stratified, seed 0",
         augment=RandomRotation(_ROTATION, interpolation=InterpolationMode.BILINEAR, fill=background),
     )
 
 
-def _picture(pixels: np.ndarray, inverted: bool) -> Image.Image:
+@cache
+def _picture(index: int, inverted: bool) -> Image.Image:
+    pixels = _load()[0][index]
     image = Image.fromarray(255 - pixels if inverted else pixels)
     return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR).convert("RGB")
