@@ -1,4 +1,4 @@
-"""The time of a training step of every method, divided by that of PEFT's LoRA: eager and compiled, side by side.
+"""The time of a training step of every method, divided by that of PEFT's LoRA: eager and compiled, beside its FLOPs.
 
 python -m benchmarks.clock
 python -m benchmarks.clock --modes compiled --workloads vit_s --sizes 1 16
@@ -25,13 +25,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import command_line, measure
-from benchmarks.methods import TIMED
+from benchmarks.methods import EVERY, METHODS
 from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS, Row
 from randlora_vision.files.atomic import write_text
 
 REFERENCE = "peft_lora"
-MODES = ("eager", "compiled")
+MODES = ("FLOPs", "eager", "compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Setting:
     """What is timed.
 
     Attributes:
-        methods: Names in `TIMED`.
+        methods: Names in `EVERY`.
         blocks: Number of blocks that the model is cut to.
         budget: Seconds of timed rounds of a row.
         device: Where the steps run.
@@ -121,8 +121,13 @@ def seconds(trainees: dict[str, measure.Trainee], budget: float) -> dict[str, li
 def lines(rows: Sequence[Row], modes: Sequence[str], setting: Setting) -> Iterator[list[str]]:
     """Yield the rows of the table."""
     for row, mode in itertools.product(rows, modes):
-        found = compared(row, mode, setting)
         title = f"{row.title.removesuffix(f', {row.which}')}, {mode}"
+        if mode == "FLOPs":
+            uncomputed = prepared(row, mode, dataclasses.replace(setting, device=torch.device("meta")))
+            flops = {name: measure.flops(trainee) for name, trainee in uncomputed.items()}
+            yield [title, *(f"{flops[name] / flops[REFERENCE]:.2f}" for name in setting.methods), ""]
+            continue
+        found = compared(row, mode, setting)
         yield [title, *(str(found[name]) for name in setting.methods), str(found[REFERENCE].rounds)]
 
 
@@ -153,8 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workloads", nargs="+", choices=("vit_s", "vit_s_few", "vit_b"), default=["vit_s_few", "vit_s"]
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 4, 16, 64], help="numbers of images")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="eager or compiled")
-    parser.add_argument("--methods", nargs="+", choices=sorted(TIMED), default=list(TIMED), help="beside PEFT's LoRA")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what is compared")
+    parser.add_argument(
+        "--methods", nargs="+", choices=sorted(EVERY), default=[*METHODS, "peft_vera"], help="beside PEFT's LoRA"
+    )
     parser.add_argument("--blocks", type=int, default=2, help="blocks of the model")
     parser.add_argument("--seconds", type=float, default=30.0, help="timed rounds of a row take about this long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where steps run")
@@ -171,19 +178,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.profile:
         _profile(rows, options.modes, setting, options.output)
         return
-    found = [["images", *(TIMED[name].title for name in methods), "rounds"]]
+    columns = ["images", *(EVERY[name].title for name in methods), "rounds"]
+    head = f"Time of a step over that of PEFT's LoRA: median (95% interval). {_where(setting)}\n\n{table([columns])}"
+    found = _earlier(options.output, head) if options.output else {}
     for line in tqdm(lines(rows, options.modes, setting), total=len(rows) * len(options.modes), unit="row"):
-        found.append(line)
+        found[line[0]] = line
         tqdm.write(" | ".join(line))
         if options.output:  # after every row, so that an interrupted run keeps its results
-            head = f"Time of a step over that of PEFT's LoRA: median (95% interval). {_where(setting)}"
-            write_text(options.output, f"{head}\n\n{table(found)}")
+            write_text(options.output, head + table([columns, *found.values()]).removeprefix(table([columns])))
+
+
+def _earlier(path: Path, head: str) -> dict[str, list[str]]:
+    """The rows that earlier runs with this head have written, by title: a run replaces its own rows alone."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = [line[2:-2].split(" | ") for line in text.removeprefix(head).splitlines()] if text.startswith(head) else []
+    return {row[0]: row for row in rows}
 
 
 def _profile(rows: Sequence[Row], modes: Sequence[str], setting: Setting, output: Path | None) -> None:
     text = f"Operators of a step: share of the time of PEFT LoRA's operators (number). {_where(setting)}\n"
-    titles = [TIMED[name].title for name in (REFERENCE, *setting.methods)]
-    for row, mode in itertools.product(rows, modes):
+    titles = [EVERY[name].title for name in (REFERENCE, *setting.methods)]
+    for row, mode in itertools.product(rows, [mode for mode in modes if mode != "FLOPs"]):
         text += f"\n{row.title}, {mode}\n\n{table([['operator', *titles], *profiled(row, mode, setting)])}"
     print(text)
     if output:

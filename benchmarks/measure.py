@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.methods import METHODS, TIMED, trained_numbers
+from benchmarks.methods import EVERY, METHODS, trained_numbers
 from benchmarks.workloads import WORKLOADS, Inputs, Row
 from randlora_vision.torch_internals import storage_key
 
@@ -49,11 +49,16 @@ class Trainee:
 
 def prepare(row: Row, base: nn.Module, method: str, device: torch.device, dtype: torch.dtype) -> tuple[Trainee, float]:
     """Apply a method to a copy of `base`; return it and the duration of the injection in seconds."""
+    return adapted(row, copy.deepcopy(base), method, device, dtype)
+
+
+def adapted(row: Row, base: nn.Module, method: str, device: torch.device, dtype: torch.dtype) -> tuple[Trainee, float]:
+    """As `prepare`, without the copy."""
     workload = WORKLOADS[row.workload]
-    model = copy.deepcopy(base).requires_grad_(False)
+    model = base.requires_grad_(False)
     targets = workload.targets(model, row.which)
     started = time.perf_counter()
-    model = TIMED[method].apply(model, targets, workload.rank)
+    model = EVERY[method].apply(model, targets, workload.rank)
     seconds = time.perf_counter() - started
     model.train().to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
@@ -132,7 +137,10 @@ def saved_bytes_and_load_time(trainee: Trainee, base: nn.Module, method: str) ->
 
 
 def peak_memory(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the peak bytes of three steps in a fresh process: CUDA's, or resident beyond those before the model."""
+    """Return the peak bytes of three steps in a fresh process: CUDA's, or resident beyond those before the model.
+
+    The process has one copy of the model: a second one, however short its life, would hide what the methods add.
+    """
     command = [sys.executable, "-m", "benchmarks.measure", row.workload, str(row.size), row.which, method]
     command += [str(device), str(dtype).removeprefix("torch.")]
     answer = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -141,9 +149,7 @@ def peak_memory(row: Row, method: str, device: torch.device, dtype: torch.dtype)
 
 def _peak_memory_here(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
     before = _resident("VmRSS")
-    base = WORKLOADS[row.workload].build()
-    trainee, _ = prepare(row, base, method, device, dtype)
-    del base
+    trainee, _ = adapted(row, WORKLOADS[row.workload].build(), method, device, dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):

@@ -1,7 +1,8 @@
 """The bytes that a training step keeps from forward to backward, and the FLOPs that they save.
 
 python -m benchmarks.memory
-python -m benchmarks.memory --workload vit_b --sizes 16 64 --output benchmarks/results/memory.md
+python -m benchmarks.memory --output benchmarks/results/memory.md
+python -m benchmarks.memory --sizes 1 --targets attention --peak --methods peft_randlora ours ours_memory
 
 Everything is counted on the meta device, without computing anything. Figures are relative to PEFT's RandLora. The last
 rows checkpoint the blocks: what is kept within one block is then recomputed, and counts once.
@@ -16,36 +17,42 @@ import torch
 from torch import nn
 
 from benchmarks import command_line, measure
-from benchmarks.methods import METHODS, Apply, ours
+from benchmarks.methods import EVERY
 from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS, Row
 from randlora_vision.files.atomic import write_text
 
-CHOICES: dict[str, Apply] = {
-    "PEFT RandLora": METHODS["peft_randlora"].apply,
-    "PEFT LoRA": METHODS["peft_lora"].apply,
-    "full fine-tuning": METHODS["full"].apply,
-    **{
-        f"ours, {title} bases, compute={compute}": ours(bases, compute)
-        for title, bases in (("dense", "uniform"), ("structured", "structured"))
-        for compute in ("auto", "memory", "factored", "dense")
-    },
-}
-CHECKPOINTED = ("PEFT RandLora", "ours, dense bases, compute=auto", "ours, dense bases, compute=memory")
+REFERENCE = "peft_randlora"
+CHOICES = [name for name in EVERY if name != "peft_vera"]
+CHECKPOINTED = ("peft_randlora", "ours", "ours_memory")
 
 
-def costs(workload: str, sizes: Sequence[int], which: str = "attention+mlp") -> list[list[str]]:
-    """Return the rows of the table, and its head before them."""
+def costs(
+    workload: str,
+    sizes: Sequence[int],
+    which: str = "attention+mlp",
+    names: Sequence[str] = CHOICES,
+    peak: bool = False,
+) -> list[list[str]]:
+    """Return the rows of the table, and its head before them; `peak` adds the memory that a real run takes."""
     base = WORKLOADS[workload].build()
-    rows = [(name, False) for name in CHOICES]
+    names = list(dict.fromkeys((REFERENCE, *names)))
+    rows = [(name, False) for name in names]
     if hasattr(base, "set_grad_checkpointing"):
-        rows += [(name, True) for name in CHECKPOINTED]
-    counts = {key: [counted(Row(workload, size, which), base, *key) for size in sizes] for key in rows}
-    lines = [[WORKLOADS[workload].unit, *(f"{what}, {size}" for size in sizes for what in ("bytes", "FLOPs"))]]
+        rows += [(name, True) for name in CHECKPOINTED if name in names]
+    counts: dict[tuple[str, bool], list[list[int]]] = {}
+    for key in rows:
+        counts[key] = [list(counted(Row(workload, size, which), base, *key)) for size in sizes]
+        if peak and not key[1]:
+            for size, found in zip(sizes, counts[key], strict=True):
+                row = Row(workload, size, which)
+                found.append(measure.peak_memory(row, key[0], torch.device("cpu"), torch.float32))
+    head = ("bytes", "FLOPs", "peak") if peak else ("bytes", "FLOPs")
+    lines = [[WORKLOADS[workload].unit, *(f"{what}, {size}" for size in sizes for what in head)]]
     for (name, checkpointed), found in counts.items():
-        pairs = zip(found, counts["PEFT RandLora", False], strict=True)
-        figures = [f"{own[i] / peft[i]:.2f}" for own, peft in pairs for i in range(2)]
-        lines.append([f"{name}{', checkpointed' if checkpointed else ''}", *figures])
+        pairs = zip(found, counts[REFERENCE, False], strict=True)
+        figures = [f"{own[i] / peft[i]:.2f}" if i < len(own) else "-" for own, peft in pairs for i in range(len(head))]
+        lines.append([f"{EVERY[name].title}{', checkpointed' if checkpointed else ''}", *figures])
     return lines
 
 
@@ -55,7 +62,7 @@ def counted(row: Row, base: nn.Module, name: str, checkpointed: bool = False) ->
     model = copy.deepcopy(base).requires_grad_(False)
     if checkpointed:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    model = CHOICES[name](model, workload.targets(model, row.which), workload.rank).train().to(meta)
+    model = EVERY[name].apply(model, workload.targets(model, row.which), workload.rank).train().to(meta)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     inputs = workload.inputs(row.size, meta)
     trainee = measure.Trainee(model, optimizer, inputs, workload.loss, torch.float32)
@@ -67,11 +74,19 @@ def main() -> None:
     parser = command_line.parser("memory", __doc__)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="vit_s", help="the model")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="images, pairs or tokens")
+    parser.add_argument(
+        "--targets", choices=("attention", "attention+mlp"), default="attention+mlp", help="adapted layers"
+    )
+    parser.add_argument("--methods", nargs="+", choices=sorted(EVERY), default=CHOICES, help="beside PEFT's RandLora")
+    parser.add_argument(
+        "--peak", action="store_true", help="the peak memory of real steps too, each in a fresh process"
+    )
     parser.add_argument("--output", type=Path, help="file for the table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # warnings of the compared libraries
-    text = table(costs(options.workload, options.sizes))
-    print(f"{WORKLOADS[options.workload].title}, attention and MLP, rank 32\n\n{text}")
+    text = table(costs(options.workload, options.sizes, options.targets, options.methods, options.peak))
+    text = f"{WORKLOADS[options.workload].title}, {options.targets}, rank 32\n\n{text}"
+    print(text, end="")
     if options.output:
         write_text(options.output, text)
 

@@ -143,5 +143,15 @@ METHODS: dict[str, Method] = {
     "ours": Method("ours, dense bases", ours("uniform"), _our_save, _our_load),
     "ours_structured": Method("ours, structured bases", ours("structured"), _our_save, _our_load),
 }
-TIMED: dict[str, Method] = {**METHODS, "peft_vera": Method("PEFT VeRA", _peft_vera, _peft_save, _peft_load)}
-"""Those methods and VeRA, which trains far fewer numbers at any rank in use."""
+EVERY: dict[str, Method] = {
+    **METHODS,
+    "peft_vera": Method("PEFT VeRA", _peft_vera, _peft_save, _peft_load),
+    **{
+        f"{name}_{compute}": Method(
+            f"{METHODS[name].title}, compute={compute}", ours(bases, compute), _our_save, _our_load
+        )
+        for name, bases in (("ours", "uniform"), ("ours_structured", "structured"))
+        for compute in ("memory", "factored", "dense")
+    },
+}
+"""Those methods, VeRA, which trains far fewer numbers at any rank in use, and other orders of products."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import measure, memory, tokens
+from benchmarks import measure, tokens
 from benchmarks.expectations import verdicts
-from benchmarks.methods import METHODS, lora_rank, randlora_numbers
+from benchmarks.methods import EVERY, METHODS, lora_rank, randlora_numbers
 from benchmarks.report import Result, markdown, plot, ratios, write_csv
 from benchmarks.workloads import WORKLOADS, Row
 
@@ -133,16 +133,16 @@ def test_tables_and_verdicts(tmp_path):
 def kept_by(choice, device, tokens):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24)).requires_grad_(False)
-    model = memory.CHOICES[choice](model, ["0", "2"], 8).to(device)
+    model = EVERY[choice].apply(model, ["0", "2"], 8).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     x = torch.randn(tokens, 24, device=device, requires_grad=True)
     return measure.kept_bytes(measure.Trainee(model, optimizer, {"input": x}, torch.sum, torch.float32))
 
 
 def test_bytes_are_counted_without_computing_and_compute_memory_keeps_the_fewest():
-    auto, fewest = (f"ours, dense bases, compute={compute}" for compute in ("auto", "memory"))
-    for choice in (auto, fewest, "PEFT LoRA"):
+    auto, fewest = "ours", "ours_memory"
+    for choice in (auto, fewest, "peft_lora"):
         assert kept_by(choice, "meta", 100) == kept_by(choice, "cpu", 100) > 0
     assert kept_by(fewest, "meta", 9000) < kept_by(auto, "meta", 9000)
     shared = 4 * 96 * 24  # B, one for all layers of a model
-    assert kept_by(fewest, "meta", 9000) - shared < kept_by("PEFT RandLora", "meta", 9000)
+    assert kept_by(fewest, "meta", 9000) - shared < kept_by("peft_randlora", "meta", 9000)

@@ -33,13 +33,19 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(WORKLOADS, "vit_s_few", replace(WORKLOADS["vit_s_few"], build=small))
     path = tmp_path / "clock.md"
-    options = ["--workloads", "vit_s_few", "--sizes", "2", "--modes", "eager", "--blocks", "1", "--seconds", "0"]
-    clock.main([*options, "--device", "cpu", "--output", str(path)])
+    options = "--workloads vit_s_few --sizes 2 --modes FLOPs eager --blocks 1 --seconds 0 --device cpu".split()
+    options += ["--output", str(path)]
+    clock.main(options)
     head, *table = path.read_text(encoding="utf-8").split("\n\n")
     assert "1 blocks" in head and "torch" in head
     lines = [line.split(" | ") for line in table[0].splitlines()]
-    assert len(lines) == 3 and "PEFT LoRA" not in lines[0] and "PEFT VeRA" in lines[0]
-    assert lines[2][0] == "| ViT-S/14 of 28 x 28 pixels, 2 images, eager" and lines[2][-1] == "5 |"
-    for figure in lines[2][1:-1]:
+    assert len(lines) == 4 and "PEFT LoRA" not in lines[0] and "PEFT VeRA" in lines[0]
+    assert float(lines[2][1]) > 1  # the FLOPs of full fine-tuning
+    assert lines[3][0] == "| ViT-S/14 of 28 x 28 pixels, 2 images, eager" and lines[3][-1] == "5 |"
+    for figure in lines[3][1:-1]:
         middle, low, high = map(float, re.findall(r"[0-9.]+", figure))
         assert 0.01 < low <= middle <= high < 100
+    before = path.read_text(encoding="utf-8").splitlines()
+    clock.main([*options[:5], "FLOPs", *options[7:], "--sizes", "3"])
+    after = path.read_text(encoding="utf-8").splitlines()
+    assert after[:-1] == before and after[-1].startswith("| ViT-S/14 of 28 x 28 pixels, 3 images, FLOPs | ")
