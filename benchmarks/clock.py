@@ -136,12 +136,13 @@ def profiled(row: Row, mode: str, setting: Setting, rounds: int = 20) -> Iterato
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name, trainee in prepared(row, mode, setting).items():
         trainee.forward().backward()  # what is made once does not count
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.profile() as profiler:
             for _ in range(rounds):
                 trainee.forward().backward()
                 trainee.optimizer.zero_grad(set_to_none=True)
         events = [event for event in profiler.key_averages() if event.key.startswith("aten::")]
-        own = {event.key.removeprefix("aten::"): (event.self_cpu_time_total, event.count) for event in events}
+        time_of = "self_device_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
+        own = {event.key.removeprefix("aten::"): (getattr(event, time_of), event.count) for event in events}
         together = tuple(sum(figures) for figures in zip(*own.values(), strict=True))
         found[name] = {"all": together, **own}  # type: ignore[dict-item]
     whole, _ = found[REFERENCE]["all"]

@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,16 @@ def cost_table() -> str:
     return table(rows)
 
 
+def written_table(name: str) -> str:
+    """Return the table that a benchmark has written to a file of the results."""
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith("|"))
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "demo": demo_table,
     "cost": cost_table,
+    "clock": partial(written_table, "clock.md"),
     "methods": choosing.methods_table,
     "budgets": choosing.budgets_table,
     "rates": choosing.rates_table,
