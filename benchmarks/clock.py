@@ -144,7 +144,7 @@ def profiled(row: Row, mode: str, setting: Setting, rounds: int = 20) -> Iterato
         time_of = "self_device_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
         own = {event.key.removeprefix("aten::"): (getattr(event, time_of), event.count) for event in events}
         together = tuple(sum(figures) for figures in zip(*own.values(), strict=True))
-        found[name] = {"all": together, **own}  # type: ignore[dict-item]
+        found[name] = {"all": together, **own}
     whole, _ = found[REFERENCE]["all"]
     most = {key: max(own.get(key, (0, 0))[0] for own in found.values()) for own in found.values() for key in own}
     for operator in sorted(most, key=lambda key: -most[key])[:20]:

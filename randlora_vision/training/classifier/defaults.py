@@ -9,12 +9,10 @@ from randlora_vision.training.classifier.options import (
     ClassifierModel,
     ClassifierOptions,
     ClassifierSettings,
-    PlainAdapter,
-    RankedAdapter,
 )
 from randlora_vision.training.harness.options import Training, without
 from randlora_vision.training.methods.adaptation import suggested_lr
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults, rank_of
+from randlora_vision.training.methods.defaults import Defaults, ScriptDefaults, with_rank
 
 # The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones,
 # but for RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for its head.
@@ -44,40 +42,21 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
     embedded, training = options.embedded, options.training
     defaults = DEFAULTS.of(options.adapter.method, embedded)
     lr, suggested = defaults.rate(training.lr, options.adapter.method)
+    adapter = with_rank(options.adapter, defaults.rank, model, lambda: adapter_targets(model, options))
+    if adapter.method == "randlora" and embedded and training.lr in (None, "auto"):
+        adapter = replace(adapter, head_lr=adapter.head_lr or _DEMO_HEAD_LR)
     settings = ClassifierSettings(
         **without(options, "model", "adapter", "training"),
         model=chosen,
-        adapter=_with_rank(options, defaults.rank, model),
+        adapter=adapter,
         training=Training(
             **without(training, "lr", "steps"),
             lr=lr,
             steps=training.steps or DEFAULTS.steps(embedded),
         ),
     )
-    if not suggested or settings.adapter.method != "randlora":
+    if not suggested or adapter.method != "randlora":
         return settings
-    head_lr = settings.adapter.head_lr or lr
-    lr = suggested_lr(model, config_of(model, settings, settings.adapter.rank))
-    return replace(
-        settings, training=replace(settings.training, lr=lr), adapter=replace(settings.adapter, head_lr=head_lr)
-    )
-
-
-def _with_rank(options: ClassifierOptions, default: int, model: nn.Module) -> RankedAdapter | PlainAdapter:
-    adapter = options.adapter
-    if adapter.method == "full" or adapter.method == "linear-probe":
-        return PlainAdapter(**without(adapter, "method"), method=adapter.method)
-    head_lr = adapter.head_lr
-    if adapter.method == "randlora" and options.embedded and options.training.lr in (None, "auto"):
-        head_lr = head_lr or _DEMO_HEAD_LR
-    rank = rank_of(adapter, default, model, lambda: adapter_targets(model, options))
-    alpha = adapter.alpha
-    if adapter.method != "vera":
-        alpha = alpha or ALPHA_PER_RANK[adapter.method] * rank
-    return RankedAdapter(
-        **without(adapter, "method", "rank", "alpha", "budget", "head_lr"),
-        method=adapter.method,
-        rank=rank,
-        alpha=alpha,
-        head_lr=head_lr,
-    )
+    adapter = replace(adapter, head_lr=adapter.head_lr or lr)
+    lr = suggested_lr(model, config_of(model, settings))
+    return replace(settings, training=replace(settings.training, lr=lr), adapter=adapter)

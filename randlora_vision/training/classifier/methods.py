@@ -58,7 +58,7 @@ def adapt(model: nn.Module, settings: ClassifierSettings) -> Adaptation:
     if adapter.method == "linear-probe":
         return TrainedTensors(model, [name for name, _ in head_parameters(model)], "linear classifier", _PLAIN_CODE)
     if adapter.method == "randlora":
-        return RandLoRAWithHead(model, config_of(model, settings, adapter.rank))
+        return RandLoRAWithHead(model, config_of(model, settings))
     from peft import LoraConfig, VeraConfig
 
     targets = adapter_targets(model, settings)
@@ -80,9 +80,9 @@ def adapter_targets(model: nn.Module, options: ClassifierOptions) -> list[str]:
     return target_names(model, config_of(model, options))
 
 
-def config_of(model: nn.Module, options: ClassifierOptions, rank: int = 1) -> RandLoRAConfig:
+def config_of(model: nn.Module, options: ClassifierOptions) -> RandLoRAConfig:
     """Return the RandLoRA configuration for a model."""
-    return randlora_config(options.adapter, rank, options.training.seed, "timm:backbone", head_modules(model))
+    return randlora_config(options.adapter, options.training.seed, "timm:backbone", head_modules(model))
 
 
 def own_rates(model: nn.Module, settings: ClassifierSettings) -> dict[nn.Parameter, float]:

@@ -220,24 +220,8 @@ class ClassifierModel(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedAdapter(ClassifierAdapterOptions):
-    """A method with a rank."""
-
-    method: Literal["randlora", "lora", "vera"]
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainAdapter(ClassifierAdapterOptions):
-    """A method without a rank."""
-
-    method: Literal["full", "linear-probe"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(ClassifierOptions):
     """All options with the defaults filled in."""
 
     model: ClassifierModel
-    adapter: RankedAdapter | PlainAdapter
     training: Training

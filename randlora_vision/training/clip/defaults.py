@@ -10,15 +10,13 @@ from randlora_vision.training.clip.options import (
     ClipModel,
     ClipOptions,
     ClipSettings,
-    PlainAdapter,
-    RankedAdapter,
 )
 from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.harness.options import Training, TrainingOptions, without
 from randlora_vision.training.methods.adaptation import suggested_lr
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults, rank_of
+from randlora_vision.training.methods.defaults import Defaults, ScriptDefaults, with_rank
 
 # The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
 # of two or less; those of DoRA, VeRA and NoLA were not searched. The others are the usual ones for pretrained CLIP
@@ -74,25 +72,11 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
         clip=chosen,
         images=replace(images, templates=read_templates(images.templates or usual)),
         loss=ChosenLoss(loss=loss),
-        adapter=_with_rank(options, defaults, model),
+        adapter=with_rank(adapter, defaults.rank, model, lambda: adapter_targets(model, options)),
         training=Training(**without(training, "lr", "steps"), lr=lr, steps=training.steps or DEFAULTS.steps(embedded)),
     )
     # With --eval-only nothing is trained: the adapters that a rate is taken from need not be made.
     if not suggested or settings.adapter.method != "randlora" or options.evaluation.eval_only:
         return settings
-    lr = suggested_lr(model, config_of(settings, settings.adapter.rank))
+    lr = suggested_lr(model, config_of(settings))
     return replace(settings, training=replace(settings.training, lr=lr))
-
-
-def _with_rank(options: ClipOptions, defaults: Defaults, model: nn.Module) -> RankedAdapter | PlainAdapter:
-    adapter = options.adapter
-    if adapter.method == "full" or adapter.method == "linear-probe":
-        return PlainAdapter(**without(adapter, "method"), method=adapter.method)
-    rank = rank_of(adapter, defaults.rank, model, lambda: adapter_targets(model, options))
-    scale = ALPHA_PER_RANK.get(adapter.method)
-    return RankedAdapter(
-        **without(adapter, "method", "rank", "alpha", "budget"),
-        method=adapter.method,
-        rank=rank,
-        alpha=adapter.alpha or (scale * rank if scale else None),
-    )

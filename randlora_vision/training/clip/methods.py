@@ -9,7 +9,7 @@ from torch import nn
 from randlora_vision import RandLoRAConfig
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import PROBE, ClipClassifier, belongs_to, set_class_features
-from randlora_vision.training.clip.options import ClipOptions, ClipSettings, RankedAdapter
+from randlora_vision.training.clip.options import ClipOptions, ClipSettings
 from randlora_vision.training.harness.memory import checkpoint_activations
 from randlora_vision.training.harness.optim import (
     AS_THE_ONE_BEFORE,
@@ -64,8 +64,9 @@ def adapt(
 def _adapt_model(model: nn.Module, settings: ClipSettings) -> Adaptation:
     adapter = settings.adapter
     if adapter.method == "randlora":
-        return RandLoRA(model, config_of(settings, adapter.rank, _whole(model, settings)))
-    if isinstance(adapter, RankedAdapter):
+        return RandLoRA(model, config_of(settings, _whole(model, settings)))
+    if adapter.method != "full":
+        assert adapter.rank is not None, "resolve fills it in"
         targets, alpha = adapter_targets(model, settings), adapter.alpha or adapter.rank
         if adapter.method == "lora":
             return LoRA(model, targets, adapter.rank, alpha, _whole(model, settings))
@@ -88,10 +89,10 @@ def adapter_targets(model: nn.Module, options: ClipOptions) -> list[str]:
     return target_names(model, config_of(options))
 
 
-def config_of(options: ClipOptions, rank: int = 1, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
+def config_of(options: ClipOptions, modules_to_save: Iterable[str] = ()) -> RandLoRAConfig:
     """Return the RandLoRA configuration for the options."""
     preset = f"open_clip:{options.clip.towers}"
-    return randlora_config(options.adapter, rank, options.training.seed, preset, modules_to_save)
+    return randlora_config(options.adapter, options.training.seed, preset, modules_to_save)
 
 
 def checkpoint_towers(model: nn.Module, options: ClipOptions) -> None:

@@ -11,6 +11,7 @@ from randlora_vision.training.harness.options import (
     AdapterOptions,
     CheckpointOptions,
     HubOptions,
+    Method,
     RateOptions,
     RunOptions,
     SpeedOptions,
@@ -32,7 +33,6 @@ from randlora_vision.training.option_fields import (
 )
 
 Towers = Literal["vision", "text", "both"]
-ClipMethod = Literal["randlora", "lora", "dora", "vera", "nola", "full", "linear-probe"]
 Loss = Literal["class-prompts", "clip", "siglip"]
 
 
@@ -120,7 +120,7 @@ class LossOptions(Options):
 class ClipAdapterOptions(AdapterOptions):
     """The training method and its adapter."""
 
-    method: ClipMethod = "randlora"
+    method: Method = "randlora"
     """RandLoRA; LoRA, DoRA, VeRA or NoLA on the same weights; full fine-tuning; or a linear classifier on frozen
     features."""
     probe_lr: float | None = field(default=None, metadata=RARE | ABOVE_0)
@@ -235,25 +235,9 @@ class ChosenLoss(LossOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedAdapter(ClipAdapterOptions):
-    """A method with a rank."""
-
-    method: Literal["randlora", "lora", "dora", "vera", "nola"]
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainAdapter(ClipAdapterOptions):
-    """A method without a rank."""
-
-    method: Literal["full", "linear-probe"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClipSettings(ClipOptions):
     """All options with the defaults filled in."""
 
     clip: ClipModel
     loss: ChosenLoss
-    adapter: RankedAdapter | PlainAdapter
     training: Training

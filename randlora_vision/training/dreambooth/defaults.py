@@ -4,18 +4,15 @@ from dataclasses import replace
 
 from randlora_vision.training.data.sources.digits import NAMES
 from randlora_vision.training.dreambooth.options import (
-    DreamBoothAdapterOptions,
     DreamBoothOptions,
     DreamBoothSettings,
     DreamBoothSubject,
     DreamBoothTraining,
-    PlainAdapter,
-    RankedAdapter,
     SubjectOptions,
     ValidationOptions,
 )
 from randlora_vision.training.harness.options import without
-from randlora_vision.training.methods.defaults import ALPHA_PER_RANK, Defaults, ScriptDefaults
+from randlora_vision.training.methods.defaults import Defaults, ScriptDefaults, with_rank
 
 DEFAULTS = ScriptDefaults(
     own={"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)},
@@ -56,23 +53,11 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
             **without(subject, "sample_batch_size"),
             sample_batch_size=subject.sample_batch_size or (32 if embedded else 4),
         ),
-        adapter=_with_rank(adapter, defaults.rank),
+        adapter=with_rank(adapter, defaults.rank),
         training=DreamBoothTraining(
             **without(training, "lr", "steps"), lr=lr, steps=training.steps or DEFAULTS.steps(embedded)
         ),
         validation=validation,
-    )
-
-
-def _with_rank(adapter: DreamBoothAdapterOptions, default: int) -> RankedAdapter | PlainAdapter:
-    if adapter.method == "full":
-        return PlainAdapter(**without(adapter, "method"), method=adapter.method)
-    rank = adapter.rank or default
-    return RankedAdapter(
-        **without(adapter, "method", "rank", "alpha"),
-        method=adapter.method,
-        rank=rank,
-        alpha=adapter.alpha or ALPHA_PER_RANK[adapter.method] * rank,
     )
 
 

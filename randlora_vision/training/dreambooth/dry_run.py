@@ -14,6 +14,8 @@ from randlora_vision.training.dreambooth.methods import adapter_configs, trained
 from randlora_vision.training.dreambooth.options import DreamBoothSettings
 from randlora_vision.training.dreambooth.quantization import BYTES_PER_WEIGHT
 from randlora_vision.training.methods.adaptation import target_names
+from randlora_vision.training.methods.lora import sides, weight_of
+from randlora_vision.training.methods.rivals import trained_numbers
 
 _FLOAT32 = 4
 
@@ -87,8 +89,8 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
         numbers = sum(_count(modules[name]) for name in trained)
         file, bases = _FLOAT32 * numbers, 0
     else:
-        configs = adapter_configs(family, settings, adapter)
-        numbers, file, bases = _adapter(modules, configs, adapter.method, adapter.rank)
+        configs = adapter_configs(family, settings)
+        numbers, file, bases = _adapter(modules, configs, adapter.method, adapter.rank or 0)
     states = 2 if settings.training.use_8bit_adam else 2 * _FLOAT32
     own = 0 if adapter.method == "full" else _FLOAT32
     state = numbers * (own + _FLOAT32 + states)
@@ -138,12 +140,12 @@ def _adapter(
         sums = zip(*((r.num_parameters, r.file_bytes, r.bases_bytes) for r in reports), strict=True)
         numbers, file, bases = (sum(values) for values in sums)
         return numbers, file, bases
-    layers: list[Any] = [
-        modules[name].get_submodule(path)
+    shapes = [
+        sides(getattr(*weight_of(modules[name], target)))
         for name, config in configs.items()
-        for path in target_names(modules[name], config)
+        for target in target_names(modules[name], config)
     ]
-    numbers = sum(rank * sum(layer.weight.flatten(1).shape) for layer in layers)
+    numbers = trained_numbers("lora", shapes, rank)
     return numbers, _FLOAT32 * numbers, 0
 
 

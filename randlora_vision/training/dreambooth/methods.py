@@ -14,7 +14,7 @@ from randlora_vision.files import bundle
 from randlora_vision.integrations import diffusers as pipelines
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.lora import LoRAInPipeline
-from randlora_vision.training.dreambooth.options import DreamBoothSettings, RankedAdapter
+from randlora_vision.training.dreambooth.options import DreamBoothSettings
 from randlora_vision.training.methods.adaptation import (
     Adaptation,
     TrainedTensors,
@@ -136,26 +136,25 @@ def adapt(family: Family, settings: DreamBoothSettings) -> PipelineAdaptation:
     names = trained_components(family, settings)
     if adapter.method == "full":
         return FullInPipeline(pipe, names)
-    configs = adapter_configs(family, settings, adapter)
+    configs = adapter_configs(family, settings)
     if adapter.method == "randlora":
         return RandLoRAInPipeline(pipe, configs)
     targets = {name: target_names(getattr(pipe, name), config) for name, config in configs.items()}
+    assert adapter.rank is not None and adapter.alpha is not None, "resolve fills them in"
     return LoRAInPipeline(pipe, targets, adapter.rank, adapter.alpha)
 
 
-def adapter_configs(family: Family, settings: DreamBoothSettings, adapter: RankedAdapter) -> dict[str, RandLoRAConfig]:
+def adapter_configs(family: Family, settings: DreamBoothSettings) -> dict[str, RandLoRAConfig]:
     """Return the configuration of the adapter of each trained component."""
-    return {name: _config(settings, adapter, family, name) for name in trained_components(family, settings)}
+    return {name: _config(settings, family, name) for name in trained_components(family, settings)}
 
 
-def _config(settings: DreamBoothSettings, adapter: RankedAdapter, family: Family, name: str) -> RandLoRAConfig:
-    denoiser = name == family.denoiser_name
-    # --target-modules applies only to the denoiser.
-    adapter = adapter if denoiser else replace(adapter, target_modules=())
-    if denoiser:
-        adapter = replace(adapter, exclude_modules=(*adapter.exclude_modules, *family.without_effect))
-    preset = "diffusers:attention" if denoiser else "diffusers:text"
-    return randlora_config(adapter, adapter.rank, settings.training.seed, preset)
+def _config(settings: DreamBoothSettings, family: Family, name: str) -> RandLoRAConfig:
+    adapter, seed = settings.adapter, settings.training.seed
+    if name != family.denoiser_name:  # --target-modules applies only to the denoiser
+        return randlora_config(replace(adapter, target_modules=()), seed, "diffusers:text")
+    adapter = replace(adapter, exclude_modules=(*adapter.exclude_modules, *family.without_effect))
+    return randlora_config(adapter, seed, "diffusers:attention")
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:

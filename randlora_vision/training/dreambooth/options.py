@@ -209,22 +209,6 @@ class DreamBoothSubject(SubjectOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedAdapter(DreamBoothAdapterOptions):
-    """A method with a rank."""
-
-    method: Literal["randlora", "lora"]
-    rank: int
-    alpha: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainAdapter(DreamBoothAdapterOptions):
-    """A method without a rank."""
-
-    method: Literal["full"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class DreamBoothTraining(DreamBoothTrainingOptions, Training):
     """How it is trained, with the defaults filled in."""
 
@@ -237,7 +221,6 @@ class DreamBoothSettings(DreamBoothOptions):
     """All options with the defaults filled in, except those that depend on the pipeline."""
 
     subject: DreamBoothSubject
-    adapter: RankedAdapter | PlainAdapter
     training: DreamBoothTraining
 
 

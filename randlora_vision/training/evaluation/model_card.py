@@ -6,20 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from randlora_vision.files.atomic import write_text
+from randlora_vision.training.evaluation.comparison import LABELS
 from randlora_vision.training.evaluation.curves import HEADLINES
 from randlora_vision.training.harness.options import Training
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.versions import versions
 
-_METHODS = {
-    "randlora": "RandLoRA adapter ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987))",
-    "lora": "LoRA adapter",
-    "dora": "DoRA adapter",
-    "nola": "NoLA adapter",
-    "vera": "VeRA adapter",
-    "full": "full fine-tuning",
-    "linear-probe": "linear classifier",
-}
 _PICTURES = {
     "samples": "Samples over training",
     "predictions": "Predictions",
@@ -81,7 +73,7 @@ def write_card(
     source = f"[{base.name}](https://huggingface.co/{base.repository})" if base.repository else f"`{base.name}`"
     revision = f", revision `{base.revision}`" if base.revision else ""
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {name}", ""]
-    lines += [f"A {_METHODS[summary['method']]} for {source}{revision}, trained on {data}.", ""]
+    lines += [f"A {_what(summary['method'])} for {source}{revision}, trained on {data}.", ""]
     lines += ["## Results", "", *_results(summary), "", "## Use", "", "```python"]
     lines += [*(at_hub(code, run, repository) if repository else code), "```", "", "## Training", ""]
     lines += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in _training(training, summary))]
@@ -89,6 +81,12 @@ def write_card(
         if (path := getattr(run, picture)).exists():
             lines += ["", f"## {title}", "", f"![{title}]({path.name})"]
     write_text(run.card, "\n".join(lines) + "\n")
+
+
+def _what(method: str) -> str:
+    """Return what a file of the method is."""
+    paper = " ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987))" if method == "randlora" else ""
+    return LABELS[method] + (f" adapter{paper}" if method not in ("full", "linear-probe") else "")
 
 
 def at_hub(code: Sequence[str], run: RunFolder, repository: str) -> list[str]:

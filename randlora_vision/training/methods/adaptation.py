@@ -55,12 +55,15 @@ class Adaptation(Protocol):
 
 
 def randlora_config(
-    adapter: AdapterOptions, rank: int, seed: int, preset: str, modules_to_save: Iterable[str] = ()
+    adapter: AdapterOptions, seed: int, preset: str, modules_to_save: Iterable[str] = ()
 ) -> RandLoRAConfig:
-    """Return the configuration of RandLoRA for a script's options; `preset` is adapted if they name no target."""
+    """Return the configuration of RandLoRA for a script's options; `preset` is adapted if they name no target.
+
+    Without a rank, which the defaults fill in, it is 1: the targets do not depend on it.
+    """
     named = adapter.target_modules[0] if len(adapter.target_modules) == 1 else adapter.target_modules
     return RandLoRAConfig(
-        rank=rank,
+        rank=adapter.rank or 1,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         target_modules=named or preset,
@@ -130,8 +133,7 @@ class RandLoRA:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress user warnings that the printed report or an error already covers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         yield
 
 

@@ -1,14 +1,15 @@
 """The defaults of a method: they depend on the data, on a budget of parameters, and so on the model."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from torch import nn
 
 from randlora_vision.training.harness.options import AdapterOptions, Method
 from randlora_vision.training.methods.rivals import rank_for_budget
 
+_Adapter = TypeVar("_Adapter", bound=AdapterOptions)
 ALPHA_PER_RANK: Mapping[Method, float] = {"randlora": 20.0, "lora": 2.0, "dora": 2.0}
 
 
@@ -84,8 +85,17 @@ class ScriptDefaults:
         return f"{own}; digits: {digits}"
 
 
-def rank_of(adapter: AdapterOptions, default: int, model: nn.Module, targets: Callable[[], Iterable[str]]) -> int:
-    """Return the rank: by the budget on `targets` if there is one, else that of the options, else the default."""
-    if adapter.budget is not None:
-        return rank_for_budget(adapter.method, model, targets(), adapter.budget)
-    return adapter.rank or default
+def with_rank(
+    adapter: _Adapter, default: int, model: nn.Module | None = None, targets: Callable[[], Iterable[str]] = tuple
+) -> _Adapter:
+    """Return the options with rank and alpha filled in; unchanged for a method without a rank, whose default is 0.
+
+    A budget chooses the rank for the `targets` in the model.
+    """
+    if not default:
+        return adapter
+    rank = adapter.rank or default
+    if model is not None and adapter.budget is not None:
+        rank = rank_for_budget(adapter.method, model, targets(), adapter.budget)
+    scale = ALPHA_PER_RANK.get(adapter.method)
+    return replace(adapter, rank=rank, alpha=adapter.alpha or (scale * rank if scale else None), budget=None)

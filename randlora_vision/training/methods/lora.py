@@ -35,7 +35,7 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         self.scale = alpha / rank
-        self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), device=weight.device))
+        self.down = nn.Parameter(torch.empty(rank, sides(weight)[1], device=weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as in PEFT and in the code of the LoRA paper
 
@@ -61,14 +61,22 @@ def weight_of(model: nn.Module, target: str) -> tuple[nn.Module, str]:
     raise ValueError(f"the model {type(model).__name__} has no weight {target!r}")
 
 
+def sides(weight: Tensor) -> tuple[int, int]:
+    """Return (O, I) of a weight."""
+    return weight.shape[0], weight[0].numel()
+
+
+def check_rank(method: str, rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError for a rank above the smaller side of a weight."""
+    for target, shape in shapes.items():
+        if rank > min(shape):
+            raise ValueError(f"{method} rank {rank} is above the smaller side of {target}, {min(shape)}")
+
+
 def inject_lora(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> dict[str, LowRank]:
     """Freeze `model`, add LoRA to the targets and return it by target; raise ValueError for a rank above a side."""
     found = {target: weight_of(model, target) for target in targets}
-    for target, (module, name) in found.items():
-        weight = getattr(module, name)
-        narrow = min(weight.shape[0], weight[0].numel())
-        if rank > narrow:
-            raise ValueError(f"LoRA rank {rank} is above the smaller side of {target}, {narrow}")
+    check_rank("LoRA", rank, {target: sides(getattr(*place)) for target, place in found.items()})
     model.requires_grad_(False)
     added = {}
     for target, (module, name) in found.items():
@@ -111,10 +119,10 @@ def load_lora(model: nn.Module, path: Path | str, scale: float = 1.0) -> None:
     alpha = check_type(parse_json(texts["alpha"], path), float, path, "alpha")
     names = check_type(parse_json(metadata.get("whole", "[]"), path), list[str], path, "whole")
     whole = {name: tensors.pop(name) for name in names if name in tensors}
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for target in targets:
-        weight = getattr(*weight_of(model, target))
-        shapes[f"{target}.lora_A"], shapes[f"{target}.lora_B"] = (rank, weight[0].numel()), (weight.shape[0], rank)
+        rows, columns = sides(getattr(*weight_of(model, target)))
+        shapes |= {f"{target}.lora_A": (rank, columns), f"{target}.lora_B": (rows, rank)}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if rank < 1 or found != shapes:
         wrong = sorted(name for name in {**found, **shapes} if found.get(name) != shapes.get(name))

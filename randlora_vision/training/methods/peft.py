@@ -16,6 +16,7 @@ from randlora_vision.integrations.timm import head_modules
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import listing
 from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, quiet
+from randlora_vision.training.methods.lora import check_rank, sides
 
 _METADATA = "randlora_vision.peft"  # a single key: safetensors does not fix the order of several
 _SETTINGS = {
@@ -163,13 +164,9 @@ def _wrap(model: nn.Module, config: Any) -> Any:
     """Call PEFT, which adapts the model in place; Any, because PEFT may not be installed."""
     from peft import get_peft_model
 
-    narrow: Mapping[str, int] = {
-        name: min(module.weight.shape[0], module.weight[0].numel())
-        for name, module in model.named_modules()
-        if config.peft_type.value == "LORA" and re.fullmatch(config.target_modules, name)
-    }
-    above = [name for name, side in narrow.items() if config.r > side]
-    if above:
-        raise ValueError(f"LoRA rank {config.r} is above the smaller side of {above[0]}, {narrow[above[0]]}")
+    if config.peft_type.value == "LORA":
+        layers: dict[str, Any] = dict(model.named_modules())
+        adapted = {name: layer for name, layer in layers.items() if re.fullmatch(config.target_modules, name)}
+        check_rank("LoRA", config.r, {name: sides(layer.weight) for name, layer in adapted.items()})
     with quiet():
         return get_peft_model(model, config)
