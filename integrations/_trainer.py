@@ -32,7 +32,7 @@ class AdapterCheckpoints(TrainerCallback):
     Pass it when the Trainer is created, after `inject`: ``Trainer(..., callbacks=[AdapterCheckpoints()])``. From then
     on, checkpoints, ``trainer.save_model()`` and ``model.save_pretrained()`` write two files as long as adapters are
     attached: ``adapter.safetensors``, which `load_adapter` reads, and ``model.safetensors`` with everything that is
-    trained, from which ``trainer.train(resume_from_checkpoint=True)`` and ``load_best_model_at_end`` go on. Once the
+    trained, which ``trainer.train(resume_from_checkpoint=True)`` and ``load_best_model_at_end`` read. Once the
     adapters are merged or removed, ``save_pretrained`` writes a whole model as usual.
 
     Before the first step of the optimiser, `check_gradients` names adapters that cannot learn. Each saved adapter is
@@ -56,7 +56,7 @@ class AdapterCheckpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Raise ValueError if training goes on from a checkpoint that the adapters did not come from."""
+        """Raise ValueError if training resumes from a checkpoint that the adapters did not come from."""
         self._checked = False
         loader = self._loader or self._install(model)
         if state.global_step and not loader.restored:

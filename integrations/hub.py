@@ -71,7 +71,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If the Hub cannot be reached or does not have the file.
-        ValueError: As `randlora_vision.load_adapter` does.
+        ValueError: Under the conditions of `randlora_vision.load_adapter`.
     """
     return randlora_vision.load_adapter(model, download(repository, name, revision), adapter_name, trainable)
 

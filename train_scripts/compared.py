@@ -83,12 +83,12 @@ class Comparison:
     Attributes:
         script: The training script.
         options: Its options, with the settings of RandLoRA.
-        folder: Of the run folders.
+        folder: Where the run folders are.
         methods: The methods.
-        seeds: Of the bases, the order of the images and the augmentation.
+        seeds: The seeds of the bases, the order of the images and the augmentation.
         rates: Peak learning rates by method; of several, the first seed chooses the best on the validation images.
         go_on: Keep finished runs of the same comparison.
-        settings: Of the adapter, by method, instead of those that follow from RandLoRA's.
+        settings: Settings of the adapter by method, in place of those that follow from RandLoRA's.
         final_rate: Rates end at this part of their peak; at that of the options if it is 0.
     """
 

@@ -3,7 +3,7 @@
 python train_scripts/explain.py runs/demo
 
 The folder is one of compare.py, or holds run folders of train_clip.py or train_classifier.py with the same model and
-data. Writes PNG files and one self-contained page: singular values and effective ranks of the updates, the likeness
+data. Writes PNG files and one self-contained page: singular values and effective ranks of the updates, the similarity
 of features (CKA) to the base model's and to full fine-tuning's, and the training loss on the plane through LoRA,
 RandLoRA and full fine-tuning.
 """
@@ -213,7 +213,7 @@ def explain(folder: Path, out: Path, samples: int, steps: int) -> None:
     for method, held in weights.items():
         with weights_of(subject.model, held):
             features[method] = block_features(subject.model, blocks, subject.forward)
-    likeness: dict[str, dict[str, dict[str, float]]] = {
+    similarity: dict[str, dict[str, dict[str, float]]] = {
         other: {
             method: {block: cka(own, features[other][block]) for block, own in held.items()}
             for method, held in features.items()
@@ -222,7 +222,7 @@ def explain(folder: Path, out: Path, samples: int, steps: int) -> None:
         for other in ("base", "full")
         if other in features
     }
-    draw.plot_likeness(likeness, out / "features.png")
+    draw.plot_similarity(similarity, out / "features.png")
     grid: dict[str, Any] | None = None
     if set(_PLANE) <= set(weights):
         print(f"the loss at {steps * steps} points of the plane", flush=True)
@@ -232,7 +232,7 @@ def explain(folder: Path, out: Path, samples: int, steps: int) -> None:
         draw.plot_landscape(u, v, loss, grid["points"], out / "landscape.png")
     else:
         print(f"no picture of the loss: it needs runs of {', '.join(_PLANE)}", flush=True)
-    record = {"effective rank / narrow side": ranks, "CKA": likeness, "loss on the plane": grid}
+    record = {"effective rank / narrow side": ranks, "CKA": similarity, "loss on the plane": grid}
     write_json(out / "explained.json", record)
     write_text(out / "index.html", page(out, runs, ranks, changes, base))
     print(f"written: {out}/index.html, explained.json and {len(list(out.glob('*.png')))} pictures")

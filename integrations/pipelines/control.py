@@ -24,7 +24,8 @@ def set_scales(pipe: Any, scales: Scale | Mapping[str, Scale], adapter_name: str
 
     Args:
         pipe: The pipeline.
-        scales: As above. A block is a prefix of layer names, up to a dot; the longest prefix that matches is used.
+        scales: The scales described above. A block is a prefix of layer names, up to a dot; the longest prefix that
+            matches is used.
         adapter_name: Name of the adapter. Without it, the keys of a mapping are names of adapters.
 
     Raises:

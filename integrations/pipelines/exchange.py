@@ -24,7 +24,7 @@ def swap_adapter(pipe: Any, source: str | os.PathLike[str], adapter_name: str = 
         adapter_name: The adapter that gets the numbers.
 
     Raises:
-        FileNotFoundError: As `load_adapter`.
+        FileNotFoundError: Under the conditions of `load_adapter`.
         ValueError: If there is no such adapter, it is merged, or the file does not fit it. Nothing is then changed.
     """
     contents, path = read_parts(source)

@@ -24,7 +24,7 @@ def scheduled(
         pipe: The pipeline, which has the argument ``callback_on_step_end``.
         scales: What `set_scales` takes, by the fraction of the steps from which on it holds: 0 must be among them.
             Scales that are not mentioned stay as they are.
-        adapter_name: As for `set_scales`.
+        adapter_name: Name of the adapter, as for `set_scales`.
 
     Yields:
         The ``callback_on_step_end`` for the calls.

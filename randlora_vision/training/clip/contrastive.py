@@ -106,8 +106,8 @@ class ContrastiveLoss(nn.Module):
     def pair_loss(self, images: Tensor, texts: Tensor, captions: Tensor, owners: Tensor, alone: bool = False) -> Tensor:
         """Return this process's share of the loss for features (b, D); `alone`: of its own pairs.
 
-        Pairs with equal `captions` (b,) or `owners` (b,), the numbers of the images, are positives. A number below 0 is
-        that of no image.
+        Pairs with equal `captions` (b,) or `owners` (b,), the numbers of the images, are positives. A negative number
+        stands for no image.
         """
         counts = [len(captions)] if alone else row_counts(len(captions), captions.device)
         ids = torch.stack((captions, owners), dim=1)

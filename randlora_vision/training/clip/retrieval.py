@@ -100,10 +100,10 @@ def _ranks(queries: Tensor, candidates: Tensor, right: Any) -> Tensor:
     ranks = []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         end = min(start + _QUERIES_AT_ONCE, len(queries))
-        likeness = queries[start:end] @ candidates.T
+        similarity = queries[start:end] @ candidates.T
         correct = right(start, end)
-        nearest = likeness.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append((~(likeness < nearest) & ~correct).sum(dim=1))
+        nearest = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append((~(similarity < nearest) & ~correct).sum(dim=1))
     return torch.cat(ranks)
 
 

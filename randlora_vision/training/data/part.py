@@ -11,7 +11,7 @@ Label = int | float | str | None
 
 
 class Stream(Protocol):
-    """Shards that are read in order while training goes on."""
+    """Shards that are read in order during training."""
 
     @property
     def shards(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Shards that are read in order while training goes on: which of their samples can be used, and for what."""
+"""Shards that are read in order during training: which of their samples can be used, and for what."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
 """A frozen denoiser whose weights are in main memory or on disk, and on the device only while a layer uses them.
 
-By accelerate's hooks, from which adapters that are injected later are hidden. With gradient checkpointing, the backward
-pass loads the weights of one block at a time; without it, it would keep all of them. (diffusers' group offloading is
-made for inference: it takes away weights that the backward pass reads.)
+This uses accelerate's hooks, which do not see adapters that are injected later. With gradient checkpointing, the
+backward pass loads the weights of one block at a time; without it, all of them would stay on the device. (diffusers'
+group offloading is made for inference: it offloads weights that the backward pass still reads.)
 """
 
 import shutil
@@ -23,5 +23,5 @@ def offload(denoiser: Any, place: Place, device: Any) -> None:
         folder = tempfile.mkdtemp(prefix="randlora-")
         weakref.finalize(denoiser, shutil.rmtree, folder, ignore_errors=True)  # also when Python ends
         accelerate.disk_offload(denoiser, folder, device)
-    # As of a model that accelerate has spread over devices: `prepare` then leaves it where it is.
+    # `prepare` leaves a model with this attribute where it is, as one that accelerate has spread over devices.
     denoiser.hf_device_map = {name: place for name, _ in denoiser.named_children()}

@@ -49,7 +49,7 @@ class Encoder:
 
 
 class PriorMeasure:
-    """Measures the drift of the prior and, with an encoder, the likeness of the subject."""
+    """Measures the drift of the prior and, with an encoder, the similarity to the subject."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class PriorMeasure:
 
 
 def balance(one: float, other: float) -> float:
-    """Return the harmonic mean of two shares or likenesses; 0 if one of them is not above 0."""
+    """Return the harmonic mean of two shares or similarities; 0 if one of them is not above 0."""
     return 2 * one * other / (one + other) if min(one, other) > 0 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what fine-tuning changed: spectra, ranks, likeness of features, and the loss on a plane."""
+"""Pictures of what fine-tuning changed: spectra, ranks, similarity of features, and the loss on a plane."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,11 +59,11 @@ def plot_ranks(ranks: Mapping[str, Mapping[str, float]], path: Path) -> None:
         axes.legend()
 
 
-def plot_likeness(likeness: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+def plot_similarity(similarity: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
     """Plot the CKA of each block's features, by the model compared with, method and block."""
-    with figure_file(path, (6 * len(likeness), 4.5), TITLES[path.name], layout="constrained") as figure:
-        panels = figure.subplots(1, len(likeness), squeeze=False)[0]
-        for axes, (other, methods) in zip(panels, likeness.items(), strict=True):
+    with figure_file(path, (6 * len(similarity), 4.5), TITLES[path.name], layout="constrained") as figure:
+        panels = figure.subplots(1, len(similarity), squeeze=False)[0]
+        for axes, (other, methods) in zip(panels, similarity.items(), strict=True):
             for method, held in methods.items():
                 axes.plot(
                     range(len(held)), list(held.values()), color=_COLOURS[method], marker="o", label=LABELS[method]

@@ -1,4 +1,4 @@
-"""What fine-tuning changed: spectra of updates, likeness of features, and the loss on the plane through three models.
+"""What fine-tuning changed: spectra of updates, similarity of features, and the loss on the plane through three models.
 
 Shapes: O out, I in (channels times kernel size for a convolution), m = min(O, I), N samples, D features.
 """

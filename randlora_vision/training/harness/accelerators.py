@@ -92,8 +92,8 @@ def prepare_sharding(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
-                "ZeRO 3 of DeepSpeed is not supported: evaluation calls parts of the model, whose weights it then "
-                "takes away: set zero_stage: 2, or use FSDP"
+                "ZeRO 3 of DeepSpeed is not supported: evaluation calls parts of the model, whose weights are "
+                "then on other processes: set zero_stage: 2, or use FSDP"
             )
         if checkpoints:
             raise ValueError("--checkpoint-every and --resume are not supported with DeepSpeed: use FSDP for them")

@@ -71,7 +71,7 @@ class Checkpoint:
             free = [*free, *_SHARES]
             notes.append(
                 f"{_changes(shares, then, now)}: the steps have the same images as before, but random draws in the "
-                "model, such as dropout, are others"
+                "model, such as dropout, differ"
             )
         may = {name for name in {**then, **now} if any(name == part or name.startswith(f"{part}.") for part in free)}
         refused = [name for name in differing if name not in may]

@@ -183,5 +183,5 @@ def finish(run: RunFolder, accelerator: Accelerator, step: int) -> None:
 
 def _close(accelerator: Accelerator) -> None:
     end_trackers(accelerator)
-    accelerator.free_memory()  # before the processes part: DeepSpeed's engine speaks to the others when it is let go
+    accelerator.free_memory()  # while all processes are still there: DeepSpeed's engine talks to them when it is freed
     accelerator.end_training()

@@ -13,7 +13,7 @@ HELD_OUT = "validation"
 
 @runtime_checkable
 class OwnBatches(Protocol):
-    """The batches of one process, which are not shared out to others."""
+    """The batches of one process, which are not distributed to others."""
 
     @property
     def layout(self) -> Mapping[str, Any]:

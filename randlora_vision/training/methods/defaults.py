@@ -21,7 +21,7 @@ class Defaults:
     rank: int = 0
     """0 for a method without a rank."""
     suggested: bool = False
-    """Whether the rate of the adapters is that of `suggest_lr`; `lr` is then for what is trained beside them."""
+    """Whether the rate of the adapters is that of `suggest_lr`; `lr` is then for what else is trained."""
 
     def rate(self, given: float | Literal["auto"] | None, method: Method) -> tuple[float, bool]:
         """Return the rate for that of the options, and whether `suggest_lr` replaces it for the adapters.

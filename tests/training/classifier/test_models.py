@@ -165,7 +165,6 @@ def test_flags_of_preprocessing_have_timms_meanings(flags: str) -> None:
         ("--std 0.2 0 0.2", "--std must be above 0"),
         ("--no-aug --aa rand-m9", "--no-aug excludes --auto-augment"),
         ("--interpolation cubic", "cubic"),
-        ("--train-interpolation bilinear", "give --interpolation, which is for training and evaluation"),
     ],
 )
 def test_flags_of_preprocessing_that_cannot_be_meant(flags: str, reason: str) -> None:

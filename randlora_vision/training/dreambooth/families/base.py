@@ -197,7 +197,7 @@ class Family:
 
         Args:
             latents: Noisy latents (B, C, H, W).
-            timesteps: As in the timesteps of the scheduler (B,), of which 1000 is noise.
+            timesteps: The scheduler's timesteps (B,), from 0 to 1000, which is noise.
             prompt: The encodings of B prompts, and the `condition` of a family that takes one.
             sizes: Original size, crop corner and size after cropping (B, 6), height first.
 

@@ -21,7 +21,7 @@ class Inpainting(Family):
 
     @property
     def condition_channels(self) -> int:
-        """Those of the mask and of the latents."""
+        """One for the mask, and the channels of the latents."""
         return 1 + self.latent_channels
 
     def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class FluxFill(Flux):
 
     @property
     def condition_channels(self) -> int:
-        """Those of the latents, and one for each pixel of a place of the latents."""
+        """The channels of the latents, and one for each pixel that a latent covers."""
         return self.latent_channels + int(self.pipe.vae_scale_factor) ** 2
 
     def condition(self, pixels: Tensor, given: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class QwenImage(StatisticsOfVAE, FlowFamily):
 
     @property
     def without_effect(self) -> tuple[str, ...]:
-        """The text's own output in the last block, after which only the image goes on."""
+        """The text's own output in the last block, after which only the image tokens are used."""
         config: Any = self.denoiser.config
         last = f"transformer_blocks.{config.num_layers - 1}"
         return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"))
