@@ -19,9 +19,9 @@ HEADER = f"""# timm families
 
 Written by `python -m tests.timm_table`; a test compares. Each row is a family of timm's whose small member the tests
 take through injection, training, merging, removal, saving and loading with every target of `timm:conv` (the widest
-preset); headless, the same layers are chosen; with `features_only`, the presets choose layers, and every sixth family
-is adapted and merged. The numbers are of the registered model named, at rank {RANK}, for `timm:backbone` and without
-the classifier that is trained beside it. A larger rank trains fewer numbers.
+preset); headless and with `features_only`, the same layers are chosen. The numbers are of the registered model named,
+at rank {RANK}, for `timm:backbone` and without the classifier that is trained beside it. A larger rank trains fewer
+numbers.
 
 Targets: how many weights `timm:backbone`, `timm:attention` and `timm:conv` choose. What `timm:backbone` adapts is
 summarised by the last two names of each path. Share: trained numbers in percent of the model's.

@@ -65,14 +65,17 @@ def stem(tower: nn.Module) -> set[str]:
 
     They are the leading convolutions at the root, and the module around the first convolution or around the layers
     that timm's configuration lists as `first_conv`: a whole module named `stem`, or else the largest module that is not
-    the body itself (`patch_embed`, but only the first convolution of DenseNet's `features`).
+    the body itself (`patch_embed`, but only the first convolution of DenseNet's `features`). In timm's models of
+    features, the layers of such a module may be modules of the root.
     """
     paths = dict(tower.named_modules())
     readers = [name for name, module in paths.items() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))]
     leading = takewhile(lambda name: "." not in name and isinstance(paths[name], _CONVOLUTIONS), readers)
     first = [name for name in readers if isinstance(paths[name], _CONVOLUTIONS)][:1]
-    known = [name for name in configured(tower, "first_conv") if name in paths]
-    return {*leading, *(_part(name, readers) for name in (*first, *known))}
+    listed = configured(tower, "first_conv")
+    known = [path for name in listed for path in (name, f"model.{name}") if path in paths]
+    spread = [part for name in listed if name not in paths for part in _beside(name, readers)]
+    return {*leading, *spread, *(_part(name, readers) for name in (*first, *known))}
 
 
 def configured(tower: nn.Module, key: str) -> set[str]:
@@ -103,6 +106,12 @@ def parents(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _beside(name: str, readers: list[str]) -> set[str]:
+    """The modules of a stem that timm's models of features have at the root: `stem_0` and `stem_1` for `stem.0`."""
+    parts = {reader.partition(".")[0] for reader in readers if reader.startswith(f"{name.partition('.')[0]}_")}
+    return parts if 2 * sum(reader.partition(".")[0] in parts for reader in readers) <= len(readers) else set()
 
 
 def _part(name: str, readers: list[str]) -> str:

@@ -331,9 +331,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the default, with a base that is pretrained for a third of its steps."""
-    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=60))
-    argv = ["--steps", "30", "--eval-every", "30", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    """Run the default, with a smaller base that is pretrained for a third of its steps."""
+    smaller = {**demo_classifier._MODEL_ARGS, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    monkeypatch.setattr(demo_classifier, "_MODEL_ARGS", smaller)
+    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=75, lr=2e-3))
+    argv = ["--steps", "50", "--eval-every", "50", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_classifier", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -538,9 +539,13 @@ def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_
 
 @pytest.mark.slow
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the default, with a base that is pretrained for a third of its steps."""
-    monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=50))
-    argv = ["--steps", "30", "--eval-every", "30", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    """Run the default, with a smaller base that is pretrained for half of its steps."""
+    smaller = copy.deepcopy(demo_clip._MODEL_CONFIG) | {"embed_dim": 64}
+    smaller["vision_cfg"] |= {"width": 64, "layers": 2}
+    smaller["text_cfg"] |= {"width": 64, "layers": 1, "heads": 2}
+    monkeypatch.setattr(demo_clip, "_MODEL_CONFIG", smaller)
+    monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=75, lr=2e-3))
+    argv = ["--steps", "40", "--eval-every", "40", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_clip", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     summary = summary_of(tmp_path / "run")
