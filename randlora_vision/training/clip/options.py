@@ -109,7 +109,7 @@ class LossOptions(Options):
     """What training minimises."""
 
     loss: Loss | None = None
-    """class-prompts: cross entropy of the images against the text features of the class prompts. clip and siglip:
+    """Cross entropy over the classes, or a contrastive loss. class-prompts: cross entropy of the images against the text features of the class prompts. clip and siglip:
     contrastive losses between images and captions, with softmax or sigmoid, over all pairs of a step, including those
     of other processes and accumulated batches; for data with classes, the prompts are the captions. With siglip, a
     model without a logit bias uses the optimal one at each step. Default: class-prompts for data with classes, clip
@@ -121,7 +121,7 @@ class ClipAdapterOptions(AdapterOptions):
     """The training method and its adapter."""
 
     method: Method = "randlora"
-    """RandLoRA; LoRA, DoRA, VeRA or NoLA on the same weights; full fine-tuning; or a linear classifier on frozen
+    """RandLoRA, or LoRA, DoRA, VeRA or NoLA on the same weights, or full fine-tuning, or a linear classifier on frozen
     features."""
     probe_lr: float | None = field(default=None, metadata=RARE | ABOVE_0)
     """Also train the linear classifier, from the class prompts on, at this peak rate, and save it in the same file. It
