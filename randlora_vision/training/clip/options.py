@@ -109,11 +109,11 @@ class LossOptions(Options):
     """What training minimises."""
 
     loss: Loss | None = None
-    """Cross entropy over the classes, or a contrastive loss. class-prompts: cross entropy of the images against the text features of the class prompts. clip and siglip:
-    contrastive losses between images and captions, with softmax or sigmoid, over all pairs of a step, including those
-    of other processes and accumulated batches; for data with classes, the prompts are the captions. With siglip, a
-    model without a logit bias uses the optimal one at each step. Default: class-prompts for data with classes, clip
-    for data with captions."""
+    """Cross entropy over the classes, or a contrastive loss. class-prompts: cross entropy of the images against the
+    text features of the class prompts. clip and siglip: contrastive losses between images and captions, with softmax or
+    sigmoid, over all pairs of a step, including those of other processes and accumulated batches; for data with
+    classes, the prompts are the captions. With siglip, a model without a logit bias uses the optimal one at each step.
+    Default: class-prompts for data with classes, clip for data with captions."""
 
 
 @dataclass(frozen=True)
