@@ -233,7 +233,15 @@ def test_a_checkpoint_with_another_head_gets_a_fresh_one(
     assert "model.reset_classifier(3)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["--mixup", "0.5", "--cutmix", "1"], ["--method", "vera"], ["--method", "full"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--mixup", "0.5", "--cutmix", "1"],
+        ["--method", "vera"],
+        ["--method", "full"],
+        "--aug-splits 2 --jsd-loss --aug-repeats 2 --auto-augment augmix-m3-w3 --optimizer-kwargs amsgrad=True".split(),
+    ],
+)
 def test_a_resumed_run_learns_the_same(train: Any, argv: list[str]) -> None:
     argv = [*argv, "--steps", "4", "--checkpoint-every", "2", "--head-lr", "0.01"]
     folder = train(*argv)
