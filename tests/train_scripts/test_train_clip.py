@@ -545,7 +545,7 @@ def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pyt
     smaller["text_cfg"] |= {"width": 64, "layers": 1, "heads": 2}
     monkeypatch.setattr(demo_clip, "_MODEL_CONFIG", smaller)
     monkeypatch.setattr(demo_clip, "_PRETRAINING", Pretraining(steps=75, lr=2e-3))
-    argv = ["--steps", "40", "--eval-every", "40", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    argv = ["--steps", "50", "--eval-every", "50", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_clip", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     summary = summary_of(tmp_path / "run")

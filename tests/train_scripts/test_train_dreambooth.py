@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from randlora_vision.training.data.sources import digits
 from randlora_vision.training.dreambooth import task as dreambooth_task
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.methods.task import AdaptedTask
-from tests.tiny_pipelines import PIPELINES, VOCABULARY, sample
+from tests.tiny_pipelines import PIPELINES, VOCABULARY, sample, sdxl
 from tests.training_helpers import Killed, card_scope, draw_nothing, printed_code, script
 
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
@@ -44,7 +45,7 @@ RUN_FILES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for name, make in PIPELINES.items():
+    for name, make in {**PIPELINES, "sdxl": functools.partial(sdxl, vocabulary=VOCABULARY)}.items():
         make().save_pretrained(root / name)
     return root
 
