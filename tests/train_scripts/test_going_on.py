@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from randlora_vision.files import atomic
 from randlora_vision.training.classifier.loss import ClassifierLoss
 from randlora_vision.training.harness import fit
 from randlora_vision.training.harness.run_folder import RunFolder
@@ -295,6 +297,31 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_files(
     load_file(tmp_path / "run" / "adapter.safetensors")
     if "checkpoint" in every:
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("name", ["preprocessing.json", "summary.json", "README.md"])
+def test_a_disk_that_is_full_from_one_file_on_is_one_line(
+    name: str, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, new_file, written = tmp_path / "run", atomic._new_file, []
+
+    def new(path: Path) -> int:
+        written.append(path.name)
+        if any(other.startswith(f".{Path(name).stem}.") for other in written):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return new_file(path)
+
+    monkeypatch.setattr(atomic, "_new_file", new)
+    with pytest.raises(SystemExit) as stopped:
+        train("--steps", "2", "--checkpoint-every", "1")
+    assert stopped.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last == f"error: cannot write {run / name}: No space left on device"
+    assert not (run / name).exists() and {path.name for path in run.glob(".*")} <= {".lock"}
+    if name != "preprocessing.json":
+        monkeypatch.undo()
+        checkpoints = [path.name for path in (run / "checkpoints").iterdir()]
+        assert sorted(checkpoints) == ["step-000001", "step-000002"] and load_file(run / "adapter.safetensors")
 
 
 def test_the_rate_of_the_head_is_logged(train: Any) -> None:
