@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -121,7 +122,8 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
                 raise SystemExit(128 + _SIGPIPE) from None
             if os.environ.get(DEBUG_VARIABLE):
                 raise
-            line = f"error: {printable(one_line(_own_words(str(error))))}"
+            words = one_line(_own_words(str(error)))
+            line = f"error: {printable(re.sub(r'^.Errno [0-9]+. ', '', words))}"
             print(line, file=sys.stderr)
             _tell_torchrun(line)
             raise SystemExit(2) from None
