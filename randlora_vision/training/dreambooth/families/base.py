@@ -5,15 +5,16 @@ always unpacked here, (B, C, H, W), or (B, C, F, H, W) in families of videos; a 
 latents packs them internally.
 """
 
-import contextlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from randlora_vision.training.dreambooth.conditioning import check_conditioning
+from randlora_vision.training.dreambooth.families.precision import full_precision
 from randlora_vision.training.dreambooth.noise import Noise
 from randlora_vision.training.dreambooth.objectives import (
     NoisePrediction,
@@ -45,6 +46,10 @@ class Family:
     """Loading arguments that override what the pipeline was saved with."""
     additions: ClassVar[tuple[str, ...]] = ()
     """Values of the denoiser's `addition_embed_type` for which `predict` passes the inputs."""
+    encodings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+    """The arguments of the pipeline that its `encode_prompt` returns, in order."""
+    encoding: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1}
+    """Further arguments that `encode_prompt` needs."""
     packing: ClassVar[int] = 1
     """How many latents the denoiser takes as one."""
     normalised: ClassVar[bool] = False
@@ -125,8 +130,9 @@ class Family:
 
     @property
     def size_multiple(self) -> int:
-        """The number of pixels by which both sides of an image must be divisible."""
-        return int(self.pipe.vae_scale_factor)
+        """The number of pixels by which both sides of an image must be divisible: a patch, or latents packed as one."""
+        config: Any = self.denoiser.config
+        return int(self.pipe.vae_scale_factor) * max(int(config.get("patch_size", 1)), math.isqrt(self.packing))
 
     @property
     def default_resolution(self) -> int:
@@ -189,8 +195,8 @@ class Family:
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Encode B prompts; if `guided`, also return the encoding of the empty prompt."""
-        found, negative = self.pipe.encode_prompt(list(prompts), self.device, 1, guided)
-        return present(prompt_embeds=found, negative_prompt_embeds=negative)
+        options = {"device": self.device, "do_classifier_free_guidance": guided, **self.encoding, **self.text_options}
+        return named(self.encodings, self.pipe.encode_prompt(list(prompts), **options))
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Call the denoiser.
@@ -230,9 +236,9 @@ class Family:
         Args:
             pixels: The images (B, 3, h, w), between -1 and 1.
             given: Their masks (B, 1, h, w), 1 where the image is made anew, or the images to edit (B, 3, h, w), or N
-                of them (B, N, 3, h, w).
+                of them (B, N, 3, h, w). By default their latents are returned.
         """
-        raise NotImplementedError
+        return self.mean_latents(given)
 
     def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
         """Return the arguments of the pipeline that make it sample with this `condition`."""
@@ -286,17 +292,5 @@ Family.registered[Family.pipeline] = Family
 
 
 def named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Encoded:
-    """Return what `encode_prompt` gave under the argument names of the pipeline."""
-    return present(**dict(zip(names, tensors, strict=True)))
-
-
-def present(**tensors: Tensor | None) -> Encoded:
-    """Return the tensors that are not None."""
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Disable autocast, because VAEs overflow in fp16."""
-    with torch.autocast(device.type, enabled=False):
-        yield
+    """Return what `encode_prompt` returned under the argument names of the pipeline, without what is None."""
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}

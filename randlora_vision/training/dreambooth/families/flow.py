@@ -16,6 +16,7 @@ class FlowFamily(Family):
     denoiser_name = "transformer"
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ()
     loading: ClassVar[Mapping[str, Any]] = {}
+    encoding: ClassVar[Mapping[str, Any]] = {}
 
     def make_objective(self) -> Objective:
         """Return the flow matching objective."""
@@ -36,12 +37,6 @@ class FlowFamily(Family):
     def patch_area(self) -> int:
         """How many places of the latents become one token."""
         return 4
-
-    @property
-    def size_multiple(self) -> int:
-        """The multiple for the VAE and the patches of the transformer."""
-        config: Any = self.denoiser.config
-        return int(self.pipe.vae_scale_factor) * int(config.patch_size)
 
     def guidance(self, count: int) -> Tensor | None:
         """Return the scales (B,) for a transformer with guidance distilled into it, else None."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import Encoded, named
+from randlora_vision.training.dreambooth.families.base import Encoded
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
 
 
@@ -17,11 +17,6 @@ class Flux(FlowFamily):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     packing = 4
-
-    @property
-    def size_multiple(self) -> int:
-        """The multiple for the VAE and latents packed two by two."""
-        return 2 * int(self.pipe.vae_scale_factor)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Encode with both text encoders; Flux has built-in guidance and needs no negative prompt."""
@@ -71,10 +66,6 @@ class FluxKontext(Flux):
     pipeline = "FluxKontextPipeline"
     takes = "image"
 
-    def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
-        """Return the latents of the images to edit."""
-        return self.mean_latents(given)
-
     def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
         """Return the latents, and the area that leaves their size as it is."""
         return {"image": self.condition(pixels, given), "max_area": pixels.shape[-2] * pixels.shape[-1]}
@@ -91,17 +82,17 @@ class Chroma(Flux):
     """Chroma: a Flux with classifier-free guidance, T5 alone, and a mask over its tokens."""
 
     pipeline = "ChromaPipeline"
+    encodings = (
+        *("prompt_embeds", "text_ids", "prompt_attention_mask"),
+        *("negative_prompt_embeds", "negative_text_ids", "negative_prompt_attention_mask"),
+    )
     text_encoder_names = ("text_encoder",)
     trainable_text_encoders = ()
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Also return the masks of the tokens."""
-        names = ("prompt_embeds", "", "prompt_attention_mask")
-        found = self.pipe.encode_prompt(
-            list(prompts), device=self.device, do_classifier_free_guidance=guided, **self.text_options
-        )
-        encoded = named((*names, *(f"negative_{name}" for name in names)), found)
-        return {name: tensor for name, tensor in encoded.items() if name not in ("", "negative_")}  # position ids
+        encoded = FlowFamily.encode(self, prompts, guided)
+        return {name: tensor for name, tensor in encoded.items() if not name.endswith("ids")}
 
     def conditions(self, latents: Tensor, prompt: Encoded) -> dict[str, Any]:
         """Return the mask over the tokens of the text and the image."""

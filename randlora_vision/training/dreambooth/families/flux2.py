@@ -23,11 +23,6 @@ class Flux2(FlowFamily):
         """One, as latents are packed before."""
         return 1
 
-    @property
-    def size_multiple(self) -> int:
-        """The multiple for the VAE and latents packed two by two."""
-        return 2 * int(self.pipe.vae_scale_factor)
-
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Encode the prompts; the transformer has guidance built in and needs no negative prompt."""
         return {"prompt_embeds": self._text(prompts)}

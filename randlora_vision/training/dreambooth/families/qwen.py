@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.functional import to_pil_image
 
-from randlora_vision.training.dreambooth.families.base import Encoded, Takes, full_precision
+from randlora_vision.training.dreambooth.families.base import Encoded, Takes
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
+from randlora_vision.training.dreambooth.families.precision import full_precision
 from randlora_vision.training.dreambooth.families.seen import Seen, with_image_of
 from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
 
@@ -27,11 +28,6 @@ class QwenImage(StatisticsOfVAE, FlowFamily):
         config: Any = self.denoiser.config
         last = f"transformer_blocks.{config.num_layers - 1}"
         return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"))
-
-    @property
-    def size_multiple(self) -> int:
-        """The multiple for the VAE and latents packed two by two."""
-        return 2 * int(self.pipe.vae_scale_factor)
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
@@ -121,10 +117,6 @@ class QwenImageEdit(QwenImage):
         (image,) = images
         width, height, _ = module.calculate_dimensions(1024 * 1024, image.width / image.height)
         return self.pipe.image_processor.resize(image, height, width)
-
-    def condition(self, pixels: Tensor, given: Tensor) -> Tensor:
-        """Return the latents of the images to edit."""
-        return self.mean_latents(given)
 
     def shown(self, pixels: Tensor, given: Tensor) -> dict[str, Any]:
         """Return the images, which this pipeline takes as pictures."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, named
+from randlora_vision.training.dreambooth.families.base import MASKED, Encoded
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
 
 
@@ -18,11 +18,7 @@ class Lumina2(FlowFamily):
     """Lumina 2: Gemma 2, with a system prompt before every prompt and none before the empty one."""
 
     pipeline = "Lumina2Pipeline"
-
-    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Also return the masks of the tokens."""
-        found = self.pipe.encode_prompt(list(prompts), guided, device=self.device, **self.text_options)
-        return named(MASKED, found)
+    encodings = MASKED
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Call the transformer with reversed time."""
@@ -76,22 +72,20 @@ class HiDream(FlowFamily):
     """HiDream: two CLIP text encoders (pooled), T5, and every layer of Llama 3, here (B, layers, T, width)."""
 
     pipeline = "HiDreamImagePipeline"
+    encodings = (
+        *("prompt_embeds_t5", "negative_prompt_embeds_t5", "prompt_embeds_llama3", "negative_prompt_embeds_llama3"),
+        *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    )
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     trainable_text_encoders = ("text_encoder", "text_encoder_2")
 
     def prepare_denoiser(self) -> None:
-        """Ask for images: while it is trained, the transformer would give patches."""
+        """Make the transformer return images in training too, where it would return patches."""
         self.pipe.transformer.register_to_config(force_inference_output=True)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Encode with all text encoders."""
-        kinds = ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
-        names = [name for kind in kinds for name in (kind, f"negative_{kind}")]
-        texts = list(prompts)
-        found = self.pipe.encode_prompt(
-            texts, device=self.device, do_classifier_free_guidance=guided, **self.text_options
-        )
-        return self._batch_first(named(names, found))
+        return self._batch_first(super().encode(prompts, guided))
 
     def generate(self, pipe: Any, encoded: Encoded, height: int, width: int, **settings: Any) -> Tensor:
         """Sample pictures of this size: by itself the pipeline scales it to the area of its default."""

@@ -16,16 +16,8 @@ class SDXL(Family):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     trainable_text_encoders: ClassVar[tuple[str, ...]] = text_encoder_names
     loading: ClassVar[Mapping[str, Any]] = {}
+    encodings = POOLED
     additions = ("text_time",)
-
-    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Also return the pooled encodings."""
-        return named(
-            POOLED,
-            self.pipe.encode_prompt(
-                prompt=list(prompts), device=self.device, do_classifier_free_guidance=guided, **self.text_options
-            ),
-        )
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Also condition on the pooled encoding and the sizes."""

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, Family, full_precision, named
+from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, Family, named
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
+from randlora_vision.training.dreambooth.families.precision import full_precision
 from randlora_vision.training.dreambooth.noise import Noise
 
 
@@ -15,13 +16,7 @@ class AuraFlow(FlowFamily):
     """AuraFlow: UMT5, whose padding is zeros, so that the transformer needs no mask."""
 
     pipeline = "AuraFlowPipeline"
-
-    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Also return the masks of the tokens."""
-        found = self.pipe.encode_prompt(
-            prompt=list(prompts), do_classifier_free_guidance=guided, device=self.device, **self.text_options
-        )
-        return named(MASKED, found)
+    encodings = MASKED
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Call the transformer."""
@@ -67,21 +62,12 @@ class PixArtSigma(Family):
     """PixArt-Sigma: noise prediction with T5; the predicted variance is not trained."""
 
     pipeline = "PixArtSigmaPipeline"
+    encodings = MASKED
     denoiser_name = "transformer"
     trainable_text_encoders = ()
     loading: ClassVar[Mapping[str, Any]] = {}
     learned_variance = True
     sampling: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False, "negative_prompt": None}
-
-    @property
-    def size_multiple(self) -> int:
-        """The multiple for the VAE and the patches of the transformer."""
-        config: Any = self.denoiser.config
-        return int(self.pipe.vae_scale_factor) * int(config.patch_size)
-
-    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Also return the masks of the tokens."""
-        return named(MASKED, self.pipe.encode_prompt(list(prompts), guided, device=self.device, **self.text_options))
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Call the transformer without image sizes, as the pipeline does."""

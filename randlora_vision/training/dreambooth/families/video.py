@@ -1,13 +1,13 @@
 """Video pipelines, trained on clips, of which an image is one of a single frame: Wan and LTX."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from randlora_vision.training.dreambooth.families.base import MASKED, Encoded, full_precision, named, present
+from randlora_vision.training.dreambooth.families.base import MASKED, Encoded
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
+from randlora_vision.training.dreambooth.families.precision import full_precision
 from randlora_vision.training.dreambooth.families.statistics import StatisticsOfVAE
 
 
@@ -63,13 +63,6 @@ class Wan(StatisticsOfVAE, Video):
         """The height that the pipeline generates by default."""
         return 480
 
-    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Encode with UMT5."""
-        found, negative = self.pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=guided, device=self.device, **self.text_options
-        )
-        return present(prompt_embeds=found, negative_prompt_embeds=negative)
-
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Call the transformer; Wan 2.2 TI2V takes a timestep per token."""
         if self.pipe.config.expand_timesteps:
@@ -80,16 +73,12 @@ class Wan(StatisticsOfVAE, Video):
         ).sample
         return answer
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
-        """Return the clips (B, 3, f, h, w) of latents as the VAE has them."""
-        clips: Tensor = self.pipe.vae.decode(latents, return_dict=False)[0]
-        return clips
-
 
 class LTX(Video):
     """LTX-Video: T5, and one token per place of the latents."""
 
     pipeline = "LTXPipeline"
+    encodings = MASKED
     normalised = True
     frame_rate = 25  # the default of the pipeline, which conditions on it
 
@@ -106,13 +95,6 @@ class LTX(Video):
     def default_resolution(self) -> int:
         """The height that the pipeline generates by default."""
         return 512
-
-    def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
-        """Also return the masks of the tokens."""
-        found = self.pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=guided, device=self.device, **self.text_options
-        )
-        return named(MASKED, found)
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
         """Pack the latents, call the transformer and unpack its output."""
