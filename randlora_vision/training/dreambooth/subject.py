@@ -1,7 +1,7 @@
 """The images of a subject with their captions, and the class images for prior preservation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def read_subject(options: SubjectOptions, skipped: SkipList) -> Subject:
     if not found:
         raise ValueError(f"{name} contains no images" + _videos_in(options))
     background = parse_colour(options.background)
-    kept = [entry for entry in found if readable(entry[0], skipped, background) is not None]
+    kept = [entry for entry in found if readable(_glimpse(entry[0]), skipped, background) is not None]
     if not kept:
-        read_picture(found[0][0])  # raises with the reason
+        read_picture(_glimpse(found[0][0]))  # raises with the reason
     found = kept
     captions = [caption or options.instance_prompt or "" for _, caption, _ in found]
     if "" in captions:
@@ -93,6 +93,11 @@ def _read_folder(options: SubjectOptions, skipped: SkipList) -> tuple[str, list[
         else:
             skipped.add(path, "it is a video: --num-frames trains pipelines of videos on clips")
     return printable(as_utf8(folder.name)), items
+
+
+def _glimpse(image: Picture) -> Picture:
+    """Return what shows whether an image can be read: whether a clip is long enough depends on the pipeline's rate."""
+    return replace(image, frames=1) if isinstance(image, Clip) else image
 
 
 def _videos_in(options: SubjectOptions) -> str:

@@ -45,7 +45,7 @@ def test_videos_become_clips_that_the_pipeline_takes(folder: Path) -> None:
     assert [str(image) for image in subject.images] == [str(folder / name) for name in ("long.mkv", "still.png")]
     assert list(subject.captions) == ["a dog runs", "a dog"]
     assert subject.record()["images"][0] == str(folder / "long.mkv")
-    assert "short.mkv\tit is too short: 5 frames at 10 per second" in (folder / "skipped.tsv").read_text()
+    assert "short.mkv\tit is too short: 5 frames at 16 per second" in (folder / "skipped.tsv").read_text()
     items, _ = make_items(subject, [], [(16, 16)], SubjectOptions(), 0)
     assert [item.kind for item in items] == [(5, 16, 16), (1, 16, 16)]
     data = CaptionedPixels(items, center_crop=False)
@@ -61,7 +61,8 @@ def test_videos_become_clips_that_the_pipeline_takes(folder: Path) -> None:
 
 def test_every_frame_is_cropped_alike(folder: Path) -> None:
     """The frames have a white corner, which a crop contains in all of them or in none."""
-    items, _ = make_items(read_subject(options(folder, 5), SkipList()), [], [(24, 24)], SubjectOptions(), 0)
+    subject = at_the_rate_of(WAN, read_subject(options(folder, 5), SkipList()), 5, SkipList())
+    items, _ = make_items(subject, [], [(24, 24)], SubjectOptions(), 0)
     data = CaptionedPixels(items[:1], center_crop=False)
     random.seed(0)
     crops = [data[0] for _ in range(12)]
@@ -104,9 +105,11 @@ def test_what_cannot_be_trained_on_clips_is_said(folder: Path, monkeypatch: pyte
 
 
 def test_slow_videos_are_recorded(folder: Path) -> None:
+    """A second at 4 frames per second is enough for 9 frames at 16, of which the file has 3."""
     write_video(folder / "slow.mkv", [number / 4 for number in range(5)])
     skipped = SkipList(folder / "skipped.tsv")
-    at_the_rate_of(WAN, read_subject(options(folder, 5), skipped), 5, skipped)
+    subject = at_the_rate_of(WAN, read_subject(options(folder, 9), skipped), 9, skipped)
+    assert [Path(str(image)).name for image in subject.images if isinstance(image, Clip)] == ["long.mkv", "slow.mkv"]
     assert skipped.changes() == {"frames came more than once: fewer than 16 per second": 1}
 
 
