@@ -200,28 +200,27 @@ def test_the_command_goes_on_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_a_variant_is_compared_with_the_default_seed_by_seed():
-    scores = {"default": {0: 0.8, 1: 0.7, 2: 0.9}, "no warmup": {0: 0.75, 1: 0.71}, "rank 16": {3: 1.0}}
+    scores = {"default": {0: 0.8, 1: 0.7, 2: 0.9}, "no warmup": {0: 0.75, 1: 0.71}, "gamma-zero": {3: 1.0}}
     lines = [
-        {"variant": name, "seed": seed, "test": score, "trained": 1000, "lr": 1e-3}
+        {"task": "digits", "variant": name, "seed": seed, "test": score, "lr": 1e-3}
         for name, by_seed in scores.items()
         for seed, score in by_seed.items()
     ]
     _, *rows = variants.table_rows(lines)
-    assert rows == [
-        ["default", "1,000", "1.0e-03", "80.0", ""],
-        ["no warmup", "1,000", "1.0e-03", "73.0", "-2.0 (-5.0, +1.0)"],
+    assert [row[1:] for row in rows] == [
+        ["default", "1.0e-03", "80.0", ""],
+        ["no warmup", "1.0e-03", "73.0", "-2.0 (-5.0, +1.0)"],
     ]
 
 
 def test_the_command_of_the_variants_goes_on(tmp_path, monkeypatch):
-    task = replace(TASKS["linear-full"], steps=3)
-    monkeypatch.setattr(variants, "TASKS", {"mnist16": task})
-    few = {"default": variants.Variant(rank=16), "gamma-zero": variants.Variant(rank=16, init="gamma-zero")}
+    monkeypatch.setattr(variants, "TASKS", {"digits": replace(TASKS["linear-full"], steps=3)})
+    few = {name: variants.VARIANTS[name] for name in ("default", "alpha = r")}
     monkeypatch.setattr(variants, "VARIANTS", few)
-    words = ["--data", str(tmp_path), "--out", str(tmp_path)]
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "digits"]
     variants.main([*words, "--seeds", "1"])
     first = read_lines(tmp_path / variants.FILE)
     variants.main([*words, "--seeds", "2"])
     lines = read_lines(tmp_path / variants.FILE)
     assert lines[:2] == first and [(line["variant"], line["seed"]) for line in lines[2:]] == [(n, 1) for n in few]
-    assert first[0]["lr"] > first[1]["lr"]  # the rule follows the initialisation: gamma moves all of a product
+    assert first[1]["lr"] / first[0]["lr"] == pytest.approx(variants.ALPHA_PER_RANK, rel=0.01)  # the rule follows alpha
