@@ -12,7 +12,7 @@ import argparse
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,10 @@ def clip_subject(config: Path, samples: int) -> Subject:
 
     if isinstance(data, ImageSplits):
         images, labels = _sample(data.select("train", clip.eval_transform, skipped), samples)
-        classifier = ClipClassifier(clip, data.class_names, options.images.templates or ("a photo of a {}.",))
+        templates = options.images.templates or ("a photo of a {}.",)
 
         def forward(model: nn.Module) -> Tensor:
-            classifier.clip = model
-            return classifier.predict(images)
+            return ClipClassifier(replace(clip, model=model), data.class_names, templates).predict(images)
 
         return Subject(model, adapted, forward, lambda model: float(F.cross_entropy(forward(model), labels)))
     pairs = data.select("train", clip.eval_transform, clip.tokenize, skipped, draw=False)
