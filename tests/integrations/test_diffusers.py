@@ -209,7 +209,7 @@ def test_folders_and_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "two" / "adapter.safetensors").rename(tmp_path / "two" / "third.safetensors")
     (tmp_path / "none").mkdir()
     cases = {
-        "nobody/there": "'nobody/there'.*could not be downloaded from the Hugging Face Hub: offline$",
+        "nobody/there": "'nobody/there'.*could not be downloaded from the Hugging Face Hub: offline second line$",
         str(tmp_path / "two"): "one adapter.*another.safetensors, third.safetensors",
         str(tmp_path / "none"): "it holds: none",
         str(tmp_path / "gone.safetensors"): "no adapter file",
