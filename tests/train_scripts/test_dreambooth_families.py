@@ -26,7 +26,7 @@ from tests.video_helpers import write_video
 PROMPT = "a photo of sks digit"
 FAST = ("qwen_image",)  # texts of any length, packed latents, a VAE with statistics
 KINDS = (
-    *("sd_inpaint", "qwen_image_edit"),  # masks, and images beside the trained ones
+    *("sd_inpaint", "qwen_image_edit_plus"),  # masks, and several images beside the trained ones
     *("hidream", "lumina2"),  # many text encoders, a language model
     *("wan", "sana", "flux2"),  # VAEs of videos, without a distribution, with batch normalisation
     "pixart_sigma",  # a learned variance
