@@ -1,7 +1,8 @@
 """A node of ComfyUI that loads RandLoRA adapters: copy this one file into its folder ``custom_nodes``.
 
-It needs nothing of this library, only torch, numpy and safetensors, which ComfyUI has. Adapter files belong in
-``models/loras``. The update of a weight is computed when ComfyUI patches that weight; only the random bases are kept.
+It needs nothing of this library, only torch, numpy and safetensors, which ComfyUI has: as a single file, it is longer
+than others and draws the bases itself. Adapter files belong in ``models/loras``. The update of a weight is computed
+when ComfyUI patches that weight; only the random bases are kept.
 
 Shapes: O out, I in, M the larger and m the smaller of them, R rank, N bases, K = N R.
 """

@@ -38,7 +38,6 @@ from randlora_vision.layers.peft_around import plain_modules
 if TYPE_CHECKING:
     from randlora_vision.integrations._trainer import AdapterCheckpoints as AdapterCheckpoints
 
-_NARROWEST = 16
 # What reads pixels or tokens, adds positions, or summarises for an output of its own.
 _OUTSIDE = re.compile(r"(?i)embed|pooler|position_bias|rel(ative)?_pos")
 # What joins a vision tower and a language model, inside one of them (Qwen's merger) or beside them.
@@ -121,7 +120,7 @@ class _Parts:
             setattr(self, alone, "")
         self.generates = self.text is not None and _can_generate(model)
         self.everything = [
-            c for c in candidates(model) if not c.head and c.shape is not None and min(c.shape) >= _NARROWEST
+            c for c in candidates(model) if not c.head and c.shape is not None and min(c.shape) >= _towers.NARROWEST
         ]
 
     def need(self, path: str | None, preset: str, what: str) -> str:

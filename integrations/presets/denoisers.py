@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from randlora_vision.injection.changes import replaced_projections
-from randlora_vision.integrations.presets.towers import Matrix, in_attention, matrices, parents
+from randlora_vision.integrations.presets.towers import NARROWEST, Matrix, in_attention, matrices, parents
 from randlora_vision.layers.peft_around import plain_modules
 
 # Embeddings of time, text, guidance or pixels, by the name of the module at the root.
@@ -26,10 +26,7 @@ _BLOCKS = re.compile(r"(?i)block")
 _ATTENTION = re.compile(r"(?i)^(?!.*block).*att(n|ention)\d*$")
 # A vision tower inside a text encoder (Qwen2.5-VL, Gemma 3) is not used when a prompt is encoded.
 _NO_TEXT = re.compile(r"(?i)vis(ual|ion)|image|audio|embed")
-# Gates and biases per head are linear layers too, but only as wide as there are heads. Where nothing is wider, the
-# model is a tiny configuration, whose widest weights are its projections.
-_NARROWEST = 16
-_NARROW = "narrower than 16: a gate or a bias per head"
+_NARROW = f"narrower than {NARROWEST}: a gate or a bias per head"
 _OF_INPUTS = "an embedding of what this part is given: list it in target_modules to adapt it"
 _BESIDE = "beside the blocks, in a part with layers of its own: list its weights in target_modules to adapt it"
 
@@ -135,7 +132,8 @@ def _candidates(model: nn.Module, paths: Mapping[str, nn.Module], roots: set[str
 
 
 def _narrowest(found: list[Matrix]) -> int:
-    return min(_NARROWEST, max(map(_width, found), default=0))
+    # Where nothing is wider, the model is a tiny configuration, whose widest weights are its projections.
+    return min(NARROWEST, max(map(_width, found), default=0))
 
 
 def _width(matrix: Matrix) -> int:

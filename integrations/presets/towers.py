@@ -19,7 +19,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MLP = re.compile(r"(?i:mlp|ffn|feed_?forward|glu)")
 _POOLING = {"attnpool", "attn_pool", "attn_pool_contrastive"}
 # Position bias tables and gates are linear layers too, but only a few columns wide.
-_NARROWEST = 16
+NARROWEST = 16
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -48,7 +48,7 @@ def body(tower: nn.Module, left_out: Iterable[str]) -> list[Matrix]:
     return [
         matrix
         for matrix in matrices(tower)
-        if min(matrix.rows, matrix.columns) >= _NARROWEST
+        if min(matrix.rows, matrix.columns) >= NARROWEST
         and not any(matrix.name == other or matrix.name.startswith(f"{other}.") for other in excluded)
     ]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from randlora_vision.injection.held import refuse_offloaded_tensors
 from randlora_vision.injection.offloaded import offloaded_modules
-from randlora_vision.injection.record import check_names, count_base, records, unwrap
+from randlora_vision.injection.record import check_names, count_base, records, refuse_merged, unwrap
 from randlora_vision.injection.trained_in_full import install_saved
 from randlora_vision.layers.adapted import adapted_modules
 from randlora_vision.layers.peft_around import plain_name
@@ -99,7 +99,8 @@ def scale_changes(
             raise ValueError(f"scale must be a finite number, got {value!r}: set_scale(model, scale, adapter_name)")
     model = unwrap(model)
     wanted = check_names(model, adapter_name)
-    _refuse_merged(model, wanted)
+    for _, _, record in records(model):
+        refuse_merged(record, wanted)
     slots = [
         (plain_name(f"{path}.{param}".lstrip(".")), state.slots[name])
         for path, _, param, state in adapted_modules(model)
@@ -119,10 +120,3 @@ def scale_changes(
         for target, slot in slots
         if f"{target}.".startswith(f"{part}.")
     ]
-
-
-def _refuse_merged(model: nn.Module, names: tuple[str, ...]) -> None:
-    for _, _, record in records(model):
-        for name in names:
-            if name in record.switches.merged:
-                raise ValueError(f"adapter {name!r} is merged into the weights: unmerge it first")

@@ -18,11 +18,13 @@ from randlora_vision.injection.plan import AdapterPlan, make_plan, master_dtype,
 from randlora_vision.injection.record import (
     AdapterRecord,
     ModelRecord,
+    check_names,
     drop_record,
     make_record,
     own_record,
     records,
     refuse_in_block,
+    refuse_merged,
     unwrap,
 )
 from randlora_vision.injection.trained_in_full import install_saved, own_saved
@@ -152,13 +154,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ValueError: If there is no such adapter, it is merged, or a host holds its tensors (offloaded or sharded).
     """
     model = unwrap(model)
-    owners = [(root, record) for _, root, record in records(model) if adapter_name in record.adapters]
-    if not owners:
-        known = {name for _, _, record in records(model) for name in record.adapters}
-        raise ValueError(f"no adapter {adapter_name!r}; this model has: {', '.join(sorted(known))}")
-    for root, record in owners:
-        if adapter_name in record.switches.merged:
-            raise ValueError(f"adapter {adapter_name!r} is merged into the weights: unmerge it first")
+    check_names(model, adapter_name)
+    for root, record in [(root, record) for _, root, record in records(model) if adapter_name in record.adapters]:
+        refuse_merged(record, (adapter_name,))
         refuse_in_block(record, "delete an adapter")
         refuse_held_adapters(root, "delete an adapter")
         if len(record.adapters) == 1:

@@ -7,6 +7,7 @@ the model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -158,6 +159,13 @@ def refuse_in_block(record: ModelRecord, what: str) -> None:
     """Raise ValueError within `per_sample`, where the adapters of the samples are in use."""
     if record.switches.mixture is not None:
         raise ValueError(f"cannot {what} within per_sample: leave the block first")
+
+
+def refuse_merged(record: ModelRecord, names: Iterable[str]) -> None:
+    """Raise ValueError if one of the adapters is merged into the weights."""
+    for name in names:
+        if name in record.switches.merged:
+            raise ValueError(f"adapter {name!r} is merged into the weights: unmerge it first")
 
 
 def count_base(model: nn.Module) -> int:

@@ -1,4 +1,7 @@
-"""Confidence intervals of proportions, and of means over seeds."""
+"""Confidence intervals of proportions, and of means over seeds.
+
+Wilson's is by hand, because SciPy's is of a whole number of successes, and the proportions here are rounded means.
+"""
 
 import math
 import statistics

@@ -1,4 +1,8 @@
-"""The help of a script: its options by group, with their types, defaults and names in other scripts."""
+"""The help of a script: its options by group, with their types, defaults and names in other scripts.
+
+By hand, because tyro's help shows every option at once, and knows neither the defaults that depend on the method and
+the data nor the flags of other scripts.
+"""
 
 import re
 import shutil

@@ -1,4 +1,7 @@
-"""One WebDataset shard, read from its beginning to its end: from disk or from any URL, compressed or not."""
+"""One WebDataset shard, read from its beginning to its end: from disk or from any URL, compressed or not.
+
+By hand, because tarfile, and with it webdataset, may take a shard that is cut off for a shorter one.
+"""
 
 import bz2
 import contextlib
