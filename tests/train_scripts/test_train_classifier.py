@@ -343,7 +343,7 @@ def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pyt
     smaller = {**demo_classifier._MODEL_ARGS, "embed_dim": 64, "depth": 2, "num_heads": 2}
     monkeypatch.setattr(demo_classifier, "_MODEL_ARGS", smaller)
     monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=75, lr=2e-3))
-    argv = ["--steps", "60", "--eval-every", "60", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    argv = ["--steps", "80", "--eval-every", "80", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_classifier", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")
