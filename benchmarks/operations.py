@@ -57,7 +57,7 @@ class Operations(TorchDispatchMode):
 
 
 def _engine_calls() -> bool:
-    """True within the sums of gradients; the backward pass of the compared layers adds nothing but in Python."""
+    """True within the sums of gradients; the backward pass of the compared layers adds only in Python."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name not in ("backward", "_engine_run_backward"):
         frame = frame.f_back  # the backward pass of a Function is closer than the engine

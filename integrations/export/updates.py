@@ -51,7 +51,7 @@ class Update(NamedTuple):
         if math.prod(shape) != state.out_features * state.in_features:  # packed
             shape = (state.out_features, state.in_features)
         dtype = torch.promote_types(base.dtype, torch.float32) if base.is_floating_point() else torch.float32
-        # Of an offloaded layer, the weight has no values here, but its adapters may have.
+        # The weight of an offloaded layer has no values here, but its adapters may.
         tensors = [tensor for name in self.adapters for tensor in self.module.adapter_tensors(self.param, name)]
         if any(tensor.is_meta or is_sharded(tensor) for tensor in tensors):
             raise ValueError(

@@ -172,7 +172,7 @@ class AdaptedModule(GuardedParameters):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As in nn.Module, but readers that would end up with the base model are told so (see `readers`)."""
+        """As in nn.Module, but refuses or warns readers that would get the base model (see `readers`)."""
         live = list(dict.fromkeys(name for state in self._randlora.values() for name in state.live()))
         if live:
             readers.refuse_copy()

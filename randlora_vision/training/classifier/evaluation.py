@@ -79,8 +79,8 @@ class Evaluation:
 
     def predictions(self, before: Measured | None, after: Measured) -> Sequence[Prediction]:
         """Return the sample of pictures with both predictions."""
-        was = before.logits if before else None
-        return list_predictions(self.pictures, self.truths, self.class_names, was, after.logits)
+        earlier = before.logits if before else None
+        return list_predictions(self.pictures, self.truths, self.class_names, earlier, after.logits)
 
 
 def write_results(
@@ -95,8 +95,8 @@ def write_results(
     reload_difference: float,
 ) -> dict[str, Any]:
     """Write the remaining files of the run folder; return the content of summary.json."""
-    was = before.results if before else None
-    log_results(run, was, after.results, speed.steps)
+    earlier = before.results if before else None
+    log_results(run, earlier, after.results, speed.steps)
     method, title = settings.adapter.method, settings.model.title
     metrics, augment = run.read_metrics(), settings.augment
     plot_curves(metrics, f"{method} on {title}", run.curves)
@@ -110,9 +110,9 @@ def write_results(
         "head_numbers": head_numbers,
         "tasks": evaluation.tasks,
         "splits": evaluation.splits,
-        "before": was,
+        "before": earlier,
         "after": after.results,
-        **confidence({"before": was, "after": after.results}),
+        **confidence({"before": earlier, "after": after.results}),
         "per_class": dict(zip(names, scores.per_class, strict=True)),
         "per_class_samples": dict(zip(names, scores.counts, strict=True)),
         "per_class_confidence": dict(zip(names, scores.class_intervals(), strict=True)),

@@ -91,7 +91,7 @@ class Classes:
         return list(self._names.values())
 
     def position(self, label: str) -> int | None:
-        """Return the number of a label's class, or None if it is none of the classes."""
+        """Return the number of a label's class, or None for a label that is not a class."""
         return self._positions.get(self._key(label))
 
     def _key(self, label: str) -> int | str | None:

@@ -122,7 +122,7 @@ def _decoded(container: Any, wanted: Iterable[int]) -> dict[int, Image.Image]:
     """Return the frames at these times."""
     remaining, found = set(wanted), {}
     stream = container.streams.video[0]
-    container.seek(min(remaining), stream=stream)  # to the last frame before it that needs no other one
+    container.seek(min(remaining), stream=stream)  # to the last frame before it that depends on no other
     for frame in container.decode(stream):
         time = _time(frame)
         if time in remaining:

@@ -15,7 +15,7 @@ from randlora_vision.training.harness.run_folder import RunFolder
 Summary = Mapping[str, Any]
 """The content of a summary.json, with the path of its run folder as "folder"."""
 Summaries = Mapping[str, Sequence[Summary]]
-"""By method, one per seed."""
+"""The summaries of each method, one per seed."""
 LABELS: Mapping[str, str] = {
     "randlora": "RandLoRA",
     "lora": "LoRA",

@@ -106,19 +106,19 @@ class Schedule:
     """The factor on the peak learning rates.
 
     Args:
-        steps: Of the whole training.
+        steps: The steps of the whole training.
         warmup: The steps in which it rises.
         shape: What it does after them.
-        floor: It does not fall below this.
+        floor: The lowest factor after the warmup.
         start: The factor of the first step of the warmup; 0: 1 / warmup.
-        power: Of "polynomial" and "wsd".
-        cycles: Of "cosine_with_restarts".
+        power: The power of "polynomial" and "wsd".
+        cycles: The falls of "cosine_with_restarts".
         cycle_mul: The length of each of them, relative to the one before.
         cycle_decay: The peak of each of them, relative to the one before.
         times: The steps of "step", "multistep" and "wsd".
         rate: The factor of each fall of "step", "multistep" and "plateau".
         noise: The fraction of the steps from which the factor is noisy, and that up to which it is.
-        seed: Of the noise.
+        seed: The seed of the noise.
     """
 
     steps: int

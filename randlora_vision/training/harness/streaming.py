@@ -1,9 +1,9 @@
-"""Training batches: common ones that accelerate shares out, or a process's own from shards that are read in order.
+"""Training batches: common ones that accelerate distributes, or a process's own from shards that are read in order.
 
-The workers of all processes are lanes. In every epoch, the shards are put in an order that depends on the seed and the
+Every worker of every process is a lane. In every epoch, the shards are put in an order that depends on the seed and the
 epoch alone. Each lane takes every L-th of them, shuffles their samples in a buffer, and gives as many batches as the
-others; if its shards have too few samples, it begins with them again. What a lane gives in an epoch depends on nothing
-before, so a resumed run reads again only the epoch in which it was stopped, without decoding what it has had.
+others; if its shards have too few samples, it starts over. The batches of a lane in an epoch depend on nothing before
+it, so a resumed run reads only the epoch in which it was stopped again, without decoding the images that were used.
 
 Shapes: P processes, W workers each, L = P * W lanes, B images in a batch.
 """
@@ -51,7 +51,7 @@ def training_loader(
 
 @dataclass(kw_only=True)
 class StreamedBatches:
-    """The batches of one process. It reads its own shards, so that no batch is shared out to other processes.
+    """The batches of one process. It reads its own shards, so no batch is distributed to other processes.
 
     Raises ValueError if there are fewer shards than processes.
     """
@@ -65,7 +65,7 @@ class StreamedBatches:
     epoch_images: int
     """The images of all processes in an epoch, which is rounded to whole batches of each lane."""
     seed: int
-    """Of the order and of everything random that `reader` does."""
+    """The seed of the order and of everything random in `reader`."""
     workers: int | None
     """Loader processes; None: chosen for the machine. There are at most as many as there are shards."""
     process: int
@@ -119,7 +119,7 @@ class _Lanes(IterableDataset):
         yield from itertools.islice(self._items(self.own[place], step), len(numbers) * self.batch_size)
 
     def _items(self, lane: int, step: int) -> Iterator[Any]:
-        """Yield the items of a lane from its batch `step` on."""
+        """Yield the items of a lane, beginning with its batch `step`."""
         size = self.per_epoch * self.batch_size
         first, done = divmod(step, self.per_epoch)
         start = done * self.batch_size
@@ -141,7 +141,7 @@ class _Lanes(IterableDataset):
         raise ValueError("none of the images of an epoch can be read: see skipped.txt in the run folder")
 
     def _samples(self, lane: int, epoch: int) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-        """Yield the samples of a lane's shards of an epoch, again and again."""
+        """Yield the samples of a lane's shards in an epoch, over and over."""
         from webdataset import shuffle
 
         order = random.Random(f"{self.seed} {epoch}").sample(self.stream.shards, len(self.stream.shards))
