@@ -29,7 +29,8 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
     logging.getLogger("torch.__trace").propagate = True
     os.fsync = lambda descriptor: None  # type: ignore[misc]
-    pytest_logging.catching_logs.__enter__ = _attach  # type: ignore[method-assign]
+    if "attached_loggers" in pytest_logging.catching_logs.__slots__:  # older ones attach to the root alone
+        pytest_logging.catching_logs.__enter__ = _attach  # type: ignore[method-assign]
     _keep_parsers()
 
 
