@@ -87,7 +87,7 @@ ALLOWED = {
     "training.dreambooth": (*COMMON, "adapters", "skeletons", *MESSAGES),
     "demos": ("files", *(f"training.{room}" for room in ("data", "harness", "clip", "dreambooth"))),
     "train_scripts": (
-        *("", "integrations", "demos", "names", "json_values", "errors", "files"),
+        *("", FIELDS, "integrations", "demos", "names", "json_values", "errors", "files"),
         *(
             f"training.{room}"
             for room in ("methods", "data", "harness", "evaluation", "clip", "classifier", "dreambooth")

@@ -28,7 +28,7 @@ from randlora_vision.training.clip.defaults import resolve
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
-from randlora_vision.training.harness.options import without
+from randlora_vision.training.option_fields import without
 
 TINY_CONFIG: dict[str, Any] = {
     "embed_dim": 16,

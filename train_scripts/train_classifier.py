@@ -38,11 +38,12 @@ from randlora_vision.training.harness.accelerators import make_accelerator
 from randlora_vision.training.harness.epochs import in_steps
 from randlora_vision.training.harness.fit import finish, fit, open_run
 from randlora_vision.training.harness.memory import checkpoint_activations, on_device
-from randlora_vision.training.harness.options import parse, without
+from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.streaming import training_loader
 from randlora_vision.training.methods.adaptation import Adaptation, start
 from randlora_vision.training.methods.task import AdaptedTask
+from randlora_vision.training.option_fields import without
 
 
 @user_errors

@@ -73,6 +73,11 @@ def named_values(flag: str, words: Sequence[str], taken: Collection[str] = ()) -
     return found
 
 
+def without(options: Any, *names: str) -> dict[str, Any]:
+    """Return the fields of `options` (a dataclass) except `names`, as the arguments of another dataclass."""
+    return {name: value for name, value in vars(options).items() if name not in names}
+
+
 def marked_settings(options: Any, mark: str) -> list[str]:
     """Return the settings, and whole groups of settings, with this metadata: ``"run"``, ``"training.workers"``."""
     found = []

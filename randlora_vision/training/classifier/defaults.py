@@ -10,9 +10,10 @@ from randlora_vision.training.classifier.options import (
     ClassifierOptions,
     ClassifierSettings,
 )
-from randlora_vision.training.harness.options import Training, without
+from randlora_vision.training.harness.options import Training
 from randlora_vision.training.methods.adaptation import suggested_lr
 from randlora_vision.training.methods.defaults import Defaults, ScriptDefaults, with_rank
+from randlora_vision.training.option_fields import without
 
 # The rates of the demo have the lowest validation loss (one seed) on a coarse grid. The others are the usual ones,
 # but for RandLoRA, whose rate follows from the model (`suggest_lr`): this one is for its head.

@@ -14,9 +14,10 @@ from randlora_vision.training.clip.options import (
 from randlora_vision.training.data.class_names import read_templates
 from randlora_vision.training.data.known_data import known_data
 from randlora_vision.training.data.sources import digits
-from randlora_vision.training.harness.options import Training, TrainingOptions, without
+from randlora_vision.training.harness.options import Training, TrainingOptions
 from randlora_vision.training.methods.adaptation import suggested_lr
 from randlora_vision.training.methods.defaults import Defaults, ScriptDefaults, with_rank
+from randlora_vision.training.option_fields import without
 
 # The rates of the demo have the lowest validation loss (mean of three seeds) on a coarse grid, with steps of a factor
 # of two or less; those of DoRA, VeRA and NoLA were not searched. The others are the usual ones for pretrained CLIP

@@ -11,8 +11,8 @@ from randlora_vision.training.dreambooth.options import (
     SubjectOptions,
     ValidationOptions,
 )
-from randlora_vision.training.harness.options import without
 from randlora_vision.training.methods.defaults import Defaults, ScriptDefaults, with_rank
+from randlora_vision.training.option_fields import without
 
 DEFAULTS = ScriptDefaults(
     own={"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)},

@@ -285,11 +285,6 @@ class HubOptions(Options):
     """The repository to upload to: OWNER/NAME, or NAME for your own. Default: the name of the run folder."""
 
 
-def without(options: Any, *names: str) -> dict[str, Any]:
-    """Return the fields of `options` (a dataclass) except `names`, as the arguments of another dataclass."""
-    return {name: value for name, value in vars(options).items() if name not in names}
-
-
 def require_digits_cache(cache_dir: str | None, model: str | None) -> None:
     """Raise ValueError when a cache is given with a model that is downloaded: other scripts cache it there."""
     if cache_dir and model:
