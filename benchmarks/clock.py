@@ -125,10 +125,16 @@ def lines(rows: Sequence[Row], modes: Sequence[str], setting: Setting) -> Iterat
         if mode == "FLOPs":
             uncomputed = prepared(row, mode, dataclasses.replace(setting, device=torch.device("meta")))
             flops = {name: measure.flops(trainee) for name, trainee in uncomputed.items()}
-            yield [title, *(f"{flops[name] / flops[REFERENCE]:.2f}" for name in setting.methods), ""]
+            yield [
+                title,
+                *(f"{flops[name] / flops[REFERENCE]:.2f}" for name in setting.methods),
+                str(setting.blocks),
+                "",
+            ]
             continue
         found = compared(row, mode, setting)
-        yield [title, *(str(found[name]) for name in setting.methods), str(found[REFERENCE].rounds)]
+        counts = [str(setting.blocks), str(found[REFERENCE].rounds)]
+        yield [title, *(str(found[name]) for name in setting.methods), *counts]
 
 
 def profiled(row: Row, mode: str, setting: Setting, rounds: int = 20) -> Iterator[list[str]]:
@@ -179,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.profile:
         _profile(rows, options.modes, setting, options.output)
         return
-    columns = ["images", *(EVERY[name].title for name in methods), "rounds"]
+    columns = ["images", *(EVERY[name].title for name in methods), "blocks", "rounds"]
     head = f"Time of a step over that of PEFT's LoRA: median (95% interval). {_where(setting)}\n\n{table([columns])}"
     found = _earlier(options.output, head) if options.output else {}
     for line in tqdm(lines(rows, options.modes, setting), total=len(rows) * len(options.modes), unit="row"):
@@ -210,7 +216,7 @@ def _where(setting: Setting) -> str:
     on_gpu = setting.device.type == "cuda"
     name = torch.cuda.get_device_name(setting.device) if on_gpu else f"a CPU ({platform.machine()}), one thread"
     libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "peft", "timm"))
-    return f"{setting.blocks} blocks, attention and MLP, rank 32, on {name}; {libraries}."
+    return f"Attention and MLP, rank 32, on {name}; {libraries}."
 
 
 if __name__ == "__main__":
