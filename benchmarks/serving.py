@@ -199,10 +199,15 @@ def main() -> None:
     if options.samples:
         title = f"ViT-S/16, {options.samples} images, an adapter per image"
         tables.insert(0, (title, batches(options.samples, options.rounds)))
-    text = "\n".join(f"{title}\n\n{table(list(tqdm(rows, unit='row', leave=False)))}" for title, rows in tables)
+    text = ""
+    for title, rows in tables:
+        above, found = f"{text}\n{title}\n\n".lstrip(), []
+        for row in tqdm(rows, unit="row", leave=False):
+            found.append(row)
+            text = above + table(found)
+            if options.output:  # after every row, so that an interrupted run keeps its results
+                write_text(options.output, text)
     print(text, end="")
-    if options.output:
-        write_text(options.output, text)
 
 
 if __name__ == "__main__":
