@@ -61,6 +61,8 @@ def test_the_wheel_in_a_clean_target(wheel: Path, site: Path, tmp_path: Path) ->
 def check_contents(site: Path) -> None:
     assert not (site / "integrations").exists() and not (site / "train_scripts").exists()
     assert (site / "randlora_vision" / "py.typed").is_file()
+    shipped = {path.relative_to(ROOT) for path in (ROOT / "randlora_vision/demos/noto").rglob("*") if path.is_file()}
+    assert len(shipped) > 20 and all((site / path).is_file() for path in shipped)
     configs = {path.name for path in (ROOT / "train_scripts" / "accelerate_configs").iterdir()}
     assert configs <= set(os.listdir(site / "randlora_vision" / "train_scripts" / "accelerate_configs"))
     tops = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora_vision.demos import tokenizers
+from benchmarks import clip_vocabulary
 from tests.zoo.base import unmute
 
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -57,7 +57,7 @@ def clip_tokenizer(context: int) -> Any:
     """Return CLIP's tokenizer with its first thousand merges: the whole vocabulary takes longer to load than a run."""
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = tokenizers._clip_vocabulary()
+    vocabulary, merges = clip_vocabulary.clip_vocabulary()
     tokens = list(vocabulary)
     kept = [*tokens[: len(tokens) - len(merges) - 2 + _MERGES], *tokens[-2:]]
     numbered = {token: number for number, token in enumerate(kept)}
@@ -67,7 +67,7 @@ def clip_tokenizer(context: int) -> Any:
 @functools.cache
 def _whole_tokenizer() -> Any:
     """It takes longer to make than all the rest of a pipeline."""
-    return tokenizers.clip_tokenizer(CONTEXT)
+    return clip_vocabulary.clip_tokenizer(CONTEXT)
 
 
 PIXELS, LATENTS, CONTEXT = 16, 4, 16

@@ -6,8 +6,8 @@ accelerate launch --quiet train_scripts/train_dreambooth.py --pretrained-model-n
 --instance-data-dir IMAGES --instance-prompt "a photo of sks dog" --validation-prompt "a photo of sks dog on a beach"
 
 Supports the pipelines listed in docs/diffusion.md: Stable Diffusion, Flux, Qwen-Image, Z-Image and others. Without
-arguments, a tiny pipeline learns a new handwritten digit, with no download; --family flow chooses a flow-matching
-pipeline. The run folder contains the adapter, metrics, pictures and settings.
+arguments, a tiny Stable Diffusion 3, which draws emoji, learns a new one, with no download. The run folder contains the
+adapter, metrics, pictures and settings.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from randlora_vision.demos.pipelines import demo_pipeline_folder
+from randlora_vision.demos.emoji import demo_pipeline_folder
 from randlora_vision.demos.subject import Judge, demo_subject
 from randlora_vision.errors import user_errors
 from randlora_vision.training.data.decode import parse_colour
@@ -84,7 +84,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     settings, run, resume = open_run(settings, "dreambooth", accelerator)
     skipped = SkipList(run.skipped if run.writing else None)
     subject = demo_subject(settings.subject) if settings.embedded else read_subject(settings.subject, skipped)
-    with accelerator.main_process_first():  # it downloads or pretrains; the others then use its files
+    with accelerator.main_process_first():  # it downloads; the others then use its files
         family = load(settings, device)
     buckets = parse_buckets(
         settings.subject.aspect_ratio_buckets,
@@ -165,7 +165,7 @@ def base_of(settings: DreamBoothSettings) -> tuple[str, torch.dtype]:
     pipeline = settings.pipeline
     path = pipeline.pretrained_model_name_or_path
     if path is None:
-        path = str(demo_pipeline_folder(pipeline.family, pipeline.cache_dir))
+        path = str(demo_pipeline_folder())
     halves = {"fp16": torch.float16, "bf16": torch.bfloat16} if settings.adapter.method != "full" else {}
     return path, halves.get(settings.training.mixed_precision, torch.float32)
 

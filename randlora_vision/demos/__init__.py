@@ -1,1 +1,1 @@
-"""The models that the scripts use without arguments: small ones, pretrained on the digits of scikit-learn."""
+"""The models that the scripts use without arguments: small ones of digits, and a pipeline that draws emoji."""

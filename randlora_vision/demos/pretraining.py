@@ -13,7 +13,6 @@ from randlora_vision.files.atomic import fingerprint, replacing_folder
 from randlora_vision.files.cache import cache_root
 from randlora_vision.training.data.batches import training_batches
 from randlora_vision.training.data.labelled import Batch, LabelledImages
-from randlora_vision.training.harness.ema import Ema
 from randlora_vision.training.harness.optim import make_optimizer
 from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
 
@@ -57,21 +56,15 @@ def teach(
     loss: Callable[[Batch], Tensor],
     data: LabelledImages,
     how: Pretraining,
-    ema_decay: float = 0.0,
 ) -> None:
-    """Train `parameters` on the CPU in float32; with an `ema_decay`, they end as their moving averages."""
+    """Train `parameters` on the CPU in float32."""
     trained = list(parameters)
     optimizer = make_optimizer("adamw", trained, how.lr, how.weight_decay)
     schedule = warmup_schedule(optimizer, Schedule(how.steps, how.warmup))
-    ema = Ema({str(number): parameter for number, parameter in enumerate(trained)}, ema_decay) if ema_decay else None
     batches = training_batches(data, how.batch_size, how.steps, how.seed, workers=0)
-    for step, batch in enumerate(tqdm(batches, desc="pretraining", unit="step"), start=1):
+    for batch in tqdm(batches, desc="pretraining", unit="step"):
         optimizer.zero_grad()
         loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        if ema:
-            ema.update(step)
-    if ema:
-        ema.put_into_model()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from randlora_vision.demos import classifier, clip, pipelines
+from randlora_vision.demos import classifier, clip
 
 nbformat = pytest.importorskip("nbformat")  # with nbclient, in environments of `make test`
 from examples.execute import NOTEBOOKS, execute  # noqa: E402
@@ -21,8 +21,8 @@ _SHORTER = {
     "photographs": {"range(4)": "range(1)", "total_steps=4 *": "total_steps=1 *", "[:1000]": "[:100]"},
     "clip": {"relative_step=0.055), 140": "relative_step=0.055), 3", "[:1000]": "[:100]"},
     "subject": {
-        '"400"': '"3"',
-        '"--num-class-images", "44"': '"--num-class-images", "12"',
+        '"240"': '"3"',
+        '"--num-class-images", "45"': '"--num-class-images", "9"',
         '"--num-inference-steps", "12"': '"--num-inference-steps", "1"',
         "num_inference_steps=12": "num_inference_steps=1",
     },
@@ -77,11 +77,10 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache with the embedded models, for which nobody has to wait: they have not been trained."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (classifier, clip, pipelines):
+        for module in (classifier, clip):
             patch.setattr(module, "teach", lambda *arguments, **options: None)
         clip.demo_model_folder(str(cache))
         classifier.demo_model_folder(str(cache))
-        pipelines.demo_pipeline_folder("unet", str(cache))
         patch.setenv("RANDLORA_CACHE", str(cache))
         patch.setenv("PYTHONWARNINGS", "")  # set by `execute`
         yield cache

@@ -25,7 +25,7 @@ DEFAULTS = ScriptDefaults(
         "full": Defaults(1e-5),
         "linear-probe": Defaults(1e-3),
     },
-    digits={
+    demo={
         "randlora": Defaults(2e-3, 16),
         "lora": Defaults(6e-3, 2),
         "vera": Defaults(3e-2, 64),
@@ -33,7 +33,7 @@ DEFAULTS = ScriptDefaults(
         "linear-probe": Defaults(5e-2),
     },
     own_steps=1000,
-    digits_steps=300,
+    demo_steps=300,
 )
 _DEMO_HEAD_LR = 6e-3  # of RandLoRA
 

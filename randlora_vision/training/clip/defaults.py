@@ -33,7 +33,7 @@ DEFAULTS = ScriptDefaults(
         "full": Defaults(1e-5),
         "linear-probe": Defaults(1e-3),
     },
-    digits={
+    demo={
         "randlora": Defaults(2e-3, 16),
         "lora": Defaults(9e-3, 8),
         "dora": Defaults(9e-3, 8),
@@ -43,7 +43,7 @@ DEFAULTS = ScriptDefaults(
         "linear-probe": Defaults(1e-1),
     },
     own_steps=1000,
-    digits_steps=250,
+    demo_steps=250,
 )
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from randlora_vision.training.data.sources.digits import NAMES
 from randlora_vision.training.dreambooth.options import (
     DreamBoothOptions,
     DreamBoothSettings,
@@ -16,16 +15,22 @@ from randlora_vision.training.option_fields import without
 
 DEFAULTS = ScriptDefaults(
     own={"randlora": Defaults(1e-4, 32), "lora": Defaults(1e-4, 8), "full": Defaults(5e-6)},
-    digits={"randlora": Defaults(2e-3, 8), "lora": Defaults(6e-3, 4), "full": Defaults(5e-4)},
+    demo={"randlora": Defaults(2e-3, 8), "lora": Defaults(6e-3, 4), "full": Defaults(5e-4)},
     own_steps=500,
-    digits_steps=300,
+    demo_steps=300,
 )
 
 
-_DIGITS = tuple(f"a photo of the digit {name}" for name in NAMES)
-"""The prompts of the demo's pipeline: what its class contains."""
-_UNGUIDED = ""
-"""The prompt that guidance moves all pictures away from: if it learns the subject, the others lose what that has."""
+_T5_LENGTH = 4  # the demo's pipeline has no T5, and was taught with as many zeros in its place
+_SUBJECT = "a sks face"
+_CLASS = (
+    *("a red heart", "a blue heart", "a yellow circle", "a green square", "a red apple", "a banana", "a strawberry"),
+    *("a cat face", "a dog face", "a panda face", "a frog face on a pink background", "a smiling face"),
+    *("a crying face", "a skull", "an alien", "a ghost on a blue background", "a rocket", "a present"),
+    *("a sunflower", "a hamburger", "a doughnut on a yellow background", "a teddy bear", "a butterfly"),
+    "",  # guidance moves all pictures away from this one: if it learns the subject, the others lose what that has
+)
+"""The prompts of the demo's class images: a part of what its pipeline draws."""
 
 
 def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
@@ -43,7 +48,7 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
     lr = training.lr or defaults.lr
     if embedded:
         subject, validation = _demo_subject(subject), _demo_validation(validation)
-        pipeline = replace(pipeline, max_sequence_length=pipeline.max_sequence_length or 16)
+        pipeline = replace(pipeline, max_sequence_length=pipeline.max_sequence_length or _T5_LENGTH)
     if pipeline.train_text_encoder:
         pipeline = replace(pipeline, text_encoder_lr=pipeline.text_encoder_lr or lr)
     return DreamBoothSettings(
@@ -64,9 +69,9 @@ def resolve(options: DreamBoothOptions) -> DreamBoothSettings:
 def _demo_subject(subject: SubjectOptions) -> SubjectOptions:
     return replace(
         subject,
-        instance_prompt=subject.instance_prompt or "a photo of sks digit",
+        instance_prompt=subject.instance_prompt or _SUBJECT,
         with_prior_preservation=True,
-        class_prompt=subject.class_prompt or ("a photo of a digit", *_DIGITS, _UNGUIDED),
+        class_prompt=subject.class_prompt or _CLASS,
     )
 
 
@@ -74,7 +79,7 @@ def _demo_validation(validation: ValidationOptions) -> ValidationOptions:
     return replace(
         validation,
         validation_prompt=validation.validation_prompt
-        or ("a photo of sks digit", "a photo of the digit seven", "a photo of the digit two"),
+        or (_SUBJECT, f"{_SUBJECT} on a blue background", "a red heart", "a cat face"),
         num_inference_steps=validation.num_inference_steps or 12,
-        validation_guidance_scale=validation.validation_guidance_scale or 3.0,
+        validation_guidance_scale=validation.validation_guidance_scale or 2.0,
     )

@@ -65,6 +65,7 @@ _KOHYA: Table = {
     },
 }
 DIFFUSERS: Table = {
+    "--cache-dir": Refused("set the environment variable HF_HOME for downloads"),
     "--tokenizer-name": _BY_PIPELINE,
     "--tokenizer-max-length": {"77": "", "*": _BY_PIPELINE},
     "--text-encoder-use-attention-mask": _BY_PIPELINE,

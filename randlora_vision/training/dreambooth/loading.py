@@ -161,6 +161,15 @@ def _left_out(index: Mapping[str, Any]) -> dict[str, None]:
     return {part: None for part, home in index.items() if home == [None, None]}
 
 
+def to_leave_out(path: str, revision: str | None) -> list[str]:
+    """Return the components that `from_pretrained` must be given as None, because the pipeline was saved without."""
+    import diffusers
+
+    kind, index = family_class(path, revision)
+    optional = getattr(diffusers, kind.pipeline)._optional_components
+    return [part for part in _left_out(index) if part not in optional and part not in kind.loading]
+
+
 def nearest(name: str) -> str:
     """Return the supported pipeline whose name is most like `name`: the longest that it begins with, if any."""
     kind = name.removesuffix("Pipeline")

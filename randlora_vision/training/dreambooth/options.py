@@ -81,7 +81,7 @@ class SubjectOptions(Options):
     prior_loss_weight: float = field(default=1.0, metadata=RARE | AT_LEAST_0)
     """Weight of the loss on the class images."""
     sample_batch_size: int | None = field(default=None, metadata=RARE | ABOVE_0)
-    """Batch size for generating class images and validation pictures. Default: 4 (32 for the digits)."""
+    """Batch size for generating class images and validation pictures. Default: 4 (32 for the demo)."""
     resolution: int | None = field(default=None, metadata=ABOVE_0)
     """Side of the square to which images are cropped; automatic buckets have about the same area. Default: that of
     the pipeline."""
@@ -227,4 +227,4 @@ class DreamBoothSettings(DreamBoothOptions):
 def model_title(options: DreamBoothOptions) -> str:
     """Return a short name of the pipeline, without the path of its folder."""
     path = options.pipeline.pretrained_model_name_or_path
-    return short_name(path) if path else f"the digits pipeline ({options.pipeline.family})"
+    return short_name(path) if path else "the emoji pipeline"

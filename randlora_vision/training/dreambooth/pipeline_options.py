@@ -1,14 +1,10 @@
 """The options of train_dreambooth.py that choose the pipeline and how it is loaded."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from randlora_vision.training.dreambooth.offload import Place
 from randlora_vision.training.dreambooth.quantization import Quantization
-from randlora_vision.training.harness.options import require_digits_cache
 from randlora_vision.training.option_fields import ABOVE_0, RARE, Options, needs
-
-DemoFamily = Literal["unet", "flow"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +13,7 @@ class PipelineOptions(Options):
 
     pretrained_model_name_or_path: str | None = None
     """A diffusers pipeline: a folder written by save_pretrained, or a name on the Hugging Face Hub. docs/diffusion.md
-    lists what is supported. Default: a tiny pipeline pretrained on handwritten digits."""
+    lists what is supported. Default: a tiny Stable Diffusion 3 that draws emoji."""
     revision: str | None = field(default=None, metadata=RARE)
     """Revision of the pipeline on the Hub."""
     variant: str | None = field(default=None, metadata=RARE)
@@ -25,8 +21,6 @@ class PipelineOptions(Options):
     pretrained_vae_model_name_or_path: str | None = field(default=None, metadata=RARE)
     """Another VAE for the pipeline, such as madebyollin/sdxl-vae-fp16-fix: a folder written by save_pretrained, or a
     name on the Hub."""
-    family: DemoFamily = "unet"
-    """Which tiny pipeline to use by default: a UNet with noise prediction, or a transformer with flow matching."""
     train_text_encoder: bool = False
     """Also adapt the CLIP text encoders."""
     text_encoder_lr: float | None = field(default=None, metadata=RARE | ABOVE_0 | needs("train_text_encoder"))
@@ -48,12 +42,9 @@ class PipelineOptions(Options):
     """Recompute activations in the backward pass: uses less memory and more time."""
     torch_compile: bool = field(default=False, metadata=RARE)
     """Compile the forward and backward passes of the denoiser with torch.compile; pictures are sampled without it."""
-    cache_dir: str | None = field(default=None, metadata=RARE)
-    """Folder that caches the tiny pipelines. Default: $RANDLORA_CACHE, or randlora_vision in the user's cache."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_digits_cache(self.cache_dir, self.pretrained_model_name_or_path)
         if (self.quantize == "gguf") != (self.gguf_file is not None):
             raise ValueError("--quantize gguf and --gguf-file go together: the file holds the quantised denoiser")
         if self.offload_base and (self.quantize or self.torch_compile or self.train_text_encoder):

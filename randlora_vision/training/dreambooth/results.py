@@ -6,6 +6,7 @@ from typing import Any
 
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.loading import to_leave_out
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation
 from randlora_vision.training.dreambooth.options import DreamBoothSettings, model_title
 from randlora_vision.training.evaluation.curves import plot_curves
@@ -31,6 +32,7 @@ def loading_code(
     """Return the Python code that rebuilds the adapted pipeline, whose base is at `path`, and draws a picture."""
     given = {"revision": settings.pipeline.revision, "variant": settings.pipeline.variant}
     words = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    words += "".join(f", {name}=None" for name in to_leave_out(path, settings.pipeline.revision))
     prompt = next(iter(settings.validation.validation_prompt), prompt)
     lines = [
         "from diffusers import DiffusionPipeline",
@@ -44,17 +46,18 @@ def loading_code(
     return [
         *lines,
         *adaptation.loading_code(run.adapter),
-        _drawing(family, prompt),
+        _drawing(family, prompt, settings.pipeline.max_sequence_length),
     ]
 
 
-def _drawing(family: Family, prompt: str) -> str:
+def _drawing(family: Family, prompt: str, length: int | None) -> str:
     if family.frame_rate is not None:
         return f"clip = pipe(prompt={prompt!r}, num_frames={family.num_frames}).frames[0]"
+    given = f", max_sequence_length={length}" if length and "max_sequence_length" in family.text_options else ""
     if family.takes is None:
-        return f"picture = pipe({prompt!r}).images[0]"
-    given = {"mask": "image=image, mask_image=mask", "image": "image=image", "images": "image=[image]"}[family.takes]
-    return f"picture = pipe(prompt={prompt!r}, {given}).images[0]  # PIL images of your own"
+        return f"picture = pipe({prompt!r}{given}).images[0]"
+    shown = {"mask": "image=image, mask_image=mask", "image": "image=image", "images": "image=[image]"}[family.takes]
+    return f"picture = pipe(prompt={prompt!r}, {shown}{given}).images[0]  # PIL images of your own"
 
 
 _SAME = 2 / 255  # for pixels in [0, 1]: allows for half-precision rounding; a different adapter differs far more
@@ -89,20 +92,18 @@ def _values(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in ("step", "split")}
 
 
+_SHARES = {
+    "subject": "robots for the prompts of the subject",
+    "emoji_kept": "the right emoji for their names",
+}
+"""Fractions of pictures, measured in the demo alone."""
 _LINES = {
-    "subject": "inverted sevens for the subject prompt",
-    "digits_kept": "correct digits for their prompts",
+    **_SHARES,
     "subject_likeness": "likeness to the subject",
     "prior_likeness": "other prompts: likeness to the base",
     "prior_drift": "other prompts: pixel drift",
 }
 """The measures of the subject and the prior that are drawn, all between 0 and 1, with their labels."""
-_SHARES = {
-    "subject": "inverted sevens for the subject prompt",
-    "class_kept": "upright digits for the class prompt",
-    "digits_kept": "the correct digit for the digit prompts",
-}
-"""Fractions of pictures, measured in the demo alone."""
 
 
 def in_words(values: Mapping[str, float]) -> str:
@@ -128,11 +129,11 @@ def lost_words(before: Mapping[str, float], after: Mapping[str, float]) -> list[
         )
     if "prior_likeness" in after:
         words.append(f"their likeness to the base's is {after['prior_likeness']:.3f}")
-    if "digits_kept" in after:
-        low, high = intervals(after)["digits_kept"]
+    if "emoji_kept" in after:
+        low, high = intervals(after)["emoji_kept"]
         words.append(
-            f"the correct digit for the digit prompts {before['digits_kept']:.0%} -> {after['digits_kept']:.0%} of "
-            f"{samples_of('digits_kept', after)} pictures (95% interval {low:.0%} to {high:.0%})"
+            f"{_SHARES['emoji_kept']} {before['emoji_kept']:.0%} -> {after['emoji_kept']:.0%} of "
+            f"{samples_of('emoji_kept', after)} pictures (95% interval {low:.0%} to {high:.0%})"
         )
     return [f"prior:  {'; '.join(words)}"] if words else []
 

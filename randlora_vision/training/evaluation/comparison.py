@@ -33,7 +33,7 @@ _SUBJECT = {
     "loss": "loss on the subject",
 }
 _PRIOR = {
-    "digits_kept": "digits of other prompts kept",
+    "emoji_kept": "other emoji kept",
     "prior_likeness": "likeness of other prompts to the base",
     "prior_drift": "pixel drift of other prompts",
     "prior_loss": "loss on the class",

@@ -26,8 +26,7 @@ _SAMPLES = {
     **{f"image_to_text_r{most}": "images" for most in RECALL_AT},
     **{f"text_to_image_r{most}": "captions" for most in RECALL_AT},
     "subject": "subject_pictures",
-    "class_kept": "class_pictures",
-    "digits_kept": "digits_pictures",
+    "emoji_kept": "emoji_pictures",
 }
 """For the metrics that are proportions: the metric with the number of samples behind them."""
 

@@ -42,20 +42,20 @@ Table = Mapping[Method, Defaults]
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """The defaults of a script, for your own data and for the embedded digits."""
+    """The defaults of a script, for your own data and for its demo."""
 
     own: Table
-    digits: Table
+    demo: Table
     own_steps: int
-    digits_steps: int
+    demo_steps: int
 
     def of(self, method: Method, embedded: bool) -> Defaults:
         """Return the defaults of a method."""
-        return (self.digits if embedded else self.own)[method]
+        return (self.demo if embedded else self.own)[method]
 
     def steps(self, embedded: bool) -> int:
         """Return the number of optimiser steps."""
-        return self.digits_steps if embedded else self.own_steps
+        return self.demo_steps if embedded else self.own_steps
 
     def rank_note(self, given: AdapterOptions, embedded: bool) -> str:
         """Return a note for a RandLoRA rank below the usual one, which LoRA's users may mean the other way round."""
@@ -71,18 +71,18 @@ class ScriptDefaults:
         """Return the defaults that depend on the method and the data, by flag, as the help shows them."""
         scales = {method: factor for method, factor in ALPHA_PER_RANK.items() if method in self.own}
         return {
-            "--steps": f"{self.own_steps}; digits: {self.digits_steps}",
+            "--steps": f"{self.own_steps}; demo: {self.demo_steps}",
             "--lr": self._in_words(lambda row: "auto" if row.suggested else f"{row.lr:g}"),
             "--rank": self._in_words(lambda row: str(row.rank) if row.rank else ""),
             "--alpha": ", ".join(f"{method} {factor:g} x rank" for method, factor in scales.items()),
         }
 
     def _in_words(self, value: Callable[[Defaults], str]) -> str:
-        own, digits = (
+        own, demo = (
             ", ".join(f"{method} {word}" for method, row in table.items() if (word := value(row)))
-            for table in (self.own, self.digits)
+            for table in (self.own, self.demo)
         )
-        return f"{own}; digits: {digits}"
+        return f"{own}; demo: {demo}"
 
 
 def with_rank(

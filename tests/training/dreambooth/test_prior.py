@@ -72,11 +72,11 @@ def test_the_drift_is_that_of_the_pixels() -> None:
 
 
 def test_what_was_lost_has_its_number_of_pictures_and_interval() -> None:
-    after = {"loss": 0.5, "subject": 0.75, "subject_pictures": 16, "digits_kept": 0.9, "digits_pictures": 30}
-    assert lost_words({"digits_kept": 1.0}, after) == [
-        "prior:  the correct digit for the digit prompts 100% -> 90% of 30 pictures (95% interval 74% to 97%)"
+    after = {"loss": 0.5, "subject": 0.75, "subject_pictures": 16, "emoji_kept": 0.9, "emoji_pictures": 30}
+    assert lost_words({"emoji_kept": 1.0}, after) == [
+        "prior:  the right emoji for their names 100% -> 90% of 30 pictures (95% interval 74% to 97%)"
     ]
-    assert "inverted sevens for the subject prompt 75% of 16" in in_words(after)
+    assert "robots for the prompts of the subject 75% of 16" in in_words(after)
 
 
 def test_what_is_asked_for_is_measured() -> None:
@@ -123,7 +123,7 @@ def test_likenesses_are_cosines_of_the_encoder(tmp_path: Path) -> None:
 
 
 def test_what_is_measured_on_pictures_is_not_called_that_of_training_images() -> None:
-    kinds = {metric: _kind_of(metric) for metric in ("loss", "prior_loss", "balance", "prior_drift", "digits_kept")}
+    kinds = {metric: _kind_of(metric) for metric in ("loss", "prior_loss", "balance", "prior_drift", "emoji_kept")}
     assert [metric for metric, kind in kinds.items() if kind == "training-image"] == ["loss", "prior_loss"]
     assert set(kinds.values()) == {"training-image", "generated-picture"}
 

@@ -57,9 +57,9 @@ def test_classes_over_two_seeds() -> None:
             ("likeness of other prompts to the base", "100.0% -> 75.0%"),
         ),
         (
-            {"loss": (1, 1), "prior_drift": (0, 1), "subject": (0.0, 0.875), "digits_kept": (1.0, 0.5)},
+            {"loss": (1, 1), "prior_drift": (0, 1), "subject": (0.0, 0.875), "emoji_kept": (1.0, 0.5)},
             ("pictures of the subject recognised", "0.0% -> 87.5%"),
-            ("digits of other prompts kept", "100.0% -> 50.0%"),
+            ("other emoji kept", "100.0% -> 50.0%"),
         ),
     ],
 )

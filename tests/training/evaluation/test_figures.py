@@ -146,8 +146,8 @@ def test_curves(steps: int, tmp_path: Path, drawn: list[Figure]) -> None:
     plot_curves(run_of(steps, mean_recall=0.3, loss=2.2, **RECALLS), "randlora on a model", tmp_path / "b.png")
     losses = {"loss": "instance images, fixed noise", "prior_loss": "class images, fixed noise"}
     plot_curves(run_of(steps, loss=2.2, prior_loss=1.9), "lora on a pipeline", tmp_path / "c.png", losses)
-    shares = {"subject": "learnt", "digits_kept": "kept", "prior_drift": "other prompts: pixel drift"}
-    measured = run_of(steps, loss=2.2, prior_loss=1.9, subject=0.4, digits_kept=0.9, prior_drift=0.01)
+    shares = {"subject": "learnt", "emoji_kept": "kept", "prior_drift": "other prompts: pixel drift"}
+    measured = run_of(steps, loss=2.2, prior_loss=1.9, subject=0.4, emoji_kept=0.9, prior_drift=0.01)
     plot_curves(measured, "lora on a pipeline", tmp_path / "d.png", losses, shares)
     plot_curves(run_of(steps, loss=2.2), "lora on a pipeline", tmp_path / "e.png", losses, shares)
     assert [len(figure.axes) for figure in drawn[3:]] == [3, 2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from randlora_vision.demos.tokenizers import clip_tokenizer
+from benchmarks.clip_vocabulary import clip_tokenizer
 from tests.tiny_pipelines import CONTEXT, PIPELINES, sample, t5_tokenizer
 
 TEXTS = ["a photo of sks digit", "", "isn't THIS   crazy? 12 h\u00e9llo", "a very " + "long " * 20]

@@ -10,12 +10,12 @@ def clip_tokenizer(context: int) -> Any:
     """Return OpenAI's CLIP tokenizer; `context` must equal `max_position_embeddings` of the text encoder."""
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = _clip_vocabulary()
+    vocabulary, merges = clip_vocabulary()
     return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=context)
 
 
 @lru_cache(maxsize=1)
-def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return a dictionary from token to id, and the merges in order."""
     from open_clip.tokenizer import SimpleTokenizer
 

@@ -1,0 +1,1 @@
+"""The pipeline of the emoji demo: its data, its parts, and its training."""
