@@ -49,7 +49,9 @@ def budgets_table() -> str:
             by_method.setdefault(row.method, {})[row.result["budget"]] = row
         for method, sizes in by_method.items():
             if len(sizes) > 1:
-                cells = [f"{row.result['trained']:,}: {_score(row)}" if (row := sizes.get(n)) else "" for n in range(3)]
+                cells = [
+                    f"{sized.result['trained']:,}: {_score(sized)}" if (sized := sizes.get(n)) else "" for n in range(3)
+                ]
                 lines.append([TASKS[task].title, METHODS[method].title, *cells])
     return table([header, *lines])
 

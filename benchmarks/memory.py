@@ -49,8 +49,8 @@ def costs(
                 found.append(measure.peak_memory(row, key[0], torch.device("cpu"), torch.float32))
     head = ("bytes", "FLOPs", "peak") if peak else ("bytes", "FLOPs")
     lines = [[WORKLOADS[workload].unit, *(f"{what}, {size}" for size in sizes for what in head)]]
-    for (name, checkpointed), found in counts.items():
-        pairs = zip(found, counts[REFERENCE, False], strict=True)
+    for (name, checkpointed), by_size in counts.items():
+        pairs = zip(by_size, counts[REFERENCE, False], strict=True)
         figures = [f"{own[i] / peft[i]:.2f}" if i < len(own) else "-" for own, peft in pairs for i in range(len(head))]
         lines.append([f"{EVERY[name].title}{', checkpointed' if checkpointed else ''}", *figures])
     return lines
