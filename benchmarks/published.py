@@ -111,7 +111,17 @@ def written_table(name: str) -> str:
     return "".join(line for line in lines if line.startswith("|"))
 
 
+def dreambooth_table() -> str:
+    """Return the peak memory of a DreamBooth run by option."""
+    found = json.loads((RESULTS / "dreambooth.json").read_text(encoding="utf-8"))["rows"]
+    rows = [["", "while texts and images are encoded", "while training", "by `--dry-run`, without activations"]]
+    for name, row in found.items():
+        rows.append([name, *(size_text(row[key]) for key in ("encoding", "training", "estimate"))])
+    return table(rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "dreambooth": dreambooth_table,
     "demo": demo_table,
     "cost": cost_table,
     "clock": partial(written_table, "clock.md"),

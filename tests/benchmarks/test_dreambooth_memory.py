@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -45,3 +47,18 @@ def test_live_bytes_are_those_of_the_tensors_that_exist() -> None:
         assert live.now == 24
         del kept, view
         assert live.now == 0
+
+
+def test_the_table_says_what_the_options_save() -> None:
+    rows = json.loads(dreambooth.RESULTS.read_text())["rows"]
+    assert list(rows) == list(dreambooth.ROWS)
+    default, together = (next(row for name, row in rows.items() if name.startswith(words))
+                         for words in ("the default", "all parts"))  # fmt: skip
+    denoiser = 4 * json.loads(dreambooth.RESULTS.read_text())["parameters"]["transformer"]
+    assert together["encoding"] - default["encoding"] == pytest.approx(denoiser, rel=0.02)
+    for name, row in rows.items():
+        assert row["estimate"] <= row["training"], name
+        if "checkpointing" in name or "bf16" in name or "disk" in name:
+            assert row["training"] < 0.9 * default["training"], name
+    assert rows["`--use-8bit-adam`"]["training"] == pytest.approx(default["training"], rel=0.02)
+    assert rows["`--method full --use-8bit-adam`"]["training"] < 0.8 * rows["`--method full`"]["training"]
