@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TextIO, TypeVar
 
 from randlora_vision.names import printable
 
@@ -133,16 +134,25 @@ def user_errors(main: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _unread_streams() -> bool:
     """Return whether nothing reads the output any more, and say so; what is printed after that goes nowhere."""
-    unread = []
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            unread.append(stream)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    for stream in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if unread:
         print("stopped by SIGPIPE: nothing reads the output any more", file=sys.stderr)
     return bool(unread)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            return True
+        if hasattr(select, "poll"):  # an unbuffered stream has forgotten what it could not write
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def signal_name(number: int) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
@@ -176,7 +177,7 @@ def test_a_second_signal_does_not_harm_the_last_checkpoint(tmp_path: Path, monke
     assert read_checkpoint(tmp_path / "checkpoints" / "step-000001").state.step == 1
 
 
-@pytest.mark.parametrize("during", ["a call", "the end"])
+@pytest.mark.parametrize("during", ["a call", "the end", "an unbuffered call"])
 def test_output_that_nothing_reads_ends_a_program_in_one_line(
     during: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +189,9 @@ def test_output_that_nothing_reads_ends_a_program_in_one_line(
     def main() -> None:
         print("a line", flush=during == "a call")
 
-    with os.fdopen(writing, "w") as stream, pytest.raises(SystemExit) as ended:
+    raw = os.fdopen(writing, "wb", 0 if during == "an unbuffered call" else -1)
+    through = during == "an unbuffered call"  # as with PYTHONUNBUFFERED
+    with io.TextIOWrapper(raw, write_through=through) as stream, pytest.raises(SystemExit) as ended:
         monkeypatch.setattr("sys.stdout", stream)
         main()
     assert ended.value.code == 141
