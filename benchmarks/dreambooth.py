@@ -70,7 +70,7 @@ def build(folder: Path, quick: bool) -> dict[str, int]:
         StableDiffusion3Pipeline,
     )
 
-    from randlora_vision.demos.tokenizers import clip_tokenizer
+    from benchmarks.clip_vocabulary import clip_tokenizer
 
     torch.manual_seed(0)
     width, layers, size = (64, 2, 32) if quick else (256, 4, 64)
