@@ -82,7 +82,8 @@ def load_clip(
     ):
         with without_draws() if pretrained or schema else nullcontext():
             model, train, evaluate = create()
-        if any(tensor.isnan().any() for tensor in (*model.parameters(), *model.buffers())):  # the file lacks some
+        values = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+        if (pretrained or schema) and any(tensor.isnan().any() for tensor in values):  # the file lacks some
             model, train, evaluate = create()
         tokenize = open_clip.get_tokenizer(known)
     drops = any(isinstance(part, open_clip.transformer.PatchDropout) for part in model.modules())

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 FREE = {"free": True}
@@ -85,4 +85,17 @@ def marked_settings(options: Any, mark: str) -> list[str]:
         members = () if mark in group.metadata else fields(getattr(options, group.name))
         found += [f"{group.name}.{member.name}" for member in members if mark in member.metadata]
         found += [group.name] if mark in group.metadata else []
+    return found
+
+
+def default_settings(options: Any) -> dict[str, dict[str, Any]]:
+    """Return the defaults of the options in every group, by name; options without a default are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in fields(options):
+        members = found[group.name] = {}
+        for member in fields(getattr(options, group.name)):
+            if member.default is not MISSING:
+                members[member.name] = member.default
+            elif member.default_factory is not MISSING:
+                members[member.name] = member.default_factory()
     return found

@@ -354,7 +354,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "altered config": (lambda p: rewritten(p, edit("config", alpha=1.0), keep_digest=True), "altered"),
     "altered bases": (lambda p: rewritten(p, edit("bases", seed=1), keep_digest=True), "altered"),
     "altered targets": (lambda p: rewritten(p, targets(json.dumps(LISTED[::-1])), keep_digest=True), "altered"),
-    "unknown key": (lambda p: rewritten(p, edit("config", rnak=3)), "unknown key 'rnak'.*'rank'"),
+    "unknown key": (lambda p: rewritten(p, edit("config", rnak=3)), "unknown key 'rnak'.*close matches: rank"),
     "bad value": (lambda p: rewritten(p, edit("config", rank=-1)), "rank must be an integer"),
     "config no json": (lambda p: rewritten(p, lambda m, _: m.update(config="{")), "malformed metadata"),
     "config missing": (lambda p: rewritten(p, lambda m, _: m.pop("config")), "malformed metadata"),

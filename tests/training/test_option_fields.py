@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from randlora_vision.training.classifier.options import ClassifierOptions
 from randlora_vision.training.clip.options import ClipOptions
 from randlora_vision.training.dreambooth.options import DreamBoothOptions
-from randlora_vision.training.option_fields import ABOVE_0, FRACTION, RARE, Options, needs
+from randlora_vision.training.option_fields import ABOVE_0, FRACTION, RARE, Options, default_settings, needs
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,9 @@ def test_a_redeclared_option_keeps_the_checks_of_its_base(group: Any) -> None:
             kept = {mark: own[name].get(mark) for mark in member.metadata if mark in ("bound", "needs")}
             assert all(member.metadata[mark] == value for mark, value in kept.items()), (group, name)
     assert issubclass(group, Options)
+
+
+@pytest.mark.parametrize("script", [ClipOptions, ClassifierOptions, DreamBoothOptions])
+def test_defaults_are_those_of_options_that_are_not_given(script: Any) -> None:
+    options = script(**{name: group() for name, group in get_type_hints(script).items()})
+    assert json.dumps(default_settings(options)) == json.dumps(asdict(options))

@@ -50,16 +50,25 @@ class Checkpoint:
     state: State
 
     def check(
-        self, settings: Mapping[str, Any], free: Sequence[str], indivisible: str = "", places: Sequence[str] = ()
+        self,
+        settings: Mapping[str, Any],
+        free: Sequence[str],
+        indivisible: str = "",
+        places: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Return notes on changes that change the result; raise ValueError, listing the others, for other settings.
 
         `free` names the settings, or groups of settings, that may differ ("run", "training.workers"). The number of
         processes, the batch size and the accumulation steps may differ if their product, the images of a step, is the
         same: the steps then consist of the same images, unless `indivisible` says why they do not. So may `places`,
-        the settings that say where the images are, if the images there are the same.
+        the settings that say where the images are, if the images there are the same. A setting that the version which
+        wrote the checkpoint did not have counts as its default in `defaults`, and one that this version no longer has
+        may have been off: None, False, 0 or empty.
         """
-        then, now = _flat(self.settings), _flat(json.loads(json.dumps(settings)))
+        then, now = _flat(self.settings), _flat(_plain(settings))
+        then = {**{name: value for name, value in _flat(_plain(defaults or {})).items() if name in now}, **then}
+        then = {name: value for name, value in then.items() if value or name in now}
         differing = [name for name in {**then, **now} if then.get(name) != now.get(name) and name != _IMAGES]
         notes = []
         if then.get(_IMAGES) == now.get(_IMAGES) and (moved := [name for name in places if name in differing]):
@@ -242,6 +251,10 @@ def _sha256(path: Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

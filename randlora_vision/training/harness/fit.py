@@ -20,7 +20,7 @@ from randlora_vision.training.harness.run_folder import RunFolder, open_run_fold
 from randlora_vision.training.harness.stopping import StopRequests, seconds_of
 from randlora_vision.training.harness.task import HELD_OUT, OwnBatches, Speed, Task
 from randlora_vision.training.harness.trackers import end_trackers, report_pictures, start_trackers
-from randlora_vision.training.option_fields import marked_settings
+from randlora_vision.training.option_fields import default_settings, marked_settings
 
 EVALUATED = "eval"
 """The split, in metrics and trackers, of what is measured during training, but not on held-out images ("val")."""
@@ -108,7 +108,7 @@ def fit(
         }
         if resume:
             free, places = (marked_settings(options, mark) for mark in ("free", "place"))
-            for note in resume.check(settings, free, _indivisible(task), places):
+            for note in resume.check(settings, free, _indivisible(task), places, default_settings(options)):
                 accelerator.print(f"note: {note}")
             if preprocessing:
                 check_preprocessing(run.preprocessing, preprocessing, "resume with the versions in environment.json")

@@ -53,5 +53,5 @@ def test_what_is_kept_is_used_again_for_the_same_content_only(tmp_path: Path, mo
         pipe.text_encoder.model.layers[0].mlp.up_proj.weight.mul_(1.1)
     encodings(Kept(tmp_path / "kept"))
     assert made == {"moments": 6, "encode": 7}  # other weights
-    with pytest.raises(ValueError, match="--cache-to-disk keeps what --cache-latents encodes"):
+    with pytest.raises(ValueError, match="--cache-to-disk needs --cache-latents"):
         SubjectOptions(cache_to_disk="x", cache_latents=False)

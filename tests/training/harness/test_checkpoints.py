@@ -330,6 +330,22 @@ def test_moved_images_may_be_read_from_another_place(tmp_path: Path) -> None:
     assert checkpoint.check({**then, "images": "hash"}, [], "", ["data.data"]) == []
 
 
+def test_a_checkpoint_of_another_version_goes_on_where_new_options_have_their_defaults(tmp_path: Path) -> None:
+    """The other version had an option that is gone, which was off, and lacked two that are new."""
+    then = {"training": {"lr": 0.1, "scale_lr": False, "extra": []}, "images": "hash"}
+    Checkpoints(tmp_path, CheckpointOptions(), then).write(state(4))
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000004")
+    defaults = {"training": {"lr": 0.2, "cycles": 1, "optimizer_kwargs": ()}}
+    now = {"training": {"lr": 0.1, "cycles": 1, "optimizer_kwargs": []}, "images": "hash"}
+    assert checkpoint.check(now, [], defaults=defaults) == []
+    for name, value in (("cycles", 2), ("lr", 0.2)):
+        with pytest.raises(ValueError, match=f"--{name} was .*, is now {value}"):
+            checkpoint.check({**now, "training": {**now["training"], name: value}}, [], defaults=defaults)
+    checkpoint.settings["training"]["scale_lr"] = True
+    with pytest.raises(ValueError, match="--scale-lr was True, is now None"):
+        checkpoint.check(now, [], defaults=defaults)
+
+
 def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
     checkpoints(tmp_path).write(state(1))
     checkpoint = read_checkpoint(tmp_path / "checkpoints" / "step-000001")
