@@ -25,12 +25,13 @@ from tests.video_helpers import write_video
 
 PROMPT = "a photo of sks digit"
 FAST = ("qwen_image",)  # texts of any length, packed latents, a VAE with statistics
-KINDS = (
-    *("sd_inpaint", "qwen_image_edit_plus"),  # masks, and several images beside the trained ones
-    *("hidream", "lumina2"),  # many text encoders, a language model
-    *("wan", "sana", "flux2"),  # VAEs of videos, without a distribution, with batch normalisation
-    "pixart_sigma",  # a learned variance
-)
+KINDS: dict[str, tuple[str, ...]] = {  # with the flags that are tried on them
+    **{"sd_inpaint": (), "qwen_image_edit_plus": ()},  # masks, and several images beside the trained ones
+    **{"hidream": (), "lumina2": ()},  # many text encoders, a language model
+    "sana": ("--offload-base", "disk"),  # a VAE without a distribution
+    "flux2": ("--quantize", "torchao-int8"),  # a VAE with batch normalisation
+    "pixart_sigma": (),  # a learned variance
+}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`FluxPosEmbed` is deprecated:FutureWarning",
     "ignore:__array__ implementation:DeprecationWarning",  # a scheduler of diffusers with NumPy 2
@@ -38,13 +39,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-CASES: list[Any] = [
-    pytest.param(name, (), id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name in (*FAST, *KINDS)
-]
-CASES += [
-    pytest.param("flux_kontext", flags, id=flags[1], marks=pytest.mark.slow)
-    for flags in (("--quantize", "torchao-int8"), ("--offload-base", "disk"))
-]
+CASES: list[Any] = [pytest.param(name, (), id=name) for name in FAST]
+CASES += [pytest.param(name, flags, id=name, marks=pytest.mark.slow) for name, flags in KINDS.items()]
 CASES.append(
     pytest.param(
         "flux_kontext",
