@@ -79,7 +79,7 @@ def train(models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             "--rank": "4",
             "--batch-size": "2",
             "--steps": "2",
-            "--eval-every": "1",
+            "--eval-every": "2",
             "--log-every": "1",
             "--lr": "1e-2",
         }
@@ -111,7 +111,7 @@ def test_the_saved_file_makes_a_fresh_pipeline_the_trained_one(
     model: str, train: Any, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, trained = watched(monkeypatch)
-    folder = train("--train-text-encoder", *PRIOR, model=model, module=module)
+    folder = train("--train-text-encoder", *PRIOR, "--steps", "1", model=model, module=module)
     (pipe,) = trained
     base, reloaded = fresh(models / model), fresh(models / model)
     load_adapter(reloaded, folder / "adapter.safetensors")
@@ -129,10 +129,10 @@ def test_the_saved_file_makes_a_fresh_pipeline_the_trained_one(
 
 
 def test_a_run(train: Any, images: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = train(*PRIOR, "--validation-prompt", PROMPT, "a dog", "--num-validation-images", "2", "--steps", "3")
+    folder = train(*PRIOR, "--validation-prompt", PROMPT, "a dog", "--num-validation-images", "2", "--eval-every", "1")
     assert {path.name for path in folder.iterdir()} == RUN_FILES | {"class_images", "samples", "samples.png"}
     pictures = {str(path.relative_to(folder / "samples")) for path in (folder / "samples").rglob("*.png")}
-    steps = [f"step-{step:06}" for step in (1, 2, 3)]
+    steps = [f"step-{step:06}" for step in (1, 2)]
     each = {f"{name}/{prompt}-{n}.png" for name in ("base", *steps) for prompt in (0, 1) for n in (0, 1)}
     assert pictures == each | {f"{name}/base-and-adapted.png" for name in steps}
     assert len(list((folder / "class_images").glob("*.png"))) == 3
@@ -148,13 +148,13 @@ def test_a_run(train: Any, images: Path, models: Path, capsys: pytest.CaptureFix
     assert torch.equal(sample(scope["pipe"], PROMPT), sample(reloaded, PROMPT)) and scope["picture"].size[0] > 8
 
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["method"] == "randlora" and summary["steps"] == 3 and summary["reload_difference"] == 0
+    assert summary["method"] == "randlora" and summary["steps"] == 2 and summary["reload_difference"] == 0
     assert summary["file_bytes"] <= 4 * summary["trained_numbers"] + 16_384
     assert set(summary["before"]) == set(summary["after"]) == MEASURED
     assert summary["before"]["prior_drift"] == 0 < summary["after"]["prior_drift"]
     assert summary["after"] != summary["before"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 1, 2, 3]  # not "val": on training images
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 1, 2]  # not "val": on training images
     record = json.loads((folder / "split.json").read_text())
     assert record["captions"] == [PROMPT] * 3 and record["images"] == [str(images / f"{i}.png") for i in range(3)]
     assert yaml.safe_load((folder / "config.yaml").read_text())["subject"]["class_prompt"] == [CLASS_PROMPT]
@@ -162,7 +162,8 @@ def test_a_run(train: Any, images: Path, models: Path, capsys: pytest.CaptureFix
 
 def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Path, monkeypatch: Any) -> None:
     """Corrupt the file saved at step 1: the picture must show it, and training must be unaffected."""
-    plain = train("--validation-prompt", PROMPT)
+    flags = ["--validation-prompt", PROMPT, "--eval-every", "1"]
+    plain = train(*flags)
     save = AdaptedTask.save
 
     def spoilt(self: AdaptedTask) -> str:
@@ -177,7 +178,7 @@ def test_pictures_on_the_way_are_those_of_the_saved_file(train: Any, models: Pat
 
     calls: list[int] = []
     monkeypatch.setattr(AdaptedTask, "save", spoilt)
-    other = train("--validation-prompt", PROMPT, "--output-dir", str(plain.parent / "other"))
+    other = train(*flags, "--output-dir", str(plain.parent / "other"))
     pictures = [(folder / "samples/step-000001/0-0.png").read_bytes() for folder in (plain, other)]
     assert pictures[0] != pictures[1]
     assert (plain / "samples/step-000002/0-0.png").read_bytes() == (other / "samples/step-000002/0-0.png").read_bytes()
@@ -328,13 +329,13 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--steps", "4", "--eval-every", "2", "--dropout", "0.1", "--checkpointing-steps", "3", *PRIOR]
+    flags = ["--steps", "3", "--eval-every", "2", "--dropout", "0.1", "--checkpointing-steps", "2", *PRIOR]
     flags += ["--validation-prompt", PROMPT, "--num-validation-images", "1", "--no-cache-latents"]
     straight = train(*flags, "--output-dir", str(tmp_path / "straight"))
     evaluate = dreambooth_task.fixed_losses
 
     def killed(*arguments: Any) -> dict[str, float]:
-        if (tmp_path / "killed/checkpoints/step-000003").exists():
+        if (tmp_path / "killed/checkpoints/step-000002").exists():
             raise Killed
         return evaluate(*arguments)
 
@@ -343,9 +344,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
         patch.setattr(dreambooth_task, "fixed_losses", killed)
         train(*flags, "--output-dir", str(folder))
     train(*flags, "--output-dir", str(folder), "--resume_from_checkpoint", "latest")
-    assert f"resumed from {folder}/checkpoints/step-000003" in capsys.readouterr().out
+    assert f"resumed from {folder}/checkpoints/step-000002" in capsys.readouterr().out
     assert numbers(folder) == numbers(straight)
-    for name in ("adapter.safetensors", "samples.png", "samples/step-000002/0-0.png", "samples/step-000004/0-0.png"):
+    for name in ("adapter.safetensors", "samples.png", "samples/step-000002/0-0.png", "samples/step-000003/0-0.png"):
         assert (folder / name).read_bytes() == (straight / name).read_bytes()
 
 
@@ -429,7 +430,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, models: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        train("--lr", "1e30", "--max-grad-norm", "0", "--steps", "9")
+        train("--lr", "1e30", "--max-grad-norm", "0", "--steps", "9", "--eval-every", "1")
     pipe = fresh(models / "sd15")
     load_adapter(pipe, tmp_path / "run" / "adapter.safetensors")
     assert sample(pipe).isfinite().all()
