@@ -51,7 +51,8 @@ def row(family: Family, model: nn.Module) -> tuple[str, ...]:
     share = 100 * report.num_parameters / report.base_parameters
     adapted = patterns([target.name for target in report.targets])
     trained = f"{report.num_parameters:,}"
-    return family.name, f"`{family.full_size}`", counts, adapted, trained, f"{share:.1f}", notes(family, report)
+    remarks = notes(family, model, report)
+    return family.name, f"`{family.full_size}`", counts, adapted, trained, f"{share:.1f}", remarks
 
 
 def patterns(names: list[str]) -> str:
@@ -62,14 +63,14 @@ def patterns(names: list[str]) -> str:
     return ", ".join(shown) + (f", {rest} others" if rest else "")
 
 
-def notes(family: Family, report: InjectionReport) -> str:
+def notes(family: Family, model: nn.Module, report: InjectionReport) -> str:
     found = []
     read = sorted({".".join(name.split(".")[-2:]) for name in read_weights(family)})
     if read:
         found.append("read: " + ", ".join(f"`{name}`" for name in read))
     if report.skipped:
         found.append(f"{len(report.skipped)} narrower than rank {RANK}, left out")
-    if any(isinstance(module, nn.RNNBase) for module in build(family).modules()):
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         found.append("its LSTMs are not targets")
     return "; ".join(found)
 

@@ -117,17 +117,16 @@ def test_stem(name: str, stem: set[str]) -> None:
 
 @pytest.mark.slow
 def test_every_model_of_timm_has_a_backbone_and_a_guarded_head() -> None:
-    """Those on the page, which is up to date, and one of each other module: its models share a class or two."""
+    """Those on the page, which is up to date, and one of each other module: its models share a class or two.
+
+    The heads of the families on the page are guarded in their small members: see test_timm_zoo.py.
+    """
     import timm
 
     module_of = {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
     lines = []
     for family in FAMILIES:
-        model = make_full_size(family.full_size)
-        lines.append(timm_table.line(family, model))
-        if model.num_classes != 1000:  # no classifier, or one as wide as a layer
-            model = make_full_size(family.full_size, num_classes=7)
-        check_guarded(family.full_size, model)
+        lines.append(timm_table.line(family))
     page = timm_table.HEADER + "".join(lines)
     assert timm_table.PAGE.read_text() == page, "write it with: python -m tests.timm_table"
     seen = {module_of[family.full_size] for family in FAMILIES}
