@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import nn
 from randlora_vision.integrations._open_clip_models import LoadedClip, load_clip
 from randlora_vision.training.clip.defaults import resolve
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
+from randlora_vision.training.data.labelled import Batch, LabelledImages
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.option_fields import without
@@ -129,6 +130,18 @@ def run_script(name: str, argv: Sequence[str], defaults: Mapping[str, str]) -> N
     as_in_a_new_process()
     given = [word for option, value in defaults.items() if option not in argv for word in (option, value)]
     script(name).main([*given, *QUICK, *argv])
+
+
+def read_once(data: LabelledImages, batch_size: int, steps: int, seed: int, workers: int) -> Iterator[Batch]:
+    """Draw random batches as training_batches does, but read and rotate every image only once.
+
+    Given to demos.pretraining, it halves the time of a base; what is under test starts after it.
+    """
+    whole = data.collate([data[index] for index in range(len(data))])
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randperm(len(data), generator=generator)[:batch_size]
+        yield {name: values[chosen] for name, values in whole.items()}
 
 
 def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

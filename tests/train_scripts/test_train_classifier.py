@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from randlora_vision.demos import classifier as demo_classifier
+from randlora_vision.demos import pretraining
 from randlora_vision.demos.pretraining import Pretraining
 from randlora_vision.integrations.timm import load_adapter
 from randlora_vision.train_scripts import train_classifier
@@ -26,6 +27,7 @@ from tests.training_helpers import (
     card_scope,
     draw_nothing,
     printed_code,
+    read_once,
     run_script,
     write_class_folders,
     write_tiny_vit,
@@ -339,11 +341,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the default, with a smaller base that is pretrained for a third of its steps."""
+    """Run the default, with a smaller base that is pretrained on pictures that are read once."""
+    draw_nothing(monkeypatch)  # the embedded default of train_clip.py draws, with the same functions
+    monkeypatch.setattr(pretraining, "training_batches", read_once)
     smaller = {**demo_classifier._MODEL_ARGS, "embed_dim": 64, "depth": 2, "num_heads": 2}
     monkeypatch.setattr(demo_classifier, "_MODEL_ARGS", smaller)
-    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=75, lr=2e-3))
-    argv = ["--steps", "80", "--eval-every", "80", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=150, lr=3e-3))
+    argv = ["--steps", "60", "--eval-every", "60", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_classifier", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")
