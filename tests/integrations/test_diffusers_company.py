@@ -45,7 +45,8 @@ def image_to_image(pipe: Any) -> Tensor:
 def inpainting(pipe: Any) -> Tensor:
     from diffusers import AutoPipelineForInpainting
 
-    options = dict(image=picture(), mask_image=mask(), strength=0.9, **SIZE)
+    # Each step of a random SDXL amplifies rounding errors.
+    options = dict(image=picture(), mask_image=mask(), strength=0.9, num_inference_steps=2, **SIZE)
     return run(AutoPipelineForInpainting.from_pipe(pipe), PROMPT, **options)
 
 
