@@ -4,7 +4,7 @@ The promises are the same for all hosts, so no test here knows one. References a
 same grad mode: freezing alone moves nn.MultiheadAttention's output, which takes another kernel then.
 
 Of the models of a library whose adapted layers have the same classes and are called, or read, alike, the first goes
-through merging and files as well.
+through merging and files as well; torch's own all do.
 """
 
 import re
@@ -222,7 +222,8 @@ def test_an_adapter_from_injection_to_removal(entry: Entry, tmp_path: Path) -> N
     with torch.no_grad():
         fast = entry.run(model)
     assert difference(fast, acting) < SAME
-    if _first_of_kind.setdefault(signature(entry, model, called), entry.name) == entry.name:
+    first = _first_of_kind.setdefault(signature(entry, model, called), entry.name)
+    if first == entry.name or entry.every_switch:
         check_file(entry, model, fast, tmp_path / "adapter.safetensors")
         check_merge(entry, model, base, acting, fast)
     check_base_checkpoints(model, base)
@@ -246,12 +247,15 @@ def run_noting_calls(entry: Entry, model: nn.Module) -> tuple[Tensor, set[nn.Mod
 
 
 def signature(entry: Entry, model: nn.Module, called: set[nn.Module]) -> frozenset[object]:
-    """The library, the classes of the layers with an adapter, and whether each is called or has its weight read."""
+    """The library, and which layers have an adapter: class, weight, called or read, and whose code holds them."""
     found: set[object] = {entry.name.split("/")[0], entry.target}
     for name, _ in adapter_parameters(model):
         path, matrix, *_ = f".{name}".rsplit(".", 3)
         module = model.get_submodule(path.lstrip("."))
-        found.add((type(module).__name__, matrix, module in called))
+        holder = type(model.get_submodule(path.rpartition(".")[0].lstrip("."))).__module__.split(".")[0]
+        found.add((type(module).__name__, matrix, module in called, holder))
+    parameters = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    found.add(len(parameters) > len(set(parameters)))  # tied weights
     return frozenset(found)
 
 
