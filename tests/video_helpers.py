@@ -23,7 +23,7 @@ def write_video(path: Path, times: Sequence[float], size: tuple[int, int] = (32,
         stream.pix_fmt = stored
         stream.time_base = stream.codec_context.time_base = Fraction(1, unit)
         if rotation:
-            if not hasattr(stream.codec_context, "set_display_rotation"):
+            if not hasattr(stream, "set_display_rotation"):
                 pytest.skip("this version of PyAV writes no rotation; it reads one")
             stream.set_display_rotation(rotation)
         for number, time in enumerate(times):
