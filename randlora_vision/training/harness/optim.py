@@ -143,6 +143,8 @@ def _class_of(name: str) -> Any:
     if not name.startswith("bnb"):
         return get_optimizer_class(name, bind_defaults=False)
     module, _, kind = str(get_optimizer_info(name).opt_class).rpartition(".")
+    if name.endswith("8bit") and not kind.endswith("8bit"):  # older timm names AdamW, of 32 bits
+        kind += "8bit"
     return getattr(importlib.import_module(module), kind)
 
 

@@ -99,6 +99,14 @@ def test_the_real_8_bit_adam_goes_on_exactly_from_what_a_checkpoint_holds() -> N
     assert all(torch.equal(one, other) for one, other in zip(*(model.parameters() for model in models), strict=True))
 
 
+def test_8_bits_are_8_bits_where_timm_names_the_class_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    older = SimpleNamespace(opt_class="bitsandbytes.optim.AdamW", defaults=None)  # as in timm 1.0.21
+    monkeypatch.setattr("timm.optim.get_optimizer_info", lambda name: older)
+    parameters = nn.Linear(6, 1024).parameters()
+    assert type(make_optimizer("bnbadamw8bit", parameters, 1e-2, 0.0)).__name__ == "AdamW8bit"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
