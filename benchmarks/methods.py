@@ -53,7 +53,8 @@ def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Ignore warnings; also a decorator."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 

@@ -63,6 +63,7 @@ def load_clip(
     elif pretrained:
         raise ValueError(f"--pretrained {pretrained}: {schema} models come with their own weights, leave it out")
     weights = f" with weights {pretrained!r}" if pretrained else ""
+    has_weights = bool(pretrained or schema)
 
     def create() -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(seed)
@@ -80,17 +81,17 @@ def load_clip(
         without_logs(logging.ERROR),
         torch.random.fork_rng(devices=[]),
     ):
-        with without_draws() if pretrained or schema else nullcontext():
+        with without_draws() if has_weights else nullcontext():
             model, train, evaluate = create()
         values = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-        if (pretrained or schema) and any(tensor.isnan().any() for tensor in values):  # the file lacks some
+        if has_weights and any(tensor.isnan().any() for tensor in values):  # the file lacks some
             model, train, evaluate = create()
         tokenize = open_clip.get_tokenizer(known)
     drops = any(isinstance(part, open_clip.transformer.PatchDropout) for part in model.modules())
     if (changes or {}).get("force_patch_dropout") and not drops:
         raise ValueError(f"--force-patch-dropout: the model {name!r} does not drop patches, leave it out")
     model.requires_grad_(False)
-    return LoadedClip(model, train, evaluate, tokenize, has_weights=bool(pretrained or schema))
+    return LoadedClip(model, train, evaluate, tokenize, has_weights=has_weights)
 
 
 def _model_name(name: str) -> str:

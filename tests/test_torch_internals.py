@@ -197,7 +197,8 @@ def test_export_is_noticed() -> None:
     torch.export.export(Model(), (torch.ones(2),))
     assert any(seen) == hasattr(torch.compiler, "is_exporting") and not internals.is_exporting()
     seen.clear()
-    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
+    with warnings.catch_warnings():  # torch.jit is deprecated
+        warnings.simplefilter("ignore")
         torch.jit.trace(Model(), (torch.ones(2),))
     assert seen[0] and not internals.is_exporting()
 

@@ -59,7 +59,8 @@ def _peft(kind: str, settings: Callable[[int, int], dict[str, Any]]) -> Apply:
     def apply(model: nn.Module, targets: Sequence[str], knob: int, seed: int) -> nn.Module:
         import peft
 
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             config = getattr(peft, kind)(target_modules=list(targets), **settings(knob, seed))
         return peft_model(model, config)
 

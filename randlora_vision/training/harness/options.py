@@ -174,8 +174,8 @@ class Training(TrainingOptions):
         """Return the learning rate for optimiser steps of so many images."""
         if self.lr_images is None:
             return self.lr
-        rooted = any(part in self.optimizer for part in ("ada", "lamb")) if self.lr_scaling is None else False
-        return self.lr * (images / self.lr_images) ** (0.5 if rooted or self.lr_scaling == "sqrt" else 1)
+        usual = "sqrt" if any(part in self.optimizer for part in ("ada", "lamb")) else "linear"
+        return self.lr * (images / self.lr_images) ** (0.5 if (self.lr_scaling or usual) == "sqrt" else 1)
 
     @property
     def warmup(self) -> int:

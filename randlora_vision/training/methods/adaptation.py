@@ -133,7 +133,8 @@ class RandLoRA:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress user warnings that the printed report or an error already covers."""
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
+    with warnings.catch_warnings():  # which takes a filter only from Python 3.11 on
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 
