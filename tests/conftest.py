@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 from _pytest import logging as pytest_logging
 
+from tests.kept_parsers import keep_parsers
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers with several threads each wait for one another. Read when torch is imported, which is later.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 FEW = 20  # modules
 imported = 0
 """The number of modules at the last freeze."""
@@ -31,7 +37,7 @@ def pytest_collection_finish() -> None:
     # Older versions attach to the root alone.
     if "attached_loggers" in getattr(pytest_logging.catching_logs, "__slots__", ()):
         pytest_logging.catching_logs.__enter__ = _attach  # type: ignore[method-assign]
-    _keep_parsers()
+    keep_parsers()
 
 
 def _attach(catching: Any) -> Any:
@@ -52,24 +58,6 @@ def _separate_loggers(known: int) -> list[logging.Logger]:
     """The loggers, of so many, that do not propagate to the root."""
     loggers = logging.getLogger().manager.loggerDict.values()
     return [logger for logger in loggers if isinstance(logger, logging.Logger) and not logger.propagate]
-
-
-def _keep_parsers() -> None:
-    """Make tyro's parser of a script once: it takes a tenth of a second, and the scripts run hundreds of times."""
-    try:
-        from tyro._parsers import ParserSpecification
-    except ImportError:  # in another version of tyro, the suite only takes longer
-        return
-    make, kept = ParserSpecification.from_callable_or_type, {}
-
-    def parser(f: Any, *args: Any, **options: Any) -> Any:
-        if getattr(getattr(f, "__origin__", None), "__name__", "") != "CommandLine":
-            return make(f, *args, **options)
-        if f not in kept:
-            kept[f] = make(f, *args, **options)
-        return kept[f]
-
-    ParserSpecification.from_callable_or_type = staticmethod(parser)
 
 
 @pytest.fixture(autouse=True)
