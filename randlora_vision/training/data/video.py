@@ -104,10 +104,10 @@ def _times(file: Path, stamp: tuple[int, int]) -> tuple[list[int], float]:
     with _opened(file) as container:
         stream = container.streams.video[0]
         packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        found = {_time(packet) for packet in packets}
+        found, seconds = {_time(packet) for packet in packets}, float(stream.time_base)
     if None in found or not found:
         raise OSError("its frames have no times" if found else "it contains no frames")
-    return sorted(found), float(stream.time_base)
+    return sorted(found), seconds
 
 
 def _time(timed: Any) -> Any:
