@@ -113,6 +113,20 @@ def sd15() -> Any:
 
 
 @copied
+def shallow_sd15() -> Any:
+    """A StableDiffusionPipeline whose UNet has one block with attention and one without, for what takes many steps."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = sd15()
+    sides = dict(down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.unet = UNet2DConditionModel(**{**SD15, **sides, "block_out_channels": (16,)}).eval()
+        unmute(pipe.unet)
+    return pipe
+
+
+@copied
 def sdxl(vocabulary: int = WHOLE) -> Any:
     """A StableDiffusionXLPipeline: two CLIP text encoders, the second one with a projection.
 

@@ -10,7 +10,7 @@ import pytest
 
 from randlora_vision.training.data.sources import digits
 from randlora_vision.training.dreambooth import task as dreambooth_task
-from tests.tiny_pipelines import PIPELINES
+from tests.tiny_pipelines import shallow_sd15
 from tests.training_helpers import (
     QUICK,
     as_in_a_new_process,
@@ -115,7 +115,7 @@ def test_the_help_has_both_groups_of_options(compare: Any, capsys: pytest.Captur
 def test_dreambooth_with_loras_of_the_same_size(
     compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    PIPELINES["sd15"]().save_pretrained(tmp_path / "sd15")
+    shallow_sd15().save_pretrained(tmp_path / "sd15")
     (tmp_path / "subject").mkdir()
     picture: Any = digits.read_digits((7,)).images["train"][0]
     picture.save(tmp_path / "subject" / "1.png")

@@ -20,7 +20,7 @@ from randlora_vision.training.data.sources import digits
 from randlora_vision.training.dreambooth import task as dreambooth_task
 from randlora_vision.training.dreambooth.batches import Prompts
 from randlora_vision.training.methods.task import AdaptedTask
-from tests.tiny_pipelines import PIPELINES, VOCABULARY, sample, sdxl
+from tests.tiny_pipelines import PIPELINES, VOCABULARY, sample, sdxl, shallow_sd15
 from tests.training_helpers import Killed, card_scope, draw_nothing, printed_code, script
 
 PROMPT, CLASS_PROMPT = "a photo of sks digit", "a photo of a digit"
@@ -43,7 +43,8 @@ RUN_FILES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for name, make in {**PIPELINES, "sdxl": functools.partial(sdxl, vocabulary=VOCABULARY)}.items():
+    smaller = {"sd15": shallow_sd15, "sdxl": functools.partial(sdxl, vocabulary=VOCABULARY)}
+    for name, make in {**PIPELINES, **smaller}.items():
         make().save_pretrained(root / name)
     return root
 
@@ -61,7 +62,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return train_dreambooth.main with defaults for a tiny pipeline; `argv` overrides them."""
     draw_nothing(monkeypatch)  # test_the_embedded_default draws
-    monkeypatch.setattr(dreambooth_task, "_MEASURED", 4)
+    monkeypatch.setattr(dreambooth_task, "_MEASURED", 2)
 
     def main(*argv: str, model: str = "sd15", module: ModuleType | None = None) -> Path:
         for state in (AcceleratorState, GradientState, PartialState):  # as in a separate process

@@ -228,7 +228,7 @@ def test_a_trained_adapter_makes_a_loaded_pipeline_the_trained_one(name: str, tm
     def load() -> tuple[Family, Gallery]:
         family = load_family(str(tmp_path / "base"), ObjectiveOptions(), LENGTHS.get(name, 64))
         shown = beside(family, size) if family.takes else None
-        sampler = Sampler(family, size, 2, nullcontext, steps=2, guidance=3.0, shown=shown)
+        sampler = Sampler(family, size, 2, nullcontext, steps=1, guidance=3.0, shown=shown)
         return family, Gallery(sampler, [PROMPT, "dog"], each=1, seed=1, text_trained=False)
 
     family, gallery = load()
