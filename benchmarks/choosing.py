@@ -6,12 +6,12 @@ import math
 from functools import cache
 from pathlib import Path
 
+from benchmarks.quality import defaults, variants
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.report import Row, default_rates, kinds_of_bases, rows, tasks_of, told_apart
+from benchmarks.quality.report import Row, kinds_of_bases, rows, tasks_of, told_apart
 from benchmarks.quality.search import Results
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import CENTRE_STEP, Run, read_lines, read_results
-from benchmarks.quality.variants import FILE, table_rows
 from benchmarks.report import table
 
 RUNS = Path(__file__).parent / "quality" / "results" / "runs.jsonl"
@@ -57,13 +57,13 @@ def budgets_table() -> str:
 
 
 def variants_table() -> str:
-    """Return what a change of one default does to RandLoRA on 16-shot MNIST."""
-    return table(table_rows(read_lines(RUNS.with_name(FILE))))
+    """Return what a change of one default does to RandLoRA."""
+    return table(variants.table_rows(read_lines(RUNS.with_name(variants.FILE))))
 
 
 def rates_table() -> str:
     """Return the scores of RandLoRA at `suggest_lr`, a third of it, three times it, and the best rate tried."""
-    return table([line[:-1] for line in default_rates(results(), tasks_of(results()))])
+    return table(defaults.table_rows(results(), defaults.read_trials(RUNS.with_name(defaults.FILE))))
 
 
 def bases_table() -> str:

@@ -34,7 +34,7 @@ PIXELS, CONTEXT, WIDTH = 56, 12, 384  # 99 of 100 names have at most 11 tokens
 _VALIDATION, _TEST = 200, 500
 _STEPS, _BATCH, _LR, _TEMPERATURE = 400, 256, 1e-3, 0.05  # of the alignment, which costs seconds
 _AT_ONCE = 100
-_TRAINING = ("--steps", "40", "--batch-size", "64", "--eval-every", "20", "--workers", "0", "--report-to", "none")
+_TRAINING = ("--steps", "30", "--batch-size", "64", "--eval-every", "30", "--workers", "0", "--report-to", "none")
 _RATES = ("--rates", "lora=1e-3", "full=1e-4")
 
 

@@ -102,7 +102,12 @@ def tiny_clip(folder: Path) -> LoadedClip:
 def clip_settings(options: ClipOptions, model: nn.Module | None = None, captions: bool = False) -> ClipSettings:
     """Fill in the defaults, for a budget those of `model`, under the name of a tiny CLIP if none is chosen."""
     chosen = ClipModel(**without(options.clip, "model"), model=options.clip.model or "tiny")
-    return resolve(options, chosen, model or nn.Identity(), captions)
+    return resolve(options, chosen, model or nn.Identity(), captions, _no_features)
+
+
+def _no_features(templates: Sequence[str]) -> Any:
+    """For options with a rate, or with the embedded digits, which have a table of rates."""
+    raise AssertionError("a rate is suggested")
 
 
 def write_tiny_vit(folder: Path, classes: int) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from randlora_vision.demos import classifier as demo_classifier
 from randlora_vision.errors import user_errors
@@ -26,7 +27,7 @@ from randlora_vision.training.classifier.methods import adapt, head_parameters, 
 from randlora_vision.training.classifier.models import load_classifier, with_own_head
 from randlora_vision.training.classifier.options import ClassifierModel, ClassifierOptions, ClassifierSettings
 from randlora_vision.training.classifier.timm_flags import TIMM
-from randlora_vision.training.data.batches import evaluation_batches
+from randlora_vision.training.data.batches import evaluation_batches, spaced_batch
 from randlora_vision.training.data.labelled import ImageSplits
 from randlora_vision.training.data.read import read_data
 from randlora_vision.training.data.skipped import SkipList
@@ -41,7 +42,7 @@ from randlora_vision.training.harness.memory import checkpoint_activations, on_d
 from randlora_vision.training.harness.options import parse
 from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.streaming import training_loader
-from randlora_vision.training.methods.adaptation import Adaptation, start
+from randlora_vision.training.methods.adaptation import SAMPLES, Adaptation, start
 from randlora_vision.training.methods.task import AdaptedTask
 from randlora_vision.training.option_fields import without
 
@@ -64,7 +65,8 @@ def train(options: ClassifierOptions) -> dict[str, Any]:
         chosen = choose_model(options)
         loaded = load_classifier(chosen, len(splits.class_names), options.training.seed)
     model = on_device(loaded.model, accelerator.device, options.speed.channels_last)
-    settings = in_steps(resolve(options, chosen, model), len(splits.images["train"]), accelerator.num_processes)
+    settings = resolve(options, chosen, model, partial(few_images, splits, loaded))
+    settings = in_steps(settings, len(splits.images["train"]), accelerator.num_processes)
     training = settings.training
     say(f"model: {chosen.model}{'' if loaded.has_weights else ' with RANDOM weights (no --pretrained)'}")
     say(f"images: {splits}{skipped}")
@@ -120,6 +122,11 @@ def read_images(options: ClassifierOptions, skipped: SkipList) -> tuple[ImageSpl
         raise ValueError(f"--data {options.data.data} has captions, not classes: --label-column names the classes")
     known = options.embedded and options.model.model is None
     return splits, digits.read_digits(digits.KNOWN_DIGITS) if known else None
+
+
+def few_images(splits: ImageSplits, loaded: LoadedClassifier) -> Tensor:
+    """Return a few validation images (B, 3, H, W), on which a learning rate is measured."""
+    return spaced_batch(splits.select("val", loaded.eval_transform, SkipList()), SAMPLES)["images"]
 
 
 _USUAL_MODEL = "vit_base_patch16_224"

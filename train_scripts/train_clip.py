@@ -30,7 +30,7 @@ from randlora_vision.training.clip.methods import adapt, checkpoint_towers, own_
 from randlora_vision.training.clip.open_clip_flags import OPEN_CLIP
 from randlora_vision.training.clip.options import ClipModel, ClipOptions, ClipSettings
 from randlora_vision.training.clip.results import RunResults, base_of, loading_code, write_evaluation, write_results
-from randlora_vision.training.clip.tasks import loss_of, preprocessing_of, training_data, validation
+from randlora_vision.training.clip.tasks import loss_of, preprocessing_of, tower_features, training_data, validation
 from randlora_vision.training.data.captioned import PairSplits, truncated_captions
 from randlora_vision.training.data.class_names import require_words
 from randlora_vision.training.data.labelled import ImageSplits
@@ -72,7 +72,9 @@ def train(options: ClipOptions) -> dict[str, Any]:
         chosen = choose_model(options)
         clip = load(chosen, options, accelerator.device)
     class_names = data.class_names if isinstance(data, ImageSplits) else None
-    settings = resolve(options, chosen, clip.model, captions=class_names is None)
+    settings = resolve(
+        options, chosen, clip.model, captions=class_names is None, features=partial(tower_features, clip, data)
+    )
     if not settings.evaluation.eval_only:  # that has no training images
         settings = in_steps(settings, len(data.images["train"]), accelerator.num_processes)
     training = settings.training

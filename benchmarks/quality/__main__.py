@@ -17,17 +17,18 @@ from typing import Any
 import torch
 
 from benchmarks import command_line
+from benchmarks.quality import defaults, variants
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plots import plot_budgets, plot_rates
 from benchmarks.quality.report import markdown
-from benchmarks.quality.search import next_run, plan
+from benchmarks.quality.search import BUDGETS, next_run, plan
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.train import Run, append_line, read_lines, read_results, step_ratios, train
+from benchmarks.quality.train import Run, append_line, peak_bytes, read_lines, read_results, step_ratios, train
+from benchmarks.report import table
 from randlora_vision.errors import user_errors
 from randlora_vision.files.atomic import write_text
 
 _REFERENCE = "lora"
-BUDGETS = ("small", "medium", "large")
 _VERSIONS = ("torch", "timm", "peft", "transformers", "scikit-learn")
 
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.gather:
         _train(options, path, results)
         _time(options)
+        _weigh(options)
     if not results:
         raise ValueError(f"{path} holds no runs")
     _report(results, options.out)
@@ -61,7 +63,11 @@ def _train(options: argparse.Namespace, path: Path, results: dict[Run, dict[str,
 def _report(results: dict[Run, dict[str, Any]], out: Path) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _VERSIONS)
     title = f"# Quality benchmark\n\n{len(results)} runs; {versions}.\n\n"
-    write_text(out / "report.md", title + markdown(results, read_lines(out / "steps.jsonl")))
+    text = markdown(results, read_lines(out / "steps.jsonl"), read_lines(out / "peaks.jsonl"))
+    around = table(defaults.table_rows(results, defaults.read_trials(out / defaults.FILE)))
+    varied = table(variants.table_rows(read_lines(out / variants.FILE)))
+    sections = f"## The default rate of RandLoRA (`suggest_lr`)\n\n{around}\n## One default changed\n\n{varied}"
+    write_text(out / "report.md", f"{title}{text}\n{sections}")
     plot_budgets(results, out / "budgets.png")
     plot_rates(results, out / "rates.png")
     print(f"written: {out}/report.md, budgets.png, rates.png")
@@ -77,6 +83,18 @@ def _time(options: argparse.Namespace) -> None:
             problem = TASKS[task].make(options.data, 0)
             for name, ratio in step_ratios(TASKS[task], problem, missing, _REFERENCE):
                 append_line(path, {"task": task, "method": name, "to": _REFERENCE, "ratio": ratio})
+
+
+def _weigh(options: argparse.Namespace) -> None:
+    """Append the methods' peaks of memory that are not there yet."""
+    path = options.out / "peaks.jsonl"
+    weighed = {(line["task"], line["method"]) for line in read_lines(path)}
+    for task in options.tasks:
+        missing = [name for name in options.methods if (task, name) not in weighed]
+        if missing:
+            problem = TASKS[task].make(options.data, 0)
+            for name in missing:
+                append_line(path, {"task": task, "method": name, "peak_bytes": peak_bytes(TASKS[task], problem, name)})
 
 
 def _parser() -> argparse.ArgumentParser:

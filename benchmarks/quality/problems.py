@@ -55,6 +55,10 @@ class Problem:
         chosen, self.order = self.order[: self.batch], self.order[self.batch :]
         return self.inputs[chosen], self.answers[chosen]
 
+    def some(self, number: int) -> Tensor:
+        """Return the inputs of a number of samples, evenly spaced: few-shot samples are sorted by class."""
+        return self.inputs[torch.arange(number) * len(self.inputs) // number]
+
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of the next batch."""
         inputs, answers = self.next_batch()

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.search import DEFAULT_RATES, Results, best_exponent, exponent_means, unsearched
+from benchmarks.quality.search import Results, best_exponent, unsearched
 from benchmarks.quality.tasks import TASKS, Task
-from benchmarks.quality.train import RATE_STEP
-from benchmarks.report import table
+from benchmarks.report import size_text, table
 from randlora_vision.training.evaluation.intervals import seeds_half_width
 
 _Z = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
+MEASURED = (1, -1)  # steps and memory are those of the second budget, and of methods of one size
 BASES = tuple(name for name, method in METHODS.items() if method.lr is None)
 
 
@@ -76,14 +76,13 @@ def rows(results: Results, task: str) -> list[Row]:
     return found
 
 
-def markdown(results: Results, steps: Iterable[Mapping[str, Any]]) -> str:
-    """Return the whole report, without a title."""
+def markdown(results: Results, steps: Iterable[Mapping[str, Any]], peaks: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Return the whole report, without a title, from the lines of runs.jsonl, steps.jsonl and peaks.jsonl."""
+    memory = {(line["task"], line["method"]): line["peak_bytes"] for line in peaks}
     ratios = {(line["task"], line["method"]): line["ratio"] for line in steps}
     tasks = tasks_of(results)
-    parts = [_task_section(TASKS[task], rows(results, task), ratios) for task in tasks]
-    default, bases = table(default_rates(results, tasks)), table(kinds_of_bases(results, tasks))
-    parts.append(f"## The default rate of RandLoRA (`suggest_lr`)\n\n{default}")
-    parts.append(f"## Kinds of bases, each at its best rate\n\n{bases}")
+    parts = [_task_section(TASKS[task], rows(results, task), ratios, memory) for task in tasks]
+    parts.append(f"## Kinds of bases, each at its best rate\n\n{table(kinds_of_bases(results, tasks))}")
     return "\n".join(parts)
 
 
@@ -92,14 +91,31 @@ def tasks_of(results: Results) -> list[str]:
     return [task for task in TASKS if any(run.task == task for run in results)]
 
 
-def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, str], float]) -> str:
+def _task_section(
+    task: Task,
+    found: Sequence[Row],
+    ratios: Mapping[tuple[str, str], float],
+    memory: Mapping[tuple[str, str], int],
+) -> str:
     full, probe = (next((row.mean for row in found if row.method == name), math.nan) for name in ("full", "probe"))
     others = sorted({name for row in found for name in row.others})
-    header = ["method", "trained", f"{task.score}, 95%", "gap closed", *others, "best rate", "seeds", "step", "bytes"]
+    header = [
+        "method",
+        "trained",
+        f"{task.score}, 95%",
+        "gap closed",
+        *others,
+        "best rate",
+        "seeds",
+        "step",
+        "peak",
+        "file",
+    ]
     lines = []
     for row in found:
         gap = (row.mean - probe) / (full - probe)
-        ratio = ratios.get((row.task, row.method))
+        measured = (row.task, row.method) if row.result["budget"] in MEASURED else None
+        ratio, peak = (held.get(measured) if measured else None for held in (ratios, memory))
         width = "" if math.isnan(row.half_width) else f" ± {100 * row.half_width:.1f}"
         lines.append(
             [
@@ -111,6 +127,7 @@ def _task_section(task: Task, found: Sequence[Row], ratios: Mapping[tuple[str, s
                 f"{row.result['lr']:.1e}",
                 str(len(row.scores)),
                 "" if ratio is None else f"{ratio:.2f}",
+                "" if peak is None else size_text(peak),
                 f"{row.result['file_bytes']:,}",
             ]
         )
@@ -140,33 +157,6 @@ def told_apart(found: Sequence[Row]) -> str:
 def _sized_name(row: Row, among: Sequence[Row]) -> str:
     several = sum(other.method == row.method for other in among) > 1
     return f"{METHODS[row.method].title} ({row.result['trained']:,})" if several else METHODS[row.method].title
-
-
-def default_rates(results: Results, tasks: Sequence[str]) -> list[list[str]]:
-    """Return the rows of a table: scores at a third of the default rate, at it, and at three times it, by task.
-
-    The first row is the head. Scores are means over the seeds that were run at all of the rates.
-    """
-    lines = [["task", "bases", "trained", "a third", "default", "three times"]]
-    lines[0] += ["best of the grid", "default below best"]
-    for task in tasks:
-        for row in rows(results, task):
-            wanted = (*DEFAULT_RATES, row.exponent)
-            means = exponent_means(results, task, row.method, row.result["budget"], "test", wanted)
-            if row.method not in BASES or not set(wanted) <= set(means):
-                continue
-            default, third, three, best = (means[exponent] for exponent in wanted)
-            lines.append(
-                [
-                    TASKS[task].title,
-                    row.method,
-                    f"{row.result['trained']:,}",
-                    *(f"{100 * value:.1f}" for value in (third, default, three)),
-                    f"{100 * best:.1f} (x {RATE_STEP ** (row.exponent - DEFAULT_RATES[0]):.2g})",
-                    f"{100 * (best - default):+.1f}",
-                ]
-            )
-    return lines
 
 
 def kinds_of_bases(results: Results, tasks: Sequence[str]) -> list[list[str]]:

@@ -1,18 +1,14 @@
 """Which run comes next: the grid of rates is widened until its best rate is not at an edge, then the seeds follow."""
 
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.train import CENTRE_STEP, Run
-from randlora_vision.injection.learning_rate import RELATIVE_STEP
+from benchmarks.quality.train import Run
 
 Results = Mapping[Run, Mapping[str, Any]]
+BUDGETS = ("small", "medium", "large")
 _START = (0, -1, 1)
-DEFAULT_RATES = tuple(round(2 * math.log10(factor * RELATIVE_STEP / CENTRE_STEP), 2) for factor in (1, 1 / 3, 3))
-"""The exponents of the default rate of RandLoRA, of a third of it, and of three times it."""
-DEFAULTS_MEASURED = ("uniform", "structured")
 WIDEST = 4  # exponents from -4 to 4: a factor of 100 in either direction
 GRID = range(-WIDEST, WIDEST + 1)
 
@@ -66,9 +62,7 @@ def next_run(
         return missing(wanted, search_seeds)
     best = best_exponent(results, task, method, budget)
     assert best is not None
-    if run := missing([best], seeds):
-        return run
-    return missing(DEFAULT_RATES, search_seeds if method in DEFAULTS_MEASURED else ())
+    return missing([best], seeds)
 
 
 def plan(

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from benchmarks.live import LiveBytes
 from benchmarks.methods import trained_numbers
 from benchmarks.quality.methods import METHODS, Method, knob_for
 from benchmarks.quality.problems import Problem
@@ -24,11 +26,12 @@ from randlora_vision.training.harness.optim import make_optimizer
 from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
 
 RATE_STEP = 10**0.5
-CENTRE_STEP = 0.01  # the relative step of `suggest_lr` at the centre of the grid of RandLoRA
+CENTRE_STEP = 0.01  # of the weights: the centre of the grid of RandLoRA
 WARMUP = 0.1
 _WEIGHT_DECAY = 0.01
 _CLIP = 1.0
 _TIMED_ROUNDS = 4
+SAMPLES = 16  # for the default rate
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,18 @@ class Trainee:
         exponent: float,
         seed: int,
         warmup: float = WARMUP,
+        factor: float | None = None,
     ) -> None:
+        """Take the rate of the grid; with a `factor`, that many times the default rate of RandLoRA instead."""
         self.problem = problem
         base = copy.deepcopy(problem.base)
         torch.manual_seed(seed)
         self.model = method.apply(base.requires_grad_(False), targets_of(base), knob, seed)
         self.trained = trained_numbers(self.model)
-        self.lr = (method.lr or suggest_lr(self.model, CENTRE_STEP)) * RATE_STEP**exponent
+        if factor is None:
+            self.lr = (method.lr or suggest_lr(self.model, CENTRE_STEP)) * RATE_STEP**exponent
+        else:
+            self.lr = factor * suggest_lr(self.model, features=partial(self.model, problem.some(SAMPLES)))
         head = [parameter for parameter in problem.head.parameters() if parameter.requires_grad]
         head_lr = task.head_lr if self.trained else self.lr
         self.parameters = [*(p for p in self.model.parameters() if p.requires_grad), *head]
@@ -150,6 +158,30 @@ def step_ratios(task: Task, problem: Problem, names: Sequence[str], reference: s
         ratios = [own / other for own, other in zip(times[name][1:], times[reference][1:], strict=False)]
         if ratios:
             yield name, round(statistics.median(ratios), 3)
+
+
+def peak_bytes(task: Task, problem: Problem, name: str) -> int:
+    """Return the most bytes of tensors that exist at once in two steps of a method at the second budget of the task.
+
+    These are the weights, what is trained, its gradients and the optimiser's state, one batch, and what is kept for the
+    backward pass. Of a method that trains nothing, those of an evaluation of the batch.
+    """
+    method = METHODS[name]
+    problem = copy.copy(problem)
+    few = torch.arange(problem.batch)
+    problem.inputs, problem.answers, problem.order = problem.inputs[few], problem.answers[few], []
+    trainee = Trainee(
+        problem, method, knob_for(method, problem.base, targets_of(problem.base), task.ranks[1]), task, 0, 0
+    )
+    with LiveBytes() as live:
+        live.see([*trainee.model.parameters(), *problem.head.parameters()])
+        for _ in range(2):
+            if trainee.optimizer:
+                trainee.step()
+            else:
+                with torch.no_grad():
+                    problem.loss(trainee.model)
+    return live.peak
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

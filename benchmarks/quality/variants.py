@@ -2,8 +2,8 @@
 
 python -m benchmarks.quality.variants --data DIR --out DIR
 
-With structured bases, on 16-shot MNIST at the default rate (`suggest_lr`), and on the digits of the demo at sixteen
-times it, which is best there. A stopped command goes on where it was.
+With structured bases at the default rate, on 16-shot MNIST and on the digits of the demo. A stopped command goes on
+where it was.
 """
 
 import statistics
@@ -18,14 +18,12 @@ import torch
 
 from benchmarks import command_line
 from benchmarks.quality.methods import ALPHA_PER_RANK, Method, randlora
-from benchmarks.quality.search import DEFAULT_RATES
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import WARMUP, Trainee, append_line, outcome, read_lines
 from randlora_vision.errors import user_errors
 
 BASES = "structured"
-EXPONENTS = {"mnist16": DEFAULT_RATES[0], "digits": 3}
-"""The rate of each task, as the exponent of `Run`."""
+VARIED = ("mnist16", "digits")
 FILE = "variants.jsonl"
 
 
@@ -47,7 +45,7 @@ class Variant:
         """Train and evaluate on the task of this name; return the figures."""
         method, task = Method("", randlora(BASES, self.alpha_per_rank, self.init), None), TASKS[name]
         problem = task.make(data, seed)
-        trainee = Trainee(problem, method, task.ranks[1], task, EXPONENTS[name], seed, self.warmup)
+        trainee = Trainee(problem, method, task.ranks[1], task, 0, seed, self.warmup, factor=1.0)
         return outcome(trainee, task)
 
 
@@ -67,7 +65,7 @@ def table_rows(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     for line in lines:
         held.setdefault((line["task"], line["variant"]), {})[line["seed"]] = line
     rows = [["task", "variant", "rate", "accuracy", "minus the default (by seed)"]]
-    for task, name in product(EXPONENTS, VARIANTS):
+    for task, name in product(VARIED, VARIANTS):
         found, default = held.get((task, name), {}), held.get((task, "default"), {})
         common = sorted(found.keys() & default.keys())
         if not common:
@@ -87,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line.parser("quality.variants", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
-    parser.add_argument("--tasks", nargs="+", choices=EXPONENTS, default=list(EXPONENTS))
+    parser.add_argument("--tasks", nargs="+", choices=VARIED, default=VARIED)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every variant")
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # of the compared libraries

@@ -1,10 +1,13 @@
-"""A learning rate from the size of the first steps, relative to the weights that are adapted.
+"""A learning rate from the size of the first steps, relative to the features that they change or to the weights.
 
-Shapes: O out, I in, R rank, N bases, m narrow side.
+Shapes: O out, I in, R rank, N bases, m narrow side, B samples.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
@@ -16,44 +19,144 @@ from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
 
 RELATIVE_STEP = 0.02
+FEATURE_STEP = 0.16
 _LAYERS = 16  # the median over more does not differ
 _SEED = 0
+_START = 1e-4  # where no weight gives a rate to begin with
+_ROUNDS = 8
+_NEAR = 0.05
+
+Features = Callable[[], Tensor | Sequence[Tensor]]
+Place = tuple[AdaptedModule, str, ParameterState]
 
 
 @torch.no_grad()
-def suggest_lr(model: nn.Module, relative_step: float = RELATIVE_STEP, adapter_name: str = "default") -> float:
-    r"""Return the Adam learning rate at which one step changes an adapted weight by `relative_step` of its norm.
+def suggest_lr(
+    model: nn.Module,
+    relative_step: float | None = None,
+    adapter_name: str = "default",
+    *,
+    features: Features | None = None,
+) -> float:
+    r"""Return the Adam learning rate at which one step changes the model by `relative_step`.
 
     Adam's first steps move every number by the learning rate, whatever the gradient's size, so after the first step
-    the tensor that starts at zero (lambda, or gamma with ``init="gamma-zero"``) is a matrix of signs times the rate,
-    and the update of a weight has the norm lr * ||dW(signs)||. Hence
+    the tensor that starts at zero (lambda, or gamma with ``init="gamma-zero"``) is a matrix of signs times the rate.
+    The rule sets random signs. With `features` f of B samples, the rate is the one at which they change the features
+    by the part c = `relative_step` of their spread,
+
+    .. math:: \sqrt{\sum_b \|f_b(lr) - f_b(0)\|^2} = c \sqrt{\sum_b \|f_b(0) - \bar f(0)\|^2}
+
+    The rule accounts for alpha, rank, initialisation, the kind of bases, and for how sensitive the model is: its depth
+    and width, the scale of its weights and residuals, and the differences between the samples. Without `features`, the
+    change of a weight is compared with the weight,
 
     .. math:: lr = c \, / \, \mathrm{median}_{layers} \frac{\|\Delta W(\pm 1)\|_F}{\|W\|_F}
 
-    with c = `relative_step`. The rule accounts for alpha, rank, initialisation, the kind of bases and the scale of the
-    model's weights. It is for Adam, AdamW and other optimisers whose steps do not depend on the gradient's size.
+    which needs no data, but does not see how a change of the weights adds up in the features. Both are for Adam, AdamW
+    and other optimisers whose steps do not depend on the gradient's size.
 
     Args:
         model: A model with the adapter, as `inject` leaves it.
-        relative_step: The change of a weight per step, relative to its Frobenius norm.
+        relative_step: The change per step: of the features relative to their spread, 0.16 by default; without
+            `features`, of a weight relative to its Frobenius norm, 0.02 by default.
         adapter_name: Name of the adapter.
+        features: Calls the model on a batch of different samples and returns its features, a tensor (B, ...), or
+            several, such as those of two towers, of which the one that changes most counts. It is called two to nine
+            times, in eval mode and without gradients.
 
     Returns:
         The peak learning rate, for use with a warmup.
 
     Raises:
-        ValueError: If there is no such adapter, or none of its weights is a dense one that is not zero.
+        ValueError: If there is no such adapter, none of its weights is a dense one that is not zero (without
+            `features`), or the features do not differ between the samples or do not depend on the adapter.
     """
-    places = [found for found in adapted_modules(unwrap(model)) if adapter_name in found[3].slots]
+    places = [
+        (found[1], found[2], found[3]) for found in adapted_modules(unwrap(model)) if adapter_name in found[3].slots
+    ]
     if not places:
         raise ValueError(f"this {type(model).__name__} has no adapter {adapter_name!r}")
-    chosen = places[:: max(1, len(places) // _LAYERS)]
-    ratios = [ratio for _, module, param, state in chosen if (ratio := _ratio(module, param, state, adapter_name))]
-    if not ratios:
+    if features is not None:
+        return _features_rate(
+            model, places, adapter_name, features, FEATURE_STEP if relative_step is None else relative_step
+        )
+    rate = _weights_rate(places, adapter_name, RELATIVE_STEP if relative_step is None else relative_step)
+    if rate is None:
         raise ValueError(
             f"the weights under adapter {adapter_name!r} are quantised, offloaded or zero: they give no rate"
         )
-    return relative_step / median(ratios)
+    return rate
+
+
+def _features_rate(
+    model: nn.Module, places: Sequence[Place], adapter_name: str, features: Features, wanted: float
+) -> float:
+    """Return the rate at which random signs change the features by the part `wanted` of their spread."""
+    generator = torch.Generator().manual_seed(_SEED)
+    starts = [_starting(*place, adapter_name) for place in places]
+    signs = [_signs(tensor, generator) for tensor in starts]
+    with _eval_mode(model), _restored(starts) as before:
+        at_first = _parts(features())
+        spreads = [float(torch.linalg.vector_norm(part - part.mean(0))) for part in at_first]
+        if not all(0 < spread < math.inf for spread in spreads):
+            raise ValueError(
+                f"the features of the {len(at_first[0])} samples are all equal, or not finite: they give no rate"
+            )
+        lr = _weights_rate(places, adapter_name, RELATIVE_STEP / 2) or _START
+        for _ in range(_ROUNDS):
+            for tensor, value, sign in zip(starts, before, signs, strict=True):
+                tensor.copy_(value + lr * sign)
+            changed = zip(_parts(features()), at_first, spreads, strict=True)
+            change = max(float(torch.linalg.vector_norm(now - then)) / spread for now, then, spread in changed)
+            if change == 0:
+                raise ValueError(
+                    f"the features do not depend on the adapter {adapter_name!r}: they give no learning rate"
+                )
+            if abs(change / wanted - 1) < _NEAR:
+                break
+            lr *= min(max(wanted / change, 0.01), 100.0) if math.isfinite(change) else 0.01
+    return lr
+
+
+def _parts(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [part.float() for part in ([features] if isinstance(features, Tensor) else features)]
+
+
+def _starting(module: AdaptedModule, param: str, state: ParameterState, adapter_name: str) -> Tensor:
+    """Return the tensor of one adapter that starts at zero."""
+    lam, gamma = module.adapter_tensors(param, adapter_name)
+    return lam if gamma.any() else gamma
+
+
+def _weights_rate(places: Sequence[Place], adapter_name: str, step: float) -> float | None:
+    """Return the rate at which random signs change the median weight by the part `step`; None if none gives one."""
+    chosen = places[:: max(1, len(places) // _LAYERS)]
+    ratios = [ratio for module, param, state in chosen if (ratio := _ratio(module, param, state, adapter_name))]
+    return step / median(ratios) if ratios else None
+
+
+@contextlib.contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield copies of the tensors; on leaving the context, give the tensors these values again."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield before
+    finally:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode; on leaving the context, every module is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_name: str) -> float:
@@ -65,7 +168,8 @@ def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_nam
     if norm == 0:
         return 0.0
     lam, gamma = (tensor.detach() for tensor in module.adapter_tensors(param, adapter_name))
-    lam, gamma = (_signs(lam), gamma) if gamma.any() else (lam, _signs(gamma))
+    generator = torch.Generator().manual_seed(_SEED)
+    lam, gamma = (_signs(lam, generator), gamma) if gamma.any() else (lam, _signs(gamma, generator))
     slot = state.slots[adapter_name]
     wide = max(state.out_features, state.in_features)
     term = slot.bases.term(lam.float(), gamma.float(), wide, slot.factor(1.0), torch.float32)
@@ -73,6 +177,5 @@ def _ratio(module: AdaptedModule, param: str, state: ParameterState, adapter_nam
     return float(torch.linalg.vector_norm(update)) / norm
 
 
-def _signs(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(_SEED)
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return (2.0 * torch.randint(0, 2, like.shape, generator=generator) - 1).to(like.device)

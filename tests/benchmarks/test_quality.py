@@ -16,12 +16,12 @@ from torch import nn
 
 from benchmarks.methods import randlora_numbers, trained_numbers
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import data, prepare, variants
+from benchmarks.quality import data, defaults, prepare, variants
 from benchmarks.quality.data import Archive
 from benchmarks.quality.methods import METHODS, knob_for
 from benchmarks.quality.problems import Classification, Retrieval
 from benchmarks.quality.report import half_width
-from benchmarks.quality.search import DEFAULT_RATES, WIDEST, best_exponent, next_run
+from benchmarks.quality.search import WIDEST, best_exponent, next_run
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import Run, read_lines
 
@@ -46,14 +46,6 @@ def test_the_grid_is_widened_until_the_best_rate_is_inside(best):
 
 def test_a_search_ends_where_no_rate_is_inside():
     assert max(run.exponent for run in searched(99)) == WIDEST
-
-
-def test_the_default_rate_a_third_and_three_times_it_are_measured_but_not_searched():
-    results = searched(2, "uniform")
-    assert set(DEFAULT_RATES) <= {run.exponent for run in results}
-    assert best_exponent(results, "digits", "uniform", 1) == 2
-    assert {run.exponent for run in results if run.seed == 2} == {2}
-    assert not set(DEFAULT_RATES) & {run.exponent for run in searched(2, "lora")}
 
 
 def network():
@@ -196,6 +188,8 @@ def test_the_command_goes_on_after_a_stop(tmp_path, monkeypatch):
     assert list(runs.values())[-2:] == [json.loads(line) for line in whole[-2:]]
     report = (tmp_path / "report.md").read_text()
     assert "| RandLoRA, uniform | 640 |" in report
+    peaks = {line["method"]: line["peak_bytes"] for line in read_lines(tmp_path / "peaks.jsonl")}
+    assert 4 * 128 * 128 * 4 < peaks["full"] < peaks["lora"] * 2 and peaks["probe"] < peaks["lora"] < peaks["full"]
     assert (tmp_path / "budgets.png").stat().st_size and (tmp_path / "rates.png").stat().st_size
 
 
@@ -224,3 +218,28 @@ def test_the_command_of_the_variants_goes_on(tmp_path, monkeypatch):
     lines = read_lines(tmp_path / variants.FILE)
     assert lines[:2] == first and [(line["variant"], line["seed"]) for line in lines[2:]] == [(n, 1) for n in few]
     assert first[1]["lr"] / first[0]["lr"] == pytest.approx(variants.ALPHA_PER_RANK, rel=0.01)  # the rule follows alpha
+
+
+def test_the_default_rate_is_compared_with_the_best_of_the_grid_over_the_same_seeds():
+    results = searched(2, "uniform")
+    results = {
+        run: {**line, "lr": 8e-3, "trained": 9, "budget": run.budget, "test": 0.9} for run, line in results.items()
+    }
+    found = {("default", 0): 0.8, ("default", 1): 0.9, ("default", 7): 0.1, ("a third", 0): 0.7}
+    trials = {
+        defaults.Trial("digits", "uniform", 1, at, seed): {"lr": 2e-3, "test": score}
+        for (at, seed), score in found.items()
+    }
+    _, row = defaults.table_rows(results, trials)
+    assert row[1:] == ["uniform", "9", "60.0", "3", "-10.0", "", "+5.0", "4"]
+
+
+def test_the_command_of_the_defaults_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "linear-low", replace(TASKS["linear-low"], steps=3))
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "linear-low", "--methods", "uniform"]
+    defaults.main([*words, "--at", "default"])
+    first = read_lines(tmp_path / defaults.FILE)
+    defaults.main([*words, "--at", "default", "three times"])
+    lines = read_lines(tmp_path / defaults.FILE)
+    assert lines[:1] == first and [line["at"] for line in lines[1:]] == ["three times"]
+    assert lines[1]["lr"] == pytest.approx(3 * lines[0]["lr"], rel=0.01)

@@ -1,4 +1,4 @@
-"""The suggested rate against its definition: the change that one step of Adam of PyTorch makes to the weights."""
+"""The suggested rate against its definition: the change that a step makes to the weights, or to the features."""
 
 from statistics import median
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from randlora_vision import RandLoRAConfig, adapter_parameters, inject, merge, suggest_lr
+from randlora_vision.injection.learning_rate import FEATURE_STEP
 
 
 def network(scale: float = 1.0) -> nn.Sequential:
@@ -47,9 +48,74 @@ def test_one_step_of_adam_changes_the_weights_by_the_relative_step(
 def test_the_model_stays_as_it_is() -> None:
     model = network()
     inject(model, RandLoRAConfig(rank=4, target_modules="all-linear"))
+    model[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     suggest_lr(model)
+    suggest_lr(model, features=lambda: model(INPUTS))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model] == [True, False, True, True, True] and model.training
+
+
+INPUTS = torch.randn(32, 48, generator=torch.Generator().manual_seed(3))
+
+
+def change_of_features(model: nn.Module, lr: float, seed: int) -> float:
+    """The change of the outputs by signs times the rate in what starts at zero, relative to the outputs' spread."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        before = model(INPUTS)
+        for _, parameter in adapter_parameters(model):
+            if not parameter.any():
+                parameter.copy_(lr * (torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1))
+        return float((model(INPUTS) - before).norm() / (before - before.mean(0)).norm())
+
+
+@pytest.mark.parametrize("bases", ["uniform", "structured"])
+@pytest.mark.parametrize(("init", "alpha"), [("lambda-zero", 80.0), ("lambda-zero", 4.0), ("gamma-zero", 80.0)])
+@pytest.mark.parametrize("scale", [0.2, 5.0])
+def test_random_signs_change_the_features_by_the_part_of_their_spread(
+    bases: str, init: str, alpha: float, scale: float
+) -> None:
+    model = network(scale)
+    inject(model, RandLoRAConfig(rank=4, alpha=alpha, init=init, bases=bases, target_modules="all-linear"))
+    lr = suggest_lr(model, features=lambda: model(INPUTS))
+    shifted = suggest_lr(model, features=lambda: 7 * model(INPUTS) + torch.arange(48))
+    assert lr == pytest.approx(shifted, rel=1e-3)
+    assert change_of_features(model, lr, seed=5) == pytest.approx(FEATURE_STEP, rel=0.25)  # other signs
+
+
+def test_depth_lowers_the_rate_of_the_features_and_not_that_of_the_weights() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self:
+                x = x + layer(x)
+            return x
+
+    rates = {}
+    for depth in (2, 32):
+        torch.manual_seed(0)
+        model = Residual(*(nn.Linear(48, 48) for _ in range(depth)))
+        inject(model, RandLoRAConfig(rank=4, target_modules="all-linear"))
+        rates[depth] = suggest_lr(model), suggest_lr(model, features=lambda model=model: model(INPUTS))
+    assert rates[32][0] == pytest.approx(rates[2][0], rel=0.05)
+    assert rates[32][1] < 0.5 * rates[2][1]
+
+
+def test_of_several_features_the_one_that_changes_most_counts() -> None:
+    model = network()
+    inject(model, RandLoRAConfig(rank=4, target_modules="all-linear"))
+    both = suggest_lr(model, features=lambda: (model(INPUTS), INPUTS))
+    assert both == suggest_lr(model, features=lambda: model(INPUTS))
+
+
+def test_features_that_give_no_rate_are_an_error() -> None:
+    model = network()
+    inject(model, RandLoRAConfig(rank=4, target_modules=["4"]))
+    for features in (lambda: model(INPUTS[:1]), lambda: model(INPUTS) * float("nan")):
+        with pytest.raises(ValueError, match="samples are all equal, or not finite"):
+            suggest_lr(model, features=features)
+    with pytest.raises(ValueError, match="features do not depend on the adapter 'default'"):
+        suggest_lr(model, features=lambda: model[:4](INPUTS))
 
 
 def test_what_has_no_norm_to_go_by_is_an_error() -> None:

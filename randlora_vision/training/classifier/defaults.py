@@ -1,8 +1,10 @@
 """The defaults of train_classifier.py, which depend on the method, the data and the model."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision.training.classifier.methods import adapter_targets, config_of
 from randlora_vision.training.classifier.options import (
@@ -38,8 +40,13 @@ DEFAULTS = ScriptDefaults(
 _DEMO_HEAD_LR = 6e-3  # of RandLoRA
 
 
-def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Module) -> ClassifierSettings:
-    """Return the options with every default filled in, given the model's name and the loaded model."""
+def resolve(
+    options: ClassifierOptions, chosen: ClassifierModel, model: nn.Module, images: Callable[[], Tensor]
+) -> ClassifierSettings:
+    """Return the options with every default filled in, given the model's name and the loaded model.
+
+    `images` returns a batch (B, 3, H, W) on whose features a rate is measured, where one is suggested.
+    """
     embedded, training = options.embedded, options.training
     defaults = DEFAULTS.of(options.adapter.method, embedded)
     lr, suggested = defaults.rate(training.lr, options.adapter.method)
@@ -59,5 +66,11 @@ def resolve(options: ClassifierOptions, chosen: ClassifierModel, model: nn.Modul
     if not suggested or adapter.method != "randlora":
         return settings
     adapter = replace(adapter, head_lr=adapter.head_lr or lr)
-    lr = suggested_lr(model, config_of(model, settings))
+    lr = suggested_lr(model, config_of(model, settings), features_of(model, images()))
     return replace(settings, training=replace(settings.training, lr=lr), adapter=adapter)
+
+
+def features_of(model: Any, images: Tensor) -> Callable[[], Tensor]:
+    """Return a function that gives the features (B, D) of images before the classifier, which is a new one."""
+    images = images.to(next(model.parameters()).device)
+    return lambda: model.forward_head(model.forward_features(images), pre_logits=True)

@@ -1,8 +1,9 @@
 """The defaults of train_clip.py, which depend on the method, the data and the model."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision.training.clip.methods import adapter_targets, config_of
 from randlora_vision.training.clip.options import (
@@ -47,8 +48,20 @@ DEFAULTS = ScriptDefaults(
 )
 
 
-def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions: bool) -> ClipSettings:
+Features = Callable[[], Sequence[Tensor]]
+
+
+def resolve(
+    options: ClipOptions,
+    chosen: ClipModel,
+    model: nn.Module,
+    captions: bool,
+    features: Callable[[Sequence[str]], Features],
+) -> ClipSettings:
     """Return the options with every default filled in, for the loaded model and for data with captions or classes.
+
+    `features` returns, for the templates of class prompts, a function that gives the features of both towers. On them,
+    a rate is measured, where one is suggested.
 
     Raises ValueError if the loss or the method cannot be used with such data.
     """
@@ -79,5 +92,5 @@ def resolve(options: ClipOptions, chosen: ClipModel, model: nn.Module, captions:
     # With --eval-only nothing is trained: the adapters that a rate is taken from need not be made.
     if not suggested or settings.adapter.method != "randlora" or options.evaluation.eval_only:
         return settings
-    lr = suggested_lr(model, config_of(settings))
+    lr = suggested_lr(model, config_of(settings), features(settings.images.templates))
     return replace(settings, training=replace(settings.training, lr=lr))

@@ -1,21 +1,22 @@
 """What train_clip.py minimises and evaluates during training: class prompts, or images with captions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora_vision.integrations._open_clip_models import LoadedClip
 from randlora_vision.training.clip.classifier import ClassPromptLoss, ClipClassifier
 from randlora_vision.training.clip.contrastive import ContrastiveLoss
 from randlora_vision.training.clip.options import ClipSettings
 from randlora_vision.training.clip.retrieval import retrieval_features
-from randlora_vision.training.data.batches import Pictures, evaluation_batches
+from randlora_vision.training.data.batches import Pictures, evaluation_batches, spaced_batch
 from randlora_vision.training.data.captioned import PairSplits, class_captions
 from randlora_vision.training.data.skipped import SkipList
 from randlora_vision.training.data.splits import Splits
 from randlora_vision.training.harness.distributed import process_and_processes
+from randlora_vision.training.methods.adaptation import SAMPLES
 
 
 def training_data(clip: LoadedClip, data: Splits, settings: ClipSettings, skipped: SkipList) -> Pictures:
@@ -26,6 +27,16 @@ def training_data(clip: LoadedClip, data: Splits, settings: ClipSettings, skippe
             return data.select("train", transform, skipped)
         data = class_captions(data, settings.images.templates, clip.tokenize)
     return data.select("train", transform, clip.tokenize, skipped)
+
+
+def tower_features(clip: LoadedClip, data: Splits, templates: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return a function that gives the features (B, D) of a few validation images and of their captions or prompts."""
+    pairs = data if isinstance(data, PairSplits) else class_captions(data, templates, clip.tokenize)
+    batch = spaced_batch(pairs.select("val", clip.eval_transform, clip.tokenize, SkipList(), draw=False), SAMPLES)
+    model: Any = clip.model  # nn.Module does not declare encode_image and encode_text of open_clip
+    device = next(model.parameters()).device
+    images, tokens = batch["images"].to(device), batch["tokens"].to(device)
+    return lambda: (model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True))
 
 
 def preprocessing_of(clip: LoadedClip, data: Splits, settings: ClipSettings) -> dict[str, dict[str, Any]]:

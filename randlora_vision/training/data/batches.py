@@ -128,6 +128,13 @@ class Pictures(Dataset[Any]):
         raise NotImplementedError
 
 
+def spaced_batch(data: Pictures, most: int) -> Any:
+    """Return a batch of up to `most` pictures, evenly spaced, as files are often sorted by class."""
+    number = min(most, len(data))
+    readable_items = Filled(data)
+    return data.collate([readable_items[place * len(data) // number][0] for place in range(number)])
+
+
 def training_batches(
     data: Pictures, batch_size: int, batches: int, seed: int, workers: int | None, repeats: int = 1
 ) -> "DataLoader[Any]":

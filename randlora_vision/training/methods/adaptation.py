@@ -75,15 +75,24 @@ def randlora_config(
     )
 
 
-def suggested_lr(model: nn.Module, config: RandLoRAConfig) -> float:
+SAMPLES = 16
+"""The number of validation images on whose features the suggested rate is measured."""
+
+
+def suggested_lr(model: nn.Module, config: RandLoRAConfig, features: Callable[[], Tensor | Sequence[Tensor]]) -> float:
     """Return the `suggest_lr` of adapters that the model does not have yet; it is left as it was.
 
-    Two digits: a resumed run gets the same rate on a machine that rounds otherwise.
+    Where the features give none (equal samples, or adapters behind the features), it is that of the weights. Two
+    digits: a resumed run gets the same rate on a machine that rounds otherwise.
     """
     with quiet():
         inject(model, config)
     try:
-        return float(f"{suggest_lr(model):.1e}")
+        try:
+            lr = suggest_lr(model, features=features)
+        except ValueError:
+            lr = suggest_lr(model)
+        return float(f"{lr:.1e}")
     finally:
         remove(model)
 

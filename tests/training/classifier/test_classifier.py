@@ -60,7 +60,8 @@ def model_of(tiny: Path) -> ClassifierModel:
 
 
 def settings_of(chosen: ClassifierModel, model: nn.Module, method: Any, **adapter: Any) -> ClassifierSettings:
-    return resolve(ClassifierOptions(adapter=ClassifierAdapterOptions(method=method, **adapter)), chosen, model)
+    options = ClassifierOptions(adapter=ClassifierAdapterOptions(method=method, **adapter))
+    return resolve(options, chosen, model, lambda: torch.empty(0))  # the embedded digits have a table of rates
 
 
 def batches(size: int = 4) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 
 from randlora_vision import RandLoRAConfig, inject, suggest_lr
 from randlora_vision.training.classifier.defaults import resolve
@@ -12,15 +13,17 @@ from randlora_vision.training.harness.command_line import parse
 from randlora_vision.training.methods.defaults import Defaults
 
 NAME = "vit_tiny_patch16_224"
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def model():
+    torch.manual_seed(0)
     return timm.create_model(NAME, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
 
 def settings(*words):
     options = parse(ClassifierOptions, ["--rank", "8", *words], "")
-    return resolve(options, ClassifierModel(model=NAME), model())
+    return resolve(options, ClassifierModel(model=NAME), model(), lambda: IMAGES)
 
 
 @pytest.mark.parametrize("words", [["--data", "x"], ["--data", "x", "--lr", "auto"], ["--lr", "auto"]])
@@ -28,7 +31,8 @@ def test_auto_and_the_default_on_own_data(words):
     adapted = model()
     inject(adapted, RandLoRAConfig(rank=8, alpha=160, target_modules="timm:backbone"))
     found = settings(*words)
-    assert found.training.lr == pytest.approx(suggest_lr(adapted), rel=0.06)  # two digits, other random weights
+    rate = suggest_lr(adapted, features=lambda: adapted.forward_head(adapted.forward_features(IMAGES), pre_logits=True))
+    assert found.training.lr == pytest.approx(rate, rel=0.06)  # two digits
     assert found.adapter.head_lr == (1e-3 if "--data" in words else 6e-3)
 
 
