@@ -309,6 +309,10 @@ def _of_wan(layer: str) -> str:
     return layer
 
 
+_EXPERTS = {"all": None, "high": "transformer", "low": "transformer_2"}
+"""Component of a pipeline with a denoiser for high and another one for low noise."""
+
+
 class LoadRandLoRA:
     """The node: model and clip in, patched clones out."""
 
@@ -329,17 +333,34 @@ class LoadRandLoRA:
                 "strength_model": strength,
                 "strength_clip": strength,
             },
-            "optional": {"clip": ("CLIP",)},
+            "optional": {"clip": ("CLIP",), "noise": (list(_EXPERTS),)},
         }
 
     def load(
-        self, model: Any, adapter: str, strength_model: float, strength_clip: float, clip: Any = None
+        self,
+        model: Any,
+        adapter: str,
+        strength_model: float,
+        strength_clip: float,
+        clip: Any = None,
+        noise: str = "all",
     ) -> tuple[Any, Any]:
-        """Return clones of the model and of the clip with the adapter's patches."""
+        """Return clones of the model and of the clip with the adapter's patches.
+
+        `noise` says which model this is, if there is one for high and one for low noise (Wan 2.2).
+        """
         import comfy.lora
         import folder_paths
 
         parts = read(folder_paths.get_full_path_or_raise("loras", adapter))
+        denoisers = [component for component in parts if not component.startswith("text_encoder")]
+        fitting = [name for name in denoisers if name in (_EXPERTS[noise] or name, "")]
+        if len(fitting) > 1 or denoisers and not fitting:
+            raise ValueError(
+                f"RandLoRA: {adapter} adapts {', '.join(denoisers)}: choose which noise this model is for, high "
+                "(transformer) or low (transformer_2), and give the other model a node of its own"
+            )
+        parts = {name: layers for name, layers in parts.items() if name in fitting or name not in denoisers}
         model, clip = model.clone(), None if clip is None else clip.clone()
         for component, layers in parts.items():
             if component.startswith("text_encoder"):

@@ -325,18 +325,39 @@ def hunyuan_dit() -> Any:
 @copied
 def wan() -> Any:
     """A WanPipeline of version 2.1, with the solver of its published weights."""
+    return built(lambda: _wan(dict(_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=2)))
+
+
+@copied
+def wan_experts() -> Any:
+    """A WanPipeline of version 2.2 A14B: two transformers, with a boundary that two steps of sampling pass."""
+    return built(lambda: _wan(dict(_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=2), boundary_ratio=0.875))
+
+
+@copied
+def wan_5b() -> Any:
+    """A WanPipeline of version 2.2 TI2V-5B: a timestep per token, and a VAE with patches and residual blocks."""
+    residual = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, decoder_base_dim=8)
+    sizes = dict(dim_mult=[1, 2, 2], temperal_downsample=[False, True], scale_factor_temporal=2, scale_factor_spatial=8)
+    return built(lambda: _wan({**_VIDEO_VAE, **residual, **sizes}, expand_timesteps=True))
+
+
+def _wan(vae: dict[str, Any], **settings: Any) -> Any:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-    return built(
-        lambda: WanPipeline(
-            tokenizer=_tokenizer(),
-            text_encoder=t5(T5_WIDTH, _tokenizer()),
-            vae=AutoencoderKLWan(**_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=2),
-            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-            transformer=WanTransformer3DModel(
-                **HEADS, **SAME, text_dim=T5_WIDTH, freq_dim=16, ffn_dim=48, num_layers=1, rope_max_seq_len=16
-            ),
-        )
+    def transformer() -> Any:
+        texts = dict(text_dim=T5_WIDTH, freq_dim=16, ffn_dim=48)
+        return WanTransformer3DModel(**HEADS, **SAME, **texts, num_layers=1, rope_max_seq_len=16)
+
+    if "boundary_ratio" in settings:
+        settings["transformer_2"] = transformer()
+    return WanPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=t5(T5_WIDTH, _tokenizer()),
+        vae=AutoencoderKLWan(**vae),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=transformer(),
+        **settings,
     )
 
 
@@ -603,8 +624,8 @@ def _like(make: Callable[[], Any], kind: Any, denoiser: Any, options: dict[str, 
 TINY: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (flux2, flux2_klein, qwen_image, z_image, sana, pixart_sigma, lumina2, chroma, aura_flow, hunyuan_dit,
-                 wan, ltx, hidream, sd_inpaint, sdxl_inpaint, flux_fill, flux_kontext, qwen_image_edit,
-                 qwen_image_edit_plus)
+                 wan, wan_experts, wan_5b, ltx, hidream, sd_inpaint, sdxl_inpaint, flux_fill, flux_kontext,
+                 qwen_image_edit, qwen_image_edit_plus)
 }  # fmt: skip
 LENGTHS = {"flux_fill": CONTEXT, "flux_kontext": CONTEXT}  # of texts, in tokens; 64 for the others
 SIZES = {"sana": (32, 64), "ltx": (32, 64)}  # of which the pipelines demand multiples of 32

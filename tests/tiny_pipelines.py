@@ -204,11 +204,13 @@ NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", 
 
 
 def built(make: Callable[[], Any]) -> Any:
-    """The pipeline drawn from a fixed seed, every branch of its denoiser audible."""
+    """The pipeline drawn from a fixed seed, every branch of its denoisers audible."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = make()
-        unmute(getattr(pipe, "unet", None) or pipe.transformer)
+        for name in ("unet", "transformer", "transformer_2"):
+            if (denoiser := getattr(pipe, name, None)) is not None:
+                unmute(denoiser)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

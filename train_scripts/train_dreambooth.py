@@ -86,6 +86,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
     subject = demo_subject(settings.subject) if settings.embedded else read_subject(settings.subject, skipped)
     with accelerator.main_process_first():  # it downloads; the others then use its files
         family = load(settings, device)
+    trained_components(family, settings)  # raises before anything is made
     buckets = parse_buckets(
         settings.subject.aspect_ratio_buckets,
         settings.subject.resolution or family.default_resolution,
@@ -153,7 +154,7 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         code = loading_code(run, settings, base_of(settings)[0], family, adaptation, subject.captions[0])
         same = "a fresh pipeline, it gives the same pictures (largest pixel difference"
         say(closing_words(run, before, after, summary, code, same))
-        card = partial(write_card, run, base_model(settings), subject.name, settings.training, summary, code)
+        card = partial(write_card, run, base_model(settings, family), subject.name, settings.training, summary, code)
     finish(run, accelerator, speed.steps)
     if run.writing:
         publish(run, settings.hub, card, say)

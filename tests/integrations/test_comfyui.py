@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, merge, save_adapter
+from randlora_vision.files import bundle
 from randlora_vision.integrations import comfyui
 from randlora_vision.integrations.diffusers import save_adapter as save_pipeline
 from tests.helpers import randomize
 
 KINDS = ("uniform", "normal", "sparse", "very_sparse", "structured")
+NAMES = Path(__file__).parents[1] / "golden/comfyui_names.json"
+"""The last layer of every kind -> the name by which ComfyUI 0.30.0 finds it, and its key of the weight."""
 
 
 class Block(nn.Module):
@@ -77,6 +82,55 @@ def adapted(path: Path, kind: str, rank: int = 5, **options: Any) -> tuple[Denoi
     load_adapter(fresh, path)
     merge(fresh)
     return model, before, fresh
+
+
+def with_wide_unet(name: str) -> Any:
+    """A Stable Diffusion (XL) whose U-Net has groups of 32 channels, as ComfyUI's always have."""
+    from diffusers import UNet2DConditionModel
+
+    from tests import tiny_pipelines as tiny
+
+    # The numbers of heads are those of ComfyUI: 8, or one for 64 channels.
+    sizes, heads = {"sd15": (tiny.SD15, 8), "sdxl": (tiny.SDXL, 1)}[name]
+    pipe = getattr(tiny, name)()
+    pipe.unet = UNet2DConditionModel(
+        **{**sizes, "block_out_channels": (32, 64), "norm_num_groups": 32, "attention_head_dim": heads}
+    )
+    return pipe
+
+
+def adapted_pipeline(pipe: Any) -> dict[str, list[str]]:
+    """Give every part of a pipeline an adapter that acts; component -> its layers."""
+    layers = {}
+    for number, part in enumerate(name for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipe, name)):
+        preset = "diffusers:text" if number else "diffusers:conv"
+        report = inject(getattr(pipe, part), RandLoRAConfig(rank=4 + number, target_modules=preset, seed=number))
+        randomize(getattr(pipe, part), "default", seed=number)
+        layers[part] = [target.name for target in report.targets]
+    return layers
+
+
+@torch.no_grad()
+def test_layers_of_stable_diffusion_have_the_names_that_comfyui_knows(tmp_path: Path) -> None:
+    pipe = with_wide_unet("sdxl")
+    stored = json.loads(NAMES.read_text())
+    before = {part: {layer: weight_of(pipe, part, layer) for layer in some} for part, some in stored.items()}
+    adapted_pipeline(pipe)
+    save_pipeline(pipe, tmp_path / "adapter.safetensors")
+    for part, updates in comfyui.read(str(tmp_path / "adapter.safetensors")).items():
+        merge(getattr(pipe, part))
+        known = dict(pair for pair in stored[part].values())
+        found = comfyui.patches({layer: updates[layer] for layer in stored[part]}, part, known)
+        assert set(found) == set(known.values())
+        for layer, (_, key) in stored[part].items():
+            expected = weight_of(pipe, part, layer)
+            patcher = Patcher({key: before[part][layer]})
+            patcher.add_patches({key: found[key]})
+            torch.testing.assert_close(patcher.patched(key), expected, rtol=0, atol=1e-5)
+
+
+def weight_of(pipe: Any, part: str, layer: str) -> Tensor:
+    return getattr(pipe, part).get_submodule(layer).weight.detach().clone()
 
 
 @pytest.fixture
@@ -159,6 +213,32 @@ def test_a_file_of_a_pipeline_patches_the_clip_too(tmp_path: Path, comfy: None) 
         torch.testing.assert_close(model.patched(key).reshape(update.shape), update, rtol=0, atol=1e-5)
     assert len(text.patches) == len(parts["text_encoder"])
     assert comfyui.LoadRandLoRA.INPUT_TYPES()["required"]["adapter"] == (["adapter.safetensors"],)
+
+
+@pytest.mark.parametrize(("noise", "parts"), [("high", ["transformer"]), ("low", ["transformer_2"])])
+def test_a_model_of_two_gets_its_own_part(noise: str, parts: list[str], tmp_path: Path, comfy: None) -> None:
+    updates: dict[str, Any] = {}
+    for number, name in enumerate(("transformer", "transformer_2")):
+        _, before, _ = adapted(tmp_path / f"{name}.safetensors", "uniform", rank=4 + number)
+        updates[name] = packed_file(tmp_path / f"{name}.safetensors")
+    bundle.write(tmp_path / "both.safetensors", updates)
+    model = Patcher({f"diffusion_model.{name}": weight for name, weight in before.items()})
+    load = comfyui.LoadRandLoRA().load
+    chosen, _ = load(model, "both.safetensors", 1.0, 1.0, noise=noise)
+    alone, _ = load(model, f"{parts[0]}.safetensors", 1.0, 1.0, noise=noise)  # a file that names no part
+    assert chosen.patches and chosen.patches.keys() == alone.patches.keys()
+    assert all(torch.equal(chosen.patched(key), alone.patched(key)) for key in chosen.patches)
+    with pytest.raises(ValueError, match="both.safetensors adapts transformer, transformer_2: choose which noise"):
+        load(model, "both.safetensors", 1.0, 1.0)
+    bundle.write(tmp_path / "one.safetensors", {"transformer_2": updates["transformer_2"]})
+    if noise == "high":
+        with pytest.raises(ValueError, match="one.safetensors adapts transformer_2: choose which noise"):
+            load(model, "one.safetensors", 1.0, 1.0, noise=noise)
+
+
+def packed_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, comfy: None) -> None:

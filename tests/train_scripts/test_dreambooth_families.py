@@ -51,7 +51,7 @@ CASES.append(
 )
 CASES += [
     pytest.param(name, ("--num-frames", "5", "--no-cache-latents"), id=f"{name}-clips", marks=pytest.mark.slow)
-    for name in ("wan", "ltx")
+    for name in ("wan_experts", "ltx")
 ]
 
 

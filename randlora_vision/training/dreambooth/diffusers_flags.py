@@ -31,7 +31,7 @@ def _layers(given: Given) -> str:
     return f"--target-modules {' '.join(names) or '{}'}"
 
 
-_ALL_LEVELS = "noise levels are drawn from all: leave it out, and choose --weighting-scheme"
+_ALL_LEVELS = "noise levels are drawn from all: give --weighting-scheme, or --expert for one of two transformers"
 _ONE_OFFSET = Refused("the strength is the same at every step: give --noise-offset or --input-perturbation alone")
 _PYRAMID = Refused("noise of several resolutions is not implemented: give --noise-offset")
 

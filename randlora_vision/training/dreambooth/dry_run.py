@@ -70,21 +70,19 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
     pipeline, adapter = settings.pipeline, settings.adapter
     family = without_weights(path, settings)
     modules = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}
-    packed = {family.denoiser_name, *family.quantized_texts(modules)} if pipeline.quantize else set()
+    packed = {*family.denoisers, *family.quantized_texts(modules)} if pipeline.quantize else set()
     sizes = {
         name: _bytes(part, torch.float32 if name == "vae" else dtype, pipeline.quantize if name in packed else None)
         for name, part in modules.items()
     }
     trained = trained_components(family, settings)
-    resting = list(dict.fromkeys((family.denoiser_name, "vae", *trained)))
+    resting = list(dict.fromkeys((*family.denoisers, "vae", *trained)))
     block, offloaded = 0, ""
     if pipeline.offload_base:
-        resting.remove(family.denoiser_name)
-        block, whole = _block_bytes(family.denoiser, dtype), sizes[family.denoiser_name]
-        place = "on disk" if pipeline.offload_base == "disk" else "in main memory"
-        offloaded = (
-            f"{place}: {_size(whole)} of the {family.denoiser_name}, on the device a block of up to {_size(block)}"
-        )
+        resting = [name for name in resting if name not in family.denoisers]
+        block, whole = _block_bytes(family.denoiser, dtype), sum(sizes[name] for name in family.denoisers)
+        place, what = "on disk" if pipeline.offload_base == "disk" else "in main memory", " and ".join(family.denoisers)
+        offloaded = f"{place}: {_size(whole)} of the {what}, on the device a block of up to {_size(block)}"
     if adapter.method == "full":
         numbers = sum(_count(modules[name]) for name in trained)
         file, bases = _FLOAT32 * numbers, 0
@@ -100,7 +98,7 @@ def measure(path: str, settings: DreamBoothSettings, dtype: torch.dtype) -> Need
         file,
         bases,
         state,
-        sum(sizes.values()) - (0 if pipeline.train_text_encoder else sizes[family.denoiser_name]),
+        sum(size for name, size in sizes.items() if pipeline.train_text_encoder or name not in family.denoisers),
         sum(sizes[name] for name in resting) + block + state + bases,
         offloaded,
     )

@@ -5,6 +5,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,30 +49,36 @@ def load_family(
     special: dict[str, Any] = {}
     if vae is not None:
         special["vae"] = getattr(diffusers, index["vae"][1]).from_pretrained(vae)
-    name = kind.denoiser_name
+    names = kind.denoisers_in(index)
+    for name in names:
+        if not index.get(name) or index[name][0] is None:
+            raise ValueError(f"{path} is a {kind.pipeline} without its {name}")
     config = None
+    if quantize == "gguf" and len(names) > 1:
+        raise ValueError(f"--gguf-file holds one denoiser, but this {kind.pipeline} has two: {' and '.join(names)}")
     if quantize not in (None, "gguf"):
         texts = kind.quantized_texts([name for name, home in index.items() if home and home != [None, None]])
-        config = special["quantization_config"] = quantized(quantize, name, texts, dtype)
-    cls = getattr(diffusers, index[name][1])
-    origin = {"subfolder": name, "revision": revision, "variant": variant}
+        config = special["quantization_config"] = quantized(quantize, names, texts, dtype)
 
-    def denoiser() -> nn.Module:
+    def denoiser(name: str) -> nn.Module:
+        cls = getattr(diffusers, index[name][1])
         if quantize == "gguf":
             assert gguf_file is not None
             return denoiser_from_gguf(cls, gguf_file, path, name, dtype)
         packing = None if config is None else config.quant_mapping[name]
+        origin = {"subfolder": name, "revision": revision, "variant": variant}
         with _without_loading_bars():
             return cls.from_pretrained(path, torch_dtype=dtype, quantization_config=packing, **origin)
 
-    def ready() -> nn.Module:
-        return denoiser().requires_grad_(False).eval()
+    def ready(name: str) -> nn.Module:
+        return denoiser(name).requires_grad_(False).eval()
 
-    if text_first:
+    for name in names if text_first else ():
+        cls = getattr(diffusers, index[name][1])
         empty = without_values(cls, path, name, {"revision": revision} if revision else {})
         special[name] = nn.Module.to(empty, dtype)  # that of diffusers warns
-    elif quantize == "gguf":
-        special[name] = denoiser()
+    if quantize == "gguf" and not text_first:
+        special[names[0]] = denoiser(names[0])
     pipeline = getattr(diffusers, kind.pipeline)  # `DiffusionPipeline` would load an optional denoiser that is given
     with _without_loading_bars():
         pipe = pipeline.from_pretrained(
@@ -88,7 +95,7 @@ def load_family(
     family = kind(pipe, options, max_sequence_length)
     family.offload_to = offload_to
     if text_first:
-        family.denoiser_later = ready
+        family.denoisers_later = {name: partial(ready, name) for name in names}
     return family
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from randlora_vision.files.atomic import replacing
 from randlora_vision.files.untrusted import read_tensors
 from randlora_vision.json_values import check_type, parse_json
+from randlora_vision.training.dreambooth.experts import in_this_step
 from randlora_vision.training.methods.adaptation import copy_tensors, finite_gradients, values_restored
 
 _ADAPTER = "default"
@@ -57,22 +58,21 @@ class LoRAInPipeline:
 
     def check_gradients(self) -> list[str]:
         """Check that every component gets a gradient, which may be zero."""
-        for name in self.parts:
+        used = in_this_step(self.parts)
+        for name in used:
             first = (p.grad for path, p in self.trained.items() if path.startswith(f"{name}.") and ".lora_B." in path)
             if all(gradient is None for gradient in first):
                 raise ValueError(f"no gradient reaches the LoRA of {name}")
-        return finite_gradients(self.parameters())
+        return finite_gradients((path, p) for path, p in self.parameters() if path.partition(".")[0] in used)
 
     def save(self, path: Path) -> None:
         """Write a LoRA file in the format of diffusers."""
         from peft import get_peft_model_state_dict
 
-        arguments = {}
-        for name, part in self.parts.items():
-            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(part, adapter_name=_ADAPTER)
-            arguments[f"{name}_lora_adapter_metadata"] = self.configs[name].to_dict()
-        with replacing(path) as temporary:
-            self.pipe.save_lora_weights(temporary.parent, weight_name=temporary.name, **arguments)
+        layers = {name: get_peft_model_state_dict(part, adapter_name=_ADAPTER) for name, part in self.parts.items()}
+        metadata = {name: config.to_dict() for name, config in self.configs.items()}
+        with replacing(path) as temporary:  # `save_lora_weights` of Wan takes one transformer and calls this
+            self.pipe._save_lora_weights(temporary.parent, layers, metadata, weight_name=temporary.name)
 
     def load(self, model: Any, path: Path) -> None:
         """Load the file into a fresh pipeline."""
@@ -102,7 +102,10 @@ class LoRAInPipeline:
 
     def loading_code(self, path: Path) -> list[str]:
         """Return the code that calls `pipe.load_lora_weights`."""
-        return [f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})"]
+        file = f"{str(path.parent)!r}, weight_name={path.name!r}"
+        if "transformer_2" not in self.parts:
+            return [f"pipe.load_lora_weights({file})"]
+        return [f"pipe.{name}.load_lora_adapter({file}, prefix={name!r})" for name in self.parts]
 
     def _copy_in(self, pipe: Any, path: Path) -> None:
         from peft import set_peft_model_state_dict

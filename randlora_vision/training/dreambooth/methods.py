@@ -12,12 +12,14 @@ from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients,
 from randlora_vision.adapters.refill import refill
 from randlora_vision.files import bundle
 from randlora_vision.integrations import diffusers as pipelines
+from randlora_vision.training.dreambooth.experts import in_this_step
 from randlora_vision.training.dreambooth.families import Family
 from randlora_vision.training.dreambooth.lora import LoRAInPipeline
 from randlora_vision.training.dreambooth.options import DreamBoothSettings
 from randlora_vision.training.methods.adaptation import (
     Adaptation,
     TrainedTensors,
+    finite_gradients,
     quiet,
     randlora_config,
     target_names,
@@ -53,9 +55,9 @@ class RandLoRAInPipeline:
     def check_gradients(self) -> list[str]:
         """Check the gradients of every component; raise ValueError if one of them cannot learn."""
         notes = []
-        for name, part in self.parts.items():
+        for name in in_this_step(self.parts):
             try:
-                notes += [f"{name}: {note}" for note in check_gradients(part)]
+                notes += [f"{name}: {note}" for note in check_gradients(self.parts[name])]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return notes
@@ -100,6 +102,11 @@ class FullInPipeline(TrainedTensors):
         super().__init__(container, names, f"full fine-tuning of {' and '.join(components)}", ())
         self.components = list(components)
 
+    def check_gradients(self) -> list[str]:
+        """Require finite gradients of the components that had items."""
+        used = in_this_step(dict(self.model.named_children()))
+        return finite_gradients((name, p) for name, p in self.parameters() if name.partition(".")[0] in used)
+
     def load(self, model: Any, path: Path) -> None:
         """Copy the tensors of the file into the components of the pipeline."""
         super().load(components_of(model, self.components), path)
@@ -123,11 +130,13 @@ def components_of(pipe: Any, names: Sequence[str]) -> nn.ModuleDict:
 
 
 def trained_components(family: Family, settings: DreamBoothSettings) -> list[str]:
-    """Return the names of the trained components, the denoiser first."""
+    """Return the names of the trained components, the denoisers first; raise ValueError if it cannot be."""
     texts = [name for name in family.trainable_text_encoders if getattr(family.pipe, name) is not None]
     if settings.pipeline.train_text_encoder and not texts:
         raise ValueError("--train-text-encoder: this pipeline has no CLIP text encoder")
-    return [family.denoiser_name, *(texts if settings.pipeline.train_text_encoder else ())]
+    if settings.adapter.method == "lora" and not hasattr(family.pipe, "load_lora_weights"):
+        raise ValueError(f"diffusers loads no LoRA into a {family.pipeline}: give --method randlora")
+    return [*family.trained_denoisers, *(texts if settings.pipeline.train_text_encoder else ())]
 
 
 def adapt(family: Family, settings: DreamBoothSettings) -> PipelineAdaptation:
@@ -151,7 +160,7 @@ def adapter_configs(family: Family, settings: DreamBoothSettings) -> dict[str, R
 
 def _config(settings: DreamBoothSettings, family: Family, name: str) -> RandLoRAConfig:
     adapter, seed = settings.adapter, settings.training.seed
-    if name != family.denoiser_name:  # --target-modules applies only to the denoiser
+    if name not in family.denoisers:  # --target-modules applies only to the denoiser
         return randlora_config(replace(adapter, target_modules=()), seed, "diffusers:text")
     adapter = replace(adapter, exclude_modules=(*adapter.exclude_modules, *family.without_effect))
     return randlora_config(adapter, seed, "diffusers:attention")

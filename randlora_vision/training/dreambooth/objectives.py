@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from randlora_vision.training.dreambooth.experts import EXPERTS, places_of_experts
 from randlora_vision.training.dreambooth.noise import Noise
 from randlora_vision.training.option_fields import ABOVE_0, AT_LEAST_0, PART, RARE, Options, flag
 
@@ -58,6 +59,9 @@ class ObjectiveOptions(Options):
     discrete_flow_shift: str | None = field(default=None, metadata=RARE)
     """Flow matching: shift of the noise levels t to s t / (1 + (s - 1) t): the number s, or 'resolution' for the
     one that the scheduler's settings give for the size of an image. Default: the shift of the scheduler."""
+    expert: Literal["high-noise", "low-noise"] | None = field(default=None, metadata=RARE)
+    """For a pipeline of two transformers, for high and for low noise (Wan 2.2): adapt this one alone, at its noise
+    levels. Default: both, each at its own levels for half of the samples."""
     guidance_scale: float = field(default=3.5, metadata=RARE)
     """Guidance scale given to a guidance-distilled transformer (Flux.1, Flux.2) during training."""
 
@@ -192,7 +196,9 @@ class NoisePrediction:
 class FlowMatching:
     """The denoiser predicts the velocity, noise - latents, on the straight line between latents and noise."""
 
-    def __init__(self, scheduler: Any, options: ObjectiveOptions, patch_area: int = 4) -> None:
+    def __init__(
+        self, scheduler: Any, options: ObjectiveOptions, patch_area: int = 4, boundary: float | None = None
+    ) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         options.require_defaults(_OF_NOISE, "flow matching")
@@ -201,6 +207,7 @@ class FlowMatching:
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         self.options = options
         self.patch_area = patch_area  # places of the latents in one token
+        self.boundary = boundary  # the first timestep of the expert for high noise, if there are two
 
     def __call__(self, latents: Tensor, noise: Noise | None = None) -> Noised:
         """Add noise at levels drawn by the weighting scheme and shifted."""
@@ -220,8 +227,14 @@ class FlowMatching:
                 generator=generator,
             )
         )
+        area = latents[0, 0].numel()
         index = (density * steps).long().clamp(max=steps - 1)
-        sigma, timesteps = self._levels(index, latents[0, 0].numel())
+        if self.boundary is not None:
+            chosen = noise.each(lambda count, generator: torch.randint(2, (count,), generator=generator))
+            if options.expert is not None:
+                chosen = torch.full_like(chosen, EXPERTS.index(options.expert))
+            index = places_of_experts(self._levels(torch.arange(steps), area)[1], self.boundary, chosen, density)
+        sigma, timesteps = self._levels(index, area)
         sigma, timesteps = sigma.to(device), timesteps.to(device)
         amount = _per_item(sigma, latents)
         noisy = (1 - amount) * latents + amount * added

@@ -24,12 +24,12 @@ def require_library(kind: Quantization) -> None:
         )
 
 
-def quantized(kind: Quantization, denoiser: str, texts: Sequence[str], dtype: torch.dtype) -> Any:
-    """Return the `quantization_config` for loading a pipeline whose denoiser and texts are quantised.
+def quantized(kind: Quantization, denoisers: Sequence[str], texts: Sequence[str], dtype: torch.dtype) -> Any:
+    """Return the `quantization_config` for loading a pipeline whose denoisers and texts are quantised.
 
     Args:
         kind: How; a GGUF file is no such configuration: see `denoiser_from_gguf`.
-        denoiser: The name of the denoiser.
+        denoisers: The names of the denoisers.
         texts: The names of the text encoders.
         dtype: The precision in which the layers compute.
     """
@@ -38,7 +38,7 @@ def quantized(kind: Quantization, denoiser: str, texts: Sequence[str], dtype: to
     require_library(kind)
     return PipelineQuantizationConfig(
         quant_mapping={
-            **{denoiser: _config(kind, "diffusers", dtype)},
+            **{denoiser: _config(kind, "diffusers", dtype) for denoiser in denoisers},
             **{text: _config(kind, "transformers", dtype) for text in texts},
         }
     )

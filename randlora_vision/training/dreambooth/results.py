@@ -18,12 +18,15 @@ from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.task import Speed
 
 
-def base_model(settings: DreamBoothSettings) -> Base:
+def base_model(settings: DreamBoothSettings, family: Family) -> Base:
     """Return the base pipeline, for the card."""
     path, revision = settings.pipeline.pretrained_model_name_or_path, settings.pipeline.revision
+    task = "text-to-image" if family.takes is None else "image-to-image"  # the Hub has no name for inpainting
+    if family.frame_rate is not None:
+        task = "text-to-video"
     if path is None or Path(path).exists():
-        return Base("diffusers", "text-to-image", model_title(settings))
-    return Base("diffusers", "text-to-image", path, path, commit_of(path, revision))
+        return Base("diffusers", task, model_title(settings))
+    return Base("diffusers", task, path, path, commit_of(path, revision))
 
 
 def loading_code(

@@ -78,7 +78,8 @@ class Sampler:
 
     def _draw_few(self, encoded: Encoded, seeds: Sequence[int], start: int) -> Tensor:
         family, (height, width) = self.family, self.size
-        family.denoiser.eval()
+        for denoiser in family.denoisers.values():
+            denoiser.eval()
         # Use a second pipeline, as the scheduler keeps state; text encoders are not needed and may be elsewhere.
         view = family.like(**dict.fromkeys(family.text_encoder_names))
         view.set_progress_bar_config(disable=True)

@@ -109,7 +109,7 @@ def make_task(
     losses: Measure = partial(fixed_losses, loss, data, _fixed_batches(items, training.batch_size), training.seed)
     taken = [losses, *measures] if path is not None else [losses]
     text_lr = None if text_encoder_lr is None else Rate(text_encoder_lr, "text_encoder")
-    texts_learn = [p for name, part in parts.items() if name != family.denoiser_name for p in part.parameters()]
+    texts_learn = [p for name, part in parts.items() if name not in family.denoisers for p in part.parameters()]
     return AdaptedTask(
         adaptation,
         loss,

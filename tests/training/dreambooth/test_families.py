@@ -21,6 +21,7 @@ from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import adapt
 from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.options import DreamBoothAdapterOptions, DreamBoothOptions
+from randlora_vision.training.dreambooth.results import base_model
 from randlora_vision.training.dreambooth.samples import Gallery, Sampler, largest_difference
 from tests import tiny_families, tiny_pipelines
 from tests.tiny_families import LENGTHS, SIZES
@@ -151,8 +152,17 @@ def test_the_prediction_is_what_the_pipeline_gives_to_its_scheduler(name: str, r
         torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd_inpaint", "sdxl_inpaint", "flux_fill", "flux_kontext", "qwen_image_edit",
-                                  "qwen_image_edit_plus"])  # fmt: skip
+GIVEN = ("sd_inpaint", "sdxl_inpaint", "flux_fill", "flux_kontext", "qwen_image_edit", "qwen_image_edit_plus")
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_card_says_what_the_pipeline_does(name: str, recorded: Any) -> None:
+    video = name.startswith(("wan", "ltx"))
+    expected = "text-to-video" if video else "image-to-image" if name in GIVEN else "text-to-image"
+    assert base_model(resolve(DreamBoothOptions()), recorded(name).family).task == expected
+
+
+@pytest.mark.parametrize("name", GIVEN)
 @torch.no_grad()
 def test_pictures_are_made_from_the_images_shown(name: str, recorded: Any) -> None:
     run = recorded(name)

@@ -82,8 +82,13 @@ class Family:
         """The number of frames of what is generated."""
         self.options = options
         self.max_sequence_length = max_sequence_length
-        self.denoiser_later: Callable[[], nn.Module] | None = None
+        self.denoisers_later: dict[str, Callable[[], nn.Module]] = {}
         self.offload_to: Place | None = None
+        names = self.denoisers_in(pipe.config)
+        if absent := [name for name in names if getattr(pipe, name, None) is None]:
+            raise ValueError(f"this {type(pipe).__name__} has no {absent[0]}, which it needs for training")
+        if options.expert is not None and len(names) == 1:
+            raise ValueError(f"--expert is for a pipeline with two denoisers, but this {self.pipeline} has one")
         self.prepare_denoiser()
         check_conditioning(self)
         pipe.scheduler = scheduler_for(pipe.scheduler, options)
@@ -95,8 +100,23 @@ class Family:
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is called at every sampling step."""
+        """The network that is called at every sampling step, or the first of those that take turns."""
         return getattr(self.pipe, self.denoiser_name)
+
+    @classmethod
+    def denoisers_in(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the components that are denoisers in a pipeline of this configuration, the noisiest steps' first."""
+        return (cls.denoiser_name,)
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """All denoisers by their names."""
+        return {name: getattr(self.pipe, name) for name in self.denoisers_in(self.pipe.config)}
+
+    @property
+    def trained_denoisers(self) -> tuple[str, ...]:
+        """The names of the denoisers that are trained."""
+        return self.denoisers_in(self.pipe.config)
 
     @property
     def device(self) -> torch.device:
@@ -155,18 +175,20 @@ class Family:
         """Change what training needs otherwise in a denoiser, when it is made and when its weights are loaded."""
 
     def load_denoiser(self) -> None:
-        """Load the weights of the denoiser, if `load_family` left them out."""
-        if self.denoiser_later is not None:
-            setattr(self.pipe, self.denoiser_name, self.denoiser_later())
-            self.denoiser_later = None
+        """Load the weights of the denoisers, if `load_family` left them out."""
+        if self.denoisers_later:
+            for name, load in self.denoisers_later.items():
+                setattr(self.pipe, name, load())
+            self.denoisers_later = {}
             self.prepare_denoiser()
             if self.offload_to is None:
                 self.pipe.to(self.device)
 
     def offload(self) -> None:
-        """Offload the denoiser, if the options say so."""
+        """Offload the denoisers, if the options say so."""
         if self.offload_to is not None:
-            offload(self.denoiser, self.offload_to, self.device)
+            for denoiser in self.denoisers.values():
+                offload(denoiser, self.offload_to, self.device)
 
     def release(self) -> None:
         """Free the memory of the device, when the pipeline is no longer needed."""
@@ -174,19 +196,23 @@ class Family:
             self.pipe.to("cpu")
 
     def like(self, **parts: Any) -> Any:
-        """Return a pipeline of the same components, except those given, for sampling."""
+        """Return a pipeline of the same components and settings, except those given, for sampling."""
         cls = type(self.pipe)
+        settings = {
+            name: self.pipe.config[name] for name in cls._get_signature_keys(cls)[1] if name in self.pipe.config
+        }
         if self.offload_to is not None:  # the device of its weights is not where it computes
             cls = type(cls.__name__, (cls,), {"_execution_device": self.device})
-        return cls(**{**self.pipe.components, **parts, **self.loading})
+        return cls(**{**self.pipe.components, **settings, **parts, **self.loading})
 
     def move(self, device: torch.device) -> None:
-        """Move the pipeline to a device, except a denoiser without weights."""
-        denoiser = self.denoiser
-        if self.denoiser_later is not None:
-            setattr(self.pipe, self.denoiser_name, None)
+        """Move the pipeline to a device, except denoisers without weights."""
+        empty = {name: getattr(self.pipe, name) for name in self.denoisers_later}
+        for name in empty:
+            setattr(self.pipe, name, None)
         self.pipe.to(device)
-        setattr(self.pipe, self.denoiser_name, denoiser)
+        for name, denoiser in empty.items():
+            setattr(self.pipe, name, denoiser)
 
     def drop_text_encoders(self) -> None:
         """Remove the text encoders from the pipeline, once all needed prompts are encoded."""

@@ -31,7 +31,12 @@ class FlowFamily(Family):
                     f"{type(scheduler).__name__} with prediction_type={config.get('prediction_type')!r}"
                 )
             scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, config.get("flow_shift", 1.0))
-        return FlowMatching(scheduler, self.options, self.patch_area)
+        return FlowMatching(scheduler, self.options, self.patch_area, self.boundary)
+
+    @property
+    def boundary(self) -> float | None:
+        """The first timestep of the denoiser for high noise, if there is another one for low noise."""
+        return None
 
     @property
     def patch_area(self) -> int:

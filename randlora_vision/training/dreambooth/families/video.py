@@ -1,10 +1,12 @@
 """Video pipelines, trained on clips, of which an image is one of a single frame: Wan and LTX."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from randlora_vision.training.dreambooth.experts import EXPERTS
 from randlora_vision.training.dreambooth.families.base import MASKED, Encoded
 from randlora_vision.training.dreambooth.families.flow import FlowFamily
 from randlora_vision.training.dreambooth.families.precision import full_precision
@@ -36,21 +38,33 @@ class Video(FlowFamily):
 
 
 class Wan(StatisticsOfVAE, Video):
-    """Wan 2.1, and 2.2 with one transformer."""
+    """Wan 2.1 and 2.2: one transformer, or two experts, `transformer` for the noise levels from a boundary on."""
 
     pipeline = "WanPipeline"
-    frame_rate = 16  # at which 2.1 was trained; 2.2 TI2V at 24
+    frame_rate = 16  # at which all were trained but 2.2 TI2V, at 24
 
     def __init__(self, pipe: Any, *options: Any) -> None:
-        if pipe.config.boundary_ratio is not None:
-            raise ValueError(
-                "this WanPipeline has two transformers, one for each part of the noise levels, and only pipelines with "
-                "one can be trained (Wan 2.1, Wan 2.2 TI2V-5B)"
-            )
         super().__init__(pipe, *options)
         if pipe.config.expand_timesteps:
             self.frame_rate = 24
         self.frames_per_latent = int(pipe.vae_scale_factor_temporal)
+
+    @classmethod
+    def denoisers_in(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return both experts if there is a boundary between them."""
+        return ("transformer", "transformer_2") if config.get("boundary_ratio") is not None else ("transformer",)
+
+    @property
+    def trained_denoisers(self) -> tuple[str, ...]:
+        """Both experts, or the one that the options name."""
+        both = super().trained_denoisers
+        return both if self.options.expert is None else (both[EXPERTS.index(self.options.expert)],)
+
+    @property
+    def boundary(self) -> float | None:
+        """The timestep at which the pipeline changes the expert."""
+        ratio: float | None = self.pipe.config.boundary_ratio
+        return None if ratio is None else ratio * self.pipe.scheduler.config.num_train_timesteps
 
     @property
     def size_multiple(self) -> int:
@@ -64,13 +78,23 @@ class Wan(StatisticsOfVAE, Video):
         return 480
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompt: Encoded, sizes: Tensor) -> Tensor:
-        """Call the transformer; Wan 2.2 TI2V takes a timestep per token."""
+        """Call the transformer, or the experts, each with its items; Wan 2.2 TI2V takes a timestep per token."""
+        if self.boundary is None:
+            return self._of_one(self.denoiser, latents, timesteps, prompt["prompt_embeds"])
+        high = timesteps >= self.boundary
+        places = [part.nonzero()[:, 0] for part in (high, ~high)]
+        answers = [
+            self._of_one(expert, latents[own], timesteps[own], prompt["prompt_embeds"][own])
+            for expert, own in zip(self.denoisers.values(), places, strict=True)
+            if len(own)
+        ]
+        return torch.cat(answers)[torch.cat(places).argsort()]
+
+    def _of_one(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         if self.pipe.config.expand_timesteps:
             frames, height, width = latents.shape[2:]
             timesteps = timesteps[:, None].expand(-1, frames * (height // 2) * (width // 2))
-        answer: Tensor = self.denoiser(
-            hidden_states=latents, timestep=timesteps, encoder_hidden_states=prompt["prompt_embeds"]
-        ).sample
+        answer: Tensor = transformer(hidden_states=latents, timestep=timesteps, encoder_hidden_states=text).sample
         return answer
 
 
