@@ -27,6 +27,7 @@ from randlora_vision.files.atomic import write_json
 RESULTS = Path(__file__).parent / "results" / "dreambooth.json"
 ALL_AT_ONCE = "all parts loaded together"
 _BF16, _CHECKPOINTS = ("--mixed-precision", "bf16"), ("--gradient-checkpointing",)
+_INT8 = ("--quantize", "torchao-int8")
 _ADAM, _DISK, _FULL = ("--use-8bit-adam",), ("--offload-base", "disk"), ("--method", "full")
 ROWS: dict[str, tuple[str, ...]] = {
     "`--method full`": _FULL,
@@ -34,11 +35,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     ALL_AT_ONCE: (),
     "the default: the denoiser after the text encoders": (),
     "`--use-8bit-adam`": _ADAM,
-    "`--quantize torchao-int8`": ("--quantize", "torchao-int8"),
+    "`--quantize torchao-int8`": _INT8,
     "`--mixed-precision bf16`": _BF16,
     "`--gradient-checkpointing`": _CHECKPOINTS,
     "`--mixed-precision bf16 --gradient-checkpointing --use-8bit-adam`": (*_BF16, *_CHECKPOINTS, *_ADAM),
+    "`--quantize torchao-int8 --gradient-checkpointing`": (*_INT8, *_CHECKPOINTS),
     "`--offload-base disk` (with checkpointing)": _DISK,
+    "`--offload-base disk --mixed-precision bf16`": (*_DISK, *_BF16),
 }
 
 
@@ -73,7 +76,7 @@ def build(folder: Path, quick: bool) -> dict[str, int]:
     from benchmarks.clip_vocabulary import clip_tokenizer
 
     torch.manual_seed(0)
-    width, layers, size = (64, 2, 32) if quick else (256, 4, 64)
+    width, layers, size = (64, 2, 32) if quick else (384, 6, 64)
     parts: dict[str, Any] = {
         "transformer": SD3Transformer2DModel(
             sample_size=size // 8,

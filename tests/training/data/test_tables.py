@@ -150,13 +150,15 @@ def test_captions_of_other_tools_and_captions_without_an_image(tmp_path: Path) -
     write_images(tmp_path, IMAGES)
     for name, text in (("000.txt", "of 0\n"), ("001.caption", "of 1"), ("002.TXT", "of 2"), ("003.png.txt", "of 3")):
         (tmp_path / name).write_text(text)
-    write_text(tmp_path / "metadata.csv", 'file_name,text\n004.png,"of 4, too"\n000.png,no\nnowhere.png,x\n')
+    write_text(
+        tmp_path / "metadata.csv", 'file_name,text\n004.png,"of 4, too"\n000.png,no\nnowhere.png,x\n004.png,4 again\n'
+    )
     write_text(tmp_path / "metadata.jsonl", json.dumps({"file_name": "005.png", "caption": "of 5"}))
     (tmp_path / "orphan.txt").write_text("no image")
     skipped = SkipList(tmp_path / "skipped.txt")
     subject = read_subject(SubjectOptions(instance_data_dir=str(tmp_path), instance_prompt="all"), skipped)
-    assert subject.captions == ["of 0", "of 1", "of 2", "of 3", "of 4, too", "of 5", "all", "all"]
+    assert subject.captions == ["of 0", "of 1", "of 2", "of 3", "of 4, too", "4 again", "of 5", "all", "all"]
     assert set(listed(tmp_path / "skipped.txt")) == {"orphan.txt", "metadata.csv:4"}
     found = captions_of(read(tmp_path, SkipList()))
     expected = [f"of {n}" for n in range(4)] + ["of 4, too", "of 5"]
-    assert found == {f"{n:03}.png": [text] for n, text in enumerate(expected)}
+    assert found == {f"{n:03}.png": [text, "4 again"] if n == 4 else [text] for n, text in enumerate(expected)}

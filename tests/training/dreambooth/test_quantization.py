@@ -126,10 +126,11 @@ def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
 def test_configurations_of_libraries_that_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="bnb-nf4: diffusers quantises with bitsandbytes on a GPU only"):
-        quantization.quantized("bnb-nf4", "transformer", [], torch.bfloat16)
+        quantization.quantized("bnb-nf4", ["transformer"], [], torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for kind, bits in (("bnb-nf4", 4), ("bnb-int8", 8)):
-        parts = quantization.quantized(kind, "transformer", ["text_encoder_2"], torch.bfloat16).quant_mapping  # type: ignore[arg-type]
+        found = quantization.quantized(kind, ["transformer"], ["text_encoder_2"], torch.bfloat16)  # type: ignore[arg-type]
+        parts = found.quant_mapping
         assert {name: type(part).__module__.partition(".")[0] for name, part in parts.items()} == {
             "transformer": "diffusers",
             "text_encoder_2": "transformers",

@@ -53,6 +53,8 @@ def read_captions(
 ) -> list[tuple[Path, str | None]]:
     """Return the images of a folder, and those that its metadata names, with their captions; None for none.
 
+    An image with several captions in the metadata comes as often.
+
     `is_item` says of a file name whether it is that of an image, or of whatever else has captions.
 
     A text file beside an image (1.txt or 1.caption for 1.jpg; 1.jpg.txt) takes precedence over the metadata. Captions
@@ -66,11 +68,13 @@ def read_captions(
         if not path.is_file():
             skipped.add(str(path), "it is not a regular file")
     beside = {(path.stem, path.suffix.lower()): path for path in files if path.is_file()}
-    listed: dict[Path, str | None] = {}
+    listed: dict[Path, list[str | None]] = {}
     for place, name, caption in _metadata(folder):
         image = folder / name
         if os.path.isfile(image):  # unlike Path's, it returns False for a name that is too long
-            listed[image] = caption or None  # an empty cell is not a caption, but an empty text file is one
+            listed.setdefault(image, []).append(
+                caption or None
+            )  # an empty cell is not a caption, but an empty text file is one
         else:
             skipped.add(place, f"there is no image {name} for its caption")
     names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
@@ -79,17 +83,19 @@ def read_captions(
     found: list[tuple[Path, str | None]] = []
     for image in (*images, *(image for image in listed if image not in names)):
         own = next((beside[key] for key in names.get(image, ()) if key in beside), None)
-        text = read_text(own) if own else listed.get(image)
-        found.append((image, None if text is None else clean_caption(text)))
+        texts = [read_text(own)] if own else dict.fromkeys(listed.get(image, [None]))
+        found += [(image, None if text is None else clean_caption(text)) for text in texts]
     return found
 
 
 def caption_folder_part(folder: Path, skipped: SkipList) -> Part:
     """Read a folder of images with captions; raises as `read_captions` does."""
-    found = read_captions(folder, skipped)
-    whole = whole_images([image for image, _ in found], skipped)
-    kept = [item for item, readable in zip(found, whole, strict=True) if readable]
-    return Part(str(folder), [image for image, _ in kept], captions=[[caption] for _, caption in kept])
+    captions: dict[Path, list[str | None]] = {}
+    for image, caption in read_captions(folder, skipped):
+        captions.setdefault(image, []).append(caption)
+    whole = whole_images(list(captions), skipped)
+    kept = [image for image, readable in zip(captions, whole, strict=True) if readable]
+    return Part(str(folder), kept, captions=[captions[image] for image in kept])
 
 
 def _metadata(folder: Path) -> Iterator[tuple[str, str, str]]:
