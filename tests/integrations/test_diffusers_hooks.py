@@ -14,9 +14,8 @@ from torch import Tensor
 from randlora_vision import RandLoRAConfig, adapter_parameters, check_gradients, inject, merge, unmerge
 from randlora_vision.integrations import diffusers as integration
 from tests.helpers import randomize
-from tests.pipeline_helpers import adapt, difference
-from tests.tiny_pipelines import PIPELINES, SD15, sample
-from tests.zoo.base import unmute
+from tests.pipeline_helpers import adapt, difference, few_targets
+from tests.tiny_pipelines import PIPELINES, sample, shallow_sd15
 
 CLOSE = 2e-3
 CPU = torch.device("cpu")
@@ -167,18 +166,6 @@ def test_half_precision_keeps_the_adapter_in_float32(loaded: str, adapter: Path,
     assert torch.equal(sample(pipe), sample(low)) and difference(sample(low), image) > 0
 
 
-def shallow() -> Any:
-    """A pipeline whose UNet has one block with attention and one without: compiling takes its time by the block."""
-    from diffusers import UNet2DConditionModel
-
-    pipe = PIPELINES["sd15"]()
-    sides = dict(down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",))
-    torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel(**{**SD15, **sides, "block_out_channels": (16,)}).eval()
-    unmute(pipe.unet)
-    return pipe
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("loaded", "in_place"), [("before", False), ("after", True)])
 def test_compiled_denoisers(loaded: str, in_place: bool, tmp_path: Path) -> None:
@@ -188,13 +175,13 @@ def test_compiled_denoisers(loaded: str, in_place: bool, tmp_path: Path) -> None
         else:
             pipe.unet = torch.compile(pipe.unet, backend="eager")
 
-    plain = shallow()
+    plain = shallow_sd15()
     base = sample(plain)
-    adapt(plain)
+    few_targets(plain.unet)
     image = sample(plain)
     adapter = integration.save_adapter(plain, tmp_path / "adapter.safetensors")
 
-    pipe = around(loaded, adapter, compile_it, shallow)
+    pipe = around(loaded, adapter, compile_it, shallow_sd15)
     assert difference(sample(pipe), image) < CLOSE < difference(base, image)  # another order of products
     with integration.disabled(pipe):
         assert torch.equal(sample(pipe), base)

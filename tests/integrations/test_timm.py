@@ -364,7 +364,9 @@ def test_peft_loses_the_weights_that_are_read() -> None:
 def test_compiled() -> None:
     """A model that reads its weights and has windows; the layers themselves are compiled in tests/layers."""
     family = FAMILY["swinv2"]
-    model = trained(family, depths=(2,), num_heads=(2,))
+    model = frozen(family, depths=(2,), num_heads=(2,))
+    inject(model, config(family, target_modules="timm:attention"))
+    draw(model)
     reading(run(family, model)).backward()
     expected = {name: parameter.grad.clone() for name, parameter in adapter_parameters(model)}
     twin = copy.deepcopy(model)

@@ -121,7 +121,6 @@ def test_an_adapter_from_injection_to_removal(family: Family, tmp_path: Path) ->
     check_classifier(family, model, other, inside, tmp_path / "adapter.safetensors")
     remove(model)
     assert_same(snapshot(model), before)
-    assert torch.equal(run(family, model), reference)
 
 
 @torch.enable_grad()

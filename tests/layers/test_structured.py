@@ -135,7 +135,7 @@ def test_a_vits_step_costs_little_more_than_loras() -> None:
     peft = pytest.importorskip("peft")
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        base = timm.create_model("vit_base_patch16_224", depth=3, num_classes=0).requires_grad_(False)
+        base = timm.create_model("vit_base_patch16_224", depth=2, num_classes=0).requires_grad_(False)
     targets = ["qkv", "attn.proj", "fc1", "fc2"]
     ours, dense = copy.deepcopy(base), copy.deepcopy(base)
     inject(ours, RandLoRAConfig(rank=32, target_modules=targets, bases="structured"))
