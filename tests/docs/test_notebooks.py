@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from randlora_vision.demos import classifier, clip
+from randlora_vision.training.dreambooth import task as dreambooth_task
 
 nbformat = pytest.importorskip("nbformat")  # with nbclient, in environments of `make test`
 from examples.execute import NOTEBOOKS, execute  # noqa: E402
@@ -19,12 +20,19 @@ _PLACES = re.compile(r"/(?:home|root|tmp|usr|work|Users|opt|var)/|site-packages|
 # Training is cut short; what a cell prints and draws does not depend on it.
 _SHORTER = {
     "photographs": {"range(4)": "range(1)", "total_steps=4 *": "total_steps=1 *", "[:1000]": "[:100]"},
-    "clip": {"relative_step=0.055), 140": "relative_step=0.055), 3", "[:1000]": "[:100]"},
+    "clip": {
+        "relative_step=0.055), 140": "relative_step=0.055), 3",
+        "[:1000]": "[:100]",
+        "scales = [0, 0.2, 0.4, 0.6, 0.8, 1]": "scales = [0, 1]",
+    },
     "subject": {
-        '"240"': '"3"',
+        '"240"': '"1"',
+        'PROMPT = "a sks face"': f'PROMPT = "a sks face"\n{dreambooth_task.__name__}._MEASURED = 2',
+        "import demo_pipeline_folder": f"import demo_pipeline_folder\nimport {dreambooth_task.__name__}",
         '"--num-class-images", "45"': '"--num-class-images", "9"',
         '"--num-inference-steps", "12"': '"--num-inference-steps", "1"',
         "num_inference_steps=12": "num_inference_steps=1",
+        "scales = [0, 0.5, 0.75, 1, 1.25]": "scales = [0, 1]",
     },
 }
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

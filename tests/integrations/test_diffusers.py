@@ -97,11 +97,17 @@ BAD_SCALES: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_SCALES)
-def test_a_bad_scale_changes_none(case: str) -> None:
+@pytest.fixture(scope="module")
+def unchanged() -> tuple[Any, torch.Tensor]:
+    """An adapted pipeline, and its picture."""
     pipe = PIPELINES["sd15"]()
     adapt(pipe)
-    image = sample(pipe)
+    return pipe, sample(pipe)
+
+
+@pytest.mark.parametrize("case", BAD_SCALES)
+def test_a_bad_scale_changes_none(case: str, unchanged: tuple[Any, torch.Tensor]) -> None:
+    pipe, image = unchanged
     scales, name, message = BAD_SCALES[case]
     with pytest.raises(ValueError, match=message):
         integration.set_scales(pipe, scales, name)

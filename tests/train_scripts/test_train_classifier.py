@@ -346,12 +346,12 @@ def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(pretraining, "training_batches", read_once)
     smaller = {**demo_classifier._MODEL_ARGS, "embed_dim": 64, "depth": 2, "num_heads": 2}
     monkeypatch.setattr(demo_classifier, "_MODEL_ARGS", smaller)
-    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=150, lr=3e-3))
-    argv = ["--steps", "60", "--eval-every", "60", "--batch-size", "64", "--cache-dir", str(tmp_path / "cache")]
+    monkeypatch.setattr(demo_classifier, "_PRETRAINING", Pretraining(steps=120, batch_size=32, lr=3e-3))
+    argv = ["--steps", "50", "--eval-every", "50", "--batch-size", "32", "--cache-dir", str(tmp_path / "cache")]
     run_script("train_classifier", argv, {"--output-dir": str(tmp_path / "run")})
     assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
     values = summary(tmp_path / "run")
-    assert values["before"]["original"]["top1"] > 0.5  # the task the base was trained on
+    assert values["before"]["original"]["top1"] > 0.4  # the task the base was trained on, of five classes
     assert values["before"]["test"]["top1"] < 0.2
-    assert values["after"]["test"]["top1"] > values["before"]["test"]["top1"] + 0.15
+    assert values["after"]["test"]["top1"] > values["before"]["test"]["top1"] + 0.1
     assert values["reload_difference"] == 0
