@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,9 @@ from tests.kept_parsers import keep_parsers
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers with several threads each wait for one another. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell's script starts what ends in "&"; tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FEW = 20  # modules
 imported = 0
