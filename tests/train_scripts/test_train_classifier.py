@@ -342,7 +342,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 @pytest.mark.slow
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the default, with a smaller base that is pretrained on pictures that are read once."""
-    draw_nothing(monkeypatch)  # the embedded default of train_clip.py draws, with the same functions
+    draw_nothing(monkeypatch)  # train_clip.py, run from the installed wheel, draws with the same functions
     monkeypatch.setattr(pretraining, "training_batches", read_once)
     smaller = {**demo_classifier._MODEL_ARGS, "embed_dim": 64, "depth": 2, "num_heads": 2}
     monkeypatch.setattr(demo_classifier, "_MODEL_ARGS", smaller)

@@ -464,9 +464,9 @@ def test_the_towers_of_a_resnet_cannot_be_checkpointed(
 def test_a_compiled_run_learns_the_same(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Other backends compile the same graphs; tests/layers/test_compile.py compares their results for the adapters.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    vision = {**TINY_CONFIG["vision_cfg"], "layers": 1}  # compiling takes its time by the layer
+    vision = {**TINY_CONFIG["vision_cfg"], "layers": 1}  # compiling takes its time by the layer and by the adapter
     model = write_tiny_clip(tmp_path / "model", {**TINY_CONFIG, "vision_cfg": vision})
-    flags = ["--model", f"local-dir:{model}", "--towers", "vision"]
+    flags = ["--model", f"local-dir:{model}", "--target-modules", "visual.transformer.resblocks.0.mlp.c_fc"]
     plain = train(*flags, "--output-dir", str(tmp_path / "plain")).parent / "plain"
     train(*flags, "--torch-compile", "--output-dir", str(tmp_path / "compiled"))
     for one, other in zip(numbers(plain), numbers(tmp_path / "compiled"), strict=True):
@@ -547,6 +547,7 @@ def test_a_diverged_run_keeps_the_last_good_adapter(train: Any, tiny: Path, tmp_
 @pytest.mark.slow
 def test_the_embedded_default_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the default, with a smaller base that is pretrained for half of its steps, in half of its batches."""
+    draw_nothing(monkeypatch)  # the run of the installed wheel draws
     smaller = copy.deepcopy(demo_clip._MODEL_CONFIG) | {"embed_dim": 64}
     smaller["vision_cfg"] |= {"width": 64, "layers": 2}
     smaller["text_cfg"] |= {"width": 64, "layers": 1, "heads": 2}
