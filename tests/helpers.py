@@ -6,6 +6,7 @@ Shapes: O out, I in, M wide side, m narrow side, R rank, N bases.
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +26,23 @@ def dense_delta(
     """
     rank, bases = lam.shape
     wide, narrow = max(shape), min(shape)
-    a = torch.from_numpy(generate(kind, seed, 0, rank, narrow, density_side)).double()
-    b = torch.from_numpy(generate(kind, seed, 1, wide, rank * bases, density_side)).double()
-    total = torch.zeros(wide, narrow, dtype=torch.float64)
-    for n in range(bases):
-        b_n = b[:, n::bases]
-        total = total + b_n @ torch.diag(lam[:, n].double()) @ a @ torch.diag(gamma[n].double())
+    a = generated(kind, seed, 0, rank, narrow, density_side)
+    b = generated(kind, seed, 1, wide, rank * bases, density_side).unflatten(1, (rank, bases))
+    total = torch.einsum("orn,rn,ri,ni->oi", b, lam.double(), a, gamma.double())
     return scale * (total if shape[0] >= shape[1] else total.T)
+
+
+@functools.lru_cache(maxsize=256)
+def generated(kind: str, seed: int, matrix: int, rows: int, columns: int, density_side: int) -> Tensor:
+    """One of the random matrices, in float64."""
+    return torch.from_numpy(generate(kind, seed, matrix, rows, columns, density_side)).double()
 
 
 def parameter_path(base: nn.Module, target: str) -> str:
     """The parameter that a report calls `target`."""
-    return target if target in dict(base.named_parameters()) else f"{target}.weight".lstrip(".")
+    owner, _, name = target.rpartition(".")
+    is_parameter = name in dict(base.get_submodule(owner).named_parameters(recurse=False))
+    return target if is_parameter else f"{target}.weight".lstrip(".")
 
 
 def dense_weights(

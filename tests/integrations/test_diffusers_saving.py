@@ -220,15 +220,13 @@ def test_a_model_made_from_an_adapted_one_is_made_from_what_was_chosen(call: str
 
 def shared(made: nn.Module, source: nn.Module, base: nn.Module) -> int:
     """Number of the weights that `made` and `base` share, after a check that `made` copied them from `source`."""
-    from_source, from_base = source.state_dict(), base.state_dict()
-    assert not any("randlora" in name for name in made.state_dict())
-    names = [
-        name for name, value in made.state_dict().items() if name in from_base and value.shape == from_base[name].shape
-    ]
+    copied, from_source, from_base = made.state_dict(), source.state_dict(), base.state_dict()
+    assert not any("randlora" in name for name in copied)
+    names = [name for name, value in copied.items() if name in from_base and value.shape == from_base[name].shape]
     for name in names:
         if name.startswith(("down_blocks", "mid_block", "transformer_blocks", "blocks")):
-            assert torch.equal(made.state_dict()[name], from_source[name]), name
-    return sum(torch.equal(made.state_dict()[name], from_base[name]) for name in names)
+            assert torch.equal(copied[name], from_source[name]), name
+    return sum(torch.equal(copied[name], from_base[name]) for name in names)
 
 
 def test_checkpoints_of_training_are_whole_and_silent(tmp_path: Path) -> None:

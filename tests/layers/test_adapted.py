@@ -213,7 +213,8 @@ def test_adapted_modules_keep_their_identity() -> None:
     assert [isinstance(module, AdaptedModule) for module in adapted] == [True, True, True]
     kept = {key: value for key, value in adapted.state_dict().items() if "_randlora_" not in key}
     assert list(kept) == list(base.state_dict())
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in kept.items())
+    state = base.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in kept.items())
     remove(adapted)
     assert [type(module) for module in adapted.modules()] == [type(module) for module in base.modules()]
     assert [sorted(m.__dict__) for m in adapted.modules()] == [sorted(m.__dict__) for m in base.modules()]

@@ -81,7 +81,8 @@ def test_clip_merges_saves_and_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(fresh.encode_image(x), out, rtol=1e-4, atol=1e-5)  # type: ignore[operator]
     unmerge(fresh)
     remove(fresh)
-    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in base.state_dict().items())
+    state = fresh.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

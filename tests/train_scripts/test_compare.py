@@ -24,8 +24,9 @@ from tests.training_helpers import (
 SUBJECT = ("--pretrained-model-name-or-path", "a", "--instance-data-dir", "b", "--instance-prompt", "c")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compare() -> Any:
+    as_in_a_new_process()
     return script("compare")
 
 
@@ -121,7 +122,6 @@ def test_dreambooth_with_loras_of_the_same_size(
     picture.save(tmp_path / "subject" / "1.png")
     draw_nothing(monkeypatch)
     monkeypatch.setattr(dreambooth_task, "_MEASURED", 2)
-    as_in_a_new_process()
     words = ["--script", "dreambooth", "--pretrained-model-name-or-path", str(tmp_path / "sd15"), "--go-on"]
     words += ["--instance-data-dir", str(tmp_path / "subject"), "--instance-prompt", "a photo of sks digit"]
     words += ["--prior-prompt", "a dog", "--num-prior-images", "1", "--resolution", "16", "--num-inference-steps", "2"]
