@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from randlora_vision.torch_internals import writes_are_private
+from randlora_vision.torch_internals import is_jit_tracing, writes_are_private
 
 
 class Costs(NamedTuple):
@@ -123,7 +123,12 @@ def range_power(gamma: Tensor) -> int:
 
 def scaled_a(a: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Af (K, m) in `dtype`."""
-    return (lam[:, :, None] * a[:, None, :] * gamma[None]).reshape(-1, gamma.shape[1]).to(dtype)
+    af = lam[:, :, None] * a[:, None, :]
+    # In place where nothing records or transforms it, since a second matrix of this size costs time. Fake tensors and
+    # those of transforms are not Parameters, and compiled code multiplies lambda by its scale.
+    plain = type(lam) is type(gamma) is nn.Parameter and not torch.is_grad_enabled() and not is_jit_tracing()
+    af = af.mul_(gamma) if plain else af * gamma
+    return af.reshape(-1, gamma.shape[1]).to(dtype)
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
@@ -153,12 +158,13 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
 
 
 def diagonal_gradients(a: Tensor, lam: Tensor, gamma: Tensor, d_af: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of lambda and gamma from that of Af (K, m)."""
+    """Gradients of lambda and gamma from that of Af (K, m), which may be overwritten."""
     rank, bases = lam.shape
-    by_base = (d_af.to(lam.dtype).view(rank, bases, -1) * a[:, None, :]).transpose(0, 1)  # (N, R, m)
+    private, right = writes_are_private(), gamma[:, :, None]
+    split, factors = d_af.to(lam.dtype).view(rank, bases, -1), a[:, None, :]
+    by_base = (split.mul_(factors) if private else split * factors).transpose(0, 1)  # (N, R, m)
     d_gamma = torch.bmm(lam.t()[:, None, :], by_base)[:, 0]
-    right = gamma[:, :, None]
-    if not writes_are_private():
+    if not private:
         return torch.bmm(by_base, right)[:, :, 0].t().contiguous(), d_gamma
     d_lam = torch.empty_like(lam)
     torch.bmm(by_base, right, out=d_lam.t()[:, :, None])

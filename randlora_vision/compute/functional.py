@@ -41,6 +41,7 @@ def randlora_linear(
     out_features: int,
     dtype: torch.dtype | None = None,
     pinned: Plan = ANY,
+    compiling: bool | None = None,
 ) -> Tensor:
     """Compute ``x (W + sum of the updates)^T + bias`` in the cheapest exact order for this number of tokens.
 
@@ -53,6 +54,7 @@ def randlora_linear(
         out_features: O.
         dtype: The dtype of the matrix products; None means x's. Lambda, gamma and their gradients keep their dtype.
         pinned: Orders to use instead of the cheapest.
+        compiling: Result of ``torch.compiler.is_dynamo_compiling()``, if the caller knows it.
 
     Returns:
         (..., O) in `dtype`.
@@ -63,12 +65,14 @@ def randlora_linear(
     for term in terms:  # not a comprehension, which is one more call per pass of a layer
         ready.append(term.prepared())
     narrow, features = ready[0].gamma.shape[1], x.shape[-1]
-    compiling = torch.compiler.is_dynamo_compiling()
+    if compiling is None:
+        compiling = torch.compiler.is_dynamo_compiling()
     # In compiled code, the sizes of x may be symbols; those of Parameters are not.
     tall = out_features == ready[0].wide if compiling else features == narrow
     wide = ready[0].wide if compiling else max(features, out_features)
     flat = x.reshape(-1, features)
-    if torch_exports() or (not compiling and is_jit_tracing()):
+    plain = not compiling and type(x) is Tensor  # torch.export traces with tensors of another type
+    if (not plain and torch_exports()) or (not compiling and is_jit_tracing()):
         # Exact for any number of tokens, and never much dearer than another order.
         return orders.output(flat, weight, bias, ready, tall, "factored").reshape(*x.shape[:-1], out_features)
     for_input = for_adapter = for_weight = for_bias = False

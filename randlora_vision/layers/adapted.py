@@ -64,7 +64,7 @@ class AdaptedModule(GuardedParameters):
 
     def add_updates(self, param: str, weight: Tensor, names: list[str]) -> Tensor:
         """`weight` plus the updates of the named adapters, in the shape in which the module stores `param`."""
-        terms = self._terms(param, names, weight.dtype)
+        terms = self._terms(param, names, weight.dtype, torch.compiler.is_dynamo_compiling())
         return _updated(self._randlora[param], weight, terms)
 
     def base_weight(self, param: str = "weight") -> Tensor:
@@ -84,11 +84,10 @@ class AdaptedModule(GuardedParameters):
             return state.original
         return computed_without_merging(self, param, state) if state.merged else self.base_weight(param)
 
-    def _terms(self, param: str, names: list[str], dtype: torch.dtype) -> tuple[Term, ...]:
-        """The named adapters' parts of the update, with products in `dtype`."""
+    def _terms(self, param: str, names: list[str], dtype: torch.dtype, compiling: bool) -> tuple[Term, ...]:
+        """The named adapters' parts of the update, with products in `dtype`; `compiling` is True in torch.compile."""
         state = self._randlora[param]
         wide, call_scale = max(state.out_features, state.in_features), state.switches.call_scale
-        compiling = torch.compiler.is_dynamo_compiling()
         terms = []
         for name in names:
             slot = state.slots[name]
@@ -109,7 +108,7 @@ class AdaptedModule(GuardedParameters):
         if not live or is_sharded(base) or (base.is_meta and not self.adapter_tensors(param, live[0])[0].is_meta):
             return base
         low = autocast_dtype(base)
-        terms = self._terms(param, live, low or base.dtype)
+        terms = self._terms(param, live, low or base.dtype, torch.compiler.is_dynamo_compiling())
         opened = current_scope()
         if opened is None or state.transposed:
             return _updated(state, base, terms)
@@ -121,23 +120,13 @@ class AdaptedModule(GuardedParameters):
     def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool) -> Tensor | None:
         """The named adapters' contribution to a linear layer's output (..., O), or None; `drop` applies dropout."""
         state, total = self._randlora["weight"], None
+        compiling = torch.compiler.is_dynamo_compiling()
         for name in names:
             dropped = F.dropout(x, state.slots[name].dropout) if drop else x
-            terms, pinned = self._terms("weight", [name], dtype), state.pinned([name])
+            terms, pinned = self._terms("weight", [name], dtype, compiling), state.pinned([name])
             out = randlora_linear(dropped, None, None, terms, state.out_features, dtype, pinned)
             total = out if total is None else total + out
         return total
-
-    def _split_dropout(self) -> tuple[list[str], list[str]]:
-        """Live adapters of a linear layer, split into those without and those with active dropout."""
-        state = self._randlora["weight"]
-        kept = live = state.live()
-        dropped: list[str] = []
-        if self.training:
-            kept = []
-            for name in live:
-                (dropped if state.slots[name].dropout > 0 else kept).append(name)
-        return kept, dropped
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module, but lambda and gamma stay float32 when the model is converted to half precision."""

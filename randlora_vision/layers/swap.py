@@ -133,17 +133,18 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     if state.switches.mixture is not None and state.switches.enabled:
         mixed = mixed_linear(self, state.switches.mixture, input, weight, bias, dtype or weight.dtype)
         return F.linear(input, weight, bias) if mixed is None else mixed
-    fused, dropped = self._split_dropout()
+    compiling = torch.compiler.is_dynamo_compiling()  # asked once: a pass of a small layer is bound by calls in Python
+    fused, dropped = state.split(self.training, compiling)
     if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):
         return F.linear(input, weight, bias)  # the base layer, including its error for a wrong dtype
     dtype = dtype or weight.dtype
     if fused:
-        terms, out = self._terms("weight", fused, dtype), None
+        terms, out = self._terms("weight", fused, dtype, compiling), None
         pinned = PINNED[state.slots[fused[0]].compute] if len(fused) == 1 else state.pinned(fused)
         if not torch.is_grad_enabled() and pinned.forward != "factored":
             out = _from_cache(input, weight, bias, terms, dtype)
         if out is None:
-            out = randlora_linear(input, weight, bias, terms, weight.shape[0], dtype, pinned)
+            out = randlora_linear(input, weight, bias, terms, weight.shape[0], dtype, pinned, compiling)
     else:
         out = F.linear(input, weight, bias)
     if not dropped:
@@ -174,7 +175,7 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if mixture is not None:
             mixed = mixed_linear(self, mixture, input, None, None, dtype)
             return out if mixed is None else out + mixed.to(out.dtype)
-        kept, dropped = self._split_dropout()
+        kept, dropped = self._randlora["weight"].split(self.training, torch.compiler.is_dynamo_compiling())
         for names, drop in ((kept, False), (dropped, True)):
             branch = self._branch(input, names, dtype, drop)
             if branch is not None:
