@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _profile(rows, options.modes, setting, options.output)
         return
     columns = ["images", *(EVERY[name].title for name in methods), "blocks", "rounds"]
-    head = f"Time of a step over that of PEFT's LoRA: median (95% interval). {_where(setting)}\n\n{table([columns])}"
+    head = f"Time of a step over that of PEFT's LoRA: median (95% interval). {where(setting)}\n\n{table([columns])}"
     found = _earlier(options.output, head) if options.output else {}
     for line in tqdm(lines(rows, options.modes, setting), total=len(rows) * len(options.modes), unit="row"):
         found[line[0]] = line
@@ -203,7 +203,7 @@ def _earlier(path: Path, head: str) -> dict[str, list[str]]:
 
 
 def _profile(rows: Sequence[Row], modes: Sequence[str], setting: Setting, output: Path | None) -> None:
-    text = f"Operators of a step: share of the time of PEFT LoRA's operators (number). {_where(setting)}\n"
+    text = f"Operators of a step: share of the time of PEFT LoRA's operators (number). {where(setting)}\n"
     titles = [EVERY[name].title for name in (REFERENCE, *setting.methods)]
     for row, mode in itertools.product(rows, [mode for mode in modes if mode != "FLOPs"]):
         text += f"\n{row.title}, {mode}\n\n{table([['operator', *titles], *profiled(row, mode, setting)])}"
@@ -212,7 +212,8 @@ def _profile(rows: Sequence[Row], modes: Sequence[str], setting: Setting, output
         write_text(output, text)
 
 
-def _where(setting: Setting) -> str:
+def where(setting: Setting) -> str:
+    """Return what is measured, on which device and with which libraries."""
     on_gpu = setting.device.type == "cuda"
     name = torch.cuda.get_device_name(setting.device) if on_gpu else f"a CPU ({platform.machine()}), one thread"
     libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "peft", "timm"))

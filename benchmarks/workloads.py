@@ -159,6 +159,16 @@ WORKLOADS: dict[str, Workload] = {
         mean_square,
         *_VIT_LAYERS,
     ),
+    "vit_narrow": Workload(  # the operations of ViT-S with numbers of bases as at rank 32, on almost no numbers
+        "ViT of width 24",
+        "images",
+        (),
+        _vit("vit_small_patch16_224", img_size=28, patch_size=14, embed_dim=24),
+        partial(_images, side=28),
+        mean_square,
+        *_VIT_LAYERS,
+        rank=2,
+    ),
     "vit_b": Workload(
         "ViT-B/16", "images", (1, 4, 16, 64), _vit("vit_base_patch16_224"), _images, mean_square, *_VIT_LAYERS
     ),
