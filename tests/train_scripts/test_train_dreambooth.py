@@ -446,6 +446,7 @@ def test_the_embedded_default(
     """Run the default end to end, but for its length."""
     monkeypatch.setattr("randlora_vision.demos.subject._SAMPLES", 5)
     monkeypatch.setattr("randlora_vision.demos.subject._EVERY", 35)
+    monkeypatch.setattr(dreambooth_task, "_MEASURED", 2)
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     argv = ["--output-dir", str(tmp_path / "run"), "--steps", "2", "--num-class-images", "2", "--report-to", "none"]
