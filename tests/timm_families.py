@@ -3,7 +3,6 @@
 timm_table.py writes them up in docs/timm_families.md.
 """
 
-import copy
 import functools
 import importlib
 import re
@@ -17,6 +16,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from randlora_vision.skeletons import shapes_only
+from tests.copies import template
 from tests.zoo.base import numbers, unmute
 
 CLASSES = 8
@@ -57,13 +57,13 @@ class Family:
 
 def build(family: Family, **changes: Any) -> nn.Module:
     """The family's model, in eval mode and without muted branches; the same numbers at every call."""
-    return _made(family, **changes) if changes else copy.deepcopy(_kept(family))
+    return _made(family, **changes) if changes else _kept(family)()
 
 
 @functools.cache
-def _kept(family: Family) -> nn.Module:
-    """A copy takes a fifth of the time of a new one. All of these models together have 50 MB."""
-    return _made(family)
+def _kept(family: Family) -> Callable[[], nn.Module]:
+    """A copy takes a fraction of the time of a new one. All of these models together have 50 MB."""
+    return template(_made(family))
 
 
 def _made(family: Family, **changes: Any) -> nn.Module:
