@@ -57,12 +57,10 @@ MOVED = 1e-2
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small spend most of their time on threads, and on oneDNN, which compiles code for each shape."""
+    """Models this small spend most of their time on thread overhead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled, enabled = False, torch.backends.mkldnn.enabled
     yield
-    torch.backends.mkldnn.enabled = enabled
     torch.set_num_threads(threads)
 
 
