@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.quality import defaults, variants
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.report import Row, kinds_of_bases, rows, tasks_of, told_apart
+from benchmarks.quality.report import Row, kinds_of_bases, minus_lora, rows, tasks_of, told_apart
 from benchmarks.quality.search import Results
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import CENTRE_STEP, Run, read_lines, read_results
@@ -37,6 +37,11 @@ def methods_table() -> str:
     lines = [[METHODS[name].title, *(scores.get((task, name), "") for task in by_task)] for name in tried]
     verdicts = [f"- {TASKS[task].title} ({TASKS[task].score}): {told_apart(found)}" for task, found in by_task.items()]
     return f"{table([header, *lines])}\n" + "".join(f"{line}\n" for line in verdicts)
+
+
+def minus_lora_table() -> str:
+    """Return the difference of every method of the middle size to LoRA, seed by seed."""
+    return table(minus_lora(results(), tasks_of(results())))
 
 
 def budgets_table() -> str:

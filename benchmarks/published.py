@@ -126,6 +126,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "cost": cost_table,
     "clock": partial(written_table, "clock.md"),
     "methods": choosing.methods_table,
+    "minus_lora": choosing.minus_lora_table,
     "budgets": choosing.budgets_table,
     "rates": choosing.rates_table,
     "variants": choosing.variants_table,

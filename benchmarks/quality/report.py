@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,7 @@ def markdown(results: Results, steps: Iterable[Mapping[str, Any]], peaks: Iterab
     ratios = {(line["task"], line["method"]): line["ratio"] for line in steps}
     tasks = tasks_of(results)
     parts = [_task_section(TASKS[task], rows(results, task), ratios, memory) for task in tasks]
+    parts.append(f"## Minus LoRA, each at its best rate, seed by seed\n\n{table(minus_lora(results, tasks))}")
     parts.append(f"## Kinds of bases, each at its best rate\n\n{table(kinds_of_bases(results, tasks))}")
     return "\n".join(parts)
 
@@ -163,24 +164,35 @@ def kinds_of_bases(results: Results, tasks: Sequence[str]) -> list[list[str]]:
     """Return the rows of a table, the first its head: every kind of bases minus uniform ones, seed by seed."""
     lines = [["task", "bases", "trained", "minus uniform, points, 95%", "seeds"]]
     for task in tasks:
-        found = rows(results, task)
-        uniform = {row.result["budget"]: row for row in found if row.method == "uniform"}
-        for row in found:
-            reference = uniform.get(row.result["budget"])
-            if row.method not in BASES[1:] or reference is None:
-                continue
-            common = [seed for seed in row.scores if seed in reference.scores]
-            differences = [row.scores[seed] - reference.scores[seed] for seed in common]
-            width = half_width(differences, 0)
-            interval = "" if math.isnan(width) else f" ± {100 * width:.1f}"
-            mean = 100 * statistics.mean(differences)
-            lines.append(
-                [
-                    TASKS[task].title,
-                    row.method,
-                    f"{row.result['trained']:,}",
-                    f"{mean:+.1f}{interval}",
-                    str(len(common)),
-                ]
-            )
+        for row, difference, seeds in differences(rows(results, task), "uniform"):
+            if row.method in BASES:
+                lines.append([TASKS[task].title, row.method, f"{row.result['trained']:,}", difference, str(seeds)])
     return lines
+
+
+def minus_lora(results: Results, tasks: Sequence[str]) -> list[list[str]]:
+    """Return the rows of a table, the first its head: every method of the second size minus LoRA, seed by seed."""
+    cells: dict[str, dict[str, str]] = {}
+    for task in tasks:
+        found = [row for row in rows(results, task) if row.result["budget"] in MEASURED]
+        for row, difference, seeds in differences(found, "lora"):
+            cells.setdefault(row.method, {})[task] = difference if seeds == 1 else f"{difference} ({seeds} seeds)"
+    header = ["minus LoRA, points, 95%", *(TASKS[task].title for task in tasks)]
+    lines = [[METHODS[name].title, *(cells[name].get(task, "") for task in tasks)] for name in METHODS if name in cells]
+    return [header, *lines]
+
+
+def differences(found: Sequence[Row], reference: str) -> Iterator[tuple[Row, str, int]]:
+    """Yield the other rows with the mean difference to the reference of their size, its 95% interval, and the seeds.
+
+    Methods of one size are compared with the second size of the reference.
+    """
+    sizes = {row.result["budget"]: row for row in found if row.method == reference}
+    for row in found:
+        size = row.result["budget"]
+        other = sizes.get(MEASURED[0] if size == MEASURED[1] else size)
+        if row.method == reference or other is None:
+            continue
+        points = [100 * (row.scores[seed] - other.scores[seed]) for seed in row.scores if seed in other.scores]
+        width = half_width(points, 0)
+        yield row, f"{statistics.mean(points):+.1f}" + ("" if math.isnan(width) else f" ± {width:.1f}"), len(points)

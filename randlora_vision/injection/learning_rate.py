@@ -53,8 +53,10 @@ def suggest_lr(
 
     .. math:: lr = c \, / \, \mathrm{median}_{layers} \frac{\|\Delta W(\pm 1)\|_F}{\|W\|_F}
 
-    which needs no data, but does not see how a change of the weights adds up in the features. Both are for Adam, AdamW
-    and other optimisers whose steps do not depend on the gradient's size.
+    which needs no data, but does not see how a change of the weights adds up in the features. In both cases, the rate
+    is at most the root mean square of the other factor, which moves by it too: a small alpha would otherwise give a
+    rate at which that factor is lost in a few steps. The rules are for Adam, AdamW and other optimisers whose steps do
+    not depend on the gradient's size.
 
     Args:
         model: A model with the adapter, as `inject` leaves it.
@@ -78,15 +80,16 @@ def suggest_lr(
     if not places:
         raise ValueError(f"this {type(model).__name__} has no adapter {adapter_name!r}")
     if features is not None:
-        return _features_rate(
-            model, places, adapter_name, features, FEATURE_STEP if relative_step is None else relative_step
-        )
-    rate = _weights_rate(places, adapter_name, RELATIVE_STEP if relative_step is None else relative_step)
+        wanted = FEATURE_STEP if relative_step is None else relative_step
+        rate: float | None = _features_rate(model, places, adapter_name, features, wanted)
+    else:
+        rate = _weights_rate(places, adapter_name, RELATIVE_STEP if relative_step is None else relative_step)
     if rate is None:
         raise ValueError(
             f"the weights under adapter {adapter_name!r} are quantised, offloaded or zero: they give no rate"
         )
-    return rate
+    others = (_factors(*place, adapter_name)[1] for place in places)
+    return min(rate, median(float(other.float().square().mean().sqrt()) for other in others))
 
 
 def _features_rate(
@@ -94,7 +97,7 @@ def _features_rate(
 ) -> float:
     """Return the rate at which random signs change the features by the part `wanted` of their spread."""
     generator = torch.Generator().manual_seed(_SEED)
-    starts = [_starting(*place, adapter_name) for place in places]
+    starts = [_factors(*place, adapter_name)[0] for place in places]
     signs = [_signs(tensor, generator) for tensor in starts]
     with _eval_mode(model), _restored(starts) as before:
         at_first = _parts(features())
@@ -123,10 +126,10 @@ def _parts(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [part.float() for part in ([features] if isinstance(features, Tensor) else features)]
 
 
-def _starting(module: AdaptedModule, param: str, state: ParameterState, adapter_name: str) -> Tensor:
-    """Return the tensor of one adapter that starts at zero."""
+def _factors(module: AdaptedModule, param: str, state: ParameterState, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return lambda and gamma of one weight, the one that starts at zero first."""
     lam, gamma = module.adapter_tensors(param, adapter_name)
-    return lam if gamma.any() else gamma
+    return (lam, gamma) if gamma.any() else (gamma, lam)
 
 
 def _weights_rate(places: Sequence[Place], adapter_name: str, step: float) -> float | None:

@@ -20,7 +20,7 @@ from benchmarks.quality import data, defaults, prepare, variants
 from benchmarks.quality.data import Archive
 from benchmarks.quality.methods import METHODS, knob_for
 from benchmarks.quality.problems import Classification, Retrieval
-from benchmarks.quality.report import half_width
+from benchmarks.quality.report import Row, differences, half_width
 from benchmarks.quality.search import WIDEST, best_exponent, next_run
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import Run, read_lines
@@ -100,6 +100,20 @@ def test_intervals():
     assert half_width(scores, 0) == pytest.approx((high - low) / 2)
     assert half_width([0.5], 400) == pytest.approx(1.96 * 0.025, rel=1e-3)
     assert half_width([0.0, 0.0], 400) == 0
+
+
+def test_differences_are_taken_seed_by_seed_and_at_the_same_size():
+    def row(method, budget, scores):
+        return Row("digits", method, 0, scores, 0.0, {}, {"budget": budget})
+
+    found = [row("lora", 0, {0: 0.1}), row("lora", 1, {0: 0.5, 1: 0.9, 2: 0.7}), row("uniform", 0, {0: 0.15})]
+    found += [row("uniform", 1, {0: 0.52, 2: 0.76}), row("full", -1, {0: 0.6})]
+    low, high = stats.t.interval(0.95, 1, 4.0, stats.sem([2.0, 6.0]))
+    assert [(row.method, *others) for row, *others in differences(found, "lora")] == [
+        ("uniform", "+5.0", 1),
+        ("uniform", f"+4.0 ± {(high - low) / 2:.1f}", 2),
+        ("full", "+10.0", 1),
+    ]
 
 
 def test_an_archive_is_verified(tmp_path):
@@ -209,7 +223,7 @@ def test_a_variant_is_compared_with_the_default_seed_by_seed():
 
 def test_the_command_of_the_variants_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "TASKS", {"digits": replace(TASKS["linear-full"], steps=3)})
-    few = {name: variants.VARIANTS[name] for name in ("default", "alpha = r")}
+    few = {name: variants.VARIANTS[name] for name in ("default", "alpha = 100 r")}
     monkeypatch.setattr(variants, "VARIANTS", few)
     words = ["--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "digits"]
     variants.main([*words, "--seeds", "1"])
@@ -217,7 +231,7 @@ def test_the_command_of_the_variants_goes_on(tmp_path, monkeypatch):
     variants.main([*words, "--seeds", "2"])
     lines = read_lines(tmp_path / variants.FILE)
     assert lines[:2] == first and [(line["variant"], line["seed"]) for line in lines[2:]] == [(n, 1) for n in few]
-    assert first[1]["lr"] / first[0]["lr"] == pytest.approx(variants.ALPHA_PER_RANK, rel=0.01)  # the rule follows alpha
+    assert first[0]["lr"] / first[1]["lr"] == pytest.approx(100 / variants.ALPHA_PER_RANK, rel=0.01)  # as alpha does
 
 
 def test_the_default_rate_is_compared_with_the_best_of_the_grid_over_the_same_seeds():

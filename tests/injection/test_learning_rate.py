@@ -34,7 +34,7 @@ def change_of_one_step(model: nn.Module, lr: float) -> float:
 
 @pytest.mark.parametrize("bases", ["uniform", "sparse", "structured"])
 @pytest.mark.parametrize("init", ["lambda-zero", "gamma-zero"])
-@pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, 80.0, 1.0), (16, 16.0, 0.2), (8, 8.0, 5.0)])
+@pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, 80.0, 1.0), (16, 16.0, 0.2), (8, 400.0, 5.0)])
 def test_one_step_of_adam_changes_the_weights_by_the_relative_step(
     bases: str, init: str, rank: int, alpha: float, scale: float
 ) -> None:
@@ -71,7 +71,7 @@ def change_of_features(model: nn.Module, lr: float, seed: int) -> float:
 
 
 @pytest.mark.parametrize("bases", ["uniform", "structured"])
-@pytest.mark.parametrize(("init", "alpha"), [("lambda-zero", 80.0), ("lambda-zero", 4.0), ("gamma-zero", 80.0)])
+@pytest.mark.parametrize(("init", "alpha"), [("lambda-zero", 80.0), ("lambda-zero", 400.0), ("gamma-zero", 80.0)])
 @pytest.mark.parametrize("scale", [0.2, 5.0])
 def test_random_signs_change_the_features_by_the_part_of_their_spread(
     bases: str, init: str, alpha: float, scale: float
@@ -82,6 +82,14 @@ def test_random_signs_change_the_features_by_the_part_of_their_spread(
     shifted = suggest_lr(model, features=lambda: 7 * model(INPUTS) + torch.arange(48))
     assert lr == pytest.approx(shifted, rel=1e-3)
     assert change_of_features(model, lr, seed=5) == pytest.approx(FEATURE_STEP, rel=0.25)  # other signs
+
+
+@pytest.mark.parametrize(("init", "other"), [("lambda-zero", 1 / 48), ("gamma-zero", 1 / 12)])  # 12 bases of rank 4
+def test_the_rate_is_at_most_the_size_of_the_other_factor(init: str, other: float) -> None:
+    model = network()
+    inject(model, RandLoRAConfig(rank=4, alpha=1e-3, init=init, target_modules="all-linear"))
+    assert suggest_lr(model) == pytest.approx(other)
+    assert suggest_lr(model, features=lambda: model(INPUTS)) == pytest.approx(other)
 
 
 def test_depth_lowers_the_rate_of_the_features_and_not_that_of_the_weights() -> None:
