@@ -10,7 +10,8 @@ Three times are taken in turn, as in `benchmarks.clock`, and divided by that of 
 - products with frozen weights alone, forward and backward, with as many tokens. The FLOPs of a method at their rate are
   its arithmetic, if all its products were as efficient as those and the rest (sums, scaling, layouts) took no time.
 
-The floor is the sum of the last two. What a step takes beyond it is for small products and passes over memory.
+The floor is the sum of the last two. What a step takes beyond it is for small products and for passes over memory, some
+of which, such as those of attention, are in every method's step. The last column adds as much as LoRA takes beyond it.
 """
 
 import warnings
@@ -31,7 +32,16 @@ from randlora_vision.files.atomic import write_text
 
 METHODS = ("peft_lora", "peft_randlora", "ours", "ours_structured")
 ROWS = (("vit_s_few", 1), ("vit_s_few", 4), ("vit_s_few", 16), ("vit_s", 1))
-HEAD = ("tokens", "method", "operators of a step", "step", "the same operators, no arithmetic", "FLOPs", "floor")
+HEAD = (
+    "tokens",
+    "method",
+    "operators of a step",
+    "step",
+    "the same operators, no arithmetic",
+    "FLOPs",
+    "floor",
+    "and LoRA's rest",
+)
 _ALONE = "products alone"
 
 
@@ -50,9 +60,11 @@ def lines(rows: Sequence[Row], setting: clock.Setting) -> Iterator[list[str]]:
             return median(own / whole for own, whole in zip(taken[name], reference, strict=True))
 
         rate = share(_ALONE) / measure.flops(alone)
+        parts = {name: (share(f"{name}, narrow"), rate * measure.flops(trainees[name])) for name in trainees}
+        rest = 1.0 - sum(parts[clock.REFERENCE])
         for name in setting.methods:
-            empty, arithmetic = share(f"{name}, narrow"), rate * measure.flops(trainees[name])
-            shares = (share(name), empty, arithmetic, empty + arithmetic)
+            least = sum(parts[name])
+            shares = (share(name), *parts[name], least, least + rest)
             yield [f"{tokens:,}", EVERY[name].title, f"{operators[name]:,}", *(f"{value:.2f}" for value in shares)]
 
 

@@ -123,6 +123,11 @@ def _full(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
     return model.requires_grad_(True)
 
 
+def _frozen(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+    next(model.requires_grad_(False).parameters()).requires_grad_(True)  # gradients pass through the whole model
+    return model
+
+
 def _full_save(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -146,6 +151,7 @@ METHODS: dict[str, Method] = {
 }
 EVERY: dict[str, Method] = {
     **METHODS,
+    "frozen": Method("no adapter", _frozen, _full_save, _full_load),
     "peft_vera": Method("PEFT VeRA", _peft_vera, _peft_save, _peft_load),
     **{
         f"{name}_{compute}": Method(
@@ -155,4 +161,4 @@ EVERY: dict[str, Method] = {
         for compute in ("memory", "factored", "dense")
     },
 }
-"""Those methods, VeRA, which trains far fewer numbers at any rank in use, and other orders of products."""
+"""Those methods, the model without any, VeRA, which trains far fewer numbers at any rank in use, and other orders."""

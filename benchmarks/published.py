@@ -125,6 +125,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "demo": demo_table,
     "cost": cost_table,
     "clock": partial(written_table, "clock.md"),
+    "floor": partial(written_table, "floor.md"),
     "methods": choosing.methods_table,
     "minus_lora": choosing.minus_lora_table,
     "budgets": choosing.budgets_table,

@@ -40,3 +40,4 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lora[:2] == ["5", "PEFT LoRA"] and lora[3] == "1.00" and int(ours[2]) > int(lora[2])
     for row in (lora, ours):
         assert float(row[6]) == pytest.approx(float(row[4]) + float(row[5]), abs=0.011)
+        assert float(row[7]) == pytest.approx(float(row[6]) + 1 - float(lora[6]), abs=0.016)
