@@ -33,9 +33,9 @@ def adapt(pipe: Any, text: bool = True, name: str = "default", seed: int = 0) ->
     return reports
 
 
-def few_targets(model: nn.Module) -> None:
-    """Give a denoiser an adapter on one called layer of each block: compiling takes its time by the adapted layer."""
-    inject(model, RandLoRAConfig(rank=RANK, target_modules=["to_q", "to_out.0", "proj_mlp"]))
+def few_targets(model: nn.Module, *names: str) -> None:
+    """Give a denoiser an adapter on a few layers of each block: compiling takes its time by the adapted layer."""
+    inject(model, RandLoRAConfig(rank=RANK, target_modules=names))
     randomize(model)
 
 

@@ -177,7 +177,7 @@ def test_compiled_denoisers(loaded: str, in_place: bool, tmp_path: Path) -> None
 
     plain = shallow_sd15()
     base = sample(plain)
-    few_targets(plain.unet)
+    few_targets(plain.unet, "to_q", "to_out.0")
     image = sample(plain)
     adapter = integration.save_adapter(plain, tmp_path / "adapter.safetensors")
 
