@@ -76,7 +76,7 @@ def build(folder: Path, quick: bool) -> dict[str, int]:
     from benchmarks.clip_vocabulary import clip_tokenizer
 
     torch.manual_seed(0)
-    width, layers, size = (64, 2, 32) if quick else (384, 6, 64)
+    width, layers, size = (64, 2, 32) if quick else (256, 4, 64)
     parts: dict[str, Any] = {
         "transformer": SD3Transformer2DModel(
             sample_size=size // 8,

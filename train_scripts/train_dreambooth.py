@@ -111,6 +111,8 @@ def train(options: DreamBoothOptions) -> dict[str, Any]:
         measures.append(make_judge(sampler, settings))
     gallery = make_gallery(sampler, settings, subject.captions[0])
     material = make_material(family, data, settings)
+    if material.note:
+        say(material.note)
     if not settings.pipeline.train_text_encoder:
         family.drop_text_encoders()
     family.load_denoiser()

@@ -387,7 +387,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "metadata": (["--instance-data-dir", "{tmp}/meta"], 'metadata.jsonl, line 2: expected {"file_name"'),
     "broken image": (["--instance-data-dir", "{tmp}/broken"], "cannot read the image"),
     "no pipeline": (["--pretrained-model-name-or-path", "{tmp}/empty"], "model_index.json"),
-    "a file": (["--pretrained-model-name-or-path", "{tmp}/x.safetensors"], "is not a pipeline folder"),
+    "a file": (
+        ["--pretrained-model-name-or-path", "{tmp}/x.safetensors"],
+        "is not a pipeline folder .*: convert it once",
+    ),
     "another pipeline": (
         ["--pretrained-model-name-or-path", "{tmp}/ddpm"],
         "is a DDPMPipeline, which cannot be trained",

@@ -119,7 +119,12 @@ def family_class(path: str, revision: str | None = None) -> tuple[type[Family], 
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
     if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~"))):
-        raise ValueError(f"--pretrained-model-name-or-path {path} is not a pipeline folder written by save_pretrained")
+        single = path.endswith((".safetensors", ".ckpt")) and os.path.isfile(path)
+        remedy = (
+            ": convert it once, with `from_single_file` of its pipeline class and `save_pretrained`" if single else ""
+        )
+        what = f"--pretrained-model-name-or-path {path} is not a pipeline folder written by save_pretrained"
+        raise ValueError(what + remedy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers passes an argument that huggingface_hub no longer has

@@ -24,7 +24,7 @@ from randlora_vision.training.dreambooth.batches import (
     seeded_entry,
 )
 from randlora_vision.training.dreambooth.buckets import Size
-from randlora_vision.training.dreambooth.families import Family
+from randlora_vision.training.dreambooth.families import Family, with_image_of
 from randlora_vision.training.dreambooth.kept import Kept
 from randlora_vision.training.dreambooth.loss import DiffusionLoss
 from randlora_vision.training.dreambooth.methods import PipelineAdaptation, trained_components
@@ -68,6 +68,8 @@ class Material:
     items: Sequence[Item]
     prompts: Prompts
     kept: Kept | None
+    note: str
+    """A note on a prompt whose end is not read, if there is one."""
 
 
 def make_material(family: Family, train: TrainingSet, settings: DreamBoothSettings) -> Material:
@@ -82,7 +84,24 @@ def make_material(family: Family, train: TrainingSet, settings: DreamBoothSettin
         family.sees,
     )
     kept = Kept(Path(settings.subject.cache_to_disk)) if settings.subject.cache_to_disk else None
-    return Material(items, Prompts(family, texts, trained=settings.pipeline.train_text_encoder, kept=kept), kept)
+    prompts = Prompts(family, texts, trained=settings.pipeline.train_text_encoder, kept=kept)
+    return Material(items, prompts, kept, cut_note(family, texts, kept))
+
+
+def cut_note(family: Family, texts: Sequence[str], kept: Kept | None = None) -> str:
+    """Return a note if the longest text is encoded as it is without its last word, else an empty string."""
+    longest = max(texts, key=len)
+    shorter = longest.rpartition(" ")[0]
+    if not shorter:
+        return ""
+    pair = Prompts(family, [longest, with_image_of(longest, shorter)], trained=False, kept=kept).cached
+    assert pair is not None
+    if not all(torch.equal(*encodings) for encodings in pair.values()):
+        return ""
+    raised = ", or raise --max-sequence-length" if "max_sequence_length" in family.text_options else ""
+    return (
+        f"note: the text encoders do not read the end of long prompts such as '{longest[:60]}...': shorten them{raised}"
+    )
 
 
 def make_task(

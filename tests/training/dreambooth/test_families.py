@@ -23,6 +23,7 @@ from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.options import DreamBoothAdapterOptions, DreamBoothOptions
 from randlora_vision.training.dreambooth.results import base_model
 from randlora_vision.training.dreambooth.samples import Gallery, Sampler, largest_difference
+from randlora_vision.training.dreambooth.task import cut_note
 from tests import tiny_families, tiny_pipelines
 from tests.tiny_families import LENGTHS, SIZES
 
@@ -222,6 +223,22 @@ def test_the_target_leads_the_scheduler_to_the_image(name: str, recorded: Any) -
         scheduler.set_timesteps(sigmas=(noised.timesteps / 1000).tolist())
         found = scheduler.step(noised.target, scheduler.timesteps[0], noised.latents)[0]
     torch.testing.assert_close(found, clean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux2", "z_image", "wan", "qwen_image_edit"])
+def test_a_prompt_whose_end_is_not_read_is_noted(name: str, recorded: Any) -> None:
+    run = recorded(name)
+    family, long = run.family, " ".join([PROMPT] * 90)
+    if name == "qwen_image_edit":  # whose own words before the prompt are many tokens here
+        family = type(family)(run.pipe, ObjectiveOptions(), 400)
+    assert cut_note(family, prompts(family, ["dog", PROMPT], run.given[[0, 0]])) == ""
+    note = cut_note(family, prompts(family, [long], run.given))
+    if name == "qwen_image_edit":
+        assert note == ""  # it reads all of them
+    else:
+        assert note.startswith(f"note: the text encoders do not read the end of long prompts such as '{PROMPT} a photo")
+        assert ("raise --max-sequence-length" in note) == (name != "sd15")
+        assert cut_note(family, ["dog"]) == ""
 
 
 SLOW = ("hidream",)  # ten components to save and load
