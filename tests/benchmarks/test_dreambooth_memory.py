@@ -60,5 +60,10 @@ def test_the_table_says_what_the_options_save() -> None:
         assert row["estimate"] <= row["training"], name
         if "checkpointing" in name or "bf16" in name or "disk" in name:
             assert row["training"] < 0.9 * default["training"], name
+    packed = (
+        rows["`--quantize torchao-int8`"]["training"]
+        - rows["`--quantize torchao-int8 --gradient-checkpointing`"]["training"]
+    )
+    assert packed > default["training"] - rows["`--gradient-checkpointing`"]["training"]  # unpacked weights go too
     assert rows["`--use-8bit-adam`"]["training"] == pytest.approx(default["training"], rel=0.02)
     assert rows["`--method full --use-8bit-adam`"]["training"] < 0.8 * rows["`--method full`"]["training"]

@@ -35,6 +35,7 @@ from randlora_vision.training.harness.optim import Rate
 from randlora_vision.training.methods.task import AdaptedTask
 
 Measure = Callable[[], Mapping[str, float]]
+_FEWEST_TOKENS = 75  # that a pipeline reads by default
 _MEASURED = 16  # images, possibly repeated, at fixed noise: enough to see a trend
 
 
@@ -92,7 +93,9 @@ def cut_note(family: Family, texts: Sequence[str], kept: Kept | None = None) -> 
     """Return a note if the longest text is encoded as it is without its last word, else an empty string."""
     longest = max(texts, key=len)
     shorter = longest.rpartition(" ")[0]
-    if not shorter:
+    if not shorter or len(longest.encode()) < (
+        family.max_sequence_length or _FEWEST_TOKENS
+    ):  # a token has a byte or more
         return ""
     pair = Prompts(family, [longest, with_image_of(longest, shorter)], trained=False, kept=kept).cached
     assert pair is not None
