@@ -16,6 +16,7 @@ from randlora_vision.training.clip.methods import adapt
 from randlora_vision.training.clip.options import ClipAdapterOptions, ClipOptions, ModelOptions
 from randlora_vision.training.data.options import ImageOptions
 from randlora_vision.training.data.skipped import SkipList
+from randlora_vision.training.harness.options import TrainingOptions
 from randlora_vision.training.harness.run_folder import RunFolder
 from tests.training_helpers import (
     QUICK,
@@ -61,6 +62,7 @@ def test_the_loss_of_a_model_whose_text_tower_is_adapted_too(tmp_path: Path, mon
         clip=ModelOptions(model=f"local-dir:{tiny}"),
         images=ImageOptions(data=str(images), prompts="average"),
         adapter=ClipAdapterOptions(rank=4),
+        training=TrainingOptions(lr=1e-3),
     )
     clip, skipped = tiny_clip(tiny), SkipList()
     settings = clip_settings(options, clip.model)
