@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "`--mixed-precision bf16 --gradient-checkpointing --use-8bit-adam`": (*_BF16, *_CHECKPOINTS, *_ADAM),
     "`--quantize torchao-int8 --gradient-checkpointing`": (*_INT8, *_CHECKPOINTS),
     "`--offload-base disk` (with checkpointing)": _DISK,
+    "`--offload-base disk --mixed-precision bf16`": (*_DISK, *_BF16),
 }
 
 
