@@ -119,7 +119,7 @@ def family_class(path: str, revision: str | None = None) -> tuple[type[Family], 
     except ImportError as error:
         raise ValueError(f"diffusers is needed: pip install 'randlora_vision[diffusers]' ({error})") from error
     if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~"))):
-        single = path.endswith((".safetensors", ".ckpt")) and os.path.isfile(path)
+        single = path.endswith((".safetensors", ".ckpt"))
         remedy = (
             ": convert it once, with `from_single_file` of its pipeline class and `save_pretrained`" if single else ""
         )
