@@ -142,6 +142,8 @@ def many(counts: list[int], rounds: int, limit: float = math.inf) -> Iterator[li
         "tensors per adapter",
         "objects per adapter",
     ]
+    import peft  # noqa: F401  # its modules are no objects of adapters, and are read slowly while memory is traced
+
     for count in counts:
         names = [f"a{i}" for i in range(count)]
         found = {method: _switching(method, names, rounds, limit) for method in (PEFT, *KINDS)}
