@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import lzma
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -130,7 +131,8 @@ def test_shards_that_cannot_be_read_to_their_ends(folder: Path, server: str, tmp
     for name, (_, _, reason) in bad.items():
         assert reasons[name].startswith("the shard cannot be read: ") and reason in reasons[name]
         (folder / name).unlink()
-    assert reasons["nowhere.tar"] == "the shard cannot be read: curl ended with exit code 22"
+    # Older webdataset has the whole command as one string.
+    assert re.fullmatch("the shard cannot be read: curl.* ended with exit code 22", reasons["nowhere.tar"])
     assert reasons["pipe:exit 3"] == "the shard cannot be read: exit 3 ended with exit code 3"
 
 
@@ -201,7 +203,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"val_data": "{http}/train-00.tar"},
         "data is read from disk only, except by --streaming",
     ),
-    "a server that is not there": ({"data": "http://127.0.0.1:1/{0..1}.tar"}, "0.tar cannot be read: curl ended with"),
+    "a server that is not there": (
+        {"data": "http://127.0.0.1:1/{0..1}.tar"},
+        "0.tar cannot be read: curl.* ended with",
+    ),
     "a library that is not there": ({"data": "s3://bucket/0.tar"}, "s3://bucket/0.tar cannot be read: Install s3fs"),
     "an unknown address": ({"data": "foo://bucket/0.tar"}, "cannot be read: Protocol not known: foo"),
     "classes, not captions": (

@@ -67,6 +67,13 @@ def write_gguf(model: torch.nn.Module, path: Path) -> None:
     writer.close()
 
 
+def is_int8(weight: torch.Tensor) -> bool:
+    """Whether torchao holds a weight; its class has another name in every other version."""
+    from torchao.utils import TorchAOBaseTensor
+
+    return isinstance(weight, TorchAOBaseTensor)
+
+
 @pytest.mark.parametrize("method", ["randlora", "lora"])
 @pytest.mark.parametrize("quantize", ["torchao-int8", "gguf"])
 def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
@@ -88,7 +95,7 @@ def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
         assert to_q.dtype == torch.uint8 and type(to_q).__name__ == "GGUFParameter"
     else:
         layers = (family.pipe.transformer.transformer_blocks[0].attn.to_q, family.pipe.text_encoder_2.encoder.block[0])
-        assert {type(p).__name__ for layer in layers for p in layer.parameters() if p.ndim == 2} >= {"Int8Tensor"}
+        assert all(any(is_int8(p) for p in layer.parameters()) for layer in layers)
     plain = {type(p).__name__ for p in family.pipe.text_encoder.parameters()}
     assert plain == {"Parameter"}  # CLIP can be trained and is small
     options = DreamBoothOptions(adapter=DreamBoothAdapterOptions(method=method, rank=4, alpha=80.0))
