@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from randlora_vision.skeletons import shapes_only
+from randlora_vision.skeletons import shapes_only, skeleton
 from tests.helpers import clip
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -46,3 +46,16 @@ def test_nothing_is_drawn_for_it_and_real_tensors_are_filled() -> None:
         nn.init.ones_(real)
     assert real.tolist() == [1, 1, 1]
     assert not any("uniform" in call for call in calls) and any("fill" in call for call in calls)
+
+
+def test_a_constructor_that_needs_values_gets_them() -> None:
+    """As RegNet's of older timm."""
+
+    def build() -> nn.Module:
+        return nn.Linear(len(torch.unique(torch.tensor([1, 2, 2]))), int(torch.arange(4).max().item()))
+
+    made = skeleton(build)
+    assert (made.in_features, made.out_features) == (2, 3)
+    assert skeleton(lambda: nn.Linear(2, 3)).weight.is_meta
+    with pytest.raises(ZeroDivisionError):
+        skeleton(lambda: nn.Linear(1 // 0, 1))

@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from randlora_vision.skeletons import shapes_only
+from randlora_vision.skeletons import skeleton
 from tests.copies import template
 from tests.zoo.base import numbers, unmute
 
@@ -76,8 +76,7 @@ def _made(family: Family, **changes: Any) -> nn.Module:
 
 def shapes_of(family: Family, **changes: Any) -> nn.Module:
     """The model of `build`, without memory for its weights."""
-    with shapes_only():
-        return _new(family, **changes)
+    return skeleton(lambda: _new(family, **changes))
 
 
 def _new(family: Family, **changes: Any) -> nn.Module:
@@ -96,8 +95,7 @@ def make_full_size(variant: str, **options: Any) -> nn.Module:
     """A registered model as it is, without memory for its weights."""
     import timm
 
-    with shapes_only():
-        return timm.create_model(variant, pretrained=False, **options)
+    return skeleton(lambda: timm.create_model(variant, pretrained=False, **options))
 
 
 def images(family: Family, model: nn.Module) -> Tensor:

@@ -116,7 +116,8 @@ def _task_section(
     for row in found:
         gap = (row.mean - probe) / (full - probe)
         measured = (row.task, row.method) if row.result["budget"] in MEASURED else None
-        ratio, peak = (held.get(measured) if measured else None for held in (ratios, memory))
+        ratio = ratios.get(measured) if measured else None
+        peak = memory.get(measured) if measured else None
         width = "" if math.isnan(row.half_width) else f" ± {100 * row.half_width:.1f}"
         lines.append(
             [

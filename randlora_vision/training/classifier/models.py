@@ -1,6 +1,7 @@
 """Loading any timm classifier, with helpful error messages."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from randlora_vision.errors import failures
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.names import close_matches, listing
-from randlora_vision.skeletons import shapes_only
+from randlora_vision.skeletons import skeleton
 from randlora_vision.training.classifier.loaded import LoadedClassifier
 from randlora_vision.training.classifier.options import ClassifierModel, ModelOptions
 
@@ -118,14 +119,13 @@ def _is_fixed(name: str, img_size: int) -> bool:
     config = None if name.startswith(_SCHEMES) else timm.get_pretrained_cfg(name)
     if config is not None:
         return config.fixed_input_size
-    with shapes_only():
-        _create(name, {}, seed=0)  # raises if it is not the size that is wrong
-        try:
-            _create(name, {"img_size": img_size}, seed=0)
-        except ValueError as error:
-            if isinstance(error.__cause__, TypeError):  # it has no such argument: any size will do
-                return False
-            raise
+    skeleton(partial(_create, name, {}, seed=0))  # raises if it is not the size that is wrong
+    try:
+        skeleton(partial(_create, name, {"img_size": img_size}, seed=0))
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError):  # it has no such argument: any size will do
+            return False
+        raise
     return True
 
 
@@ -144,10 +144,10 @@ def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any], 
     path = options.initial_checkpoint
     if path is None and not options.pretrained:
         return None
-    with shapes_only():
-        if path is None:
-            return int(_create(options.model, {**arguments, "pretrained": False}, seed=0).num_classes)
-        model = _create(options.model, {**arguments, "num_classes": classes}, seed=0)
+    changes = {"pretrained": False} if path is None else {"num_classes": classes}
+    model = skeleton(partial(_create, options.model, {**arguments, **changes}, seed=0))
+    if path is None:
+        return int(model.num_classes)
     from timm.models import load_state_dict
 
     if not Path(path).is_file():
