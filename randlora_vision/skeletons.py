@@ -27,7 +27,7 @@ def shapes_only() -> Iterator[None]:
 def skeleton(build: Callable[[], _T]) -> _T:
     """Return what `build` makes with `shapes_only`, or with memory, where its constructor needs the values of tensors.
 
-    RegNet of timm below 1.0.27 is one: it counts the different widths of its stages in a tensor.
+    RegNet of older timm is one: it counts the different widths of its stages in a tensor.
     """
     try:
         with shapes_only():

@@ -24,7 +24,7 @@ from randlora_vision.training.dreambooth.objectives import ObjectiveOptions
 from randlora_vision.training.dreambooth.options import DreamBoothAdapterOptions, DreamBoothOptions, PipelineOptions
 from randlora_vision.training.dreambooth.samples import Gallery, Sampler, largest_difference
 from tests.tiny_families import TINY
-from tests.training.dreambooth.test_quantization import is_int8
+from tests.training.dreambooth.test_quantization import is_quantised
 
 PROMPT = "a photo of sks digit"
 BOTH = ["transformer", "transformer_2"]
@@ -153,7 +153,7 @@ def test_both_experts_are_loaded_late_quantised_and_counted(tmp_path: Path) -> N
     family.load_denoiser()
     assert list(family.denoisers) == BOTH
     for part in family.denoisers.values():
-        assert is_int8(part.blocks[0].attn1.to_q.weight)
+        assert is_quantised(part.blocks[0].attn1.to_q.weight)
     one, two = (measure(str(tmp_path), settings(expert=expert), torch.float32) for expert in ("high-noise", None))
     sizes = {part.name: part.bytes for part in two.parts}
     assert two.trained_numbers == 2 * one.trained_numbers and two.text_bytes == sizes["text_encoder"] + sizes["vae"]

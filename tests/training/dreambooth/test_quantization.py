@@ -67,19 +67,43 @@ def write_gguf(model: torch.nn.Module, path: Path) -> None:
     writer.close()
 
 
-def is_int8(weight: torch.Tensor) -> bool:
-    """Whether torchao holds a weight; its class has another name in every other version."""
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether torchao, whose class has another name in every other version, or bitsandbytes holds a weight."""
+    from bitsandbytes.nn import Int8Params, Params4bit
     from torchao.utils import TorchAOBaseTensor
 
-    return isinstance(weight, TorchAOBaseTensor)
+    return isinstance(weight, (TorchAOBaseTensor, Int8Params, Params4bit))
 
 
-@pytest.mark.parametrize("method", ["randlora", "lora"])
-@pytest.mark.parametrize("quantize", ["torchao-int8", "gguf"])
+@pytest.fixture
+def bitsandbytes_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes there too; only diffusers asks for a GPU."""
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
+        monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda *_, **__: None)
+        monkeypatch.setattr(getattr(bnb_quantizer, name), "update_device_map", lambda _, found: found or {"": "cpu"})
+    monkeypatch.setattr(quantization, "require_library", lambda kind: None)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "method"),
+    [
+        ("torchao-int8", "randlora"),
+        ("torchao-int8", "lora"),
+        ("gguf", "randlora"),
+        ("gguf", "lora"),
+        ("bnb-nf4", "randlora"),
+        ("bnb-int8", "randlora"),
+    ],
+)
 def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
-    quantize: Any, method: Any, folder: Any, tmp_path: Path
+    quantize: Any, method: Any, folder: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    pytest.importorskip(quantize.partition("-")[0])
+    library = quantize.partition("-")[0].replace("bnb", "bitsandbytes")
+    pytest.importorskip(library)
+    if library == "bitsandbytes":
+        request.getfixturevalue("bitsandbytes_on_a_cpu")
     base, file = folder("flux"), tmp_path / "denoiser.gguf"
     if quantize == "gguf":
         write_gguf(PIPELINES["flux"]().transformer, file)
@@ -95,7 +119,7 @@ def test_an_adapter_of_a_quantised_base_works_on_it_and_on_the_plain_one(
         assert to_q.dtype == torch.uint8 and type(to_q).__name__ == "GGUFParameter"
     else:
         layers = (family.pipe.transformer.transformer_blocks[0].attn.to_q, family.pipe.text_encoder_2.encoder.block[0])
-        assert all(any(is_int8(p) for p in layer.parameters()) for layer in layers)
+        assert all(any(is_quantised(p) for p in layer.parameters()) for layer in layers)
     plain = {type(p).__name__ for p in family.pipe.text_encoder.parameters()}
     assert plain == {"Parameter"}  # CLIP can be trained and is small
     options = DreamBoothOptions(adapter=DreamBoothAdapterOptions(method=method, rank=4, alpha=80.0))
