@@ -8,7 +8,7 @@ A stopped command goes on where it was. The best rate of the grid comes from the
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.report import rows
 from benchmarks.quality.search import BUDGETS, Results
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.train import Trainee, append_line, outcome, read_lines
+from benchmarks.quality.train import Trainee, append_line, outcome, read_by
 from randlora_vision.errors import user_errors
 
 FACTORS = {"a third": 1 / 3, "default": 1.0, "three times": 3.0}
@@ -46,10 +46,9 @@ class Trial:
         return outcome(Trainee(problem, METHODS[self.method], rank, task, 0, self.seed, factor=FACTORS[self.at]), task)
 
 
-def read_trials(path: Path) -> dict[Trial, Mapping[str, Any]]:
+def read_trials(path: Path) -> dict[Trial, dict[str, Any]]:
     """Return the lines of a file by the trial that each describes."""
-    names = Trial.__dataclass_fields__
-    return {Trial(**{name: line[name] for name in names}): line for line in read_lines(path)}
+    return read_by(Trial, path)
 
 
 def table_rows(results: Results, trials: Mapping[Trial, Mapping[str, Any]]) -> list[list[str]]:
@@ -66,9 +65,7 @@ def table_rows(results: Results, trials: Mapping[Trial, Mapping[str, Any]]) -> l
             default, top = found.pop("default"), best.get((method, budget))
             if not default or not top:
                 continue
-            rate = next(
-                line["lr"] for trial, line in trials.items() if trial == Trial(task, method, budget, "default", 0)
-            )
+            rate = trials[Trial(task, method, budget, "default", 0)]["lr"]
             lines.append(
                 [
                     TASKS[task].title,
@@ -109,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for values in product(options.tasks, options.methods, budgets, options.at, range(options.seeds)):
         if (trial := Trial(*values)) not in done:
             figures = trial.train(options.data)
-            append_line(path, {**trial.__dict__, **figures})
+            append_line(path, {**asdict(trial), **figures})
             print(*astuple(trial), figures["lr"], figures["test"], flush=True)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -24,6 +24,9 @@ from randlora_vision import save_adapter, suggest_lr
 from randlora_vision.layers.adapted import adapted_modules
 from randlora_vision.training.harness.optim import make_optimizer
 from randlora_vision.training.harness.schedules import Schedule, warmup_schedule
+from randlora_vision.training.methods.adaptation import SAMPLES
+
+_T = TypeVar("_T")
 
 RATE_STEP = 10**0.5
 CENTRE_STEP = 0.01  # of the weights: the centre of the grid of RandLoRA
@@ -31,7 +34,6 @@ WARMUP = 0.1
 _WEIGHT_DECAY = 0.01
 _CLIP = 1.0
 _TIMED_ROUNDS = 4
-SAMPLES = 16  # for the default rate
 
 
 @dataclass(frozen=True)
@@ -207,5 +209,10 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 def read_results(path: Path) -> dict[Run, dict[str, Any]]:
     """Return the lines of runs.jsonl by the run that each describes."""
-    names = [field.name for field in fields(Run)]
-    return {Run(**{name: line[name] for name in names}): line for line in read_lines(path)}
+    return read_by(Run, path)
+
+
+def read_by(kind: type[_T], path: Path) -> dict[_T, dict[str, Any]]:
+    """Return the lines of a JSONL file by what each describes, a `kind` of frozen dataclass."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return {kind(**{name: line[name] for name in names}): line for line in read_lines(path)}

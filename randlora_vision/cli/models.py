@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import randlora_vision
-from randlora_vision import InjectionReport, skeletons
+from randlora_vision import InjectionReport
 from randlora_vision.errors import failures
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.integrations import timm as timm_adapters
 from randlora_vision.integrations._download import download
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import close_matches
+from randlora_vision.skeletons import skeleton
 
 HELP = (
     "a timm model (its name, hf-hub:..., local-dir:...), open_clip:NAME (or a .json configuration), or a diffusers "
@@ -61,10 +62,9 @@ class Base:
         if component is not None and self.library != "diffusers":
             raise ValueError(f"--component is for diffusers pipelines, but {self.library}:{self.name} is one model")
         if self.library == "diffusers":
-            return skeletons.skeleton(lambda: self._component(component))
+            return skeleton(lambda: self._component(component))
         bare = Base(self.library, self.name, None, self.options)
-        open_clip = self.library == "open_clip"
-        return skeletons.skeleton(bare._open_clip if open_clip else lambda: bare._timm(dict(self.options)))
+        return skeleton(bare._open_clip if self.library == "open_clip" else lambda: bare._timm(dict(self.options)))
 
     def attach(self, host: Any, adapter: Path) -> list[InjectionReport]:
         """Load an adapter file, or a PEFT folder, into a built model."""

@@ -93,9 +93,8 @@ def cut_note(family: Family, texts: Sequence[str], kept: Kept | None = None) -> 
     """Return a note if the longest text is encoded as it is without its last word, else an empty string."""
     longest = max(texts, key=len)
     shorter = longest.rpartition(" ")[0]
-    if not shorter or len(longest.encode()) < (
-        family.max_sequence_length or _FEWEST_TOKENS
-    ):  # a token has a byte or more
+    tokens = family.max_sequence_length or _FEWEST_TOKENS
+    if not shorter or len(longest.encode()) < tokens:  # a token has a byte or more
         return ""
     pair = Prompts(family, [longest, with_image_of(longest, shorter)], trained=False, kept=kept).cached
     assert pair is not None

@@ -72,9 +72,8 @@ def read_captions(
     for place, name, caption in _metadata(folder):
         image = folder / name
         if os.path.isfile(image):  # unlike Path's, it returns False for a name that is too long
-            listed.setdefault(image, []).append(
-                caption or None
-            )  # an empty cell is not a caption, but an empty text file is one
+            # An empty cell is not a caption, but an empty text file is one.
+            listed.setdefault(image, []).append(caption or None)
         else:
             skipped.add(place, f"there is no image {name} for its caption")
     names = {image: [(stem, suffix) for suffix in _SIDECARS for stem in (image.stem, image.name)] for image in images}
