@@ -7,13 +7,14 @@ latents packs them internally.
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from randlora_vision.training.dreambooth.conditioning import check_conditioning
+from randlora_vision.training.dreambooth.families.components import Components
 from randlora_vision.training.dreambooth.families.precision import full_precision
 from randlora_vision.training.dreambooth.noise import Noise
 from randlora_vision.training.dreambooth.objectives import (
@@ -22,7 +23,6 @@ from randlora_vision.training.dreambooth.objectives import (
     ObjectiveOptions,
     scheduler_for,
 )
-from randlora_vision.training.dreambooth.offload import Place, offload
 
 Encoded = dict[str, Tensor]  # keys are argument names of the pipeline
 Takes = Literal["mask", "image", "images"] | None
@@ -33,17 +33,13 @@ MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "n
 _TEXT_OPTIONS = ("max_sequence_length", "clean_caption", "complex_human_instruction", "text_encoder_out_layers")
 
 
-class Family:
+class Family(Components):
     """Stable Diffusion 1.5 and 2, and the base class of the other families."""
 
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
     registered: ClassVar[dict[str, type["Family"]]] = {}
     """Every family by the class name of its pipeline."""
-    denoiser_name: ClassVar[str] = "unet"
-    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)  # all of them
     trainable_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)  # the CLIP ones
-    loading: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
-    """Loading arguments that override what the pipeline was saved with."""
     additions: ClassVar[tuple[str, ...]] = ()
     """Values of the denoiser's `addition_embed_type` for which `predict` passes the inputs."""
     encodings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
@@ -77,17 +73,12 @@ class Family:
     """How many frames become one in the latents of a clip, after the first frame."""
 
     def __init__(self, pipe: Any, options: ObjectiveOptions, max_sequence_length: int | None) -> None:
-        self.pipe = pipe
+        super().__init__(pipe)
         self.num_frames = 1
         """The number of frames of what is generated."""
         self.options = options
         self.max_sequence_length = max_sequence_length
-        self.denoisers_later: dict[str, Callable[[], nn.Module]] = {}
-        self.offload_to: Place | None = None
-        names = self.denoisers_in(pipe.config)
-        if absent := [name for name in names if getattr(pipe, name, None) is None]:
-            raise ValueError(f"this {type(pipe).__name__} has no {absent[0]}, which it needs for training")
-        if options.expert is not None and len(names) == 1:
+        if options.expert is not None and len(self.denoisers) == 1:
             raise ValueError(f"--expert is for a pipeline with two denoisers, but this {self.pipeline} has one")
         self.prepare_denoiser()
         check_conditioning(self)
@@ -97,36 +88,6 @@ class Family:
     def make_objective(self) -> Objective:
         """Return the training objective of this family."""
         return NoisePrediction(self.pipe.scheduler, self.options)
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The network that is called at every sampling step, or the first of those that take turns."""
-        return getattr(self.pipe, self.denoiser_name)
-
-    @classmethod
-    def denoisers_in(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the components that are denoisers in a pipeline of this configuration, the noisiest steps' first."""
-        return (cls.denoiser_name,)
-
-    @property
-    def denoisers(self) -> dict[str, nn.Module]:
-        """All denoisers by their names."""
-        return {name: getattr(self.pipe, name) for name in self.denoisers_in(self.pipe.config)}
-
-    @property
-    def trained_denoisers(self) -> tuple[str, ...]:
-        """The names of the denoisers that are trained."""
-        return self.denoisers_in(self.pipe.config)
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the pipeline computes, even while the denoiser is elsewhere."""
-        return next(self.pipe.vae.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision in which the denoiser computes."""
-        return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())  # not of packed weights
 
     @classmethod
     def quantized_texts(cls, present: Collection[str]) -> list[str]:
@@ -170,54 +131,6 @@ class Family:
         if self.max_sequence_length is not None and "max_sequence_length" in encoding:
             found["max_sequence_length"] = self.max_sequence_length
         return found
-
-    def prepare_denoiser(self) -> None:
-        """Change what training needs otherwise in a denoiser, when it is made and when its weights are loaded."""
-
-    def load_denoiser(self) -> None:
-        """Load the weights of the denoisers, if `load_family` left them out."""
-        if self.denoisers_later:
-            for name, load in self.denoisers_later.items():
-                setattr(self.pipe, name, load())
-            self.denoisers_later = {}
-            self.prepare_denoiser()
-            if self.offload_to is None:
-                self.pipe.to(self.device)
-
-    def offload(self) -> None:
-        """Offload the denoisers, if the options say so."""
-        if self.offload_to is not None:
-            for denoiser in self.denoisers.values():
-                offload(denoiser, self.offload_to, self.device)
-
-    def release(self) -> None:
-        """Free the memory of the device, when the pipeline is no longer needed."""
-        if self.offload_to is None:
-            self.pipe.to("cpu")
-
-    def like(self, **parts: Any) -> Any:
-        """Return a pipeline of the same components and settings, except those given, for sampling."""
-        cls = type(self.pipe)
-        settings = {
-            name: self.pipe.config[name] for name in cls._get_signature_keys(cls)[1] if name in self.pipe.config
-        }
-        if self.offload_to is not None:  # the device of its weights is not where it computes
-            cls = type(cls.__name__, (cls,), {"_execution_device": self.device})
-        return cls(**{**self.pipe.components, **settings, **parts, **self.loading})
-
-    def move(self, device: torch.device) -> None:
-        """Move the pipeline to a device, except denoisers without weights."""
-        empty = {name: getattr(self.pipe, name) for name in self.denoisers_later}
-        for name in empty:
-            setattr(self.pipe, name, None)
-        self.pipe.to(device)
-        for name, denoiser in empty.items():
-            setattr(self.pipe, name, denoiser)
-
-    def drop_text_encoders(self) -> None:
-        """Remove the text encoders from the pipeline, once all needed prompts are encoded."""
-        for name in self.text_encoder_names:
-            setattr(self.pipe, name, None)
 
     def encode(self, prompts: Sequence[str], guided: bool = False) -> Encoded:
         """Encode B prompts; if `guided`, also return the encoding of the empty prompt."""
