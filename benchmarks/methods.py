@@ -51,14 +51,14 @@ def lora_rank(model: nn.Module, targets: Sequence[str], budget: int) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Ignore warnings; also a decorator."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-@_quiet()
+@quiet()
 def peft_model(model: nn.Module, config: object, adapter_name: str = "default") -> nn.Module:
     """Add adapters of PEFT to a model, without its warnings."""
     from peft import get_peft_model
@@ -66,14 +66,14 @@ def peft_model(model: nn.Module, config: object, adapter_name: str = "default") 
     return get_peft_model(model, config, adapter_name)
 
 
-@_quiet()
+@quiet()
 def _peft_load(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-@_quiet()
+@quiet()
 def _peft_save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 

@@ -1,13 +1,12 @@
 """The methods, each with one knob that sets how many numbers it trains, and the centre of its grid of rates."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from benchmarks.methods import peft_model, randlora_numbers, trained_numbers, weight_shape
+from benchmarks.methods import peft_model, quiet, randlora_numbers, trained_numbers, weight_shape
 from randlora_vision import RandLoRAConfig, inject
 from randlora_vision.training.methods.rivals import inject_rival
 
@@ -59,8 +58,7 @@ def _peft(kind: str, settings: Callable[[int, int], dict[str, Any]]) -> Apply:
     def apply(model: nn.Module, targets: Sequence[str], knob: int, seed: int) -> nn.Module:
         import peft
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             config = getattr(peft, kind)(target_modules=list(targets), **settings(knob, seed))
         return peft_model(model, config)
 
