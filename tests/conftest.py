@@ -18,8 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers with several threads each wait for one another. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell's script starts what ends in "&"; tests send Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, and what nohup starts ignores SIGHUP; tests send both. The suite
+# itself lives on when the terminal closes.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 FEW = 20  # modules
 imported = 0
