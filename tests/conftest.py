@@ -18,12 +18,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers with several threads each wait for one another. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What a shell starts in the background ignores Ctrl-C, and what nohup starts ignores SIGHUP; tests send both. The suite
-# itself lives on when the terminal closes.
-for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, handler)
-
 FEW = 20  # modules
 imported = 0
 """The number of modules at the last freeze."""
@@ -80,3 +74,15 @@ def freeze() -> None:
     gc.collect()
     gc.freeze()
     imported = len(sys.modules)
+
+
+@pytest.fixture
+def ending_signals() -> Iterator[None]:
+    """Signals end a program, also where a shell started the suite in the background or nohup did, which ignore some."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, usual[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

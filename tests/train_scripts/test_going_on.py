@@ -22,6 +22,8 @@ from randlora_vision.training.harness.run_folder import RunFolder
 from randlora_vision.training.harness.stopping import StopRequests
 from tests.training_helpers import Killed, draw_nothing, run_script, write_class_folders, write_tiny_vit
 
+pytestmark = pytest.mark.usefixtures("ending_signals")
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:

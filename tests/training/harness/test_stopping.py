@@ -21,6 +21,8 @@ from randlora_vision.training.harness.options import CheckpointOptions, Training
 from randlora_vision.training.harness.stopping import TIMED_OUT, StopRequests, reason, seconds_of
 from tests.training.harness.test_checkpoints import FitTask, train
 
+pytestmark = pytest.mark.usefixtures("ending_signals")
+
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGHUP": 129}
 
 
