@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
+import multiprocessing
 import re
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -137,22 +136,27 @@ def saved_bytes_and_load_time(trainee: Trainee, base: nn.Module, method: str) ->
 
 
 def peak_memory(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the peak bytes of three steps in a fresh process: CUDA's, or resident beyond those before the model.
+    """Return the peak bytes of two steps in a fresh process: CUDA's, or resident beyond those before the model.
 
-    The process has one copy of the model: a second one, however short its life, would hide what the methods add.
+    The process has one copy of the model: a second one, however short its life, would hide what the methods add. It is
+    forked from one that has imported the libraries and done nothing else.
     """
-    command = [sys.executable, "-m", "benchmarks.measure", row.workload, str(row.size), row.which, method]
-    command += [str(device), str(dtype).removeprefix("torch.")]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(answer.stdout.split()[-1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.measure", "peft", "timm"])
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (row, method, device, dtype))
 
 
 def _peak_memory_here(row: Row, method: str, device: torch.device, dtype: torch.dtype) -> int:
+    import peft  # noqa: F401  # every process has the same imports
+    import timm  # noqa: F401
+
+    warnings.simplefilter("ignore")
     before = _resident("VmRSS")
     trainee, _ = adapted(row, WORKLOADS[row.workload].build(), method, device, dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
+    for _ in range(2):  # the optimiser has its state from the second one on
         trainee.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -169,17 +173,3 @@ def _resident(what: str) -> int:
 def trained(trainee: Trainee) -> int:
     """Return how many numbers are trained."""
     return trained_numbers(trainee.model)
-
-
-def _main() -> None:
-    workload, size, which, method, device, dtype = sys.argv[1:]
-    warnings.simplefilter("ignore")
-    import peft  # noqa: F401  # every process has the same imports
-    import timm  # noqa: F401
-
-    row = Row(workload, int(size), which)
-    print(_peak_memory_here(row, method, torch.device(device), getattr(torch, dtype)))
-
-
-if __name__ == "__main__":
-    _main()

@@ -3,9 +3,10 @@
 python -m benchmarks.memory
 python -m benchmarks.memory --output benchmarks/results/memory.md
 python -m benchmarks.memory --sizes 1 --targets attention --peak --methods peft_randlora ours ours_memory
+python -m benchmarks.memory --sizes 1 4 16 --peak --methods peft_lora full frozen ours ours_memory ours_structured
 
-Everything is counted on the meta device, without computing anything. Figures are relative to PEFT's RandLora. The last
-rows checkpoint the blocks: what is kept within one block is then recomputed, and counts once.
+Bytes and FLOPs are counted on the meta device, without computing anything. Figures are relative to PEFT's RandLora. The
+last rows checkpoint the blocks: what is kept within one block is then recomputed, and counts once.
 """
 
 import copy

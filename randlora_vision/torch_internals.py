@@ -5,6 +5,7 @@ An update of torch that changes one of these fails in `tests/test_torch_internal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +41,10 @@ transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 """True inside the transforms of torch.func, such as vmap."""
 is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 """True while torch.jit traces; sizes are tensors then."""
+is_autocast_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""True within autocast for any type of device."""
+is_proxied: Callable[[], Any] = functools.partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY)
+"""The mode in which make_fx and torch.export record a graph, or None."""
 
 
 def writes_are_private() -> bool:
@@ -47,7 +52,7 @@ def writes_are_private() -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or transforms_are_active() or is_jit_tracing():
         return False
     # A graph of torch.export or make_fx may run with gradients later.
-    return not torch_exports() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    return not torch_exports() and is_proxied() is None
 
 
 unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default

@@ -221,3 +221,15 @@ def test_results_are_not_written_into_tensors_while_anything_records() -> None:
         torch.vmap(record("vmap"))(torch.ones(2))
     record("gradients")(torch.ones(2))
     assert [name for name, private in seen.items() if private] == ["no gradients"]
+
+
+def test_autocast_is_noticed() -> None:
+    assert not internals.is_autocast_on()
+    for device in ("cpu", "cuda"):
+        with warnings.catch_warnings():  # there may be no GPU
+            warnings.simplefilter("ignore")
+            with torch.autocast(device, torch.bfloat16):
+                on = torch.is_autocast_enabled(device)
+                assert internals.is_autocast_on() == on and (on or device == "cuda")
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert not internals.is_autocast_on()

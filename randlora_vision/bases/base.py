@@ -50,6 +50,8 @@ class Bases:
 
     kinds: ClassVar[dict[str, type[Bases]]] = {}
     """The subclass for each kind that is drawn from a seed."""
+    term_type: ClassVar[Callable[..., Any]]
+    """The class of the terms, called with the tensors of `_of_term`, lambda, gamma, the scale, and its other values."""
 
     def __init_subclass__(cls, kinds: tuple[str, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -61,8 +63,8 @@ class Bases:
         self._sha256: str | None = None
         self._drawn: dict[int, Tensor] = {}
         """Matrices drawn for the checksum, kept until they are converted to the dtype of the products."""
-        self._found: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
-        """The tensors of terms that were made for plain parameters, which are the same for each of these shapes."""
+        self._found: dict[Hashable, tuple[tuple[Tensor, ...], tuple[Any, ...]]] = {}
+        """The constants of terms that were made for plain parameters, which are the same for each of these shapes."""
         self._inputs = _Inputs()
 
     def a(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -75,7 +77,16 @@ class Bases:
 
     def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> Term:
         """The update of one adapter on one parameter, for M = `wide` and s = `scale`; every forward pass needs it."""
-        raise NotImplementedError
+        # Fake tensors and those of transforms are not Parameters, and compiled code multiplies lambda by its scale.
+        plain = type(lam) is nn.Parameter and not is_jit_tracing()
+        key = (wide, lam.shape, gamma.shape, dtype, lam.dtype, lam.device) if plain else None
+        found = self._found.get(key) if plain else None
+        if found is None:
+            found = self._of_term(lam, gamma, wide, dtype)
+            if plain and not torch.compiler.is_dynamo_compiling():
+                self._found[key] = found
+        frozen, others = found
+        return self.term_type(*frozen, lam, gamma, scale, *others)
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
@@ -93,20 +104,11 @@ class Bases:
         tensors = self._tensors.get((key, device, dtype))
         return self._keep(key, device, dtype) if tensors is None else tensors
 
-    def _of_term(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The tensors of a term that is not in `_found`."""
+    def _of_term(
+        self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """The tensors of the bases and the other constants of a term that is not in `_found`."""
         raise NotImplementedError
-
-    def _tensors_for(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        # Fake tensors and those of transforms are not Parameters, and compiled code multiplies lambda by its scale.
-        plain = type(lam) is nn.Parameter and not is_jit_tracing()
-        key = (wide, lam.shape, gamma.shape, dtype, lam.dtype, lam.device) if plain else None
-        if key is not None and key in self._found:
-            return self._found[key]
-        made = self._of_term(lam, gamma, wide, dtype)
-        if key is not None and not torch.compiler.is_dynamo_compiling():
-            self._found[key] = made
-        return made
 
     def _beside(self, key: Hashable, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The tensors of a key for products with `like`: those of `kept`, or fake ones."""

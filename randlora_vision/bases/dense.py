@@ -17,37 +17,10 @@ from randlora_vision.bases.products import (
     Costs,
     add_product,
     diagonal_gradients,
-    range_power,
     scaled_a,
     scaled_product,
 )
 from randlora_vision.bases.random import filled, normal, uniform
-
-
-class DenseBases(Bases, kinds=("uniform", "normal")):
-    """Bases that are stored as matrices."""
-
-    def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
-        """As `Bases.term`."""
-        a, b = self._tensors_for(lam, gamma, wide, dtype)
-        return DenseTerm(a, b, lam, gamma, scale)
-
-    def _of_term(self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        rank, bases, narrow = sizes_of(lam, gamma)
-        (a,) = self._beside((A, rank, narrow), lam, lam.dtype)
-        return a, *self._beside((B, wide, rank * bases), lam, dtype)
-
-    def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
-        if not isinstance(key, tuple):
-            return super()._made(key, device, dtype)
-        matrix, rows, columns = key
-        return (self.kept(matrix, device, dtype)[0][:rows, :columns],)
-
-    @staticmethod
-    def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
-        """As `Bases.generate`: one stream of random bits per row, consumed from the first column on."""
-        draw, count = {"uniform": (uniform, (columns + 1) // 2), "normal": (normal, 3 * columns)}[kind]
-        return filled(np.empty((rows, columns), dtype=np.float32), seed, matrix, count, draw)
 
 
 class DenseTerm(NamedTuple):
@@ -85,8 +58,8 @@ class DenseTerm(NamedTuple):
         """As `Term.prepared`."""
         if torch.float16 not in (self.b.dtype, self.dtype):
             return self
-        power = range_power(self.gamma)
-        return self._replace(gamma=self.gamma * power, scale=self.scale / power)
+        power = 1 << (int(max(self.gamma.shape)) - 1).bit_length()  # c
+        return DenseTerm(self.a, self.b, self.lam, self.gamma * power, self.scale / power, self.unit, self.dtype)
 
     def costs(self) -> Costs:
         """FLOPs of the products below."""
@@ -109,12 +82,12 @@ class DenseTerm(NamedTuple):
             return torch.addmm(total, hidden, b.t(), alpha=self.scale)
         return add_product(total, hidden, b.t(), self.scale)
 
-    def times_af_t(self, narrow: Tensor, factor: float = 1.0) -> tuple[Tensor, None]:
+    def times_af_t(self, narrow: Tensor, factor: float = 1.0, private: bool = False) -> tuple[Tensor, None]:
         """Return ``factor`` times ``narrow`` (T, m) times Af^T: (T, K); `gradients` has no use for parts of it."""
         af_t = scaled_a(self.a, self.lam, self.gamma, narrow.dtype).t()
-        return torch.mm(narrow, af_t) if factor == 1.0 else scaled_product(narrow, af_t, factor), None
+        return torch.mm(narrow, af_t) if factor == 1.0 else scaled_product(narrow, af_t, factor, private), None
 
-    def times_af(self, total: Tensor | None, u: Tensor) -> tuple[Tensor, None]:
+    def times_af(self, total: Tensor | None, u: Tensor, private: bool = False) -> tuple[Tensor, None]:
         """Return ``total`` (T, m) + s u Af; `gradients` has no use for parts of it."""
         af = scaled_a(self.a, self.lam, self.gamma, u.dtype)
         if total is not None and total.dtype == u.dtype:
@@ -132,15 +105,41 @@ class DenseTerm(NamedTuple):
         return add_product(weight, left, right, self.scale)
 
     def gradients(
-        self, u: Tensor, narrow: Tensor, classes: None = None, projected: None = None
+        self, u: Tensor, narrow: Tensor, private: bool = False, classes: None = None, projected: None = None
     ) -> tuple[Tensor, Tensor]:
         """As `Products.gradients`."""
-        return diagonal_gradients(self.a, self.lam, self.gamma, scaled_product(u.t(), narrow, self.scale))
+        d_af = scaled_product(u.t(), narrow, self.scale, private)
+        return diagonal_gradients(self.a, self.lam, self.gamma, d_af, private)
 
-    def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_gradients(self, d_weight: Tensor, private: bool = False) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from the gradient of the update (M, m)."""
-        d_af = scaled_product(self.b_as(d_weight.dtype).t(), d_weight, self.scale)
-        return diagonal_gradients(self.a, self.lam, self.gamma, d_af)
+        d_af = scaled_product(self.b_as(d_weight.dtype).t(), d_weight, self.scale, private)
+        return diagonal_gradients(self.a, self.lam, self.gamma, d_af, private)
+
+
+class DenseBases(Bases, kinds=("uniform", "normal")):
+    """Bases that are stored as matrices."""
+
+    term_type = DenseTerm
+
+    def _of_term(
+        self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        rank, bases, narrow = sizes_of(lam, gamma)
+        (a,) = self._beside((A, rank, narrow), lam, lam.dtype)
+        return (a, *self._beside((B, wide, rank * bases), lam, dtype)), ()
+
+    def _made(self, key: Any, device: torch.device, dtype: torch.dtype) -> Iterable[Tensor]:
+        if not isinstance(key, tuple):
+            return super()._made(key, device, dtype)
+        matrix, rows, columns = key
+        return (self.kept(matrix, device, dtype)[0][:rows, :columns],)
+
+    @staticmethod
+    def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:
+        """As `Bases.generate`: one stream of random bits per row, consumed from the first column on."""
+        draw, count = {"uniform": (uniform, (columns + 1) // 2), "normal": (normal, 3 * columns)}[kind]
+        return filled(np.empty((rows, columns), dtype=np.float32), seed, matrix, count, draw)
 
 
 def dense_costs(wide: int, narrow: int, inner: int) -> Costs:

@@ -13,14 +13,13 @@ gamma * c and s / c, where c is the smallest power of two that is at least max(N
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.torch_internals import is_jit_tracing, writes_are_private
+from randlora_vision.torch_internals import is_jit_tracing
 
 
 class Costs(NamedTuple):
@@ -80,7 +79,8 @@ class Term(Protocol):
 class Products(Term, Protocol):
     """A prepared term; every method is differentiable in the term's tensors.
 
-    The arguments ``total`` and ``weight`` may be None to compute only the update.
+    The arguments ``total`` and ``weight`` may be None to compute only the update. ``private`` is the result of
+    `torch_internals.writes_are_private`: asking once for a pass is much cheaper than for every product.
     """
 
     @property
@@ -97,28 +97,25 @@ class Products(Term, Protocol):
     def times_b_t(self, total: Tensor | None, hidden: Tensor) -> Tensor:
         """Return ``total`` (T, M) + s hidden (T, K) B^T, for hidden values from `times_af_t`."""
 
-    def times_af_t(self, narrow: Tensor, factor: float = 1.0) -> tuple[Tensor, Any]:
+    def times_af_t(self, narrow: Tensor, factor: float = 1.0, private: bool = False) -> tuple[Tensor, Any]:
         """Return ``factor`` times ``narrow`` (T, m) times Af^T (T, K), and what `gradients` takes as `projected`."""
 
-    def times_af(self, total: Tensor | None, u: Tensor) -> tuple[Tensor, Any]:
+    def times_af(self, total: Tensor | None, u: Tensor, private: bool = False) -> tuple[Tensor, Any]:
         """Return ``total`` (T, m) + s u Af, and what `gradients` takes as `classes`."""
 
     def add_to(self, weight: Tensor | None, tall: bool) -> Tensor:
         """Return ``weight`` (O, I) + delta W."""
 
-    def gradients(self, u: Tensor, narrow: Tensor, classes: Any = None, projected: Any = None) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, u: Tensor, narrow: Tensor, private: bool = False, classes: Any = None, projected: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from u (T, K), the wide side times B, and the narrow side (T, m).
 
         `classes` and `projected` are the second results of `times_af` and `times_af_t` for them, if known.
         """
 
-    def weight_gradients(self, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_gradients(self, d_weight: Tensor, private: bool = False) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from the gradient of the update (M, m)."""
-
-
-def range_power(gamma: Tensor) -> int:
-    """The factor c."""
-    return 2 ** math.ceil(math.log2(max(gamma.shape)))
 
 
 def scaled_a(a: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,27 +137,20 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, factor: float
     return torch.addmm(total, left, right, alpha=factor)
 
 
-def scaled_product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Return ``factor * left @ right`` of matrices or batches of matrices in one operation where that is possible."""
+def scaled_product(left: Tensor, right: Tensor, factor: float, private: bool) -> Tensor:
+    """Return ``factor * left @ right`` of matrices or batches of matrices, in one operation if ``private``."""
     product, added = (torch.mm, torch.addmm) if left.ndim == 2 else (torch.bmm, torch.baddbmm)
     if factor == 1.0:
         return product(left, right)
-    if not writes_are_private():
+    if not private:
         return product(left, right) * factor
     return added(left.new_empty(()), left, right, beta=0, alpha=factor)  # with beta 0, the values are not read
 
 
-def multiplied(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left * right``, in left's shape and its memory order, in one operation where that is possible."""
-    if not writes_are_private():
-        return (left * right).contiguous()
-    return torch.mul(left, right, out=torch.empty_like(left, memory_format=torch.contiguous_format))
-
-
-def diagonal_gradients(a: Tensor, lam: Tensor, gamma: Tensor, d_af: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of lambda and gamma from that of Af (K, m), which may be overwritten."""
+def diagonal_gradients(a: Tensor, lam: Tensor, gamma: Tensor, d_af: Tensor, private: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of lambda and gamma from that of Af (K, m), which is overwritten if ``private``."""
     rank, bases = lam.shape
-    private, right = writes_are_private(), gamma[:, :, None]
+    right = gamma[:, :, None]
     split, factors = d_af.to(lam.dtype).view(rank, bases, -1), a[:, None, :]
     by_base = (split.mul_(factors) if private else split * factors).transpose(0, 1)  # (N, R, m)
     d_gamma = torch.bmm(lam.t()[:, None, :], by_base)[:, 0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from randlora_vision.bases.base import B, BasesSpec
-from randlora_vision.bases.dense import DenseBases, DenseTerm
+from randlora_vision.bases.dense import DenseBases
 from randlora_vision.bases.random import filled, halves
 
 
@@ -24,9 +25,10 @@ class TernaryBases(DenseBases, kinds=("sparse", "very_sparse")):
         """B (wide, columns) on `device`, rounded to `dtype`; it is not cached."""
         return self.kept(B, device, torch.int8)[0].to(dtype) * self._unit
 
-    def term(self, lam: Tensor, gamma: Tensor, wide: int, scale: float, dtype: torch.dtype) -> DenseTerm:
-        """As `Bases.term`."""
-        return super().term(lam, gamma, wide, scale, torch.int8)._replace(unit=self._unit, dtype=dtype)
+    def _of_term(
+        self, lam: Tensor, gamma: Tensor, wide: int, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        return super()._of_term(lam, gamma, wide, torch.int8)[0], (self._unit, dtype)
 
     @staticmethod
     def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:

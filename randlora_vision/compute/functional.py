@@ -22,14 +22,16 @@ from torch import Tensor
 
 from randlora_vision.bases.products import Products, Term
 from randlora_vision.compute import orders
-from randlora_vision.compute.planner import ANY, Call, Plan, cheapest, choose, problem_of
+from randlora_vision.compute.planner import ANY, Call, Plan, cheapest, choose, known, problem_of
 from randlora_vision.torch_internals import (
     eager_unsafe_view,
     is_exporting,
     is_jit_tracing,
+    is_proxied,
     torch_exports,
     transforms_are_active,
     unsafe_view,
+    writes_are_private,
 )
 
 
@@ -64,7 +66,7 @@ def randlora_linear(
     ready: list[Products] = []
     for term in terms:  # not a comprehension, which is one more call per pass of a layer
         ready.append(term.prepared())
-    narrow, features = ready[0].gamma.shape[1], x.shape[-1]
+    narrow, features = terms[0].gamma.shape[1], x.shape[-1]
     if compiling is None:
         compiling = torch.compiler.is_dynamo_compiling()
     # In compiled code, the sizes of x may be symbols; those of Parameters are not.
@@ -87,15 +89,20 @@ def randlora_linear(
         for tensor in trained:
             for_adapter = for_adapter or tensor.requires_grad
     call = (wide, narrow, tall, weight is None, () if compiling else kinds)
-    plan = cheapest(flat.shape[0], call, ready, (for_input, for_adapter, for_weight), pinned, compiling)
+    needed = (for_input, for_adapter, for_weight)
+    plan = known((flat.shape[0], call, needed, pinned)) if plain else None
+    if plan is None:
+        plan = cheapest(flat.shape[0], call, ready, needed, pinned, compiling)
     shape, view = (*x.shape[:-1], out_features), unsafe_view if compiling else eager_unsafe_view
     if not (for_input or for_adapter or for_weight or for_bias):
-        return view(orders.output(flat, weight, bias, ready, tall, plan.forward).contiguous(), shape)
+        out = orders.output(flat, weight, bias, ready, tall, plan.forward, private=writes_are_private())
+        return view(out.contiguous(), shape)
     kept: list[Tensor] = []
     if plan.grad_adapter == "tokens" and not tall:  # all that this gradient needs of x, and smaller
         for term in ready:
             kept.append(term.times_b(flat))
-    if compiling or transforms_are_active():  # they replace the tensors that a function computes with
+    # The compiler and transforms replace the tensors that a function computes with, and a graph may run with gradients.
+    if compiling or transforms_are_active() or is_proxied() is not None:
         frozen = [tensor for term in ready for tensor in term.frozen]
         step = (call, _blank(ready), plan, pinned, len(kept), len(frozen))
         out = _RandLoRALinear.apply(flat, weight, bias, step, *kept, *frozen, *trained)
@@ -140,13 +147,12 @@ def _blank(terms: Sequence[Products]) -> tuple[Products, ...]:
     return tuple(term.with_tensors((None,) * len(term.frozen), None, None) for term in terms)
 
 
-def _filled(terms: Sequence[Products], frozen: Sequence[Tensor] | None, trained: Sequence[Tensor]) -> list[Products]:
-    """The terms with these tensors: all bases, or None for their own, and then lambda and gamma of every term."""
+def _filled(terms: Sequence[Products], frozen: Sequence[Tensor], trained: Sequence[Tensor]) -> list[Products]:
+    """The terms with these tensors: all bases, and then lambda and gamma of every term."""
     start, filled = 0, []
     for i, term in enumerate(terms):
         end = start + len(term.frozen)
-        own = term.frozen if frozen is None else frozen[start:end]
-        filled.append(term.with_tensors(own, trained[2 * i], trained[2 * i + 1]))
+        filled.append(term.with_tensors(frozen[start:end], trained[2 * i], trained[2 * i + 1]))
         start = end
     return filled
 
@@ -181,12 +187,15 @@ class _RandLoRALinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         call, blank, planned, pinned, count, frozen = ctx.step
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        kept, terms = saved[:count], _filled(blank, ctx.frozen, saved[count:])
+        kept = saved[:count]
+        terms = blank if ctx.frozen is None else _filled(blank, ctx.frozen, saved[count:])
         base = None if weight is None else weight.to(grad.dtype)
         fixed = Plan(planned.forward, pinned.grad_input, "tokens" if kept else pinned.grad_adapter)
         needed, compiling = (need_x, ctx.need_terms, need_weight), torch.compiler.is_dynamo_compiling()
         plan = cheapest(grad.shape[0], call, terms, needed, fixed, compiling)
-        d_x, d_weight, d_kept, d_trained = orders.gradients(grad, x, base, terms, call[2], plan, need_weight, kept)
+        d_x, d_weight, d_kept, d_trained = orders.gradients(
+            grad, x, base, terms, call[2], plan, need_weight, kept, not compiling and writes_are_private()
+        )
         return (
             d_x,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -212,8 +221,9 @@ class _PlainLinear(torch.autograd.Function):
         (_, _, tall, _, _), terms, plan, _, kept, _ = ctx.step = step
         ctx.frozen, ctx.need_terms = None, True in ctx.needs_input_grad[4 + kept :]
         need_x = ctx.needs_input_grad[1] or (ctx.need_terms and not kept)
+        # Lambda and gamma are those of the terms: autograd checks that nothing writes to them before the backward pass.
         ctx.save_for_backward(x if need_x else None, weight, *tensors)
-        return orders.output(x, weight, bias, terms, tall, plan.forward, tensors[:kept])
+        return orders.output(x, weight, bias, terms, tall, plan.forward, tensors[:kept], private=True)
 
     backward = _RandLoRALinear.backward
 
@@ -243,12 +253,14 @@ class _EffectiveWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        terms = _filled(ctx.terms, ctx.frozen, ctx.saved_tensors)
+        trained, private = ctx.saved_tensors, writes_are_private()
+        terms = ctx.terms if ctx.frozen is None else _filled(ctx.terms, ctx.frozen, trained)
         gradients: list[Tensor | None] = [None] * (2 * len(terms))
         if ctx.need_terms:
             flat = grad.reshape(grad.shape[0], -1)
             wide_first = flat if flat.shape[0] >= flat.shape[1] else flat.t()
-            gradients = [d for term in terms for d in term.weight_gradients(wide_first.to(term.product_dtype))]
+            for i, term in enumerate(terms):
+                gradients[2 * i : 2 * i + 2] = term.weight_gradients(wide_first.to(term.product_dtype), private)
         d_weight = grad.to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return (d_weight, None, *(None,) * ctx.passed, *gradients)
 

@@ -38,6 +38,7 @@ def output(
     tall: bool,
     forward: str | None,
     kept: Sequence[Tensor] = (),
+    private: bool = False,
 ) -> Tensor:
     """The output (T, O) of x (T, I), in x's dtype, from x B of every term if that is known."""
     out = None if weight is None else weight.to(x.dtype)
@@ -49,9 +50,9 @@ def output(
     out = None if out is None else F.linear(x, out, bias)
     for i, term in enumerate(terms):
         if tall:
-            out = term.times_b_t(out, term.times_af_t(x)[0])
+            out = term.times_b_t(out, term.times_af_t(x, private=private)[0])
         else:
-            out = term.times_af(out, kept[i] if kept else term.times_b(x))[0]
+            out = term.times_af(out, kept[i] if kept else term.times_b(x), private)[0]
     return out  # type: ignore[return-value]
 
 
@@ -64,6 +65,7 @@ def gradients(
     plan: Plan,
     weight_grad: bool,
     kept: Sequence[Tensor] = (),
+    private: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """The gradients of the input (T, I), of the weight, of every x B that was kept, and of every lambda and gamma.
 
@@ -76,6 +78,7 @@ def gradients(
         plan: The orders.
         weight_grad: True if the frozen weight's gradient is needed.
         kept: x B of every term, if the forward pass computed it in advance.
+        private: See `Products`.
     """
     d_kept: list[Tensor | None] = [None] * len(kept)
     wide_side: list[Tensor] = list(kept)  # the wide side's tokens times B
@@ -88,11 +91,11 @@ def gradients(
         for i, term in enumerate(terms):
             if tall:
                 wide_side.append(term.times_b(g))
-                d_x, shared[i]["classes"] = term.times_af(d_x, wide_side[i])
+                d_x, shared[i]["classes"] = term.times_af(d_x, wide_side[i], private)
             elif kept:
-                d_kept[i], shared[i]["projected"] = term.times_af_t(g, term.scale)
+                d_kept[i], shared[i]["projected"] = term.times_af_t(g, term.scale, private)
             else:
-                d_x = term.times_b_t(d_x, term.times_af_t(g)[0])
+                d_x = term.times_b_t(d_x, term.times_af_t(g, private=private)[0])
 
     d_weight = None
     if x is not None and (weight_grad or plan.grad_adapter == "weight"):
@@ -101,9 +104,9 @@ def gradients(
     for i, term in enumerate(terms):
         if plan.grad_adapter == "weight":
             assert d_weight is not None
-            d_trained[2 * i : 2 * i + 2] = term.weight_gradients(d_weight if tall else d_weight.t())
+            d_trained[2 * i : 2 * i + 2] = term.weight_gradients(d_weight if tall else d_weight.t(), private)
         elif plan.grad_adapter == "tokens":
             wide, narrow = (g, x) if tall else (x, g)
             u = wide_side[i] if wide_side else term.times_b(wide)  # type: ignore[arg-type]
-            d_trained[2 * i : 2 * i + 2] = term.gradients(u, narrow, **shared[i])  # type: ignore[arg-type]
+            d_trained[2 * i : 2 * i + 2] = term.gradients(u, narrow, private, **shared[i])  # type: ignore[arg-type]
     return d_x, d_weight if weight_grad else None, d_kept, d_trained

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from randlora_vision.bases.products import Costs, Term
@@ -150,15 +150,17 @@ def _variants(problem: tuple[Any, ...], costs: tuple[int, ...], needed: tuple[bo
     return _remembered_variants(Problem._make((0, *problem, Costs(*costs))), *needed, Plan(*pinned))
 
 
-_KNOWN: dict[tuple[Any, ...], Plan] = {}
-
-
 Call = tuple[int, int, bool, bool, tuple[Any, ...]]
 """What fixes the plan of a call apart from its number of tokens: wide, narrow, tall and branch of `Problem`, and type
 and shape of lambda of every adapter, which determine its costs.
 
 It is a plain tuple, as every pass of a layer makes one.
 """
+
+
+_KNOWN: dict[tuple[Any, ...], Plan] = {}
+known: Callable[[tuple[int, Call, tuple[bool, bool, bool], Plan]], Plan | None] = _KNOWN.get
+"""The plan for the number of tokens, the call, the gradients and the pinned orders, if `cheapest` has chosen it."""
 
 
 def problem_of(call: Call, tokens: int, terms: Sequence[Term]) -> Problem:

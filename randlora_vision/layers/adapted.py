@@ -24,7 +24,7 @@ from randlora_vision.layers.mixed import unknown_weight
 from randlora_vision.layers.parametrised import computed_without_merging
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_packed, is_sharded
-from randlora_vision.names import PARTS, is_adapter_name, parameter_name
+from randlora_vision.names import NAME, PARTS, is_adapter_name, parameter_name
 from randlora_vision.torch_internals import makes_empty
 
 ATTENTION_PARAMETERS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
@@ -88,12 +88,15 @@ class AdaptedModule(GuardedParameters):
         """The named adapters' parts of the update, with products in `dtype`; `compiling` is True in torch.compile."""
         state = self._randlora[param]
         wide, call_scale = max(state.out_features, state.in_features), state.switches.call_scale
-        terms = []
+        terms, own = [], self._parameters
         for name in names:
             slot = state.slots[name]
-            lam, gamma = self.adapter_tensors(param, name)
+            lam: Any = own.get(NAME.format(param, "lambda", name))  # where they are in every step of a training
+            gamma: Any = own.get(NAME.format(param, "gamma", name))
+            if lam is None or gamma is None:
+                lam, gamma = self.adapter_tensors(param, name)
             if compiling:  # s as an input: a number would be a constant of the graph
-                lam, factor = lam * slot.factor_input, call_scale  # type: ignore[assignment]
+                lam, factor = lam * slot.factor_input, call_scale
             else:
                 factor = slot.own_factor if call_scale == 1.0 else slot.factor(call_scale)
             terms.append(slot.bases.term(lam, gamma, wide, factor, dtype))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_packed, is_sharded, is_sharder, replaced_message
-from randlora_vision.names import NAME, PARTS, is_adapter_name, parameter_name
+from randlora_vision.names import PARTS, is_adapter_name, parameter_name
 
 if TYPE_CHECKING:
     _Mixin = nn.Module
@@ -36,10 +36,7 @@ class GuardedParameters(_Mixin):
         parked = self._randlora[param].parked
         if adapter_name in parked:
             return parked[adapter_name]
-        lam = self._parameters.get(NAME.format(param, "lambda", adapter_name))
-        gamma = self._parameters.get(NAME.format(param, "gamma", adapter_name))
-        if lam is None or gamma is None:
-            lam, gamma = (self._tensor(parameter_name(param, part, adapter_name)) for part in PARTS)
+        lam, gamma = (self._tensor(parameter_name(param, part, adapter_name)) for part in PARTS)
         if lam is None or gamma is None:
             raise RuntimeError(
                 f"lambda or gamma of adapter {adapter_name!r} on {param!r} was deleted from this {type(self).__name__} "

@@ -37,7 +37,7 @@ from randlora_vision.layers.peft_around import watch_hosts
 from randlora_vision.layers.state import ParameterState
 from randlora_vision.layers.torch_around import is_sharded, is_sharder, replaced_message, wants_parameter
 from randlora_vision.layers.tracing import traced_call, traced_weight
-from randlora_vision.torch_internals import is_exporting
+from randlora_vision.torch_internals import is_autocast_on, is_exporting
 
 WEIGHT_READERS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 """Modules whose forward reads the weight for a matrix product."""
@@ -129,11 +129,12 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")
     if weight.is_meta and (not input.is_meta or self._loaded_ahead()):
         raise RuntimeError("forward of an adapted layer on the meta device got values: load the weight's values first")
-    dtype, state = autocast_dtype(weight), self._randlora["weight"]
+    # Asked once: a pass of a small layer is bound by calls in Python.
+    compiling, state = torch.compiler.is_dynamo_compiling(), self._randlora["weight"]
+    dtype = autocast_dtype(weight) if compiling or is_autocast_on() else None
     if state.switches.mixture is not None and state.switches.enabled:
         mixed = mixed_linear(self, state.switches.mixture, input, weight, bias, dtype or weight.dtype)
         return F.linear(input, weight, bias) if mixed is None else mixed
-    compiling = torch.compiler.is_dynamo_compiling()  # asked once: a pass of a small layer is bound by calls in Python
     fused, dropped = state.split(self.training, compiling)
     if not (fused or dropped) or (dtype is None and input.dtype != weight.dtype):
         return F.linear(input, weight, bias)  # the base layer, including its error for a wrong dtype
