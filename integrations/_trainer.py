@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from randlora_vision import check_gradients, save_adapter
 from randlora_vision.bases import get_bases
+from randlora_vision.checksums import CRC32
 from randlora_vision.files import adapter_file
 from randlora_vision.files.atomic import replacing
 from randlora_vision.injection.record import ModelRecord, check_names, own_record
@@ -22,7 +23,7 @@ from randlora_vision.integrations._download import ADAPTER_FILE
 from randlora_vision.names import is_adapter_name, listing
 
 _STATE_FILE = "model.safetensors"  # the name under which the Trainer looks for a model without shards
-_DIGEST = "randlora_bases_sha256."
+_BASES = "randlora_bases_"  # followed by the algorithm of a checksum, a dot and the name of an adapter
 _logger = logging.get_logger(__name__)
 
 
@@ -123,19 +124,19 @@ class _Loader:
     def __call__(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         load, record = type(self.model).load_state_dict, own_record(self.model)
         given = dict(state_dict)
-        digests = {key.removeprefix(_DIGEST): given.pop(key) for key in state_dict if key.startswith(_DIGEST)}
-        if record is None or not digests:
+        checksums = {key.removeprefix(_BASES): given.pop(key) for key in state_dict if key.startswith(_BASES)}
+        if record is None or not checksums:
             result = load(self.model, state_dict, *args, **kwargs)
             own = {name for name in _trained(self.model) if is_adapter_name(name)}
             self.restored = bool(own) and own <= given.keys()
             return result
-        self._check(record, digests, given)
+        self._check(record, checksums, given)
         result = load(self.model, given, strict=False)
         result.missing_keys.clear()  # the base's own weights are in no checkpoint
         self.restored = True
         return result
 
-    def _check(self, record: ModelRecord, digests: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    def _check(self, record: ModelRecord, checksums: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless the checkpoint has exactly what the model trains."""
         own = _trained(self.model)
         for absent, where in ((own - given.keys(), "model"), (given.keys() - own, "checkpoint")):
@@ -149,8 +150,9 @@ class _Loader:
             if current[name].shape != tensor.shape:
                 shapes = f"{tuple(tensor.shape)} in the checkpoint and {tuple(current[name].shape)} in the model"
                 raise ValueError(f"{name} is {shapes}: inject with the configuration of the interrupted run")
-        for name, digest in digests.items():
-            if name in record.adapters and not torch.equal(digest, _sha256(record, name)):
+        for key, expected in checksums.items():
+            algorithm, _, name = key.partition(".")
+            if name in record.adapters and not torch.equal(expected, _checksum(record, name, algorithm)):
                 raise ValueError(
                     f"the checkpoint of adapter {name!r} belongs to other random bases: inject with the same seed and "
                     "bases as the interrupted run"
@@ -169,7 +171,7 @@ def _write(model: nn.Module, folder: Path, adapter_name: str, state: Mapping[str
             "modules_to_save"
         )
     tensors = {name: state[name].detach().cpu().clone().contiguous() for name in sorted(trained)}
-    tensors |= {f"{_DIGEST}{name}": _sha256(record, name) for name in record.adapters}
+    tensors |= {f"{_BASES}{CRC32}.{name}": _checksum(record, name, CRC32) for name in record.adapters}
     with replacing(folder / _STATE_FILE) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     save_adapter(model, folder / ADAPTER_FILE, adapter_name)
@@ -188,6 +190,7 @@ def _in_adapters(model: nn.Module, record: ModelRecord) -> set[str]:
     return {*saved, *(name for name, _ in model.named_parameters() if is_adapter_name(name))}
 
 
-def _sha256(record: ModelRecord, adapter_name: str) -> Tensor:
-    """The SHA-256 of an adapter's bases (32,) uint8."""
-    return torch.tensor(list(bytes.fromhex(get_bases(record.adapters[adapter_name].spec).sha256)), dtype=torch.uint8)
+def _checksum(record: ModelRecord, adapter_name: str, algorithm: str) -> Tensor:
+    """The bytes of a checksum of an adapter's bases, uint8 (4,), or (32,) in checkpoints of older versions."""
+    digits = get_bases(record.adapters[adapter_name].spec).checksum(algorithm)
+    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)

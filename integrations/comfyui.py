@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -106,21 +106,23 @@ def read(path: str) -> dict[str, dict[str, RandLoRAWeight]]:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     version = metadata.get("format_version")
-    if metadata.get("format") != "randlora_vision" or version not in ("1", "2"):
-        raise ValueError(f"{path} is not a RandLoRA adapter file of format version 1 or 2")
-    if version == "1":
+    if metadata.get("format") != "randlora_vision" or version not in ("1", "2", "3"):
+        raise ValueError(f"{path} is not a RandLoRA adapter file of format version 1 to 3")
+    if version != "2":
+        _check(path, tensors, metadata, version)
+    if version == "1" or version == "3" and "parts" not in metadata:
         return {"": _part(path, tensors, metadata)}
     parts: dict[str, dict[str, str]] = json.loads(metadata["parts"])
     split = {
         part: {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{part}/")}
         for part in parts
     }
+    for part, held in parts.items() if version == "2" else ():
+        _check(path, split[part], held, version)
     return {part: _part(path, split[part], held) for part, held in parts.items()}
 
 
 def _part(path: str, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, RandLoRAWeight]:
-    if metadata["sha256"] != _digest(tensors, metadata):
-        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match")
     if any(name.startswith("saved.") for name in tensors):
         raise ValueError(f"{path} also holds layers that were trained in full: export it with randlora export")
     about = json.loads(metadata["bases"])
@@ -141,15 +143,28 @@ def _part(path: str, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str,
     return found
 
 
-def _digest(tensors: Tensors, metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256()
-    for key in ("format", "format_version", "config", "bases", "targets"):
-        digest.update(f"{key}={metadata.get(key)}\n".encode(errors="surrogatepass"))
+def _check(path: str, tensors: Tensors, metadata: Mapping[str, str], version: str) -> None:
+    """Raise ValueError unless the content has its checksum: a CRC-32, or a SHA-256 before version 3."""
+    newest = version == "3"
+    name, key = ("CRC-32", "crc32") if newest else ("SHA-256", "sha256")
+    value, digest = 0, hashlib.sha256()
+    for part in _summed(tensors, metadata, ("parts",) if newest else ()):
+        if newest:
+            value = zlib.crc32(part, value)
+        else:
+            digest.update(part)
+    found = f"{value:08x}" if newest else digest.hexdigest()
+    if metadata.get(key) != found:
+        raise ValueError(f"{path} was altered or damaged after it was written: its {name} does not match")
+
+
+def _summed(tensors: Tensors, metadata: Mapping[str, str], more: tuple[str, ...]) -> Iterator[bytes | memoryview]:
+    for key in ("format", "format_version", "config", "bases", "targets", *more):
+        yield f"{key}={metadata.get(key)}\n".encode(errors="surrogatepass")
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _bases(spec: Spec, rank: int, narrow: int, wide: int, columns: int) -> tuple[Tensor, Tensor]:

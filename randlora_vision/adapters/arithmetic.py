@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from randlora_vision.adapters.checkpoint import install, own_adapter, plan_for, target_file
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import StoredBases
+from randlora_vision.checksums import CRC32
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.claims import bases_of
 from randlora_vision.files.untrusted import check_finite_pairs
 from randlora_vision.injection.control import set_active, set_scale
 from randlora_vision.injection.record import own_record, unwrap
@@ -112,9 +114,10 @@ def weighted_sum_files(weights: Mapping[str | os.PathLike[str], float], path: st
             raise FileNotFoundError(f"no adapter file {str(source)!r}")
         contents[str(source)] = adapter_file.read(Path(source))
     content = _sum(contents, {str(source): weight for source, weight in weights.items()}, None)
-    packed = adapter_file.pack(
-        content.config, content.spec, content.bases_sha256, content.targets, content.trained, content.saved
-    )
+    algorithm, crc32 = content.bases_checksum or (None, "")
+    if algorithm != CRC32:  # from a file of an older version
+        crc32 = bases_of(next(iter(contents)), content).crc32
+    packed = adapter_file.pack(content.config, content.spec, crc32, content.targets, content.trained, content.saved)
     adapter_file.write(target, *packed)
     return target
 
@@ -124,7 +127,7 @@ def _content(model: nn.Module, adapter_name: str) -> AdapterFile:
     adapter, trained, saved = own_adapter(model, adapter_name)
     bases = get_bases(adapter.spec)
     stored = bases if isinstance(bases, StoredBases) else None
-    return AdapterFile(adapter.config, adapter.spec, bases.sha256, adapter.targets, trained, saved, stored)
+    return AdapterFile(adapter.config, adapter.spec, None, adapter.targets, trained, saved, stored)
 
 
 @torch.no_grad()
@@ -158,7 +161,7 @@ def _sum(
         saved[path] = _add_whole(path, [(contents[name].saved[path], weights[name]) for name in names], base)
     check_finite_pairs("the sum", trained, "the weights are too large")
     return AdapterFile(
-        first.config, first.spec, first.bases_sha256, first.targets, trained, saved, first.stored, first.notes
+        first.config, first.spec, first.bases_checksum, first.targets, trained, saved, first.stored, first.notes
     )
 
 

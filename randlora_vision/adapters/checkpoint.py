@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from randlora_vision.bases import get_bases
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
-from randlora_vision.files.claims import check_digest
+from randlora_vision.files.claims import check_bases
 from randlora_vision.files.untrusted import check_finite, check_finite_pairs
 from randlora_vision.injection.changes import holders, lost_message
 from randlora_vision.injection.inject import add_adapter
 from randlora_vision.injection.offloaded import Offloaded, offloaded_modules
-from randlora_vision.injection.plan import AdapterPlan, make_plan
+from randlora_vision.injection.plan import AdapterPlan, make_plan, weight_of
 from randlora_vision.injection.record import AdapterRecord, check_names, own_record, records, unwrap
 from randlora_vision.injection.trained_in_full import current_saved
 from randlora_vision.layers.adapted import AdaptedModule
@@ -63,8 +64,8 @@ def target_file(path: str | os.PathLike[str]) -> Path:
 def packed(model: nn.Module, adapter_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of the file that `save_adapter` writes."""
     adapter, tensors, saved = own_adapter(model, adapter_name)
-    sha256 = get_bases(adapter.spec).sha256
-    return adapter_file.pack(adapter.config, adapter.spec, sha256, adapter.targets, tensors, saved)
+    crc32 = get_bases(adapter.spec).crc32
+    return adapter_file.pack(adapter.config, adapter.spec, crc32, adapter.targets, tensors, saved)
 
 
 def own_adapter(
@@ -125,7 +126,8 @@ def load_adapter(
 
     Exactly the weights and modules that the file lists are adapted: whatever else the model has stays the base's. A
     model on the meta device gets lambda and gamma on the CPU, and its weights may follow, by
-    ``load_state_dict(..., assign=True)`` or after ``to_empty``, which keeps such an adapter.
+    ``load_state_dict(..., assign=True)`` or after ``to_empty``, which keeps such an adapter; its bases are drawn, and
+    compared with those of the training, when they are first needed.
 
     Args:
         model: The base model. It may already have other adapters; the loaded one is added to the active ones.
@@ -159,6 +161,8 @@ def load_adapter(
 def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> InjectionReport:
     """Carry out a plan of `plan_for` and copy the trained values."""
     add_adapter(plan, trainable, valued=True)
+    if plan.check is not None:
+        plan.bases.check_before_use(plan.check)
     model, name = plan.model, plan.report.adapter_name
     record = own_record(model)
     assert record is not None
@@ -209,5 +213,8 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
     spec = plan.bases.spec
     if content.spec != spec:
         raise ValueError(f"{path}: its bases are {content.spec}, but this model and its configuration need {spec}")
-    check_digest(path, plan.bases, content.bases_sha256)
+    check = partial(check_bases, path, content.bases_checksum)
+    if not plan.bases.is_drawn and all(weight_of(candidate).is_meta for candidate in plan.candidates):
+        return dataclasses.replace(plan, check=check)
+    check(plan.bases)
     return plan

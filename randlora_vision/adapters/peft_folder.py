@@ -20,7 +20,6 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from randlora_vision.bases import get_bases
 from randlora_vision.bases.peft import draw
 from randlora_vision.bases.stored import STORED, stored_bases
 from randlora_vision.config import RandLoRAConfig
@@ -100,7 +99,7 @@ class PeftAdapter:
         return AdapterFile(
             config,
             spec,
-            get_bases(spec).sha256,
+            None,
             targets,
             {candidate.name: self.trained[path] for path, candidate in found.items()},
             self.saved,

@@ -11,6 +11,7 @@ from torch import nn
 from randlora_vision.adapters.checkpoint import own_adapter
 from randlora_vision.bases import get_bases
 from randlora_vision.files.adapter_file import AdapterFile
+from randlora_vision.files.claims import check_bases
 from randlora_vision.names import listing
 
 
@@ -37,8 +38,9 @@ def checked_refill(
     _compare(have, want, where)
     shapes, wanted = ({name: tuple(t.shape) for name, t in held.items()} for held in (saved, content.saved))
     _compare(shapes, wanted, where)
-    if content.spec != adapter.spec or content.bases_sha256 != get_bases(adapter.spec).sha256:
+    if content.spec != adapter.spec:
         raise ValueError(f"{where}: its bases are {content.spec}, those of the adapter {adapter.spec}")
+    check_bases(path, content.bases_checksum, get_bases(adapter.spec))
 
     @torch.no_grad()
     def copy() -> None:

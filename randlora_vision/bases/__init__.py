@@ -6,9 +6,9 @@ from randlora_vision.bases import dense as dense
 from randlora_vision.bases import peft as peft
 from randlora_vision.bases import structured as structured
 from randlora_vision.bases import ternary as ternary
-from randlora_vision.bases.base import Bases, BasesSpec, adopt, get_bases, sha256_of
+from randlora_vision.bases.base import Bases, BasesSpec, adopt, get_bases
 
-__all__ = ["Bases", "BasesSpec", "adopt", "generate", "get_bases", "sha256_of"]
+__all__ = ["Bases", "BasesSpec", "adopt", "generate", "get_bases"]
 
 
 def generate(kind: str, seed: int, matrix: int, rows: int, columns: int, narrow: int) -> np.ndarray:

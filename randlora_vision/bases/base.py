@@ -11,11 +11,11 @@ Each kind is defined in a separate file of this package and registers itself as 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora_vision.bases.products import Term
+from randlora_vision.checksums import CRC32, SHA256, checksum
 from randlora_vision.torch_internals import assumed_constant, fake_mode_of, is_jit_tracing
 
 A, B = 0, 1
@@ -60,7 +61,9 @@ class Bases:
     def __init__(self, spec: BasesSpec) -> None:
         self.spec = spec
         self._tensors: dict[tuple[Hashable, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
-        self._sha256: str | None = None
+        self._checksums: dict[str, str] = {}
+        self._unchecked: list[Callable[[Bases], object]] = []
+        """Checks that adapters on the meta device await, which have no use for matrices yet."""
         self._drawn: dict[int, Tensor] = {}
         """Matrices drawn for the checksum, kept until they are converted to the dtype of the products."""
         self._found: dict[Hashable, tuple[tuple[Tensor, ...], tuple[Any, ...]]] = {}
@@ -138,6 +141,8 @@ class Bases:
                 "the random bases of an adapter are drawn in the first forward pass on a device, which cannot be "
                 "captured in a CUDA graph: run the model once before the capture"
             )
+        if device.type != "meta":
+            self._check()
 
         def make() -> tuple[Tensor, ...]:
             # torch.compile never makes the sizes of Parameters symbolic.
@@ -172,16 +177,47 @@ class Bases:
         return (spec.rank, spec.narrow) if matrix == A else (spec.wide, spec.columns)
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of A, then B, as little-endian float32, row by row."""
-        if self._sha256 is None:
-            self._sha256 = outside_modes(self._digest)
-        return self._sha256
+    def crc32(self) -> str:
+        """CRC-32 of what the bases are made of: A, then B, as little-endian float32, row by row; 8 digits."""
+        return self.checksum(CRC32)
 
-    def _digest(self) -> str:
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of A, then B, as little-endian float32, row by row, which older versions wrote; 64 digits."""
+        return self.checksum(SHA256)
+
+    def checksum(self, algorithm: str) -> str:
+        """The digits of `crc32` or `sha256`; the matrices are drawn for it on first use."""
+        self._check()
+        if algorithm not in self._checksums:
+            self._checksums[algorithm] = outside_modes(partial(self._computed, algorithm))
+        return self._checksums[algorithm]
+
+    def _computed(self, algorithm: str) -> str:
         drawn = {matrix: self._source(matrix) for matrix in (A, B)}
         self._drawn = {matrix: tensor for matrix, tensor in drawn.items() if self._is_awaited(matrix)}
-        return sha256_of(drawn[A], drawn[B])
+        return matrices_checksum(drawn[A], drawn[B], algorithm)
+
+    def check_before_use(self, check: Callable[[Bases], object]) -> None:
+        """Call `check`, which raises an error if these are not the right bases, before a matrix is drawn.
+
+        It stays to be called until it has passed, by whichever adapter uses these bases first.
+        """
+        self._unchecked.append(check)
+
+    def _check(self) -> None:
+        waiting, self._unchecked = self._unchecked, []
+        try:
+            while waiting:
+                waiting[-1](self)
+                waiting.pop()
+        finally:
+            self._unchecked = waiting
+
+    @property
+    def is_drawn(self) -> bool:
+        """True if there are matrices outside of the meta device, or a checksum for which they were drawn."""
+        return bool(self._checksums) or any(device.type != "meta" for _, device, _ in self._tensors)
 
     def _is_awaited(self, matrix: int) -> bool:
         """True until products use the matrix; after that, a drawn copy would only take memory."""
@@ -229,12 +265,9 @@ def sizes_of(lam: Tensor, gamma: Tensor) -> tuple[int, int, int]:
     return int(rank), int(bases), int(gamma.shape[1])
 
 
-def sha256_of(a: Tensor, b: Tensor) -> str:
-    """SHA-256 of two float32 matrices as little-endian numbers, row by row."""
-    digest = hashlib.sha256()
-    for tensor in (a, b):
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy(), dtype="<f4").data)
-    return digest.hexdigest()
+def matrices_checksum(a: Tensor, b: Tensor, algorithm: str = CRC32) -> str:
+    """The checksum of two float32 matrices as little-endian numbers, row by row."""
+    return checksum((np.ascontiguousarray(each.cpu().numpy(), dtype="<f4").data for each in (a, b)), algorithm)
 
 
 def adopt(bases: Bases) -> Bases:

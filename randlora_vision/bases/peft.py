@@ -4,7 +4,7 @@ Shapes: A (R, m), B (M, K) with K = N * R, column n * R + k being column k of PE
 
 torch guarantees its random stream only within one version, and PEFT draws dense bases in bfloat16 or, on hardware
 without it, in float16, so the same key can give different values. Hence there is a kind for each of the two dtypes,
-and a SHA-256 is stored beside the seed.
+and a checksum is stored beside the seed.
 """
 
 from __future__ import annotations

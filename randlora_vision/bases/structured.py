@@ -1,7 +1,8 @@
 """Structured bases: small factors instead of large matrices; B is applied as two small matrices, A class by class.
 
-The bases of a layer depend only on its shape and rank. The SHA-256 is computed from A and B as dense matrices of the
-largest sizes. Shapes and factors: see `randlora_vision.bases.hadamard`; products: `randlora_vision.bases.products`.
+The bases of a layer depend only on its shape and rank. The CRC-32 is that of the factors for the largest sizes, the
+SHA-256 of older versions that of A and B as dense matrices of these sizes. Shapes and factors: see
+`randlora_vision.bases.hadamard`; products: `randlora_vision.bases.products`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from randlora_vision.bases.products import (
     diagonal_gradients,
     scaled_product,
 )
+from randlora_vision.checksums import SHA256, checksum
 
 STRUCTURED = "structured"
 
@@ -261,8 +263,16 @@ class StructuredBases(Bases, kinds=(STRUCTURED,)):
         arrays = (*hadamard.a_factors(seed, rank, narrow), *hadamard.b_factors(seed, wide, columns))
         return [torch.from_numpy(array).to(device=device, dtype=dtype) for array in arrays]
 
+    def _computed(self, algorithm: str) -> str:
+        if algorithm == SHA256:
+            return super()._computed(algorithm)
+        spec = self.spec
+        sizes = (spec.rank, spec.narrow, spec.wide, spec.columns)
+        factors = self._made(sizes, torch.device("cpu"), torch.int8)
+        return checksum(factor.contiguous().numpy().data for factor in factors)
+
     def _is_awaited(self, matrix: int) -> bool:
-        return False  # products use the factors: the matrices are written out for the checksum alone
+        return False  # products use the factors: the matrices are written out for the SHA-256 alone
 
     def bytes_in(self, dtype: torch.dtype) -> int:
         """Bytes of the factors of the largest shape; other shapes take about as many."""

@@ -8,6 +8,7 @@ from torch import nn
 
 import randlora_vision
 from randlora_vision import RandLoRAConfig, plan
+from randlora_vision.checksums import NAMES
 from randlora_vision.cli.console import progress, say, show, show_json, show_table, warn
 from randlora_vision.cli.models import Base, parse_base
 from randlora_vision.cli.spectra import Layer, layers_of, plot_spectra
@@ -16,6 +17,8 @@ from randlora_vision.files.adapter_file import AdapterFile
 from randlora_vision.files.claims import bases_of
 from randlora_vision.names import is_preset, without_numbers
 
+_CHECKSUMS = {f"bases_{algorithm}": name for algorithm, name in NAMES.items()}
+_REPRODUCED = "as in the training"
 _LORA = {"lora-diffusers": "diffusers", "lora-kohya": "kohya", "lora-peft": "peft", "lycoris": "lycoris"}
 CONVERSIONS = ("randlora", "peft", *_LORA)
 
@@ -57,7 +60,7 @@ def info(file: str, each: bool, plot: str | None, as_json: bool) -> int:
     for part, content in parts.items():
         about = _about(content)
         rows = [(key, str(value)) for key, value in about["config"].items()]
-        rows.append(("bases' SHA-256", about["bases_sha256"]))
+        rows += [(f"bases' {name}", about[key]) for key, name in _CHECKSUMS.items() if key in about]
         show_table(part or path.name, ("setting", "value"), rows)
     columns = ("layer", "shape", "rank", "bases", "parameters", "norm", "effective rank")
     show_table("layers", columns, [_row([layer]) for layer in layers] if each else [_row(g) for g in groups(layers)])
@@ -177,7 +180,7 @@ def verify(adapter: str, model: str, model_args: str | None, as_json: bool) -> i
         host = base.build(path)
         try:
             layers = sum(len(report.targets) for report in base.attach(host, path))
-            checks.append(("bases", True, "SHA-256 reproduced"))
+            checks.append(("bases", True, _REPRODUCED if parts else "a PEFT folder has no checksum of them"))
             checks.append(("model", True, f"{layers} layers of {base.library}:{base.name}"))
         except ValueError as error:
             checks += [_bases_check(path, parts)] if parts else []
@@ -204,13 +207,15 @@ def _bases_check(path: Path, parts: Mapping[str, AdapterFile]) -> tuple[str, boo
             bases_of(path, content)
     except ValueError as error:
         return "bases", False, str(error)
-    return "bases", True, "SHA-256 reproduced"
+    return "bases", True, _REPRODUCED
 
 
 def _about(content: AdapterFile) -> dict[str, Any]:
+    assert content.bases_checksum is not None  # every file has it
+    algorithm, digits = content.bases_checksum
     return {
         "config": content.config.to_dict(),
-        "bases_sha256": content.bases_sha256,
+        f"bases_{algorithm}": digits,
         "saved": {name: list(tensor.shape) for name, tensor in content.saved.items()},
     }
 

@@ -6,22 +6,21 @@ Modules trained in full are stored as ``saved.PATH``. Bases that were not drawn 
 ``bases.A`` and ``bases.B``. Equal content gives equal bytes. The metadata are strings:
 
     format           "randlora_vision"
-    format_version   "1"
+    format_version   "3"
     config           JSON of the RandLoRAConfig
-    bases            JSON of the BasesSpec and the SHA-256 of the bases in float32
+    bases            JSON of the BasesSpec and the CRC-32 of the bases
     targets          base64 of zlib of a JSON list of [name, O, I, R, alpha]
-    sha256           of the tensors and the entries above
+    crc32            of the entries above and the tensors
 
-Version 2 is a bundle of such adapters: see `randlora_vision.files.bundle`.
+The adapters of several models are in one file too: see `randlora_vision.files.bundle`. Files of version 1, which hold
+SHA-256 in place of CRC-32 (under the key sha256), and bundles of version 2 are read, but no longer written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,17 +32,18 @@ from torch import Tensor
 
 from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import STORED, StoredBases, stored_bases
+from randlora_vision.checksums import CRC32, SHA256, Checksum
 from randlora_vision.config import RandLoRAConfig
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import metadata as _metadata
 from randlora_vision.files.atomic import replacing
-from randlora_vision.files.metadata import FORMAT
+from randlora_vision.files.damage import check, content_checksum
+from randlora_vision.files.metadata import FORMAT, VERSION, is_bundle
 from randlora_vision.files.untrusted import check_finite, read_tensors
 from randlora_vision.names import PARTS, listing, matches_one_of, with_parents
 from randlora_vision.report import Target
 
-BUNDLE_VERSION = 2
-_PLACEHOLDER = "0" * 64  # a digest, for the size estimate
+_PLACEHOLDER = "0" * 8  # a CRC-32, for the size estimate
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -71,7 +71,7 @@ class AdapterFile:
     Attributes:
         config: The adapter's configuration.
         spec: The spec of its bases.
-        bases_sha256: Digest of the bases in float32.
+        bases_checksum: The checksum of the bases in the file; None for an adapter that was not read from one.
         targets: The adapted weights in the file's order; their `kind` is empty if they were read from a file, which
             does not store it.
         trained: Target name -> (lambda (R, N), gamma (N, m)).
@@ -82,7 +82,7 @@ class AdapterFile:
 
     config: RandLoRAConfig
     spec: BasesSpec
-    bases_sha256: str
+    bases_checksum: Checksum | None
     targets: tuple[Target, ...]
     trained: Mapping[str, tuple[Tensor, Tensor]]
     saved: Mapping[str, Tensor]
@@ -93,7 +93,7 @@ class AdapterFile:
 def pack(
     config: RandLoRAConfig,
     spec: BasesSpec,
-    bases_sha256: str,
+    bases_crc32: str,
     targets: tuple[Target, ...],
     trained: Mapping[str, tuple[Tensor, Tensor]],
     saved: Mapping[str, Tensor],
@@ -109,15 +109,15 @@ def pack(
     bases = get_bases(spec)
     if isinstance(bases, StoredBases):
         tensors["bases.A"], tensors["bases.B"] = bases.given
-    metadata = _metadata.written(config, spec, bases_sha256, targets)
-    metadata["sha256"] = _digest(tensors, metadata)
-    return tensors, metadata
+    return tensors, _metadata.written(config, spec, bases_crc32, targets)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the output of `pack` under a temporary name, then rename the file."""
+    """Write the output of `pack` with its checksum, under a temporary name, then rename the file."""
+    described = {"format": FORMAT, "format_version": str(VERSION), **metadata}
+    described[CRC32] = content_checksum(tensors, described)
     with replacing(path) as temporary:
-        temporary.write_bytes(_in_order(safetensors.torch.save(dict(tensors), dict(metadata))))
+        temporary.write_bytes(_in_order(safetensors.torch.save(dict(tensors), described)))
 
 
 def read(path: Path) -> AdapterFile:
@@ -127,44 +127,47 @@ def read(path: Path) -> AdapterFile:
         ValueError: If the file is not an adapter file, is truncated, altered or of a newer format, or is a bundle of
             several adapters; each case has its own message.
     """
-    return unpack(path, *_open_adapter(path))
+    content = _open_adapter(path)
+    check(path, *content)
+    return unpack(path, *content)
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[AdapterFile]:
-    """As `read`, but the SHA-256 of the tensors is computed during the block, in a thread of its own.
+    """As `read`, but the checksum of the tensors is computed during the block, in a thread of its own.
 
     The block must not act on the content, as what is wrong with it is raised at the end, in place of other errors.
     """
-    tensors, metadata = _open_adapter(path)
+    content = _open_adapter(path)
     with ThreadPoolExecutor(max_workers=1) as thread:
-        digest = thread.submit(_digest, tensors, metadata)
+        checked = thread.submit(check, path, *content)
         try:
-            yield _content(path, tensors, metadata)
+            yield unpack(path, *content)
         except Exception:
-            _check_digest(path, metadata, digest.result())
+            checked.result()
             raise
-        _check_digest(path, metadata, digest.result())
+        checked.result()
 
 
-def _open_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors, metadata = open_file(path)
-    if metadata["format_version"] == str(BUNDLE_VERSION):
+def _open_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    tensors, metadata, algorithm = open_file(path)
+    if is_bundle(metadata):
         raise ValueError(
             f"{path} holds adapters for the components of a pipeline: load it with "
             "randlora_vision.integrations.diffusers.load_adapter(pipe, path)"
         )
-    return tensors, metadata
+    return tensors, metadata, algorithm
 
 
 @printable_errors
-def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata; raise ValueError for a file of another format or of a newer version."""
+def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Read the tensors, the metadata and which algorithm the checksums of this version of the format are of.
+
+    Raises ValueError for a file of another format or of a newer version.
+    """
     tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
-    _check_version(path, metadata.get("format_version", ""))
-    return tensors, metadata
+    _metadata.check_version(path, metadata)
+    return tensors, metadata, CRC32 if metadata["format_version"] == str(VERSION) else SHA256
 
 
 def file_bytes(
@@ -184,7 +187,10 @@ def file_bytes(
     if spec.kind == STORED:
         shapes["bases.A"] = (torch.float32, [spec.rank, spec.narrow])
         shapes["bases.B"] = (torch.float32, [spec.wide, spec.columns])
-    metadata = {**_metadata.written(config, spec, _PLACEHOLDER, targets), "sha256": _PLACEHOLDER}
+    metadata = {
+        **{"format": FORMAT, "format_version": str(VERSION), CRC32: _PLACEHOLDER},
+        **_metadata.written(config, spec, _PLACEHOLDER, targets),
+    }
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (kind, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
@@ -217,40 +223,13 @@ def _groups(targets: Sequence[Target]) -> dict[str, list[str]]:
     return groups
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256()
-    for key in ("format", "format_version", "config", "bases", "targets"):
-        digest.update(f"{key}={metadata.get(key)}\n".encode(errors="surrogatepass"))
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _check_version(path: Path, version: str) -> None:
-    if not re.fullmatch("[1-9][0-9]{0,8}", version):
-        raise ValueError(f"{path} has no valid format_version: {version[:20]!r}")
-    if int(version) > BUNDLE_VERSION:
-        raise ValueError(f"{path} has format version {version}, newer than this library's {BUNDLE_VERSION}: upgrade it")
-
-
-def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> AdapterFile:
-    """Read the output of `pack`; raise ValueError, which names `path`, if it was altered or is malformed."""
-    _check_digest(path, metadata, _digest(tensors, metadata))
-    return _content(path, tensors, metadata)
-
-
 @printable_errors
-def _check_digest(path: Path, metadata: Mapping[str, Any], sha256: str) -> None:
-    if metadata.get("sha256") != sha256:
-        raise ValueError(f"{path} was altered or damaged after it was written: its SHA-256 does not match") from None
+def unpack(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], algorithm: str) -> AdapterFile:
+    """Read the output of `pack`, in a file whose checksums are of this algorithm; raise ValueError if it is malformed.
 
-
-@printable_errors
-def _content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> AdapterFile:
-    """The content of a file whose SHA-256 is checked elsewhere."""
-    config, spec, sha256, targets = _metadata.parsed(path, metadata)
+    Its checksum is not checked here.
+    """
+    config, spec, bases_checksum, targets = _metadata.parsed(path, metadata, algorithm)
     groups = _groups(targets)
     expected = {f"{part}.{group}" for group in groups for part in ("lambda", "gamma")}
     expected |= {"bases.A", "bases.B"} if spec.kind == STORED else set()
@@ -285,6 +264,9 @@ def _content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, A
             stored = stored_bases(tensors["bases.A"], tensors["bases.B"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if stored.spec != spec:
-            raise ValueError(f"{path}: the stored bases are {stored.spec}, but the metadata say {spec}")
-    return AdapterFile(config, spec, sha256, targets, trained, saved, stored)
+        claimed = {**dataclasses.asdict(spec), algorithm: bases_checksum.digits}
+        found = {**dataclasses.asdict(stored.spec), algorithm: stored.checksum(algorithm)}
+        if claimed != {key: found[key] for key in claimed}:
+            raise ValueError(f"{path}: the stored bases are {found}, but the metadata say {claimed}")
+        spec = stored.spec
+    return AdapterFile(config, spec, bases_checksum, targets, trained, saved, stored)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from randlora_vision.bases import Bases, get_bases
+from randlora_vision.checksums import NAMES, Checksum
+from randlora_vision.errors import printable_errors
 from randlora_vision.files.adapter_file import AdapterFile
 
 _ROW = 1024  # columns whose numbers take as long to draw as starting a row
@@ -12,10 +14,10 @@ _DRAWN_ANYWAY = 2**27  # numbers of B that are drawn for any file: one layer of 
 
 
 def bases_of(path: str | os.PathLike[str], content: AdapterFile) -> Bases:
-    """Return the bases of an adapter without its model, after checking their digest.
+    """Return the bases of an adapter without its model, after checking their checksum.
 
     Raises:
-        ValueError: If the digest is wrong, or if the file claims bases that are far larger than its content: unlike
+        ValueError: If the checksum is wrong, or if the file claims bases that are far larger than its content: unlike
             the narrow side of a layer, nothing in a file proves the wide one, and only the model can.
     """
     if content.stored is not None:
@@ -30,14 +32,23 @@ def bases_of(path: str | os.PathLike[str], content: AdapterFile) -> Bases:
             "not made without the model that they are for (randlora verify --model)"
         )
     bases = get_bases(spec)
-    check_digest(path, bases, content.bases_sha256)
+    check_bases(path, content.bases_checksum, bases)
     return bases
 
 
-def check_digest(path: str | os.PathLike[str], bases: Bases, sha256: str) -> None:
+@printable_errors
+def check_bases(path: str | os.PathLike[str], expected: Checksum | None, bases: Bases) -> None:
     """Raise ValueError unless the bases, which are drawn for this, are those that an adapter was trained with."""
-    if bases.sha256 != sha256:
+    if expected is None:
+        return
+    algorithm, digits = expected
+    found = bases.checksum(algorithm)
+    if found != digits:
         raise ValueError(
             f"{path}: the bases made from seed {bases.spec.seed} are not those that the adapter was trained with "
-            f"(SHA-256 {bases.sha256[:12]}..., expected {sha256[:12]}...)"
+            f"({NAMES[algorithm]} {_short(found)}, expected {_short(digits)})"
         )
+
+
+def _short(digits: str) -> str:
+    return digits if len(digits) <= 12 else f"{digits[:12]}..."

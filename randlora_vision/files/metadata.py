@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,41 +17,63 @@ from typing import Any
 
 from randlora_vision.bases import Bases, BasesSpec
 from randlora_vision.bases.peft import PEFT_KINDS
-from randlora_vision.bases.stored import STORED, StoredSpec
+from randlora_vision.bases.stored import STORED
+from randlora_vision.checksums import CRC32, Checksum
 from randlora_vision.config import SCALING, RandLoRAConfig, UntrustedPattern, is_pattern
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.report import Target, smallest_bases
 
 FORMAT = "randlora_vision"
-VERSION = 1
+VERSION = 3
 _TARGETS_LIMIT = 2 * 2**20  # maximum bytes of the decompressed target list: about 30,000 targets
 _CONFIG_LIMIT = 2**20  # maximum characters of a configuration
 _LARGEST_SIDE = 2**63 - 1
 _SIZES = ("rank", "narrow", "wide", "columns")
 
 
-def written(config: RandLoRAConfig, spec: BasesSpec, bases_sha256: str, targets: tuple[Target, ...]) -> dict[str, str]:
-    """Return the metadata of an adapter, without its digest."""
+def written(config: RandLoRAConfig, spec: BasesSpec, bases_crc32: str, targets: tuple[Target, ...]) -> dict[str, str]:
+    """Return the metadata of an adapter."""
     listed = [[t.name, *t.shape, t.rank, t.alpha] for t in targets]
     packed = zlib.compress(json.dumps(listed, separators=(",", ":")).encode(), 9)
     return {
-        "format": FORMAT,
-        "format_version": str(VERSION),
         "config": config.to_json(),
-        "bases": json.dumps({**dataclasses.asdict(spec), "sha256": bases_sha256}),
+        "bases": json.dumps({**dataclasses.asdict(spec), CRC32: bases_crc32}),
         "targets": base64.b64encode(packed).decode(),
     }
 
 
-def parsed(path: Path, metadata: Mapping[str, Any]) -> tuple[RandLoRAConfig, BasesSpec, str, tuple[Target, ...]]:
-    """Return configuration, spec and SHA-256 of the bases, and targets; raise ValueError for contradictions."""
+def check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise ValueError for the metadata of a file of another format or of a newer version."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a RandLoRA adapter file: its metadata do not have format={FORMAT!r}")
+    version = metadata.get("format_version", "")
+    if not re.fullmatch("[1-9][0-9]{0,8}", version):
+        raise ValueError(f"{path} has no valid format_version: {version[:20]!r}")
+    if int(version) > VERSION:
+        raise ValueError(f"{path} has format version {version}, newer than this library's {VERSION}: upgrade it")
+
+
+def is_bundle(metadata: Mapping[str, str]) -> bool:
+    """True for a file with the adapters of several models: it has parts, and in older versions a version of its own."""
+    version = metadata["format_version"]
+    return "parts" in metadata if version == str(VERSION) else version == "2"
+
+
+def parsed(
+    path: Path, metadata: Mapping[str, Any], algorithm: str
+) -> tuple[RandLoRAConfig, BasesSpec, Checksum, tuple[Target, ...]]:
+    """Return configuration, spec and checksum of the bases, and targets; raise ValueError for contradictions.
+
+    The spec of stored bases is without their checksum.
+    """
     try:
         texts = check_object(dict(metadata), dict.fromkeys(("config", "bases", "targets"), str), "metadata")
-        config, (spec, sha256), targets = _config(texts["config"]), _bases(texts["bases"]), _targets(texts["targets"])
+        config, targets = _config(texts["config"]), _targets(texts["targets"])
+        spec, checksum = _bases(texts["bases"], algorithm)
         _check_config(config, spec, targets)
     except ValueError as error:
         raise ValueError(f"{path} has malformed metadata (config, bases or targets): {error}") from None
-    return config, spec, sha256, targets
+    return config, spec, checksum, targets
 
 
 def _config(text: str) -> RandLoRAConfig:
@@ -63,8 +86,8 @@ def _config(text: str) -> RandLoRAConfig:
     return RandLoRAConfig.from_dict(values)
 
 
-def _bases(text: str) -> tuple[BasesSpec, str]:
-    kinds = {"kind": str, "seed": int, **dict.fromkeys(_SIZES, int), "sha256": str}
+def _bases(text: str, algorithm: str) -> tuple[BasesSpec, Checksum]:
+    kinds = {"kind": str, "seed": int, **dict.fromkeys(_SIZES, int), algorithm: str}
     values = parse_json(text, "bases")
     found = check_object(values, kinds, "bases")
     if len(values) > len(found):
@@ -73,11 +96,10 @@ def _bases(text: str) -> tuple[BasesSpec, str]:
         raise ValueError(f"bases: unknown kind {found['kind']!r}")
     if not 0 <= found["seed"] < 2**64 or not all(1 <= found[size] <= _LARGEST_SIDE for size in _SIZES):
         raise ValueError(f"bases: a size or the seed is out of range ({text})")
-    sha256 = found["sha256"]
-    if found["kind"] == STORED:
-        return StoredSpec(**found), sha256
-    del found["sha256"]
-    return BasesSpec(**found), sha256
+    digits = found.pop(algorithm)
+    if algorithm == CRC32 and not re.fullmatch("[0-9a-f]{8}", digits):
+        raise ValueError(f"bases: crc32 must be 8 hexadecimal digits, got {digits[:20]!r}")
+    return BasesSpec(**found), Checksum(algorithm, digits)
 
 
 def _targets(text: str) -> tuple[Target, ...]:

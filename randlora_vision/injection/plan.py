@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class AdapterPlan:
     candidates: tuple[Candidate, ...]  # the weights of the report's targets, in the same order
     bases: Bases  # the bases that all targets share
     saved: Mapping[str, Tensor]  # path -> the model's own tensor of a module to be trained in full
+    check: Callable[[Bases], object] | None = None  # of the bases, before their first use, if it was not made yet
 
 
 def make_plan(

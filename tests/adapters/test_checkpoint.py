@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -33,7 +34,7 @@ from randlora_vision import (
     set_active,
 )
 from randlora_vision.bases import BasesSpec, get_bases
-from randlora_vision.files.adapter_file import _digest
+from tests.adapter_files import Tamper, edit, rewritten, summed
 from tests.helpers import IMAGES, clip, dense_model, mlp, randomize, snapshot, tensor_bytes, vit
 
 CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"])
@@ -246,6 +247,24 @@ def test_an_adapter_is_loaded_before_the_weights_of_its_model(tmp_path: Path, ho
 
 
 @pytest.mark.parametrize("kind", ["uniform", "structured"])
+def test_other_bases_are_refused_before_their_first_use_if_the_model_had_no_weights(tmp_path: Path, kind: str) -> None:
+    config = RandLoRAConfig(rank=2, target_modules=["0", "2"], bases=kind, seed=8_422)
+    path = rewritten(saved(tmp_path, config=config), edit("bases", crc32="0" * 8))
+    message = f"{path}: the bases made from seed 8422 are not .*, expected 00000000"
+    with torch.device("meta"):
+        late = mlp()
+    load_adapter(late, path)
+    late.load_state_dict(mlp().state_dict(), assign=True)
+    other = copy.deepcopy(late)
+    for _ in range(2):
+        for model in (late, other):
+            with pytest.raises(ValueError, match=message):
+                model(X)
+            with pytest.raises(ValueError, match=message):
+                save_adapter(model, tmp_path / "again.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["uniform", "structured"])
 def test_only_the_bases_themselves_are_drawn(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix twice, none larger than the layers need, and none at all before a file is checked or a layer called."""
     config = RandLoRAConfig(rank=4, target_modules="all-linear", bases=kind, seed=8_421)
@@ -268,10 +287,12 @@ def test_only_the_bases_themselves_are_drawn(tmp_path: Path, kind: str, monkeypa
     assert drawn == []
     load_adapter(other, path)
     load_adapter(other, path, "again")
+    assert drawn == []
     other.load_state_dict(vit().state_dict(), assign=True)
     with torch.no_grad():
         other(torch.randn(IMAGES))
-    assert sorted(drawn) == [(0, 4, 32), (1, 128, 32)]  # A, and B for 32 to 128 features
+    # A, and B for 32 to 128 features; structured ones are never written out
+    assert sorted(drawn) == ([(0, 4, 32), (1, 128, 32)] if kind == "uniform" else [])
 
 
 def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
@@ -297,29 +318,18 @@ def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path: Path) -> None:
 
 # Everything that can be wrong with a file.
 
-Tamper = Callable[[dict[str, str], dict[str, Tensor]], object]
 
-
-def rewritten(path: Path, tamper: Tamper, keep_digest: bool = False) -> Path:
-    """The file with its metadata or tensors changed, and a matching digest unless `keep_digest`."""
-    with safetensors.safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tamper(metadata, tensors)
-    if not keep_digest:
-        metadata["sha256"] = _digest(tensors, metadata)
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
-    return path
-
-
-def edit(key: str, **changes: object) -> Tamper:
-    return lambda metadata, _: metadata.update({key: json.dumps({**json.loads(metadata[key]), **changes})})
+def in_place_of_crc32(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """The right checksum, but of another algorithm."""
+    metadata["sha256"] = hashlib.sha256(summed(tensors, metadata)).hexdigest()
+    del metadata["crc32"]
 
 
 def bases_of_another_seed(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
     """Bases that match their own record, but not the configuration's seed."""
     spec = {**json.loads(metadata["bases"]), "seed": 5}
-    del spec["sha256"]
-    metadata["bases"] = json.dumps({**spec, "sha256": get_bases(BasesSpec(**spec)).sha256})
+    del spec["crc32"]
+    metadata["bases"] = json.dumps({**spec, "crc32": get_bases(BasesSpec(**spec)).crc32})
 
 
 def targets(text: str) -> Tamper:
@@ -341,19 +351,21 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:40]), "not a readable safetensors"),
     "text": (lambda p: p.write_text("hello, I am not an adapter"), "not a readable safetensors"),
     "pickle": (lambda p: torch.save({"a": torch.zeros(3)}, p), "not a readable safetensors"),
-    "flipped payload": (lambda p: flip(p, -1), "altered or damaged.*SHA-256"),
+    "flipped payload": (lambda p: flip(p, -1), "altered or damaged.*CRC-32"),
     "plain safetensors": (
         lambda p: safetensors.torch.save_file({"a": torch.zeros(3)}, p),
         "not a RandLoRA adapter file",
     ),
     "format": (lambda p: rewritten(p, lambda m, _: m.update(format="other")), "not a RandLoRA adapter file"),
-    "newer": (lambda p: rewritten(p, lambda m, _: m.update(format_version="3")), "format version 3, newer.*upgrade"),
+    "newer": (lambda p: rewritten(p, lambda m, _: m.update(format_version="4")), "format version 4, newer.*upgrade"),
     "version": (lambda p: rewritten(p, lambda m, _: m.update(format_version="x")), "no valid format_version"),
     "no version": (lambda p: rewritten(p, lambda m, _: m.pop("format_version")), "no valid format_version"),
-    "no digest": (lambda p: rewritten(p, lambda m, _: m.pop("sha256"), keep_digest=True), "SHA-256"),
-    "altered config": (lambda p: rewritten(p, edit("config", alpha=1.0), keep_digest=True), "altered"),
-    "altered bases": (lambda p: rewritten(p, edit("bases", seed=1), keep_digest=True), "altered"),
-    "altered targets": (lambda p: rewritten(p, targets(json.dumps(LISTED[::-1])), keep_digest=True), "altered"),
+    "no checksum": (lambda p: rewritten(p, lambda m, _: m.pop("crc32"), sealed=False), "CRC-32"),
+    "only SHA-256": (lambda p: rewritten(p, in_place_of_crc32, sealed=False), "CRC-32"),
+    "checksum too long": (lambda p: rewritten(p, lambda m, _: m.update(crc32="0" * 10**5), sealed=False), "CRC-32"),
+    "altered config": (lambda p: rewritten(p, edit("config", alpha=1.0), sealed=False), "altered"),
+    "altered bases": (lambda p: rewritten(p, edit("bases", seed=1), sealed=False), "altered"),
+    "altered targets": (lambda p: rewritten(p, targets(json.dumps(LISTED[::-1])), sealed=False), "altered"),
     "unknown key": (lambda p: rewritten(p, edit("config", rnak=3)), "unknown key 'rnak'.*close matches: rank"),
     "bad value": (lambda p: rewritten(p, edit("config", rank=-1)), "rank must be an integer"),
     "config no json": (lambda p: rewritten(p, lambda m, _: m.update(config="{")), "malformed metadata"),
@@ -370,8 +382,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bases huge": (lambda p: rewritten(p, edit("bases", wide=2**40)), "bases"),
     "bases negative": (lambda p: rewritten(p, edit("bases", rank=-1)), "bases"),
     "bases seed type": (lambda p: rewritten(p, edit("bases", seed="x")), "bases"),
-    "bases digest": (lambda p: rewritten(p, edit("bases", sha256="0" * 64)), "bases.*SHA-256"),
-    "bases digest type": (lambda p: rewritten(p, edit("bases", sha256=None)), "malformed|bases"),
+    "bases checksum": (lambda p: rewritten(p, edit("bases", crc32="0" * 8)), "bases.*CRC-32 .*, expected 00000000"),
+    "bases checksum type": (lambda p: rewritten(p, edit("bases", crc32=None)), "malformed|bases"),
     "bases seed": (lambda p: rewritten(p, bases_of_another_seed), "bases|seed"),
     "missing tensor": (lambda p: rewritten(p, lambda _, t: t.pop(f"gamma.{GROUP}")), f"missing.*gamma.{GROUP}"),
     "extra tensor": (lambda p: rewritten(p, lambda _, t: t.update(a=torch.zeros(2))), "unexpected.*'a'"),

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from randlora_vision import load_adapter, merge, save_adapter
 from randlora_vision.config import BASES_KINDS
-from tests.golden.make import FILES, FOLDERS, HERE, base, load, load_bundle, observed
+from tests.adapter_files import opened
+from tests.golden.make import FILES, FOLDERS, HERE, NEWEST, base, load, load_bundle, observed
+from tests.golden.make import bundle as make_bundle
 
-ONE_MODEL = [*(f"{name}.safetensors" for name in FILES), *FOLDERS]
+VERSIONS = (HERE, NEWEST)
+NEW = [f"version_3/{name}.safetensors" for name in FILES]
+ONE_MODEL = [*NEW, *(f"{name}.safetensors" for name in FILES), *FOLDERS]
 
 
 def expected(name: str) -> dict[str, Tensor]:
@@ -32,15 +36,31 @@ def test_a_golden_file_gives_the_pinned_numbers(name: str) -> None:
     compare(load(HERE / name), expected(name))
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_MODEL if name.endswith(".safetensors")])
+@pytest.mark.parametrize("name", FILES)
 def test_a_golden_file_is_still_written_byte_for_byte(name: str, tmp_path: Path) -> None:
-    model = base()
-    load_adapter(model, HERE / name)
-    assert save_adapter(model, tmp_path / name).read_bytes() == (HERE / name).read_bytes()
+    """From what is read of any version."""
+    for folder in VERSIONS:
+        model = base()
+        load_adapter(model, folder / f"{name}.safetensors")
+        path = save_adapter(model, tmp_path / "again.safetensors")
+        assert path.read_bytes() == (NEWEST / f"{name}.safetensors").read_bytes()
 
 
-def test_a_golden_bundle_gives_the_pinned_numbers() -> None:
-    compare(load_bundle(HERE / "bundle.safetensors"), expected("bundle"))
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_a_golden_bundle_gives_the_pinned_numbers(folder: Path) -> None:
+    compare(load_bundle(folder / "bundle.safetensors"), expected("bundle"))
+
+
+def test_a_golden_bundle_is_still_written_byte_for_byte(tmp_path: Path) -> None:
+    make_bundle(path := tmp_path / "bundle.safetensors")
+    assert path.read_bytes() == (NEWEST / "bundle.safetensors").read_bytes()
+
+
+def test_the_versions_are_what_they_are_called() -> None:
+    """A golden file of an old version is not written by accident in the new one."""
+    for name in (*FILES, "bundle"):
+        assert opened(NEWEST / f"{name}.safetensors")[1]["format_version"] == "3"
+        assert opened(HERE / f"{name}.safetensors")[1]["format_version"] == ("2" if name == "bundle" else "1")
 
 
 def test_golden_adapters_add_up_on_one_model() -> None:

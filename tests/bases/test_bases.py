@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import pickle
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from randlora_vision.bases import Bases, BasesSpec, generate, get_bases, random
+from randlora_vision.bases import Bases, BasesSpec, generate, get_bases, hadamard, random
 from randlora_vision.bases.dense import DenseBases, DenseTerm
 from randlora_vision.bases.hadamard import grid
+from randlora_vision.bases.stored import stored_bases
 
 CPU = torch.device("cpu")
 # Files refer to bases only by their seed. These digests must never change, or every saved adapter becomes invalid.
@@ -34,10 +37,55 @@ def test_pinned_digests(kind: str, seed: int) -> None:
     assert get_bases(spec(kind, seed)).sha256 == PINNED[kind, seed]
 
 
-def test_digest_is_of_the_tensors() -> None:
-    bases = get_bases(spec())
-    data = bases.a(CPU, torch.float32).numpy().tobytes() + bases.b(CPU, torch.float32).numpy().tobytes()
+@pytest.mark.parametrize("kind", ["uniform", "normal", "very_sparse", "peft", "structured"])
+def test_checksums_are_of_the_tensors(kind: str) -> None:
+    bases = get_bases(spec(kind))
+    data = bases._source(0).numpy().tobytes() + bases._source(1).numpy().tobytes()
     assert hashlib.sha256(data).hexdigest() == bases.sha256
+    if kind == "structured":  # its products use the factors Q, the signs, right and left
+        factors = (*hadamard.a_factors(0, 5, 33), *hadamard.b_factors(0, 70, 35))
+        data = b"".join(factor.tobytes() for factor in factors)
+    assert f"{zlib.crc32(data):08x}" == bases.crc32
+
+
+def test_a_check_is_made_before_the_first_use_and_until_it_passes() -> None:
+    bases, right = Bases.kinds["uniform"](spec(seed=91)), False
+    calls: list[str] = []
+
+    def check(bases: Bases) -> None:
+        calls.append(bases.crc32)
+        if not right:
+            raise ValueError("others")
+
+    bases.check_before_use(check)
+    assert bases.a(torch.device("meta"), torch.float32).is_meta and not calls and not bases.is_drawn
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: bases.a(CPU, torch.float16),
+        lambda: bases.term(torch.zeros(2, 2), torch.zeros(2, 4), 6, 1.0, torch.float32),
+        lambda: bases.crc32,
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match="others"):
+            use()
+    right = True
+    assert len(calls) == 3 and bases.b(CPU, torch.float32).shape == (70, 35) and len(set(calls)) == 1
+    bases.a(CPU, torch.float64)
+    assert len(calls) == 4
+
+
+def test_stored_bases_of_one_checksum_are_not_confused() -> None:
+    """Adding a multiple of the polynomial leaves a CRC as it is; nobody meets this by accident."""
+    a, b = torch.ones(1, 2), torch.ones(2, 2)
+    polynomial = int(f"{0x104C11DB7:033b}"[::-1], 2)
+    data = int.from_bytes(b.numpy().tobytes(), "little") ^ polynomial << 64
+    other = torch.frombuffer(bytearray(data.to_bytes(16, "little")), dtype=torch.float32).reshape(2, 2)
+    assert zlib.crc32(other.numpy().tobytes()) == zlib.crc32(b.numpy().tobytes()) and not torch.equal(other, b)
+    one = stored_bases(a, b)
+    assert stored_bases(a.clone(), b.clone()) is one
+    with pytest.raises(ValueError, match=f"other stored bases of the same sizes and CRC-32 .{one.crc32}. are in use"):
+        stored_bases(a, other)
+    del one
+    assert torch.equal(stored_bases(a, other).b(CPU, torch.float32), other)
 
 
 def test_uniform_from_the_raw_stream() -> None:
@@ -223,8 +271,10 @@ def test_the_checksum_keeps_nothing_that_is_not_needed(kind: str) -> None:
     bases = Bases.kinds[kind](spec(kind, 5))
     lam, gamma = torch.zeros(2, 2), torch.zeros(2, 4)
     bases.term(lam, gamma, 6, 1.0, torch.bfloat16)
-    assert bases.sha256 and not bases._drawn
+    assert bases.sha256 and bases.crc32 and not bases._drawn
     fresh = Bases.kinds[kind](spec(kind, 5))
-    assert fresh.sha256 == bases.sha256 and len(fresh._drawn) == (0 if kind == "structured" else 2)
+    assert (fresh.sha256, fresh.crc32) == (bases.sha256, bases.crc32) and len(fresh._drawn) == (
+        0 if kind == "structured" else 2
+    )
     fresh.term(lam, gamma, 6, 1.0, torch.bfloat16)
     assert not fresh._drawn

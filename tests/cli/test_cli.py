@@ -17,6 +17,7 @@ from torch import nn
 import randlora_vision
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
 from randlora_vision.bases import BasesSpec
+from randlora_vision.checksums import CRC32, Checksum
 from randlora_vision.cli import main
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
@@ -85,7 +86,7 @@ def test_info(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.Ca
     plain = base()
     planned = inject(base(), found_config := RandLoRAConfig.from_dict(found["parts"][""]["config"]))
     assert found_config.seed == 2 and found["parts"][""]["saved"] == {"head.bias": [5], "head.weight": [5, 24]}
-    assert len(found["parts"][""]["bases_sha256"]) == 64
+    assert len(found["parts"][""]["bases_crc32"]) == 8
     layers = {layer["name"]: layer for layer in found["layers"]}
     assert list(layers) == [target.name for target in planned.targets]
     assert found["parameters"] == sum(target.num_parameters for target in planned.targets)
@@ -255,8 +256,10 @@ def test_verify_finds_what_is_not_finite(
 
 def rewrite(path: Path, content: AdapterFile) -> Path:
     """Write what `save_adapter` would refuse to write."""
-    pairs = (content.config, content.spec, content.bases_sha256, content.targets, content.trained, content.saved)
-    adapter_file.write(path, *adapter_file.pack(*pairs))
+    assert content.bases_checksum is not None
+    crc32 = content.bases_checksum.digits
+    packed = adapter_file.pack(content.config, content.spec, crc32, content.targets, content.trained, content.saved)
+    adapter_file.write(path, *packed)
     return path
 
 
@@ -267,7 +270,7 @@ def claiming(path: Path, rows: int, narrow: int, rank: int, name: str = "0") -> 
     trained = {name: (torch.ones(rank, bases), torch.ones(bases, narrow))}
     spec = BasesSpec("uniform", 0, rank, narrow, rows, rank * bases)
     config = RandLoRAConfig(rank=rank, target_modules=["0"])
-    return rewrite(path, AdapterFile(config, spec, "0" * 64, targets, trained, {}))
+    return rewrite(path, AdapterFile(config, spec, Checksum(CRC32, "0" * 8), targets, trained, {}))
 
 
 @pytest.mark.parametrize(("rows", "narrow", "rank"), [(10**6, 500, 250), (10**7, 2000, 2000), (2**40, 1, 1)])
@@ -283,7 +286,16 @@ def test_info_makes_no_bases_that_a_small_file_only_claims(
     assert code == 1 and [check["passed"] for check in found["checks"]] == [True, False, False]
 
 
-def test_info_checks_the_digest_of_the_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_on_a_file_of_an_older_version(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "golden/uniform.safetensors"
+    _, found = answer(capsys, "info", path)
+    assert len(digits := found["parts"][""]["bases_sha256"]) == 64
+    assert run("info", path) == 0
+    printed = capsys.readouterr().out
+    assert "bases' SHA-256" in printed and digits[:20] in printed
+
+
+def test_info_checks_the_checksum_of_the_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = claiming(tmp_path / "a.safetensors", 12, 6, 3)
     assert "are not those that the adapter was trained with" in complaint(capsys, "info", path)
 

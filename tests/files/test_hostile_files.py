@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, save_adapter
+from randlora_vision.bases import BasesSpec, get_bases
 from randlora_vision.bases.stored import stored_bases
-from randlora_vision.files.adapter_file import _digest
 from randlora_vision.injection.inject import add_adapter
 from randlora_vision.injection.plan import make_plan
 from randlora_vision.layers.adapted import adapted_modules
+from tests.adapter_files import Tamper, edit, rewritten
 from tests.helpers import mlp, randomize, snapshot
 
 CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"], modules_to_save=["2.bias"])
@@ -178,19 +177,9 @@ def json_equal(one: bytes, other: bytes) -> bool:
         return False
 
 
-# The content: well-formed files whose digest is right.
+# The content: well-formed files whose checksum is right.
 
-Tamper = Callable[[dict[str, str], dict[str, Tensor]], object]
 LAMBDA, GAMMA = "lambda.2x4.8", "gamma.2x4.8"
-
-
-def rewritten(path: Path, tamper: Tamper) -> Path:
-    with safetensors.safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tamper(metadata, tensors)
-    metadata["sha256"] = _digest(tensors, metadata)
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
-    return path
 
 
 def targets(text: str) -> Tamper:
@@ -200,10 +189,6 @@ def targets(text: str) -> Tamper:
 def listed(*changes: object) -> Tamper:
     """Replace the first entries of the first target."""
     return targets(json.dumps([[*changes, *LISTED[0][len(changes) :]], LISTED[1]]))
-
-
-def settings(key: str, **changes: object) -> Tamper:
-    return lambda metadata, _: metadata.update({key: json.dumps({**json.loads(metadata[key]), **changes})})
 
 
 def both(*tampers: Tamper) -> Tamper:
@@ -228,9 +213,15 @@ def bomb(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
 
 def absurd_rank(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     listed("0", 16, 8, 10**12)(metadata, tensors)
-    settings("config", rank=10**12, alpha=40, rank_pattern={"2": 2})(metadata, tensors)
+    edit("config", rank=10**12, alpha=40, rank_pattern={"2": 2})(metadata, tensors)
     tensors[f"lambda.{10**12}x1.8"] = tensors.pop(LAMBDA)
     tensors[f"gamma.{10**12}x1.8"] = tensors.pop(GAMMA)
+
+
+def only_sha256(metadata: dict[str, str], _: dict[str, Tensor]) -> None:
+    spec = json.loads(metadata["bases"])
+    del spec["crc32"]
+    metadata["bases"] = json.dumps({**spec, "sha256": get_bases(BasesSpec(**spec)).sha256})
 
 
 def padded(part: bytes) -> Tamper:
@@ -253,30 +244,34 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     "a name that is a number": (listed(0), "a name must be a string, got an integer"),
     "four values": (targets(json.dumps([LISTED[0][:4], LISTED[1]])), "has 4 values"),
     "no targets": (targets("[]"), "the list is empty"),
-    "a digest that is a number": (settings("bases", sha256=5), "bases: sha256 must be a string, got an integer"),
-    "a kind that is a list": (settings("bases", kind=[]), "bases: kind must be a string, got a list"),
-    "a fractional size": (settings("bases", wide=16.0), "bases: wide must be an integer, got a number"),
-    "an unknown key of the bases": (settings("bases", x=1), "bases: unknown key 'x'"),
-    "another seed": (settings("config", seed=1), "seed 1, but the file's are of kind 'uniform' and seed 0"),
-    "another alpha": (settings("config", alpha=3), "rank 2 and alpha 40, which the config does not give"),
+    "a CRC-32 that is a number": (edit("bases", crc32=5), "bases: crc32 must be a string, got an integer"),
+    "a CRC-32 of no digits": (edit("bases", crc32="0x00ab12"), "bases: crc32 must be 8 hexadecimal digits, got '0x00"),
+    "a CRC-32 that is too long": (edit("bases", crc32="0" * 10**5), "bases: crc32 must be 8 hexadecimal digits"),
+    "a SHA-256 beside the CRC-32": (edit("bases", sha256="0" * 64), "bases: unknown key 'sha256'"),
+    "a SHA-256 in place of the CRC-32": (only_sha256, "bases: it lacks crc32"),
+    "a kind that is a list": (edit("bases", kind=[]), "bases: kind must be a string, got a list"),
+    "a fractional size": (edit("bases", wide=16.0), "bases: wide must be an integer, got a number"),
+    "an unknown key of the bases": (edit("bases", x=1), "bases: unknown key 'x'"),
+    "another seed": (edit("config", seed=1), "seed 1, but the file's are of kind 'uniform' and seed 0"),
+    "another alpha": (edit("config", alpha=3), "rank 2 and alpha 40, which the config does not give"),
     "a name of a million characters": (listed("a" * 10**6), "are not in the model"),
     "names of control characters": (listed("\x1b[31m\u202e\n"), r"\\x1b\[31m\\u202e\\n"),
     "a tensor with a name that shouts": (lambda _, t: t.update({"\x1b[1m" * 9999: torch.zeros(1)}), "unexpected"),
     "a bomb": (bomb, "malformed metadata"),
     "a config of patterns": (
-        settings("config", rank_pattern={f"layer{i}": 1 for i in range(10**5)}),
+        edit("config", rank_pattern={f"layer{i}": 1 for i in range(10**5)}),
         "malformed metadata.*characters",
     ),
     "a trillion rows": (listed("0", 10**12, 8), "its bases are .*, but its targets need .*'wide': 1000000000000"),
     "a trillion by a trillion": (listed("0", 10**12, 10**12), "does not hold the tensors that it lists"),
     "rank of a trillion": (absurd_rank, "shapes"),
-    "rank of a trillion, bare": (settings("config", rank=10**12), "rank 2 and alpha 40, which the config"),
-    "bases of a trillion": (settings("bases", wide=10**12, columns=10**12), "its bases are"),
+    "rank of a trillion, bare": (edit("config", rank=10**12), "rank 2 and alpha 40, which the config"),
+    "bases of a trillion": (edit("bases", wide=10**12, columns=10**12), "its bases are"),
     "a number beyond floats": (targets(f"[[{'9' * 400}, 1e400, 8, 2, 40.0]]"), "malformed metadata"),
     "a number of 5000 digits": (targets(f"[[\"0\", {'9' * 5000}, 8, 2, 40.0]]"), "malformed metadata"),
     "alpha of infinity": (listed("0", 16, 8, 2, float("inf")), "alpha must be a positive number"),
     "alpha of NaN": (listed("0", 16, 8, 2, float("nan")), "alpha must be a positive number"),
-    "config of infinity": (settings("config", alpha=float("inf")), "alpha must be a positive number"),
+    "config of infinity": (edit("config", alpha=float("inf")), "alpha must be a positive number"),
     "a target twice": (targets(json.dumps([LISTED[0], *LISTED])), "listed twice"),
     "a target outside": (listed("../../etc/passwd"), "not in the model"),
     "a root target": (listed("/etc/passwd"), "not in the model"),
@@ -288,11 +283,11 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     "a dunder tensor that is named": (
         both(
             lambda _, t: t.update({"saved.__dict__": torch.zeros(1)}),
-            settings("config", modules_to_save=["2", "__dict__"]),
+            edit("config", modules_to_save=["2", "__dict__"]),
         ),
         "1 of the file's tensors trained in full .* not in the model",
     ),
-    "modules outside": (settings("config", modules_to_save=["../x"]), "modules_to_save do not name: 2.bias"),
+    "modules outside": (edit("config", modules_to_save=["../x"]), "modules_to_save do not name: 2.bias"),
     "NaN lambda": (fill(LAMBDA, float("nan")), f"{LAMBDA} holds NaN or infinity"),
     "infinite gamma": (fill(GAMMA, -float("inf")), f"{GAMMA} holds NaN or infinity"),
     "NaN saved": (fill("saved.2.bias", float("nan")), "2.bias holds NaN or infinity"),
@@ -308,7 +303,7 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     "negative version": (lambda m, _: m.update(format_version="-1"), "no valid format_version"),
     "fractional version": (lambda m, _: m.update(format_version="1.0"), "no valid format_version"),
     "stored, but absent": (
-        both(settings("bases", kind="stored"), settings("config", bases="stored")), "missing.*bases.A.*bases.B"
+        both(edit("bases", kind="stored"), edit("config", bases="stored")), "missing.*bases.A.*bases.B"
     ),
     "stored, but not said": (lambda _, t: t.update({"bases.A": torch.zeros(2, 16)}), "unexpected.*bases.A"),
 }  # fmt: skip
@@ -327,10 +322,10 @@ STORED: dict[str, tuple[Tamper, str]] = {
     "flat": (lambda _, t: t.update({"bases.A": torch.zeros(4)}), "must be a matrix"),
     "empty": (lambda _, t: t.update({"bases.A": torch.zeros(0, 4)}), "must be a matrix"),
     "others": (fill("bases.B", 3.0), "the stored bases are"),
-    "of a trillion": (settings("bases", wide=10**12), "the stored bases are"),
+    "of a trillion": (edit("bases", wide=10**12), "the stored bases are"),
     "too small": (lambda _, t: t.update({"bases.B": t["bases.B"][:9]}), "the stored bases are"),
-    "from a seed": (settings("config", bases="uniform"), "bases"),
-    "by a seed": (both(settings("bases", kind="uniform"), settings("config", bases="uniform")), "unexpected.*bases.A"),
+    "from a seed": (edit("config", bases="uniform"), "bases"),
+    "by a seed": (both(edit("bases", kind="uniform"), edit("config", bases="uniform")), "unexpected.*bases.A"),
 }
 
 

@@ -1,8 +1,9 @@
 """Write the golden files that do not exist yet: ``python tests/golden/make.py``.
 
 A golden file is never written again: that this version's and every later one's reader gives the pinned numbers is the
-promise of docs/compatibility.md. To pin something new, add a case below and run this. Beside NAME.safetensors (or the
-folder NAME that PEFT wrote) NAME.expected.safetensors holds the updates of the weights, and what was trained in full.
+promise of docs/compatibility.md. To pin something new, add a case below and run this. NAME.expected.safetensors holds
+the updates of the weights, and what was trained in full, for version_3/NAME.safetensors, for NAME.safetensors beside it
+(versions 1 and 2 of the format, which nothing writes any more), or for the folder NAME that PEFT wrote.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from randlora_vision.injection.plan import make_plan
 from randlora_vision.layers.adapted import adapted_modules
 
 HERE = Path(__file__).parent
+NEWEST = HERE / "version_3"
+"""The folder of files of the version that is written."""
 
 
 def numbers(shape: tuple[int, ...], step: int) -> Tensor:
@@ -173,15 +176,16 @@ def load_bundle(path: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     """Write what is missing."""
-    paths = {HERE / f"{name}.safetensors": write for name, write in {**FILES, "bundle": bundle}.items()}
+    paths = {NEWEST / f"{name}.safetensors": write for name, write in {**FILES, "bundle": bundle}.items()}
     paths.update({HERE / name: write for name, write in FOLDERS.items()})
     for path, write in paths.items():
-        expected = path.with_name(f"{path.stem}.expected.safetensors")
+        expected = HERE / f"{path.stem}.expected.safetensors"
         if not path.exists():
             write(path)
+            print(f"wrote {path.name}", file=sys.stderr)
+        if not expected.exists():
             read = load_bundle if path.stem == "bundle" else load
             safetensors.torch.save_file(read(path), expected)
-            print(f"wrote {path.name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

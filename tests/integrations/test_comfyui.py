@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, merge, save_adapter
 from randlora_vision.files import bundle
 from randlora_vision.integrations import comfyui
 from randlora_vision.integrations.diffusers import save_adapter as save_pipeline
+from tests.adapter_files import opened, rewritten
+from tests.golden import make as golden
 from tests.helpers import randomize
 
 KINDS = ("uniform", "normal", "sparse", "very_sparse", "structured")
@@ -237,8 +238,24 @@ def test_a_model_of_two_gets_its_own_part(noise: str, parts: list[str], tmp_path
 
 
 def packed_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    tensors, metadata = opened(path)
+    return tensors, {key: metadata[key] for key in ("config", "bases", "targets")}
+
+
+@pytest.mark.parametrize("name", ["uniform", "very_sparse", "structured", "stored", "all_layers", "bundle"])
+def test_every_version_of_the_format_is_read_and_checked(name: str, tmp_path: Path) -> None:
+    found = [comfyui.read(str(folder / f"{name}.safetensors")) for folder in (golden.HERE, golden.NEWEST)]
+    old, new = [{(part, layer): update for part in file for layer, update in file[part].items()} for file in found]
+    assert old.keys() == new.keys() and len(found[0]) == (2 if name == "bundle" else 1)
+    assert all(torch.equal(old[key].delta(torch.device("cpu")), new[key].delta(torch.device("cpu"))) for key in old)
+    for folder in (golden.HERE, golden.NEWEST):
+        data = bytearray((folder / f"{name}.safetensors").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "a.safetensors").write_bytes(data)
+        with pytest.raises(ValueError, match=f"its {'SHA-256' if folder == golden.HERE else 'CRC-32'} does not match"):
+            comfyui.read(str(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match="not a RandLoRA adapter file of format version 1 to 3"):
+        comfyui.read(str(rewritten(tmp_path / "a.safetensors", lambda m, _: m.update(format_version="4"))))
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, comfy: None) -> None:
@@ -251,12 +268,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, comfy: None) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="was altered or damaged"):
         comfyui.read(str(path))
-    golden = Path(__file__).parents[1] / "golden"
-    assert comfyui.read(str(golden / "stored.safetensors"))
     with pytest.raises(ValueError, match="bases of kind 'peft', which PEFT draws"):
-        comfyui.read(str(golden / "peft.safetensors"))
+        comfyui.read(str(golden.NEWEST / "peft.safetensors"))
     with pytest.raises(ValueError, match="trained in full"):
-        comfyui.read(str(golden / "saved_modules.safetensors"))
+        comfyui.read(str(golden.NEWEST / "saved_modules.safetensors"))
 
 
 def test_the_node_imports_nothing_of_the_library() -> None:

@@ -11,6 +11,7 @@ import torch
 import randlora_vision
 from randlora_vision import RandLoRAConfig, adapter_parameters, inject
 from randlora_vision.integrations import diffusers as integration
+from tests.adapter_files import seal
 from tests.helpers import randomize, snapshot
 from tests.layers.test_zoo import assert_same
 from tests.pipeline_helpers import adapt, deltas, denoiser, difference, plain, scaled, text_encoders
@@ -254,18 +255,25 @@ def test_bundles_are_deterministic_and_checked(tmp_path: Path) -> None:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert metadata["format_version"] == "2"
+    assert metadata["format_version"] == "3"
     parts = json.loads(metadata["parts"])
     lambdas = next(name for name in tensors if name.startswith("text_encoder/lambda"))
     changed = {**tensors, lambdas: tensors[lambdas] + 1}
+    extra = {**tensors, "vae/x": torch.ones(1)}
+
+    def with_parts(parts: Any, tensors: dict[str, Any] = tensors) -> dict[str, str]:
+        changed = {**metadata, "parts": json.dumps(parts)}
+        seal(tensors, changed)
+        return changed
+
     bad: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         "tensor": (changed, metadata, "altered"),
         "parts": (tensors, {**metadata, "parts": json.dumps({"unet": parts["unet"]})}, "altered"),
-        "extra tensor": ({**tensors, "vae/x": torch.ones(1)}, metadata, "unexpected vae/x"),
-        "no parts": (tensors, signed({}), "malformed"),
-        "list": (tensors, signed(["unet"]), "malformed"),
-        "strange name": (tensors, signed({"a/b": {}}), "malformed"),
-        "no metadata": (tensors, signed({**parts, "unet": {}}), "altered"),
+        "extra tensor": (extra, with_parts(parts, extra), "unexpected vae/x"),
+        "no parts": (tensors, with_parts({}), "malformed"),
+        "list": (tensors, with_parts(["unet"]), "malformed"),
+        "strange name": (tensors, with_parts({"a/b": {}}), "malformed"),
+        "no metadata": (tensors, with_parts({**parts, "unet": {}}), "malformed.*it lacks config, bases, targets"),
     }
     target = PIPELINES["sd15"]()
     for kind, (held, described, message) in bad.items():
@@ -274,14 +282,6 @@ def test_bundles_are_deterministic_and_checked(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             integration.load_adapter(target, file_path)
     assert integration.list_adapters(target) == {}
-
-
-def signed(parts: Any) -> dict[str, str]:
-    import hashlib
-
-    text = json.dumps(parts)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"format": "randlora_vision", "format_version": "2", "parts": text, "sha256": digest}
 
 
 def test_other_objects_and_pipelines_without_adapters_are_refused(tmp_path: Path) -> None:

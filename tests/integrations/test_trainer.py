@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from randlora_vision import RandLoRAConfig, inject, load_adapter, merge, remove
 from randlora_vision.integrations.transformers import AdapterCheckpoints
+from randlora_vision.layers.adapted import adapted_modules
 from tests.helpers import randomize
 from tests.transformers_models import EXAMPLES
 
@@ -129,6 +131,17 @@ def test_another_adapter_is_refused(folder: Path, tmp_path: Path, config: RandLo
     again = trainer(adapted(config=config), tmp_path, Rows("llava"))
     with pytest.raises(ValueError, match=message):
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_an_older_version_holds_the_sha256_of_the_bases(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "checkpoint-2" / "model.safetensors")
+    assert tensors.pop("randlora_bases_crc32.default").shape == (4,)
+    model = trainer(adapted(), tmp_path, Rows("llava")).model
+    bases = next(adapted_modules(model))[3].slots["default"].bases
+    digest = torch.tensor(list(bytes.fromhex(bases.sha256)), dtype=torch.uint8)
+    model.load_state_dict({**tensors, "randlora_bases_sha256.default": digest})
+    with pytest.raises(ValueError, match="belongs to other random bases"):
+        model.load_state_dict({**tensors, "randlora_bases_sha256.default": digest + 1})
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end_and_merged_weights_are_a_whole_model(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 By hand, because accelerate and PyTorch pickle the state of an optimiser.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from randlora_vision.checksums import CRC32, SHA256, checksum
 from randlora_vision.files.atomic import remove_folder, replacing_folder
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import counted, listing, printable
@@ -23,12 +23,13 @@ from randlora_vision.training.harness.optimizer_state import State
 from randlora_vision.training.harness.options import CheckpointOptions, RunOptions
 
 FOLDER = "checkpoints"
-_FORMAT = 2
+_FORMAT = 3
+_CHECKSUMS = {2: SHA256, _FORMAT: CRC32}  # the algorithm, which is also the key, in each format that is read
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _STEPS = "training.steps"
 _IMAGES_AND_SPLIT, _IMAGES = "images and split", "images"  # hashes of their record, whole and without their place
 _SHARES = ("training.batch_size", "training.gradient_accumulation_steps", "processes")
-_CONTENT = {"format": int, "step": int, "settings": dict, "sha256": str, "values": dict}
+_CONTENT = {"format": int, "step": int, "settings": dict, "values": dict}
 
 _VALUES = {
     "optimizer": dict,
@@ -136,7 +137,7 @@ class Checkpoints:
                 "format": _FORMAT,
                 "step": state.step,
                 "settings": self.settings,
-                "sha256": _sha256(unfinished / _TENSORS),
+                CRC32: _checksum(unfinished / _TENSORS, CRC32),
                 "values": state.values,
             }
             (unfinished / _STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -209,11 +210,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         value = parse_json((path / _STATE).read_bytes(), _STATE)
         number = value.get("format") if isinstance(value, dict) else None
-        if isinstance(number, int) and number != _FORMAT:
+        algorithm = _CHECKSUMS.get(number if isinstance(number, int) else _FORMAT)
+        if algorithm is None:
             what = "was written by another version of randlora_vision"
-            raise ValueError(f"its format is {number}, but this version reads format {_FORMAT}")
-        content = check_object(value, _CONTENT, _STATE)
-        if content["sha256"] != _sha256(path / _TENSORS):
+            raise ValueError(f"its format is {number}, but this version reads {' and '.join(map(str, _CHECKSUMS))}")
+        content = check_object(value, {**_CONTENT, algorithm: str}, _STATE)
+        if content[algorithm] != _checksum(path / _TENSORS, algorithm):
             raise ValueError(f"{_TENSORS} is not the file that was written")
         state = State(content["step"], content["values"], load_file(path / _TENSORS))
         return Checkpoint(path, content["settings"], state)
@@ -245,12 +247,9 @@ def check_state(state: State, shapes: Mapping[str, Sequence[int]], averages: boo
     return values
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _checksum(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return checksum(iter(lambda: file.read(1 << 20), b""), algorithm)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -8,6 +9,8 @@ import resource
 import shutil
 import sys
 import warnings
+import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +219,11 @@ def test_what_cannot_be_resumed_is_an_error(resume: str, run: Any, expected: str
 
 
 def spoil_json(folder: Path) -> None:
-    (folder / "state.json").write_text('{"format": 2, ')
+    (folder / "state.json").write_text('{"format": 3, ')
 
 
 def spoil_keys(folder: Path) -> None:
-    (folder / "state.json").write_text('{"format": 2}')
+    (folder / "state.json").write_text('{"format": 3}')
 
 
 def spoil_format(folder: Path) -> None:
@@ -481,11 +484,26 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
         train(task, resume=read_checkpoint(path))
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_checkpoint_of_the_format_before_is_read_and_checked(spoilt: bool, tmp_path: Path) -> None:
+    """Format 2 holds a SHA-256."""
+    checkpoints(tmp_path).write(state(1))
+    path = tmp_path / "checkpoints" / "step-000001"
+    data = (path / "tensors.safetensors").read_bytes()
+    content = json.loads((path / "state.json").read_text())
+    assert content.pop("crc32") == f"{zlib.crc32(data):08x}" and content.pop("format") == 3
+    (path / "state.json").write_text(json.dumps({**content, "format": 2, "sha256": hashlib.sha256(data).hexdigest()}))
+    if spoilt:
+        spoil_tensors(path)
+    with pytest.raises(ValueError, match="is not the file that was written") if spoilt else nullcontext():
+        assert read_checkpoint(path).state.tensors["x"].item() == 1
+
+
 CHANGES: dict[str, tuple[Any, str]] = {
     "values": (True, "values must be a JSON object, got true or false"),
     "step": ("1", "step must be an integer, got a string"),
     "settings": ([], "settings must be a JSON object, got a list"),
-    "sha256": (5, "sha256 must be a string, got an integer"),
+    "crc32": (5, "crc32 must be a string, got an integer"),
     "format": (None, "format must be an integer, got null"),
 }
 
