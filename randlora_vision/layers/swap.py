@@ -123,7 +123,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     bias: Any = self._parameters.get("bias")
     if weight is None:
         weight = self.base_weight()
-    if bias is None:
+    if bias is None and "bias" not in self._parameters:
         bias = self.bias
     if (type(weight) is not nn.Parameter or weight.ndim < 2) and is_sharded(weight):
         raise RuntimeError("forward of an adapted layer got a sharded weight: FSDP must unshard its module first")

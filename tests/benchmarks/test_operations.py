@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ def test_added_operations(method: str) -> None:
 @pytest.mark.parametrize("compute", PINNED)
 @pytest.mark.parametrize("bases", ["uniform", "normal", "sparse", "peft", "structured"])
 def test_calls_of_a_forward_pass(bases: str, compute: str) -> None:
-    for inputs, outputs in (*SHAPES, *PADDED):
-        layer = nn.Linear(inputs, outputs)
+    for (inputs, outputs), bias in itertools.product((*SHAPES, *PADDED), (True, False)):
+        layer = nn.Linear(inputs, outputs, bias)
         inject(layer, RandLoRAConfig(rank=8, bases=bases, compute=compute, target_modules=["weight"]))  # type: ignore
         x = torch.randn(1, FEW, inputs, requires_grad=True)
         for low in (False, True):
