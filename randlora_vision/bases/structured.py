@@ -121,8 +121,10 @@ class SignedTerm(NamedTuple):
         half = torch.bmm(tokens, self.right.to(hidden.dtype)).reshape(inner, -1).t()
         left = self.left.to(hidden.dtype).t()
         if b * outer == self.wide:
-            folded = None if total is None else total.reshape(-1, outer)
-            if folded is not None and folded.dtype == half.dtype:  # as `add_product` does, without the call
+            if total is None:  # as `add_product` does, without the call
+                return (torch.mm(half, left) * self.scale).reshape(-1, self.wide)
+            folded = total.reshape(-1, outer)
+            if folded.dtype == half.dtype:
                 return torch.addmm(folded, half, left, alpha=self.scale).reshape(-1, self.wide)
             return add_product(folded, half, left, self.scale).reshape(-1, self.wide)
         out = self._fold((torch.mm(half, left) * self.scale).reshape(-1, b, outer), 1)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora_vision.bases.products import Term
 from randlora_vision.compute.cache import current_cache
 from randlora_vision.compute.functional import effective_weight, randlora_linear
+from randlora_vision.compute.planner import PINNED
 from randlora_vision.compute.recompute import Recipe, current_scope
 from randlora_vision.layers import readers
 from randlora_vision.layers.guarded import GuardedParameters
@@ -120,14 +120,14 @@ class AdaptedModule(GuardedParameters):
         kept = None if cache is None else cache.weight(recipe)
         return opened.weight((id(self), param), recipe) if kept is None else kept
 
-    def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool) -> Tensor | None:
+    def _branch(self, x: Tensor, names: list[str], dtype: torch.dtype, drop: bool, compiling: bool) -> Tensor | None:
         """The named adapters' contribution to a linear layer's output (..., O), or None; `drop` applies dropout."""
         state, total = self._randlora["weight"], None
-        compiling = torch.compiler.is_dynamo_compiling()
         for name in names:
-            dropped = F.dropout(x, state.slots[name].dropout) if drop else x
-            terms, pinned = self._terms("weight", [name], dtype, compiling), state.pinned([name])
-            out = randlora_linear(dropped, None, None, terms, state.out_features, dtype, pinned)
+            slot = state.slots[name]
+            dropped = torch.dropout(x, slot.dropout, True) if drop else x
+            terms, pinned = self._terms("weight", [name], dtype, compiling), PINNED[slot.compute]
+            out = randlora_linear(dropped, None, None, terms, state.out_features, dtype, pinned, compiling)
             total = out if total is None else total + out
         return total
 

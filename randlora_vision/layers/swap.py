@@ -150,7 +150,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         out = F.linear(input, weight, bias)
     if not dropped:
         return out
-    branch = self._branch(input, dropped, dtype, drop=True)
+    branch = self._branch(input, dropped, dtype, True, compiling)
     return out if branch is None else out + branch
 
 
@@ -176,9 +176,10 @@ def _quantized_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if mixture is not None:
             mixed = mixed_linear(self, mixture, input, None, None, dtype)
             return out if mixed is None else out + mixed.to(out.dtype)
-        kept, dropped = self._randlora["weight"].split(self.training, torch.compiler.is_dynamo_compiling())
+        compiling = torch.compiler.is_dynamo_compiling()
+        kept, dropped = self._randlora["weight"].split(self.training, compiling)
         for names, drop in ((kept, False), (dropped, True)):
-            branch = self._branch(input, names, dtype, drop)
+            branch = self._branch(input, names, dtype, drop, compiling)
             if branch is not None:
                 out = out + branch.to(out.dtype)
         return out
