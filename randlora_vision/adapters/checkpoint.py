@@ -17,7 +17,7 @@ from randlora_vision.bases import get_bases
 from randlora_vision.errors import printable_errors
 from randlora_vision.files import adapter_file
 from randlora_vision.files.adapter_file import AdapterFile
-from randlora_vision.files.claims import check_bases
+from randlora_vision.files.claims import LaterCheck, check_bases
 from randlora_vision.files.untrusted import check_finite, check_finite_pairs
 from randlora_vision.injection.changes import holders, lost_message
 from randlora_vision.injection.inject import add_adapter
@@ -161,11 +161,11 @@ def load_adapter(
 def install(plan: AdapterPlan, content: AdapterFile, trainable: bool) -> InjectionReport:
     """Carry out a plan of `plan_for` and copy the trained values."""
     add_adapter(plan, trainable, valued=True)
-    if plan.check is not None:
-        plan.bases.check_before_use(plan.check)
     model, name = plan.model, plan.report.adapter_name
     record = own_record(model)
     assert record is not None
+    if plan.check_later is not None:
+        record.adapters[name].check = plan.check_later()
     with torch.no_grad():
         for candidate in plan.candidates:
             module, param = candidate.owners[0]
@@ -213,8 +213,8 @@ def plan_for(model: nn.Module, content: AdapterFile, adapter_name: str, path: st
     spec = plan.bases.spec
     if content.spec != spec:
         raise ValueError(f"{path}: its bases are {content.spec}, but this model and its configuration need {spec}")
-    check = partial(check_bases, path, content.bases_checksum)
+    arguments = (path, content.bases_checksum, plan.bases)
     if not plan.bases.is_drawn and all(weight_of(candidate).is_meta for candidate in plan.candidates):
-        return dataclasses.replace(plan, check=check)
-    check(plan.bases)
+        return dataclasses.replace(plan, check_later=partial(LaterCheck, *arguments))
+    check_bases(*arguments)
     return plan

@@ -62,8 +62,8 @@ class Bases:
         self.spec = spec
         self._tensors: dict[tuple[Hashable, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
         self._checksums: dict[str, str] = {}
-        self._unchecked: list[Callable[[Bases], object]] = []
-        """Checks that adapters on the meta device await, which have no use for matrices yet."""
+        self._unchecked: weakref.WeakKeyDictionary[object, Callable[[Bases], object]] = weakref.WeakKeyDictionary()
+        """Checks to be made before the first use, for adapters that had no use for the bases when they were loaded."""
         self._drawn: dict[int, Tensor] = {}
         """Matrices drawn for the checksum, kept until they are converted to the dtype of the products."""
         self._found: dict[Hashable, tuple[tuple[Tensor, ...], tuple[Any, ...]]] = {}
@@ -198,19 +198,19 @@ class Bases:
         self._drawn = {matrix: tensor for matrix, tensor in drawn.items() if self._is_awaited(matrix)}
         return matrices_checksum(drawn[A], drawn[B], algorithm)
 
-    def check_before_use(self, check: Callable[[Bases], object]) -> None:
+    def check_before_use(self, check: Callable[[Bases], object], owner: object) -> None:
         """Call `check`, which raises an error if these are not the right bases, before a matrix is drawn.
 
-        It stays to be called until it has passed, by whichever adapter uses these bases first.
+        It stays to be called until it has passed or its owner is gone.
         """
-        self._unchecked.append(check)
+        self._unchecked[owner] = check
 
     def _check(self) -> None:
-        waiting, self._unchecked = self._unchecked, []
+        waiting, self._unchecked = self._unchecked, weakref.WeakKeyDictionary()  # checks compute checksums themselves
         try:
-            while waiting:
-                waiting[-1](self)
-                waiting.pop()
+            for check in list(waiting.values()):
+                check(self)
+            waiting.clear()
         finally:
             self._unchecked = waiting
 

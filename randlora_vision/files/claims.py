@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any
 
 from randlora_vision.bases import Bases, get_bases
 from randlora_vision.checksums import NAMES, Checksum
@@ -48,6 +50,20 @@ def check_bases(path: str | os.PathLike[str], expected: Checksum | None, bases: 
             f"{path}: the bases made from seed {bases.spec.seed} are not those that the adapter was trained with "
             f"({NAMES[algorithm]} {_short(found)}, expected {_short(digits)})"
         )
+
+
+class LaterCheck:
+    """Stands for `check_bases` before the first use of the bases, as long as this or a copy of it exists."""
+
+    def __init__(self, path: str | os.PathLike[str], expected: Checksum | None, bases: Bases) -> None:
+        self._arguments = (path, expected, bases)
+        bases.check_before_use(partial(check_bases, path, expected), self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LaterCheck:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LaterCheck, self._arguments
 
 
 def _short(digits: str) -> str:

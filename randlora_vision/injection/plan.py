@@ -31,7 +31,7 @@ class AdapterPlan:
     candidates: tuple[Candidate, ...]  # the weights of the report's targets, in the same order
     bases: Bases  # the bases that all targets share
     saved: Mapping[str, Tensor]  # path -> the model's own tensor of a module to be trained in full
-    check: Callable[[Bases], object] | None = None  # of the bases, before their first use, if it was not made yet
+    check_later: Callable[[], object] | None = None  # has the bases checked before their first use
 
 
 def make_plan(

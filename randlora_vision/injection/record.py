@@ -34,6 +34,8 @@ class AdapterRecord:
     trainable: bool
     saved: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Path -> this adapter's own tensor of a module trained in full."""
+    check: object = None
+    """The check of the bases that is made before their first use, as long as a record refers to it."""
 
 
 @dataclasses.dataclass

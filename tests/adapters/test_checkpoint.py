@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
 import stat
 import zlib
 from collections import Counter
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from randlora_vision import (
     RandLoRAConfig,
     adapter_parameters,
+    delete_adapter,
     inject,
     load_adapter,
     merge,
@@ -262,6 +264,16 @@ def test_other_bases_are_refused_before_their_first_use_if_the_model_had_no_weig
                 model(X)
             with pytest.raises(ValueError, match=message):
                 save_adapter(model, tmp_path / "again.safetensors")
+    copied = pickle.loads(pickle.dumps(late))
+    delete_adapter(late, "default")
+    with pytest.raises(ValueError, match=message):
+        other(X)
+    remove(other)
+    with pytest.raises(ValueError, match=message):
+        copied(X)
+    remove(copied)  # nothing refers to the file any more, which is not held against others with the same bases
+    load_adapter(late, saved(tmp_path, config=config))
+    assert late(X).shape == (3, 6)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "structured"])

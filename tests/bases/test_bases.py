@@ -57,7 +57,8 @@ def test_a_check_is_made_before_the_first_use_and_until_it_passes() -> None:
         if not right:
             raise ValueError("others")
 
-    bases.check_before_use(check)
+    owner = BasesSpec("", 0, 0, 0, 0, 0)
+    bases.check_before_use(check, owner)
     assert bases.a(torch.device("meta"), torch.float32).is_meta and not calls and not bases.is_drawn
     uses: tuple[Callable[[], object], ...] = (
         lambda: bases.a(CPU, torch.float16),
@@ -70,6 +71,11 @@ def test_a_check_is_made_before_the_first_use_and_until_it_passes() -> None:
     right = True
     assert len(calls) == 3 and bases.b(CPU, torch.float32).shape == (70, 35) and len(set(calls)) == 1
     bases.a(CPU, torch.float64)
+    assert len(calls) == 4
+    right = False
+    bases.check_before_use(check, owner)
+    del owner  # such as the adapter that came from the wrong file
+    bases.b(CPU, torch.float64)
     assert len(calls) == 4
 
 
