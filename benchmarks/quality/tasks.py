@@ -148,6 +148,7 @@ TASKS: dict[str, Task] = {
     "linear-flat": Task("linear map, orthogonal change", "explained", 300, (32, 16, 8), _linear(_flat), samples=0),
     "linear-low": Task("linear map, rank-4 change", "explained", 300, (32, 16, 8), _linear(_gaussian(4)), samples=0),
     "digits": Task("inverted digits, demo ViT", "accuracy", 100, (32, 16, 8), _digits, 6e-3, 599),
+    "digits-long": Task("inverted digits, demo ViT, 300 steps", "accuracy", 300, (32, 16, 8), _digits, 6e-3, 599),
     "mnist16": Task("MNIST, 16 shots, DINOv2-S", "accuracy", 60, (64, 32, 16), _few_shot(16, 28)),
     "mnist-all": Task("MNIST, 4,300 images, DINOv2-S", "accuracy", 200, (64, 32, 16), _few_shot(0, 28)),
     "emoji-categories": Task(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ _SEED = 0
 _START = 1e-4  # where no weight gives a rate to begin with
 _ROUNDS = 8
 _NEAR = 0.05
+_EQUAL = 1e-5  # relative to the features: what rounding makes of equal ones
+_DRAWS = 4  # of signs: by one of them the rate moves by a quarter
 
 Features = Callable[[], Tensor | Sequence[Tensor]]
 Place = tuple[AdaptedModule, str, ParameterState]
@@ -43,9 +45,9 @@ def suggest_lr(
     Adam's first steps move every number by the learning rate, whatever the gradient's size, so after the first step
     the tensor that starts at zero (lambda, or gamma with ``init="gamma-zero"``) is a matrix of signs times the rate.
     The rule sets random signs. With `features` f of B samples, the rate is the one at which they change the features
-    by the part c = `relative_step` of their spread,
+    by the part c = `relative_step` of their spread, in the root mean square over four draws of signs,
 
-    .. math:: \sqrt{\sum_b \|f_b(lr) - f_b(0)\|^2} = c \sqrt{\sum_b \|f_b(0) - \bar f(0)\|^2}
+    .. math:: \sqrt{\mathrm{mean}_{signs} \sum_b \|f_b(lr) - f_b(0)\|^2} = c \sqrt{\sum_b \|f_b(0) - \bar f(0)\|^2}
 
     The rule accounts for alpha, rank, initialisation, the kind of bases, and for how sensitive the model is: its depth
     and width, the scale of its weights and residuals, and the differences between the samples. Without `features`, the
@@ -64,8 +66,8 @@ def suggest_lr(
             `features`, of a weight relative to its Frobenius norm, 0.02 by default.
         adapter_name: Name of the adapter.
         features: Calls the model on a batch of different samples and returns its features, a tensor (B, ...), or
-            several, such as those of two towers, of which the one that changes most counts. It is called two to nine
-            times, in eval mode and without gradients.
+            several, such as those of two towers, of which the one that changes most counts. It is called five
+            to twelve times, in eval mode and without gradients.
 
     Returns:
         The peak learning rate, for use with a warmup.
@@ -98,28 +100,34 @@ def _features_rate(
     """Return the rate at which random signs change the features by the part `wanted` of their spread."""
     generator = torch.Generator().manual_seed(_SEED)
     starts = [_factors(*place, adapter_name)[0] for place in places]
-    signs = [_signs(tensor, generator) for tensor in starts]
+    draws = [[_signs(tensor, generator) for tensor in starts] for _ in range(_DRAWS)]
     with _eval_mode(model), _restored(starts) as before:
         at_first = _parts(features())
         spreads = [float(torch.linalg.vector_norm(part - part.mean(0))) for part in at_first]
-        if not all(0 < spread < math.inf for spread in spreads):
+        sizes = [float(torch.linalg.vector_norm(part)) for part in at_first]
+        if not all(_EQUAL * size < spread < math.inf for size, spread in zip(sizes, spreads, strict=True)):
             raise ValueError(
                 f"the features of the {len(at_first[0])} samples are all equal, or not finite: they give no rate"
             )
-        lr = _weights_rate(places, adapter_name, RELATIVE_STEP / 2) or _START
-        for _ in range(_ROUNDS):
+
+        def change(lr: float, signs: Sequence[Tensor]) -> float:
             for tensor, value, sign in zip(starts, before, signs, strict=True):
                 tensor.copy_(value + lr * sign)
             changed = zip(_parts(features()), at_first, spreads, strict=True)
-            change = max(float(torch.linalg.vector_norm(now - then)) / spread for now, then, spread in changed)
-            if change == 0:
+            return max(float(torch.linalg.vector_norm(now - then)) / spread for now, then, spread in changed)
+
+        lr = _weights_rate(places, adapter_name, RELATIVE_STEP / 2) or _START
+        for _ in range(_ROUNDS):
+            first = change(lr, draws[0])
+            if first == 0:
                 raise ValueError(
                     f"the features do not depend on the adapter {adapter_name!r}: they give no learning rate"
                 )
-            if abs(change / wanted - 1) < _NEAR:
+            if abs(first / wanted - 1) < _NEAR:
                 break
-            lr *= min(max(wanted / change, 0.01), 100.0) if math.isfinite(change) else 0.01
-    return lr
+            lr *= min(max(wanted / first, 0.01), 100.0) if math.isfinite(first) else 0.01
+        others = [change(lr, signs) for signs in draws[1:]]
+    return lr * wanted / math.sqrt(fmean(c * c for c in [first, *others]))
 
 
 def _parts(features: Tensor | Sequence[Tensor]) -> list[Tensor]:

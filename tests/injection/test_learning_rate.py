@@ -1,5 +1,6 @@
 """The suggested rate against its definition: the change that a step makes to the weights, or to the features."""
 
+from functools import partial
 from statistics import median
 
 import pytest
@@ -119,7 +120,9 @@ def test_of_several_features_the_one_that_changes_most_counts() -> None:
 def test_features_that_give_no_rate_are_an_error() -> None:
     model = network()
     inject(model, RandLoRAConfig(rank=4, target_modules=["4"]))
-    for features in (lambda: model(INPUTS[:1]), lambda: model(INPUTS) * float("nan")):
+    equal, rounded, infinite = INPUTS[:1], 1 + 1e-7 * INPUTS, float("nan") * INPUTS
+    for inputs in (equal, rounded, infinite):
+        features = partial(model, inputs)
         with pytest.raises(ValueError, match="samples are all equal, or not finite"):
             suggest_lr(model, features=features)
     with pytest.raises(ValueError, match="features do not depend on the adapter 'default'"):

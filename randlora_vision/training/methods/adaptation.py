@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,19 +84,21 @@ SAMPLES = 16
 def suggested_lr(model: nn.Module, config: RandLoRAConfig, features: Callable[[], Tensor | Sequence[Tensor]]) -> float:
     """Return the `suggest_lr` of adapters that the model does not have yet; it is left as it was.
 
-    Where the features give none (equal samples, or adapters behind the features), it is that of the weights. Two
-    digits: a resumed run gets the same rate on a machine that rounds otherwise.
+    Where the features give none (equal samples, or adapters behind the features), it is that of the weights, and a
+    line says so. Two digits: a resumed run gets the same rate on a machine that rounds otherwise. Every process gets
+    the rate of the first one.
     """
     with quiet():
         inject(model, config)
     try:
         try:
             lr = suggest_lr(model, features=features)
-        except ValueError:
+        except ValueError as error:
             lr = suggest_lr(model)
-        return float(f"{lr:.1e}")
+            PartialState().print(f"note: --lr auto goes by the weights alone, {lr:.1e}: {error}")
     finally:
         remove(model)
+    return broadcast_object_list([float(f"{lr:.1e}")])[0]
 
 
 def target_names(model: nn.Module, config: RandLoRAConfig) -> list[str]:

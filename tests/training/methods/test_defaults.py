@@ -10,6 +10,7 @@ from randlora_vision.training.classifier.options import ClassifierModel, Classif
 from randlora_vision.training.dreambooth.defaults import resolve as resolve_dreambooth
 from randlora_vision.training.dreambooth.options import DreamBoothOptions
 from randlora_vision.training.harness.command_line import parse
+from randlora_vision.training.methods import adaptation
 from randlora_vision.training.methods.defaults import Defaults
 
 NAME = "vit_tiny_patch16_224"
@@ -26,13 +27,16 @@ def settings(*words):
     return resolve(options, ClassifierModel(model=NAME), model(), lambda: IMAGES)
 
 
-@pytest.mark.parametrize("words", [["--data", "x"], ["--data", "x", "--lr", "auto"], ["--lr", "auto"]])
-def test_auto_and_the_default_on_own_data(words):
+def of_features():
     adapted = model()
     inject(adapted, RandLoRAConfig(rank=8, alpha=160, target_modules="timm:backbone"))
+    return suggest_lr(adapted, features=lambda: adapted.forward_head(adapted.forward_features(IMAGES), pre_logits=True))
+
+
+@pytest.mark.parametrize("words", [["--data", "x"], ["--data", "x", "--lr", "auto"], ["--lr", "auto"]])
+def test_auto_and_the_default_on_own_data(words):
     found = settings(*words)
-    rate = suggest_lr(adapted, features=lambda: adapted.forward_head(adapted.forward_features(IMAGES), pre_logits=True))
-    assert found.training.lr == pytest.approx(rate, rel=0.06)  # two digits
+    assert found.training.lr == pytest.approx(of_features(), rel=0.06)  # two digits
     assert found.adapter.head_lr == (1e-3 if "--data" in words else 6e-3)
 
 
@@ -57,3 +61,20 @@ def test_a_wrong_rate_is_one_line(words, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(ClassifierOptions, words, "")
     assert "\n" not in str(error.value)
+
+
+def test_where_the_features_give_no_rate_a_line_names_that_of_the_weights(capsys):
+    adapted = model()
+    inject(adapted, RandLoRAConfig(rank=8, alpha=160, target_modules="timm:backbone"))
+    rate = suggest_lr(adapted)
+    equal = IMAGES[:1].expand(8, -1, -1, -1)
+    options = parse(ClassifierOptions, ["--rank", "8", "--data", "x"], "")
+    found = resolve(options, ClassifierModel(model=NAME), model(), lambda: equal).training.lr
+    assert found == pytest.approx(rate, rel=0.06)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: --lr auto goes by the weights alone, {rate:.1e}: the features of the 8 samples are")
+
+
+def test_every_process_takes_the_rate_of_the_first(monkeypatch):
+    monkeypatch.setattr(adaptation, "broadcast_object_list", lambda own: [2 * own[0]])
+    assert settings("--data", "x").training.lr == pytest.approx(2 * float(f"{of_features():.1e}"))
