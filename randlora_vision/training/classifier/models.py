@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from randlora_vision.errors import failures
 from randlora_vision.integrations.timm import head_modules
-from randlora_vision.names import close_matches, listing
+from randlora_vision.names import close_matches
 from randlora_vision.skeletons import skeleton
 from randlora_vision.training.classifier.loaded import LoadedClassifier
 from randlora_vision.training.classifier.options import ClassifierModel, ModelOptions
+from randlora_vision.training.classifier.weights import WeightsFile, read_weights
 
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 # A head of exact zeros passes no gradient back, so the first step could not check the gradients of the adapters.
@@ -37,30 +37,28 @@ def load_classifier(options: ClassifierModel, classes: int, seed: int) -> Loaded
         arguments["img_size"] = options.img_size
     if options.pretrained:
         arguments["pretrained"] = True
-    in_weights = _classes_of_weights(options, arguments, classes)
+    file = _weights_file(options, arguments, classes)
+    in_weights = file.classes if file else _classes_of_pretrained(options, arguments)
     kept = in_weights == classes and not options.fresh_head
-    headless = bool(options.initial_checkpoint) and in_weights is None
-    if headless:
-        arguments["num_classes"] = 0
-    elif options.initial_checkpoint:
-        if in_weights != classes and not options.fresh_head:
+    arguments["num_classes"] = classes
+    if file:
+        if in_weights not in (None, classes) and not options.fresh_head:
             raise ValueError(
-                f"{options.initial_checkpoint} has a classifier of {in_weights} classes, but the data has {classes}: "
+                f"{file.path} has a classifier of {in_weights} classes, but the data has {classes}: "
                 "give --fresh-head to start with a new head"
             )
-        arguments |= {"checkpoint_path": options.initial_checkpoint, "num_classes": in_weights}
-    else:
-        arguments["num_classes"] = classes
-    words = "".join(f", {name}={value!r}" for name, value in arguments.items())
+        arguments["num_classes"] = in_weights or 0
+    words = "".join(f", {name}={value!r}" for name, value in (arguments | dict(file.arguments if file else {})).items())
     code = ["import timm, torch", f"model = timm.create_model({options.model!r}{words})"]
     if not (options.pretrained or options.initial_checkpoint):
         code.insert(1, f"torch.manual_seed({seed})  # random weights")
     rates = {"drop_rate": options.drop, "drop_path_rate": options.drop_path}
     model = _create(options.model, arguments | {name: rate for name, rate in rates.items() if rate}, seed)
-    if headless:
-        code.append(f"timm.models.load_checkpoint(model, {options.initial_checkpoint!r}, strict=False)")
-        _load_backbone(model, options.initial_checkpoint or "")
-    if options.initial_checkpoint and in_weights != classes:
+    if file:
+        if not file.arguments:
+            code.append(f"timm.models.load_checkpoint(model, {file.path!r}, strict=False)")
+        file.load(model)
+    if file and in_weights != classes:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.reset_classifier(classes)
@@ -129,35 +127,20 @@ def _is_fixed(name: str, img_size: int) -> bool:
     return True
 
 
-def _load_backbone(model: nn.Module, path: str) -> None:
-    """Load weights into a model without a classifier; raise ValueError, naming them, if it lacks some."""
-    from timm.models import load_checkpoint
+def _weights_file(options: ClassifierModel, arguments: Mapping[str, Any], classes: int) -> WeightsFile | None:
+    import timm
 
-    with failures(f"--initial-checkpoint {path} does not fit the model"):
-        missing = load_checkpoint(model, path, strict=False).missing_keys
-    if missing:
-        raise ValueError(f"--initial-checkpoint {path} does not fit the model: it lacks {listing(missing)}")
-
-
-def _classes_of_weights(options: ClassifierModel, arguments: Mapping[str, Any], classes: int) -> int | None:
-    """Return the number of classes of the classifier in the weights, or None if there is none."""
-    path = options.initial_checkpoint
-    if path is None and not options.pretrained:
+    if options.initial_checkpoint is None:
         return None
-    changes = {"pretrained": False} if path is None else {"num_classes": classes}
-    model = skeleton(partial(_create, options.model, {**arguments, **changes}, seed=0))
-    if path is None:
-        return int(model.num_classes)
-    from timm.models import load_state_dict
+    model = skeleton(partial(_create, options.model, {**arguments, "num_classes": classes}, seed=0))
+    create = partial(timm.create_model, options.model, **arguments)
+    return read_weights(options.initial_checkpoint, model, create, classes)
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path!r} (--initial-checkpoint)")
-    with failures(f"cannot read --initial-checkpoint {path}"):
-        weights: Mapping[str, Tensor] = load_state_dict(path)
-    outputs = {len(weights[f"{head}.weight"]) for head in head_modules(model) if f"{head}.weight" in weights}
-    if len(outputs) > 1:
-        raise ValueError(f"{path} has classifiers of {listing(map(str, sorted(outputs)))} classes")
-    return outputs.pop() if outputs else None
+
+def _classes_of_pretrained(options: ClassifierModel, arguments: Mapping[str, Any]) -> int | None:
+    if not options.pretrained:
+        return None
+    return int(skeleton(partial(_create, options.model, {**arguments, "pretrained": False}, seed=0)).num_classes)
 
 
 def _check_head(model: nn.Module, classes: int) -> None:

@@ -48,7 +48,8 @@ class ModelOptions(Options):
     pretrained: bool = False
     """Start from the pretrained weights of timm instead of random weights or --initial-checkpoint."""
     initial_checkpoint: str | None = None
-    """Start from the weights in this file."""
+    """Start from the weights in this file, a checkpoint or an .npz of the original ViT; timm adapts those of another
+    image size, or with the names of the original authors."""
     fresh_head: bool = field(default=False, metadata=RARE)
     """Start with a new classifier head even if the weights contain one with the right number of classes; needed for
     an --initial-checkpoint with another number of classes."""

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -242,6 +242,18 @@ def test_a_configuration_file_with_a_checkpoint_is_the_folders_model(folder: Pat
     for name, tensor in tiny_clip(folder).model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
     assert loaded.has_weights
+
+
+def test_weights_of_another_image_size_are_resized_as_by_open_clip(folder: Path, tmp_path: Path) -> None:
+    name, path = str(folder / "tiny-test-clip.json"), str(folder / "open_clip_model.safetensors")
+    loaded = load_clip(name, path, 0, {"force_image_size": 32}).model.state_dict()
+    expected = open_clip.create_model("tiny-test-clip", pretrained=path, force_image_size=32).state_dict()
+    assert loaded["visual.positional_embedding"].shape != load_file(path)["visual.positional_embedding"].shape
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+    lacking = {name: tensor for name, tensor in load_file(path).items() if name != "visual.proj"}
+    save_file(lacking, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="x.safetensors.*Missing key.*visual.proj"):
+        load_clip(name, str(tmp_path / "x.safetensors"), 0, {"force_image_size": 32})
 
 
 def test_only_weights_that_a_file_lacks_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
