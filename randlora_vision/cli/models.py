@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from randlora_vision.errors import failures
 from randlora_vision.files.untrusted import read_json
 from randlora_vision.integrations import timm as timm_adapters
 from randlora_vision.integrations._download import download
+from randlora_vision.integrations._timm_weights import read_weights
 from randlora_vision.json_values import check_object, check_type, parse_json
 from randlora_vision.names import close_matches
 from randlora_vision.skeletons import skeleton
@@ -52,10 +54,11 @@ class Base:
         if self.library == "diffusers":
             return self._pipeline()
         options = dict(self.options)
-        if adapter is not None and adapter.is_file() and "num_classes" not in options:
-            classes = timm_adapters.num_classes(adapter)
-            options |= {} if classes is None else {"num_classes": classes}
-        return self._timm(options).eval()
+        classes = timm_adapters.num_classes(adapter) if adapter is not None and adapter.is_file() else None
+        if classes is not None:
+            options.setdefault("num_classes", classes)
+        own_head = adapter is None or (adapter.is_file() and classes is None)
+        return self._timm(options, own_head=own_head).eval()
 
     def skeleton(self, component: str | None) -> nn.Module:
         """Build the model, or a component of the pipeline (None: its denoiser), without weights, on the meta device."""
@@ -76,7 +79,8 @@ class Base:
             return [timm_adapters.load_adapter(host, adapter)]
         return [randlora_vision.load_adapter(host, adapter)]
 
-    def _timm(self, options: dict[str, Any]) -> nn.Module:
+    def _timm(self, options: dict[str, Any], own_head: bool = True) -> nn.Module:
+        """Build a timm model; without `own_head`, an adapter will replace its classifier."""
         timm = _library("timm")
         if not self.name.startswith(_SCHEMES) and not timm.is_model(self.name.partition(".")[0]):
             hint = close_matches(self.name, timm.list_models(), cutoff=0.5)
@@ -84,10 +88,27 @@ class Base:
         if self.weights == "pretrained" or (self.weights is None and self.name.startswith(_SCHEMES)):
             options["pretrained"] = not _on_meta()
         elif self.weights is not None:
-            _check_file(self.weights)
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": self.weights, "custom_load": False}}
+            return self._timm_from_file(self.weights, options, own_head)
         with failures(f"timm cannot build the model {self.name!r}"):
             return timm.create_model(self.name, **options)
+
+    def _timm_from_file(self, path: str, options: dict[str, Any], own_head: bool) -> nn.Module:
+        import timm
+
+        _check_file(path)
+        create = partial(timm.create_model, self.name)
+        with failures(f"timm cannot build the model {self.name!r}"):
+            bare: Any = skeleton(partial(create, **options))
+        classes = options.pop("num_classes", None)
+        file = read_weights(path, "--weights", bare, partial(create, **options), bare.num_classes)
+        if own_head and classes not in (None, file.classes):
+            head = f"a classifier of {file.classes} classes" if file.classes else "no classifier"
+            raise ValueError(f"--weights {path} has {head}, but --model-args says num_classes {classes}")
+        model: Any = create(num_classes=file.classes or 0, **options)
+        file.load(model)
+        if classes not in (None, file.classes):
+            model.reset_classifier(classes)
+        return model
 
     def _open_clip(self) -> nn.Module:
         _library("open_clip")

@@ -172,6 +172,33 @@ def test_merge(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.C
     assert "would be built with random weights" in error
 
 
+def test_weights_of_another_size_or_that_lack_some(
+    adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = adapted
+    file, smaller = tmp_path / "base.safetensors", {**OPTIONS, "img_size": 16}
+    state = timm.create_model(NAME, num_classes=7, **OPTIONS).state_dict()
+    safetensors.torch.save_file(state, file)
+    given = ["--weights", file, "--model-args"]
+    code, _ = answer(capsys, "merge", NAME, path, tmp_path / "m.safetensors", *given, json.dumps(smaller))
+    assert code == 0
+    overlay = {"file": str(file), "num_classes": 7, "custom_load": False}
+    expected = timm.create_model(NAME, num_classes=5, pretrained=True, pretrained_cfg_overlay=overlay, **smaller).eval()
+    load_adapter(expected, path)
+    merged = timm.create_model(NAME, num_classes=5, checkpoint_path=str(tmp_path / "m.safetensors"), **smaller).eval()
+    x = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+    torch.testing.assert_close(merged(x), expected(x), atol=1e-5, rtol=1e-5)
+    headless = base()
+    inject(headless, RandLoRAConfig(rank=4, target_modules=["qkv"]))
+    alone = save_adapter(headless, tmp_path / "alone.safetensors")
+    words = json.dumps({**OPTIONS, "num_classes": 5})  # whose classifier neither file has
+    error = complaint(capsys, "merge", NAME, alone, tmp_path / "n.safetensors", *given, words)
+    assert "has a classifier of 7 classes, but --model-args says num_classes 5" in error
+    safetensors.torch.save_file({name: value for name, value in state.items() if name != "norm.weight"}, file)
+    error = complaint(capsys, "merge", NAME, path, tmp_path / "n.safetensors", *given, json.dumps(OPTIONS))
+    assert "base.safetensors does not fit the model" in error and "norm.weight" in error
+
+
 def test_convert(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from peft import PeftModel
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from randlora_vision.errors import failures
+from randlora_vision.integrations._timm_weights import WeightsFile, read_weights
 from randlora_vision.integrations.timm import head_modules
 from randlora_vision.names import close_matches
 from randlora_vision.skeletons import skeleton
 from randlora_vision.training.classifier.loaded import LoadedClassifier
 from randlora_vision.training.classifier.options import ClassifierModel, ModelOptions
-from randlora_vision.training.classifier.weights import WeightsFile, read_weights
 
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 # A head of exact zeros passes no gradient back, so the first step could not check the gradients of the adapters.
@@ -134,7 +134,7 @@ def _weights_file(options: ClassifierModel, arguments: Mapping[str, Any], classe
         return None
     model = skeleton(partial(_create, options.model, {**arguments, "num_classes": classes}, seed=0))
     create = partial(timm.create_model, options.model, **arguments)
-    return read_weights(options.initial_checkpoint, model, create, classes)
+    return read_weights(options.initial_checkpoint, "--initial-checkpoint", model, create, classes)
 
 
 def _classes_of_pretrained(options: ClassifierModel, arguments: Mapping[str, Any]) -> int | None:

@@ -30,29 +30,31 @@ class WeightsFile:
     """
 
     path: str
+    flag: str
     classes: int | None
     tensors: Mapping[str, Tensor] | None
     arguments: Mapping[str, Any]
 
     def load(self, model: nn.Module) -> None:
         """Load the weights in place; raise ValueError if they do not fit or some are absent."""
-        with failures(f"--initial-checkpoint {self.path} does not fit the model"):
+        with failures(f"{self.flag} {self.path} does not fit the model"):
             if self.tensors is not None:
                 missing = model.load_state_dict(self.tensors, strict=self.classes is not None).missing_keys
             else:
                 missing = _load_npz(model, self.path)
         if missing:
-            raise ValueError(f"--initial-checkpoint {self.path} does not fit the model: it lacks {listing(missing)}")
+            raise ValueError(f"{self.flag} {self.path} does not fit the model: it lacks {listing(missing)}")
 
 
-def read_weights(path: str, model: nn.Module, create: Callable[..., nn.Module], classes: int) -> WeightsFile:
+def read_weights(path: str, flag: str, model: nn.Module, create: Callable[..., nn.Module], classes: int) -> WeightsFile:
     """Read a file of weights, adapted as timm adapts pretrained weights if it does not fit as it is.
 
     Args:
         path: A .safetensors file, a PyTorch checkpoint of tensors alone, or the .npz of the authors of ViT or BiT.
+        flag: The option by which it was given, for messages.
         model: The model with `classes` outputs; its values are not read.
         create: timm.create_model with the arguments of the model, except for the number of classes.
-        classes: Number of classes of the data.
+        classes: Number of classes of `model`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -61,12 +63,12 @@ def read_weights(path: str, model: nn.Module, create: Callable[..., nn.Module], 
     from timm.models import load_state_dict
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path!r} (--initial-checkpoint)")
+        raise FileNotFoundError(f"there is no file {path!r} ({flag})")
     if path.lower().endswith(".npz"):
-        with failures(f"cannot read --initial-checkpoint {path}"), np.load(path, allow_pickle=False) as arrays:
+        with failures(f"cannot read {flag} {path}"), np.load(path, allow_pickle=False) as arrays:
             outputs = [arrays[name].shape[-1] for name in arrays.files if name.endswith(_NPZ_HEADS)]
-        return WeightsFile(path, _only(outputs, path), None, {"checkpoint_path": path})
-    with failures(f"cannot read --initial-checkpoint {path}"):
+        return WeightsFile(path, flag, _only(outputs, path), None, {"checkpoint_path": path})
+    with failures(f"cannot read {flag} {path}"):
         tensors: Mapping[str, Tensor] = load_state_dict(path)
     heads = [f"{head}.weight" for head in head_modules(model)]
     fits = _fits(tensors, model, heads)
@@ -77,13 +79,13 @@ def read_weights(path: str, model: nn.Module, create: Callable[..., nn.Module], 
         if config["input_size"][0] == 1:  # timm reduces weights for colour images only if told that they are
             arguments["in_chans"] = 1
             overlay["input_size"] = (3, *config["input_size"][1:])
-        with failures(f"--initial-checkpoint {path} does not fit the model, and timm cannot adapt it"):
+        with failures(f"{flag} {path} does not fit the model, and timm cannot adapt it"):
             tensors = _adapted(create, {**arguments, "num_classes": classes})
     found = _only((len(tensors[head]) for head in heads if head in tensors), path)
     overlay["num_classes"] = -1 if found is None else found
     if fits:
         arguments = {} if found is None else {"checkpoint_path": path}
-    return WeightsFile(path, found, tensors, arguments)
+    return WeightsFile(path, flag, found, tensors, arguments)
 
 
 def _fits(tensors: Mapping[str, Tensor], model: nn.Module, heads: Iterable[str]) -> bool:
