@@ -100,7 +100,6 @@ def _features_rate(
     """Return the rate at which random signs change the features by the part `wanted` of their spread."""
     generator = torch.Generator().manual_seed(_SEED)
     starts = [_factors(*place, adapter_name)[0] for place in places]
-    draws = [[_signs(tensor, generator) for tensor in starts] for _ in range(_DRAWS)]
     with _eval_mode(model), _restored(starts) as before:
         at_first = _parts(features())
         spreads = [float(torch.linalg.vector_norm(part - part.mean(0))) for part in at_first]
@@ -110,15 +109,18 @@ def _features_rate(
                 f"the features of the {len(at_first[0])} samples are all equal, or not finite: they give no rate"
             )
 
+        def draw() -> list[Tensor]:
+            return [_signs(tensor, generator) for tensor in starts]
+
         def change(lr: float, signs: Sequence[Tensor]) -> float:
             for tensor, value, sign in zip(starts, before, signs, strict=True):
                 tensor.copy_(value + lr * sign)
             changed = zip(_parts(features()), at_first, spreads, strict=True)
             return max(float(torch.linalg.vector_norm(now - then)) / spread for now, then, spread in changed)
 
-        lr = _weights_rate(places, adapter_name, RELATIVE_STEP / 2) or _START
+        lr, signs = _weights_rate(places, adapter_name, RELATIVE_STEP / 2) or _START, draw()
         for _ in range(_ROUNDS):
-            first = change(lr, draws[0])
+            first = change(lr, signs)
             if first == 0:
                 raise ValueError(
                     f"the features do not depend on the adapter {adapter_name!r}: they give no learning rate"
@@ -126,7 +128,7 @@ def _features_rate(
             if abs(first / wanted - 1) < _NEAR:
                 break
             lr *= min(max(wanted / first, 0.01), 100.0) if math.isfinite(first) else 0.01
-        others = [change(lr, signs) for signs in draws[1:]]
+        others = [change(lr, draw()) for _ in range(_DRAWS - 1)]
     return lr * wanted / math.sqrt(fmean(c * c for c in [first, *others]))
 
 
