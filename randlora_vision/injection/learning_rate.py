@@ -19,7 +19,7 @@ from randlora_vision.layers.adapted import AdaptedModule, adapted_modules
 from randlora_vision.layers.state import ParameterState
 
 RELATIVE_STEP = 0.02
-FEATURE_STEP = 0.16
+FEATURE_STEP = 0.12
 _LAYERS = 16  # the median over more does not differ
 _SEED = 0
 _START = 1e-4  # where no weight gives a rate to begin with
@@ -62,7 +62,7 @@ def suggest_lr(
 
     Args:
         model: A model with the adapter, as `inject` leaves it.
-        relative_step: The change per step: of the features relative to their spread, 0.16 by default; without
+        relative_step: The change per step: of the features relative to their spread, 0.12 by default; without
             `features`, of a weight relative to its Frobenius norm, 0.02 by default.
         adapter_name: Name of the adapter.
         features: Calls the model on a batch of different samples and returns its features, a tensor (B, ...), or

@@ -90,7 +90,7 @@ class LoopOptions(Options):
     the rate itself (pip install prodigyopt), with --lr 1."""
     lr: float | Literal["auto"] | None = field(default=None, metadata=ABOVE_0)
     """Peak learning rate. The defaults are for AdamW. auto, the default of RandLoRA on your own model or data, is the
-    rate at which one step changes the features of images by 16% of their spread (docs/learning-rate.md)."""
+    rate at which one step changes the features of images by 12% of their spread (docs/learning-rate.md)."""
     optimizer_kwargs: tuple[str, ...] = field(default=(), metadata=RARE)
     """More arguments of the optimiser, such as nesterov=True momentum=0.8."""
     lr_images: int | None = field(default=None, metadata=RARE | AT_LEAST_1)
