@@ -155,14 +155,14 @@ TASKS: dict[str, Task] = {
         "emoji categories, 16 shots, DINOv2-S", "accuracy", 60, (64, 32, 16), _emoji_categories(16, 42)
     ),
     "emoji-retrieval": Task(
-        "emoji captions, other artist, DINOv2-S and MiniLM",
+        "emoji captions, DINOv2-S, MiniLM",
         "mean recall",
         60,
         (64, 32, 16),
         _emoji_retrieval(42),
     ),
     "emoji-prompts": Task(
-        "emoji class prompts, other artist, DINOv2-S and MiniLM",
+        "emoji class prompts, DINOv2-S, MiniLM",
         "accuracy",
         60,
         (64, 32, 16),
