@@ -60,15 +60,22 @@ def test_the_model_stays_as_it_is() -> None:
 INPUTS = torch.randn(32, 48, generator=torch.Generator().manual_seed(3))
 
 
-def change_of_features(model: nn.Module, lr: float, seed: int) -> float:
-    """The change of the outputs by signs times the rate in what starts at zero, relative to the outputs' spread."""
+def change_of_features(model: nn.Module, lr: float, seed: int, draws: int = 1) -> float:
+    """The change of the outputs by signs times the rate in what starts at zero, relative to the outputs' spread.
+
+    It is the root mean square over a number of draws of signs.
+    """
     generator = torch.Generator().manual_seed(seed)
+    zeros = [parameter for _, parameter in adapter_parameters(model) if not parameter.any()]
     with torch.no_grad():
-        before = model(INPUTS)
-        for _, parameter in adapter_parameters(model):
-            if not parameter.any():
+        before, squares = model(INPUTS), 0.0
+        for _ in range(draws):
+            for parameter in zeros:
                 parameter.copy_(lr * (torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1))
-        return float((model(INPUTS) - before).norm() / (before - before.mean(0)).norm())
+            squares += float((model(INPUTS) - before).square().sum() / (before - before.mean(0)).square().sum()) / draws
+        for parameter in zeros:
+            parameter.zero_()
+    return squares**0.5
 
 
 @pytest.mark.parametrize("bases", ["uniform", "structured"])
@@ -83,6 +90,7 @@ def test_random_signs_change_the_features_by_the_part_of_their_spread(
     shifted = suggest_lr(model, features=lambda: 7 * model(INPUTS) + torch.arange(48))
     assert lr == pytest.approx(shifted, rel=1e-3)
     assert change_of_features(model, lr, seed=5) == pytest.approx(FEATURE_STEP, rel=0.25)  # other signs
+    assert change_of_features(model, lr, seed=0, draws=4) == pytest.approx(FEATURE_STEP, rel=0.01)  # its own
 
 
 @pytest.mark.parametrize(("init", "other"), [("lambda-zero", 1 / 48), ("gamma-zero", 1 / 12)])  # 12 bases of rank 4
