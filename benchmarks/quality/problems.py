@@ -59,6 +59,11 @@ class Problem:
         """Return the inputs of a number of samples, evenly spaced: few-shot samples are sorted by class."""
         return self.inputs[torch.arange(number) * len(self.inputs) // number]
 
+    def features(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the features (B, ...) on which the rate is suggested, as in the scripts: those before a new head."""
+        features: Tensor = model(inputs)
+        return features
+
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of the next batch."""
         inputs, answers = self.next_batch()
@@ -104,42 +109,58 @@ class Classification(Problem):
         return len(outputs.argmax(-1).unique()) == 1
 
 
-class Cosine(nn.Module):
-    """Logits of features (B, D) -> (B, C): cosines to `texts` (C, D), which stay as they are, over a temperature."""
-
-    texts: Tensor
-
-    def __init__(self, texts: Tensor, temperature: float) -> None:
-        super().__init__()
-        self.register_buffer("texts", texts)
-        self.temperature = temperature
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the logits."""
-        return F.normalize(features, dim=-1) @ self.texts.T / self.temperature
-
-
 @dataclass
-class Retrieval(Problem):
-    """Pictures and the features (N, D) of their captions, which stay as they are: contrastive loss and mean recall."""
+class Aligned(Problem):
+    """The base of problems whose head is pretrained and frozen: it maps features to those of texts."""
 
     temperature: float = 0.05
 
+    def features(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the embeddings (B, D), which the head is a part of."""
+        return F.normalize(self.head(model(inputs)), dim=-1)
+
+    def logits(self, outputs: Tensor, texts: Tensor) -> Tensor:
+        """Return the cosines of outputs (B, D) and texts (C, D) over the temperature, (B, C)."""
+        return F.normalize(outputs, dim=-1) @ texts.T / self.temperature
+
+
+class Retrieval(Aligned):
+    """Pictures and the features (N, D) of their captions, which stay as they are: contrastive loss and mean recall."""
+
     def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
         """Return the symmetric contrastive loss of a batch."""
-        logits = F.normalize(outputs, dim=-1) @ answers.T / self.temperature
+        logits = self.logits(outputs, answers)
         own = torch.arange(len(logits))
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
     def score(self, outputs: Tensor, answers: Tensor) -> float:
         """Return the mean of recall@1, 5 and 10 in both directions."""
-        similar = F.normalize(outputs, dim=-1) @ answers.T
+        similar = self.logits(outputs, answers)
         own = similar.diagonal()
         recalls = []
         for rows in (similar, similar.T):
             rank = (rows > own[:, None]).sum(1)
             recalls += [float((rank < most).float().mean()) for most in _RECALL_AT]
         return sum(recalls) / len(recalls)
+
+
+@dataclass
+class Prompts(Aligned, Classification):
+    """Classes by the features (C, D) of their prompts, `texts`, which stay as they are."""
+
+    texts: Tensor = field(kw_only=True)
+
+    def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        """Return the cross-entropy of the cosines."""
+        return super().criterion(self.logits(outputs, self.texts), answers)
+
+    def score(self, outputs: Tensor, answers: Tensor) -> float:
+        """Return the accuracy."""
+        return super().score(self.logits(outputs, self.texts), answers)
+
+    def constant(self, outputs: Tensor) -> bool:
+        """Return whether one class is predicted for everything."""
+        return super().constant(self.logits(outputs, self.texts))
 
 
 class Regression(Problem):

@@ -1,4 +1,4 @@
-"""The tasks: pretrained weights and real pictures, the digits of the demo, and two linear maps of known rank.
+"""The tasks: pretrained weights and real pictures, the digits of the demo, and three linear maps of known rank.
 
 Validation and test samples of a task are the same for every seed; the training samples, their order, the random bases
 and the initial values follow the seed.
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.quality.dinov2 import load_dinov2
-from benchmarks.quality.problems import Classification, Cosine, Problem, Regression, Retrieval
+from benchmarks.quality.problems import Classification, Problem, Prompts, Regression, Retrieval
 
 _VALIDATION, _TEST = 200, 500
 _BATCH = 32
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RIDGE = 1e-2  # of the image projection, relative to the mean of the diagonal of the Gram matrix
-_TEMPERATURE = 0.05
 _LINEAR = 128  # width of the linear maps
 _RELATIVE_TARGET = 0.5  # norm of the change that is to be learned, relative to the weight
 
@@ -84,7 +83,7 @@ def _emoji_retrieval(pixels: int) -> Callable[[Path, int], Problem]:
         pool, tests = _parts(second, texts)
         tests = {**tests, "first artist": _parts(first, texts)[1]["test"]}
         base, head = _dinov2(folder, pixels), _aligned(folder, pixels)
-        return Retrieval(base, head, second[pool], texts[pool], tests, _BATCH, seed, temperature=_TEMPERATURE)
+        return Retrieval(base, head, second[pool], texts[pool], tests, _BATCH, seed)
 
     return make
 
@@ -95,8 +94,9 @@ def _emoji_prompts(shots: int, pixels: int) -> Callable[[Path, int], Problem]:
         pool, tests = _parts(second, labels)
         tests = {**tests, "first artist": _parts(first, labels)[1]["test"]}
         chosen = _shots(labels, pool, shots, seed)
-        head = nn.Sequential(_aligned(folder, pixels), Cosine(_texts(folder)["categories"], _TEMPERATURE))
-        return Classification(_dinov2(folder, pixels), head, second[chosen], labels[chosen], tests, _BATCH, seed)
+        base, head = _dinov2(folder, pixels), _aligned(folder, pixels)
+        texts = _texts(folder)["categories"]
+        return Prompts(base, head, second[chosen], labels[chosen], tests, _BATCH, seed, texts=texts)
 
     return make
 
@@ -147,8 +147,8 @@ TASKS: dict[str, Task] = {
     ),
     "linear-flat": Task("linear map, orthogonal change", "explained", 300, (32, 16, 8), _linear(_flat), samples=0),
     "linear-low": Task("linear map, rank-4 change", "explained", 300, (32, 16, 8), _linear(_gaussian(4)), samples=0),
-    "digits": Task("inverted digits, demo ViT", "accuracy", 100, (32, 16, 8), _digits, 6e-3, 599),
-    "digits-long": Task("inverted digits, demo ViT, 300 steps", "accuracy", 300, (32, 16, 8), _digits, 6e-3, 599),
+    "digits": Task("inverted digits, demo ViT", "accuracy", 300, (32, 16, 8), _digits, 6e-3, 599),
+    "digits-short": Task("inverted digits, demo ViT, 100 steps", "accuracy", 100, (32, 16, 8), _digits, 6e-3, 599),
     "mnist16": Task("MNIST, 16 shots, DINOv2-S", "accuracy", 60, (64, 32, 16), _few_shot(16, 28)),
     "mnist-all": Task("MNIST, 4,300 images, DINOv2-S", "accuracy", 200, (64, 32, 16), _few_shot(0, 28)),
     "emoji-categories": Task(

@@ -78,7 +78,9 @@ class Trainee:
         if factor is None:
             self.lr = (method.lr or suggest_lr(self.model, CENTRE_STEP)) * RATE_STEP**exponent
         else:
-            self.lr = factor * suggest_lr(self.model, features=partial(self.model, problem.some(SAMPLES)))
+            self.lr = factor * suggest_lr(
+                self.model, features=partial(problem.features, self.model, problem.some(SAMPLES))
+            )
         head = [parameter for parameter in problem.head.parameters() if parameter.requires_grad]
         head_lr = task.head_lr if self.trained else self.lr
         self.parameters = [*(p for p in self.model.parameters() if p.requires_grad), *head]

@@ -2,8 +2,8 @@
 
 python -m benchmarks.quality.variants --data DIR --out DIR
 
-With structured bases at the default rate, on 16-shot MNIST and on the digits of the demo. A stopped command goes on
-where it was.
+With structured bases at the default rate, on 16-shot MNIST and on 100 steps of the digits of the demo. A stopped
+command goes on where it was.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from benchmarks.quality.train import WARMUP, Trainee, append_line, outcome, read
 from randlora_vision.errors import user_errors
 
 BASES = "structured"
-VARIED = ("mnist16", "digits")
+VARIED = ("mnist16", "digits-short")
 FILE = "variants.jsonl"
 
 

@@ -13,13 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
+from torch.testing import assert_close
 
 from benchmarks.methods import randlora_numbers, trained_numbers
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, defaults, prepare, variants
 from benchmarks.quality.data import Archive
 from benchmarks.quality.methods import METHODS, knob_for
-from benchmarks.quality.problems import Classification, Retrieval
+from benchmarks.quality.problems import Aligned, Classification, Prompts, Retrieval
 from benchmarks.quality.report import Row, differences, half_width
 from benchmarks.quality.search import WIDEST, best_exponent, next_run
 from benchmarks.quality.tasks import TASKS
@@ -77,6 +78,24 @@ def test_mean_recall_against_a_sorted_list():
         for i in range(40)
     ]
     assert problem.score(images, texts) == pytest.approx(sum(hits) / len(hits))
+
+
+def test_frozen_heads_belong_to_the_features_of_the_suggested_rate():
+    torch.manual_seed(0)
+    images, head = torch.randn(12, 6), nn.Linear(6, 4)
+    embeddings = head(images) / head(images).norm(dim=1, keepdim=True)  # as open_clip's encode_image(normalize=True)
+    assert_close(Aligned(nn.Identity(), head, images, images, {}, 8, 0).features(nn.Identity(), images), embeddings)
+
+
+def test_prompts_are_scored_by_the_closest_text():
+    texts = torch.eye(3)
+    labels = torch.arange(6) % 3
+    outputs = 7 * texts[labels] + 0.1
+    problem = Prompts(nn.Identity(), nn.Identity(), outputs, labels, {}, 2, 0, texts=texts)
+    assert problem.score(outputs, labels) == 1 and problem.score(outputs, (labels + 1) % 3) == 0
+    cosines = nn.functional.cosine_similarity(outputs[:, None], texts[None], dim=-1)
+    assert_close(problem.criterion(outputs, labels), nn.functional.cross_entropy(cosines / 0.05, labels))
+    assert not problem.constant(outputs) and problem.constant(outputs[:1].expand(4, -1))
 
 
 def test_one_class_for_everything_is_noticed():
@@ -210,7 +229,7 @@ def test_the_command_goes_on_after_a_stop(tmp_path, monkeypatch):
 def test_a_variant_is_compared_with_the_default_seed_by_seed():
     scores = {"default": {0: 0.8, 1: 0.7, 2: 0.9}, "no warmup": {0: 0.75, 1: 0.71}, "gamma-zero": {3: 1.0}}
     lines = [
-        {"task": "digits", "variant": name, "seed": seed, "test": score, "lr": 1e-3}
+        {"task": "digits-short", "variant": name, "seed": seed, "test": score, "lr": 1e-3}
         for name, by_seed in scores.items()
         for seed, score in by_seed.items()
     ]
@@ -222,10 +241,10 @@ def test_a_variant_is_compared_with_the_default_seed_by_seed():
 
 
 def test_the_command_of_the_variants_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "TASKS", {"digits": replace(TASKS["linear-full"], steps=3)})
+    monkeypatch.setattr(variants, "TASKS", {"digits-short": replace(TASKS["linear-full"], steps=3)})
     few = {name: variants.VARIANTS[name] for name in ("default", "alpha = 100 r")}
     monkeypatch.setattr(variants, "VARIANTS", few)
-    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "digits"]
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "digits-short"]
     variants.main([*words, "--seeds", "1"])
     first = read_lines(tmp_path / variants.FILE)
     variants.main([*words, "--seeds", "2"])

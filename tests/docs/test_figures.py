@@ -65,13 +65,15 @@ def test_the_page_on_choosing_has_the_figures_of_the_quality_benchmark() -> None
     assert cells[place].strip() == f"{best['test']:.1%} ± {width:.1%}".replace("%", "")
     trials = defaults.read_trials(choosing.RUNS.with_name(defaults.FILE)).items()
     of_digits = [line["test"] for trial, line in trials if trial.at == "default" and
-                 (trial.task, trial.method, trial.budget) == ("digits", "structured", 1)]  # fmt: skip
-    row = next(line for line in page.splitlines() if line.startswith("| inverted digits, demo ViT | structured | 18"))
+                 (trial.task, trial.method, trial.budget) == ("digits-short", "structured", 1)]  # fmt: skip
+    row = next(
+        line for line in page.splitlines() if line.startswith("| inverted digits, demo ViT, 100 steps | structured")
+    )
     assert row.split(" | ")[3] == f"{100 * sum(of_digits) / len(of_digits):.1f}"
     # What the prose concludes.
     assert "MNIST, 16 shots, DINOv2-S (accuracy): Best adapter: RandLoRA, structured. Below it" in page
     assert "emoji captions, DINOv2-S, MiniLM (mean recall): Best adapter: RandLoRA, structured. This task" in page
-    assert "inverted digits, demo ViT (accuracy): Best adapter: RandLoRA, uniform." in page
+    assert "inverted digits, demo ViT, 100 steps (accuracy): Best adapter: RandLoRA, uniform." in page
     assert "linear map, Gaussian change (explained): Best adapter: LoRA. Below it with 95% intervals" in page
 
 
