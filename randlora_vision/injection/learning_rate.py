@@ -25,6 +25,7 @@ _SEED = 0
 _START = 1e-4  # where no weight gives a rate to begin with
 _ROUNDS = 8
 _NEAR = 0.05
+_FAR = 2.0  # draws of signs differ by less
 _EQUAL = 1e-5  # relative to the features: what rounding makes of equal ones
 _DRAWS = 4  # of signs: by one of them the rate moves by a quarter
 
@@ -67,14 +68,14 @@ def suggest_lr(
         adapter_name: Name of the adapter.
         features: Calls the model on a batch of different samples and returns its features, a tensor (B, ...), or
             several, such as those of two towers, of which the one that changes most counts. It is called five
-            to twelve times, in eval mode and without gradients.
+            to thirteen times, in eval mode and without gradients.
 
     Returns:
         The peak learning rate, for use with a warmup.
 
     Raises:
         ValueError: If there is no such adapter, none of its weights is a dense one that is not zero (without
-            `features`), or the features do not differ between the samples or do not depend on the adapter.
+            `features`), or the features do not differ between the samples, do not depend on the adapter, or jump.
     """
     places = [
         (found[1], found[2], found[3]) for found in adapted_modules(unwrap(model)) if adapter_name in found[3].slots
@@ -128,8 +129,16 @@ def _features_rate(
             if abs(first / wanted - 1) < _NEAR:
                 break
             lr *= min(max(wanted / first, 0.01), 100.0) if math.isfinite(first) else 0.01
+        else:
+            first = change(lr, signs)
         others = [change(lr, draw()) for _ in range(_DRAWS - 1)]
-    return lr * wanted / math.sqrt(fmean(c * c for c in [first, *others]))
+        found = math.sqrt(fmean(c * c for c in [first, *others]))
+        if not 1 / _FAR < found / wanted < _FAR:
+            raise ValueError(
+                f"no rate was found that changes the features by {wanted:.1%} of their spread (at {lr:.1e} it is "
+                f"{found:.1%}): they jump with the adapter's weights"
+            )
+    return lr * wanted / found
 
 
 def _parts(features: Tensor | Sequence[Tensor]) -> list[Tensor]:

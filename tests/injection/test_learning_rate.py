@@ -135,6 +135,14 @@ def test_features_that_give_no_rate_are_an_error() -> None:
             suggest_lr(model, features=features)
     with pytest.raises(ValueError, match="features do not depend on the adapter 'default'"):
         suggest_lr(model, features=lambda: model[:4](INPUTS))
+    at_first = model(INPUTS).detach()
+
+    def jumping() -> torch.Tensor:
+        moved = model(INPUTS).detach()
+        return moved + 9 * (moved - at_first).sign() * ((moved - at_first).norm() > 0.05 * at_first.norm())
+
+    with pytest.raises(ValueError, match=r"no rate was found .* they jump"):
+        suggest_lr(model, features=jumping)
 
 
 def test_what_has_no_norm_to_go_by_is_an_error() -> None:
