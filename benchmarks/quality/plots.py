@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.report import BASES, Row, rows, tasks_of
@@ -55,6 +55,7 @@ def plot_budgets(results: Results, path: Path) -> None:
                 if own and method not in ("probe", "full"):
                     _points(axes, own, number)
             axes.set(title=TASKS[task].title, xlabel="trained numbers", ylabel=f"test {TASKS[task].score}")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         _legend(figure)
