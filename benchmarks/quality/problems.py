@@ -64,10 +64,15 @@ class Problem:
         features: Tensor = model(inputs)
         return features
 
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the outputs (B, ...) that `criterion` and `score` compare with the answers."""
+        outputs: Tensor = self.head(model(inputs))
+        return outputs
+
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of the next batch."""
         inputs, answers = self.next_batch()
-        return self.criterion(self.head(model(inputs)), answers)
+        return self.criterion(self.outputs(model, inputs), answers)
 
     def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
         """Return the loss for outputs of the head."""
@@ -83,7 +88,7 @@ class Problem:
         model.eval()
         scores, constant = {}, False
         for name, (inputs, answers) in self.tests.items():
-            outputs = torch.cat([self.head(model(part)) for part in inputs.split(_EVALUATION_BATCH)])
+            outputs = torch.cat([self.outputs(model, part) for part in inputs.split(_EVALUATION_BATCH)])
             scores[name] = self.score(outputs, answers) if outputs.isfinite().all() else 0.0
             constant = constant or self.constant(outputs)
         return Figures(scores.pop("val"), scores, constant)
@@ -150,17 +155,9 @@ class Prompts(Aligned, Classification):
 
     texts: Tensor = field(kw_only=True)
 
-    def criterion(self, outputs: Tensor, answers: Tensor) -> Tensor:
-        """Return the cross-entropy of the cosines."""
-        return super().criterion(self.logits(outputs, self.texts), answers)
-
-    def score(self, outputs: Tensor, answers: Tensor) -> float:
-        """Return the accuracy."""
-        return super().score(self.logits(outputs, self.texts), answers)
-
-    def constant(self, outputs: Tensor) -> bool:
-        """Return whether one class is predicted for everything."""
-        return super().constant(self.logits(outputs, self.texts))
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the logits (B, C), the cosines to the texts."""
+        return self.logits(super().outputs(model, inputs), self.texts)
 
 
 class Regression(Problem):

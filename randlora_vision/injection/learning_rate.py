@@ -25,7 +25,7 @@ _SEED = 0
 _START = 1e-4  # where no weight gives a rate to begin with
 _ROUNDS = 8
 _NEAR = 0.05
-_FAR = 2.0  # draws of signs differ by less
+_FAR = 2.0  # beyond it the features jump: draws of signs differ by less
 _EQUAL = 1e-5  # relative to the features: what rounding makes of equal ones
 _DRAWS = 4  # of signs: by one of them the rate moves by a quarter
 

@@ -90,10 +90,11 @@ def test_frozen_heads_belong_to_the_features_of_the_suggested_rate():
 def test_prompts_are_scored_by_the_closest_text():
     texts = torch.eye(3)
     labels = torch.arange(6) % 3
-    outputs = 7 * texts[labels] + 0.1
-    problem = Prompts(nn.Identity(), nn.Identity(), outputs, labels, {}, 2, 0, texts=texts)
+    features = 7 * texts[labels] + 0.1
+    problem = Prompts(nn.Identity(), nn.Identity(), features, labels, {}, 2, 0, texts=texts)
+    outputs = problem.outputs(nn.Identity(), features)
     assert problem.score(outputs, labels) == 1 and problem.score(outputs, (labels + 1) % 3) == 0
-    cosines = nn.functional.cosine_similarity(outputs[:, None], texts[None], dim=-1)
+    cosines = nn.functional.cosine_similarity(features[:, None], texts[None], dim=-1)
     assert_close(problem.criterion(outputs, labels), nn.functional.cross_entropy(cosines / 0.05, labels))
     assert not problem.constant(outputs) and problem.constant(outputs[:1].expand(4, -1))
 
