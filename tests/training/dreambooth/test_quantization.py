@@ -77,13 +77,16 @@ def is_quantised(weight: torch.Tensor) -> bool:
 
 @pytest.fixture
 def bitsandbytes_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It computes there too; only diffusers asks for a GPU."""
+    """It computes there too; only diffusers asks for a GPU. For AVX512-BF16 it packs weights, in multiples of 32 only,
+    which these models are too small for."""
+    import bitsandbytes
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
     for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
         monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda *_, **__: None)
         monkeypatch.setattr(getattr(bnb_quantizer, name), "update_device_map", lambda _, found: found or {"": "cpu"})
     monkeypatch.setattr(quantization, "require_library", lambda kind: None)
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 @pytest.mark.parametrize(
