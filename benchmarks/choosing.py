@@ -80,7 +80,7 @@ def grid_table() -> str:
     """Return RandLoRA's test scores on 16-shot MNIST (seed 0) by the relative step c of its rate."""
     by_bases = {
         method: {run.exponent: line for run, line in results().items() if run == Run(_GRID, method, 1, run.exponent, 0)}
-        for method in ("uniform", "structured")
+        for method in defaults.KINDS
     }
     exponents = sorted(by_bases["uniform"])
     header = ["`c`", *(f"{CENTRE_STEP * 10 ** (exponent / 2):.2g}" for exponent in exponents)]

@@ -53,7 +53,7 @@ def _facts(axes: Axes, results: Mapping, costs: Mapping) -> None:
     axes.set_axis_off()
     methods, timed = results["methods"], costs["ViT-S/16, 4 images"]
     flops = {name: int(line["flops"]) for name, line in costs["ViT-S/16, 16 images"].items()}
-    names = {"randlora": "ours", "lora": "peft_lora", "full": "full"}
+    names = {"randlora": "ours_structured", "lora": "peft_lora", "full": "full"}
     rows = [
         ["trained numbers", *(f"{methods[name]['trained_numbers']:,}" for name in names)],
         ["file", *(f"{methods[name]['file_bytes'] / 1e3:,.0f} KB" for name in names)],

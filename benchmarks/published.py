@@ -28,8 +28,8 @@ IMAGES = ROOT / "docs" / "images"
 _METHODS = {"randlora": "RandLoRA, rank 16", "lora": "LoRA of the same size", "full": "full fine-tuning"}
 _COSTS = {
     "peft_randlora": "PEFT's RandLora",
-    "ours": "RandLoRA, dense bases",
-    "ours_structured": "RandLoRA, structured bases",
+    "ours_structured": "RandLoRA",
+    "ours": "RandLoRA, uniform bases",
     "peft_lora": "PEFT's LoRA",
     "full": "full fine-tuning",
 }

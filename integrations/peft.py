@@ -56,7 +56,8 @@ def export(model: nn.Module, directory: str | os.PathLike[str], adapter_name: st
         The folder.
 
     Raises:
-        ValueError: If PEFT's RandLora cannot express the adapter; the message names every such target.
+        ValueError: If PEFT's RandLora cannot express the adapter, such as one with structured bases, the default; the
+            message names every such target.
     """
     model = unwrap(model)
     adapter, trained, saved = own_adapter(model, adapter_name)
@@ -181,7 +182,8 @@ def _check_expressible(model: nn.Module, targets: tuple[Target, ...], config: Ra
         if reason:
             reasons.setdefault(reason, []).append(target.name)
     if config.bases == STRUCTURED:
-        reasons["structured bases, which need a different B for each layer shape"] = ["all targets"]
+        why = "structured bases, which need a different B for each layer shape (for PEFT, train with bases='uniform')"
+        reasons[why] = ["all targets"]
     if reasons:
         listed = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in reasons.items())
         raise ValueError(f"PEFT's RandLora cannot express {listed}")

@@ -65,13 +65,14 @@ class RandLoRAConfig:
         layers_to_transform: Adapt only targets whose first numeric path component is one of these indices.
         rank_pattern: Rank overrides by target name; keys match as in ``target_modules``, and the first match wins.
         alpha_pattern: Alpha overrides by target name; keys match as in ``rank_pattern``.
-        bases: Distribution of the random bases, all of unit variance: ``"uniform"``, ``"normal"``, ``"sparse"``
-            (-1/0/+1 with probabilities 1/6, 2/3, 1/6), ``"very_sparse"`` (non-zero with probability
-            1 / sqrt(m), m the largest narrow side) or ``"structured"`` (-1/+1 from small Hadamard matrices and random
-            signs: no large matrix is stored or multiplied, so a training step costs little more than LoRA's; see
-            `randlora_vision.bases.hadamard`). For exchange with PEFT: ``"peft"``, ``"peft_float16"``,
-            ``"peft_sparse"`` and ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.bases.peft`), and
-            ``"stored"`` means that the bases are in the adapter's file.
+        bases: Kind of the random bases, all of unit variance. ``"structured"``: -1/+1 from small Hadamard matrices and
+            random signs; no large matrix is stored or multiplied, so a training step costs little more than LoRA's
+            (see `randlora_vision.bases.hadamard`). As independent numbers, the distribution of PEFT and the paper
+            (``"uniform"``), ``"normal"``, ``"sparse"`` (-1/0/+1 with probabilities 1/6, 2/3, 1/6) or
+            ``"very_sparse"`` (non-zero with probability 1 / sqrt(m), m the largest narrow side); PEFT can load an
+            export of these. For exchange with PEFT: ``"peft"``, ``"peft_float16"``, ``"peft_sparse"`` and
+            ``"peft_very_sparse"`` are PEFT's own (`randlora_vision.bases.peft`), and ``"stored"`` means that the
+            bases are in the adapter's file.
         seed: Seed of the bases, 0 <= seed < 2**64. The same seed gives the same bases on every machine.
         init: ``"lambda-zero"`` (lambda = 0, gamma = 1 / max(N, m), as in PEFT) or ``"gamma-zero"`` (gamma = 0,
             lambda = 1 / max(R, N), as in the paper's vision code; needs a smaller learning rate). Both start
@@ -97,7 +98,7 @@ class RandLoRAConfig:
     layers_to_transform: Sequence[int] | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    bases: str = "uniform"
+    bases: str = "structured"
     seed: int = 0
     init: str = "lambda-zero"
     modules_to_save: Sequence[str] = ()

@@ -24,7 +24,7 @@ from benchmarks.quality.train import Trainee, append_line, outcome, read_by
 from randlora_vision.errors import user_errors
 
 FACTORS = {"a third": 1 / 3, "default": 1.0, "three times": 3.0}
-KINDS = ("uniform", "structured")
+KINDS = ("structured", "uniform")
 FILE = "defaults.jsonl"
 
 

@@ -81,8 +81,8 @@ def _probe(model: nn.Module, targets: Sequence[str], knob: int, seed: int) -> nn
 
 
 METHODS: dict[str, Method] = {
-    "uniform": Method("RandLoRA, uniform", randlora("uniform"), None),
     "structured": Method("RandLoRA, structured", randlora("structured"), None),
+    "uniform": Method("RandLoRA, uniform", randlora("uniform"), None),
     "normal": Method("RandLoRA, normal", randlora("normal"), None),
     "sparse": Method("RandLoRA, sparse", randlora("sparse"), None),
     "very_sparse": Method("RandLoRA, very sparse", randlora("very_sparse"), None),

@@ -127,7 +127,7 @@ def test_a_sum_beyond_one_adapter_is_refused_and_still_computed_by_weights_and_m
 
 OTHERS = {
     "seed": (RandLoRAConfig(rank=3, target_modules=["0", "2"], seed=1), "different bases.*seed 0.*seed 1"),
-    "kind": (RandLoRAConfig(rank=3, target_modules=["0", "2"], bases="normal"), "different bases.*uniform.*normal"),
+    "kind": (RandLoRAConfig(rank=3, target_modules=["0", "2"], bases="normal"), "different bases.*structured.*normal"),
     "rank": (RandLoRAConfig(rank=2, target_modules=["0", "2"]), "different ranks"),
     "targets": (RandLoRAConfig(rank=3, target_modules=["0"]), r"different weights.* \(2\)"),
     "modules": (

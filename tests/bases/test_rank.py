@@ -49,7 +49,9 @@ def test_the_papers_start_and_scale(inputs: int, outputs: int) -> None:
     layer = nn.Sequential(nn.Linear(inputs, outputs)).double()
     plain = nn.Linear(inputs, outputs).double()
     plain.load_state_dict(layer[0].state_dict())
-    inject(layer, RandLoRAConfig(rank=rank, alpha=1.0, init="gamma-zero", target_modules=["0"], seed=3))
+    inject(
+        layer, RandLoRAConfig(rank=rank, alpha=1.0, init="gamma-zero", target_modules=["0"], bases="uniform", seed=3)
+    )
     lam, gamma = layer[0].adapter_tensors("weight", "default")
     torch.testing.assert_close(lam, torch.full_like(lam, 1 / max(rank, bases)))
     assert lam.shape == (rank, bases) and gamma.shape == (bases, min(inputs, outputs)) and not gamma.any()

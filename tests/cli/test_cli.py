@@ -36,11 +36,16 @@ def base() -> nn.Module:
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> tuple[nn.Module, Path]:
+    return saved(tmp_path / "adapter.safetensors")
+
+
+def saved(path: Path, **settings: Any) -> tuple[nn.Module, Path]:
     model = base()
-    inject(model, RandLoRAConfig(rank=4, target_modules=["qkv", "fc1"], modules_to_save=["head"], seed=2))
+    config = RandLoRAConfig(rank=4, target_modules=["qkv", "fc1"], modules_to_save=["head"], seed=2, **settings)
+    inject(model, config)
     randomize(model)
     nn.init.normal_(model.head.weight)
-    return model, save_adapter(model, tmp_path / "adapter.safetensors")
+    return model, save_adapter(model, path)
 
 
 def run(*arguments: str | Path) -> int:
@@ -202,7 +207,9 @@ def test_weights_of_another_size_or_that_lack_some(
 def test_convert(adapted: tuple[nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from peft import PeftModel
 
-    model, path = adapted
+    error = complaint(capsys, "convert", adapted[1], tmp_path / "peft", "--to", "peft", *MODEL)
+    assert "need a different B for each layer shape (for PEFT, train with bases='uniform'" in error
+    model, path = saved(tmp_path / "uniform.safetensors", bases="uniform")
     x = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
     code, _ = answer(capsys, "convert", path, tmp_path / "peft", "--to", "peft", *MODEL)
     assert code == 0
@@ -290,21 +297,23 @@ def rewrite(path: Path, content: AdapterFile) -> Path:
     return path
 
 
-def claiming(path: Path, rows: int, narrow: int, rank: int, name: str = "0") -> Path:
+def claiming(path: Path, rows: int, narrow: int, rank: int, kind: str) -> Path:
     """A file of one layer whose wide side is only claimed; its bases' digest is wrong."""
     bases = -(-narrow // rank)
+    name = "0"
     targets = (Target(name, "linear", (rows, narrow), rank, 20.0 * rank, bases),)
     trained = {name: (torch.ones(rank, bases), torch.ones(bases, narrow))}
-    spec = BasesSpec("uniform", 0, rank, narrow, rows, rank * bases)
-    config = RandLoRAConfig(rank=rank, target_modules=["0"])
+    spec = BasesSpec(kind, 0, rank, narrow, rows, rank * bases)
+    config = RandLoRAConfig(rank=rank, target_modules=["0"], bases=kind)
     return rewrite(path, AdapterFile(config, spec, Checksum(CRC32, "0" * 8), targets, trained, {}))
 
 
+@pytest.mark.parametrize("kind", ["uniform", "structured"])
 @pytest.mark.parametrize(("rows", "narrow", "rank"), [(10**6, 500, 250), (10**7, 2000, 2000), (2**40, 1, 1)])
 def test_info_makes_no_bases_that_a_small_file_only_claims(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, narrow: int, rank: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, narrow: int, rank: int, kind: str
 ) -> None:
-    path = claiming(tmp_path / "a.safetensors", rows, narrow, rank)
+    path = claiming(tmp_path / "a.safetensors", rows, narrow, rank, kind)
     assert path.stat().st_size < 20_000
     started = time.process_time()
     error = complaint(capsys, "info", path)
@@ -322,8 +331,9 @@ def test_info_on_a_file_of_an_older_version(capsys: pytest.CaptureFixture[str]) 
     assert "bases' SHA-256" in printed and digits[:20] in printed
 
 
-def test_info_checks_the_checksum_of_the_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = claiming(tmp_path / "a.safetensors", 12, 6, 3)
+@pytest.mark.parametrize("kind", ["uniform", "structured"])
+def test_info_checks_the_checksum_of_the_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    path = claiming(tmp_path / "a.safetensors", 12, 6, 3, kind)
     assert "are not those that the adapter was trained with" in complaint(capsys, "info", path)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import choosing, published
-from benchmarks.quality import defaults
+from benchmarks.quality import defaults, report
+from benchmarks.quality.tasks import TASKS
+from randlora_vision import RandLoRAConfig
 
 ROOT = Path(__file__).parents[2]
 # Percentages, and numbers with a unit of size or a thousands separator.
@@ -54,12 +56,12 @@ def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.M
 def test_the_page_on_choosing_has_the_figures_of_the_quality_benchmark() -> None:
     page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in choosing.RUNS.read_text(encoding="utf-8").splitlines()]
-    of_lora = [line for line in lines if (line["task"], line["method"]) == ("mnist-all", "lora")]  # one seed
-    best = max(of_lora, key=lambda line: line["val"])
+    of_probe = [line for line in lines if (line["task"], line["method"]) == ("mnist-all", "probe")]  # one seed
+    best = max(of_probe, key=lambda line: line["val"])
     width = 1.96 * (best["test"] * (1 - best["test"]) / 500) ** 0.5
     header, cells = (
         next(line for line in page.splitlines() if line.startswith(start)).split("|")
-        for start in ("| method | linear map", "| LoRA |")
+        for start in ("| method | linear map", "| linear probe |")
     )
     place = header.index(" MNIST, 4,300 images, DINOv2-S ")
     assert cells[place].strip() == f"{best['test']:.1%} ± {width:.1%}".replace("%", "")
@@ -73,8 +75,25 @@ def test_the_page_on_choosing_has_the_figures_of_the_quality_benchmark() -> None
     # What the prose concludes.
     assert "MNIST, 16 shots, DINOv2-S (accuracy): Best adapter: RandLoRA, structured. Below it" in page
     assert "emoji captions, DINOv2-S, MiniLM (mean recall): Best adapter: RandLoRA, structured. This task" in page
-    assert "inverted digits, demo ViT, 100 steps (accuracy): Best adapter: RandLoRA, uniform." in page
+    assert "inverted digits, demo ViT, 100 steps (accuracy): Best adapter: RandLoRA, structured." in page
     assert "linear map, Gaussian change (explained): Best adapter: LoRA. Below it with 95% intervals" in page
+
+
+def test_the_defaults_keep_their_rules() -> None:
+    """In the middle size, no task has the default bases more than a point below uniform ones, or told apart as worse,
+    and every task has the default rate within two points of the best of the grid."""
+    default = RandLoRAConfig().bases
+    tasks = report.tasks_of(choosing.results())
+    for task in tasks:
+        found = [row for row in report.rows(choosing.results(), task) if row.result["budget"] in report.MEASURED]
+        (difference,) = (text for row, text, _ in report.differences(found, "uniform") if row.method == default)
+        mean, width = map(float, difference.split(" ± "))  # of several seeds
+        assert mean > -1 and mean + width > 0, task
+    trials = defaults.read_trials(choosing.RUNS.with_name(defaults.FILE))
+    rates = [line for line in defaults.table_rows(choosing.results(), trials) if line[1] == default]
+    assert {line[0] for line in rates} == {TASKS[task].title for task in tasks}
+    for line in rates:
+        assert float(line[7]) <= 2, line
 
 
 def test_a_changed_run_changes_the_pages_on_choosing_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from randlora_vision.training.harness.options import CheckpointOptions
 from tests.helpers import mlp, randomize
 from tests.kill_helpers import killed_at
 
-CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"])
+CONFIG = RandLoRAConfig(rank=2, target_modules=["0", "2"], bases="uniform")  # which PEFT can express
 TENSORS = {"a": torch.arange(4096.0)}
 
 

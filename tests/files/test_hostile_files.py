@@ -252,7 +252,7 @@ CONTENTS: dict[str, tuple[Tamper, str]] = {
     "a kind that is a list": (edit("bases", kind=[]), "bases: kind must be a string, got a list"),
     "a fractional size": (edit("bases", wide=16.0), "bases: wide must be an integer, got a number"),
     "an unknown key of the bases": (edit("bases", x=1), "bases: unknown key 'x'"),
-    "another seed": (edit("config", seed=1), "seed 1, but the file's are of kind 'uniform' and seed 0"),
+    "another seed": (edit("config", seed=1), "seed 1, but the file's are of kind 'structured' and seed 0"),
     "another alpha": (edit("config", alpha=3), "rank 2 and alpha 40, which the config does not give"),
     "a name of a million characters": (listed("a" * 10**6), "are not in the model"),
     "names of control characters": (listed("\x1b[31m\u202e\n"), r"\\x1b\[31m\\u202e\\n"),

@@ -84,7 +84,14 @@ def observed(model: nn.Module, adapter_name: str = "default") -> dict[str, Tenso
 def config(**settings: object) -> RandLoRAConfig:
     """Rank 3 on the three linear layers, unless told otherwise."""
     return RandLoRAConfig(
-        **{"rank": 3, "alpha": 6, "seed": 11, "target_modules": ["tall", "wide", "square"], **settings}
+        **{
+            "rank": 3,
+            "alpha": 6,
+            "bases": "uniform",
+            "seed": 11,
+            "target_modules": ["tall", "wide", "square"],
+            **settings,
+        }
     )  # type: ignore[arg-type]
 
 

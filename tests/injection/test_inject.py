@@ -222,7 +222,7 @@ def test_the_report_tells_the_truth(kind: str, tmp_path: Path) -> None:
 
 def test_bases_are_sized_by_the_largest_narrow_and_wide_side() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.Linear(20, 24))
-    report = inject(model, RandLoRAConfig(rank=3, target_modules=["0", "1"]))
+    report = inject(model, RandLoRAConfig(rank=3, target_modules=["0", "1"], bases="uniform"))
     columns = 3 * 7  # N = ceil(20 / 3)
     assert report.bases_bytes == 4 * (3 * 20 + 64 * columns)
 

@@ -181,7 +181,7 @@ def test_the_card(tmp_path: Path) -> None:
         "tags": ["randlora", "randlora_vision", "adapter"],
     }
     assert "# flowers" in text and "| top1 | 0.91234 |" in text
-    assert "| model | 2 | 4 | uniform, 5 | 741 |" in text  # 2 * (4 * 8 + 8 * 32) trained, 5 * 32 + 5 of the head
+    assert "| model | 2 | 4 | structured, 5 | 741 |" in text  # 2 * (4 * 8 + 8 * 32) trained, 5 * 32 + 5 of the head
     assert '"target_modules": [' in text
     for library in ("", "timm", "open_clip", "diffusers"):
         code = hub.model_card(path, "me/flowers", "base", library).split("```python\n")[1].split("```")[0]

@@ -27,7 +27,7 @@ LINEAR = ["tall", "fc", "out", "wide"]
 def adapted(base: nn.Module, seed: int = 0, **settings: Any) -> nn.Module:
     """Our adapter on a copy of the base, with all trained parameters changed."""
     model = copy.deepcopy(base)
-    inject(model, RandLoRAConfig(**{"rank": 5, "alpha": 15, **settings}))
+    inject(model, RandLoRAConfig(**{"rank": 5, "alpha": 15, "bases": "uniform", **settings}))
     randomize(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -190,12 +190,12 @@ def test_what_peft_cannot_express_is_named_in_one_error(tmp_path: Path) -> None:
 
 def test_structured_bases_and_tied_layers_are_refused(tmp_path: Path) -> None:
     model = vit()
-    inject(model, RandLoRAConfig(rank=4, bases="structured"))
+    inject(model, RandLoRAConfig(rank=4))
     with pytest.raises(ValueError, match="cannot express structured bases"):
         export(model, tmp_path)
     tied = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     tied[1].weight = tied[0].weight
-    inject(tied, RandLoRAConfig(rank=2))
+    inject(tied, RandLoRAConfig(rank=2, bases="uniform"))
     with pytest.raises(ValueError, match="several names or owners: 0"):
         export(tied, tmp_path)
 

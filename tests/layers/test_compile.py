@@ -278,7 +278,12 @@ def test_stored_bases_and_autocast() -> None:
     assert compiler.compilations == 2
 
 
-def test_the_bases_are_inputs_of_the_graph() -> None:
+@pytest.mark.parametrize(
+    ("bases", "shapes"),
+    [("uniform", [(2, 8), (8, 8)]), ("structured", [(2, 2), (4, 2, 2), (4, 4), (8,)])],
+)
+def test_the_bases_are_inputs_of_the_graph(bases: str, shapes: list[tuple[int, ...]]) -> None:
+    """Those of three layers of one shape, once."""
     given: list[Tensor] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -286,9 +291,9 @@ def test_the_bases_are_inputs_of_the_graph() -> None:
         assert not [*graph.parameters(), *graph.buffers()]
         return graph
 
-    model = cold(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))).requires_grad_(True)
+    model = cold(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), bases=bases).requires_grad_(True)
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(5, 8))
-    assert sorted(tuple(tensor.shape) for tensor in given) == [(2, 8), (8, 8)]  # one A and one B for three layers
+    assert sorted(tuple(tensor.shape) for tensor in given) == shapes
 
 
 @pytest.mark.slow

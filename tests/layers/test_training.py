@@ -32,14 +32,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 # Precision: compared with the error of a plain factored computation in the same precision.
 
 
-def plain(layer: nn.Module, x: Tensor, trained: list[Tensor], dtype: torch.dtype) -> Tensor:
+def plain(kind: str, layer: nn.Module, x: Tensor, trained: list[Tensor], dtype: torch.dtype) -> Tensor:
     """RandLoRA the obvious way, all products in `dtype`: factored as PEFT does it, or a convolution's new weight."""
     lam, gamma = trained
     rank, bases = lam.shape
     weight = layer.weight.reshape(layer.weight.shape[0], -1)
     narrow, wide = sorted(weight.shape)
-    a = torch.from_numpy(generate("uniform", 0, 0, rank, narrow, narrow))
-    b = torch.from_numpy(generate("uniform", 0, 1, wide, rank * bases, narrow)).to(dtype)
+    a = torch.from_numpy(generate(kind, 0, 0, rank, narrow, narrow))
+    b = torch.from_numpy(generate(kind, 0, 1, wide, rank * bases, narrow)).to(dtype)
     af = (lam[:, :, None] * a[:, None] * gamma[None]).reshape(-1, narrow).to(dtype)
     first, second = (af, b) if weight.shape[0] == wide else (b.t(), af.t())
     if x.ndim == 4:
@@ -58,8 +58,9 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64, 64)])
 @pytest.mark.parametrize("tokens", [4, 512])
 @pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("bases", ["uniform", "structured"])
 def test_low_precision_is_as_good_as_the_plain_computation(
-    shape: tuple[int, int], tokens: int, base_dtype: str, dtype: torch.dtype, read: bool
+    shape: tuple[int, int], tokens: int, base_dtype: str, dtype: torch.dtype, read: bool, bases: str
 ) -> None:
     torch.manual_seed(0)
     # A 1 x 1 convolution stands for the layers whose weight is read.
@@ -69,7 +70,7 @@ def test_low_precision_is_as_good_as_the_plain_computation(
     if base_dtype == "pure":
         layer, x, target = layer.to(dtype), x.to(dtype), target.to(dtype)
     weight, bias = layer.weight.detach().reshape(shape), layer.bias.detach()
-    inject(layer, RandLoRAConfig(rank=8, target_modules="all"))
+    inject(layer, RandLoRAConfig(rank=8, target_modules="all", bases=bases))
     randomize(layer)
     trained = [p for _, p in adapter_parameters(layer)]
     frozen = copy.deepcopy(layer)
@@ -81,11 +82,11 @@ def test_low_precision_is_as_good_as_the_plain_computation(
         leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, *trained)]
         if kind == "truth":
             leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-            delta = dense_delta(leaves[1], leaves[2], shape, SCALE, "uniform", 0, min(shape))
+            delta = dense_delta(leaves[1], leaves[2], shape, SCALE, bases, 0, min(shape))
             out = F.linear(leaves[0], weight.double() + delta, bias.double())
         elif kind == "plain":
             base = frozen.base_weight()
-            out = plain(_Frozen(base, bias), image(leaves[0]), leaves[1:], dtype)
+            out = plain(bases, _Frozen(base, bias), image(leaves[0]), leaves[1:], dtype)
         else:
             names = [name for name, _ in layer.named_parameters() if "randlora" in name]
             with autocast:
@@ -107,14 +108,15 @@ class _Frozen(nn.Module):
         self.weight, self.bias = weight.detach(), bias
 
 
-def test_gamma_at_its_start_does_not_underflow_in_float16() -> None:
+@pytest.mark.parametrize("bases", ["uniform", "structured"])
+def test_gamma_at_its_start_does_not_underflow_in_float16(bases: str) -> None:
     layer = nn.Linear(1024, 1024, bias=False)
-    inject(layer, RandLoRAConfig(rank=512))
+    inject(layer, RandLoRAConfig(rank=512, bases=bases))
     lam, gamma = (p for _, p in adapter_parameters(layer))
     with torch.no_grad():
         lam.fill_(1e-4)
     x = torch.randn(4, 1024)
-    exact = dense_delta(lam.detach(), gamma.detach(), (1024, 1024), SCALE, "uniform", 0, 1024)
+    exact = dense_delta(lam.detach(), gamma.detach(), (1024, 1024), SCALE, bases, 0, 1024)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         moved = layer.half()(x.half()).double() - F.linear(x.half(), layer.base_weight()).double()
     expected = x.half().double() @ exact.T
@@ -232,18 +234,20 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", CHAINS)
-def test_backward_keeps_what_full_fine_tuning_keeps_and_no_matrix(kind: str, autocast: bool) -> None:
+@pytest.mark.parametrize("bases", ["uniform", "structured"])
+def test_backward_keeps_what_full_fine_tuning_keeps_and_no_matrix(bases: str, kind: str, autocast: bool) -> None:
     make, shape = CHAINS[kind]
     full = nn.Sequential(*(make() for _ in range(3))).requires_grad_(False)
     adapted = copy.deepcopy(full)
-    inject(adapted, RandLoRAConfig(rank=20, target_modules="all"))  # 100 columns of B: T x K differs from T x WIDTH
+    # 100 columns of B: T x K differs from T x WIDTH.
+    inject(adapted, RandLoRAConfig(rank=20, target_modules="all", bases=bases))
     randomize(adapted)
     for parameter in full.parameters():
         parameter.requires_grad_(parameter.ndim > 1)
     x = torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         # Full fine-tuning's low-precision copies of its weights sit in autocast's cache, made before this counts.
-        assert kept_bytes(adapted, x) - kept_bytes(full, x) < WIDTH * WIDTH
+        assert kept_bytes(adapted, x) - kept_bytes(full, x) < 2 * WIDTH * WIDTH  # in bfloat16, one
 
 
 @pytest.mark.parametrize("compute", ["auto", "memory"])

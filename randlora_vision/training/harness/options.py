@@ -45,8 +45,11 @@ class AdapterOptions(Options):
     --rank."""
     dropout: float = field(default=0.0, metadata=RARE | BELOW_1)
     """RandLoRA: dropout on the adapter's input."""
-    bases: Literal["uniform", "normal", "sparse", "very_sparse", "structured"] = field(default="uniform", metadata=RARE)
-    """RandLoRA: the distribution of the random bases. Structured bases train at about the cost of LoRA."""
+    bases: Literal["uniform", "normal", "sparse", "very_sparse", "structured"] = field(
+        default="structured", metadata=RARE
+    )
+    """RandLoRA: the kind of the random bases. Structured ones train at about the cost of LoRA; PEFT can load an export
+    of the others, of which uniform ones are the paper's."""
     init: Literal["lambda-zero", "gamma-zero"] = field(default="lambda-zero", metadata=RARE)
     """RandLoRA: which factor starts at zero: lambda, as in PEFT, or gamma, as in the paper's vision code."""
     target_modules: tuple[str, ...] = field(default=(), metadata=RARE)
