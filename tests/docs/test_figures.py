@@ -12,6 +12,7 @@ from benchmarks import choosing, published
 from benchmarks.quality import defaults, report
 from benchmarks.quality.tasks import TASKS
 from randlora_vision import RandLoRAConfig
+from randlora_vision.training.harness.options import AdapterOptions
 
 ROOT = Path(__file__).parents[2]
 # Percentages, and numbers with a unit of size or a thousands separator.
@@ -83,6 +84,7 @@ def test_the_defaults_keep_their_rules() -> None:
     """In the middle size, no task has the default bases more than a point below uniform ones, or told apart as worse,
     and every task has the default rate within two points of the best of the grid."""
     default = RandLoRAConfig().bases
+    assert AdapterOptions().bases == default  # of the scripts
     tasks = report.tasks_of(choosing.results())
     for task in tasks:
         found = [row for row in report.rows(choosing.results(), task) if row.result["budget"] in report.MEASURED]
