@@ -74,7 +74,7 @@ def test_the_page_on_choosing_has_the_figures_of_the_quality_benchmark() -> None
     )
     assert row.split(" | ")[3] == f"{100 * sum(of_digits) / len(of_digits):.1f}"
     # What the prose concludes.
-    assert "MNIST, 16 shots, DINOv2-S (accuracy): Best adapter: RandLoRA, structured. Below it" in page
+    assert "MNIST, 16 shots, DINOv2-S (accuracy): Best adapter: OFT. Below it" in page
     assert "emoji captions, DINOv2-S, MiniLM (mean recall): Best adapter: RandLoRA, structured. This task" in page
     assert "inverted digits, demo ViT, 100 steps (accuracy): Best adapter: RandLoRA, structured." in page
     assert "linear map, Gaussian change (explained): Best adapter: LoRA. Below it with 95% intervals" in page
