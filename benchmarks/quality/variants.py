@@ -20,9 +20,9 @@ from benchmarks import command_line
 from benchmarks.quality.methods import ALPHA_PER_RANK, Method, randlora
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.train import WARMUP, Trainee, append_line, outcome, read_lines
+from randlora_vision import RandLoRAConfig
 from randlora_vision.errors import user_errors
 
-BASES = "structured"
 VARIED = ("mnist16", "digits-short")
 FILE = "variants.jsonl"
 
@@ -43,7 +43,7 @@ class Variant:
 
     def train(self, name: str, data: Path, seed: int) -> dict[str, Any]:
         """Train and evaluate on the task of this name; return the figures."""
-        method, task = Method("", randlora(BASES, self.alpha_per_rank, self.init), None), TASKS[name]
+        method, task = Method("", randlora(RandLoRAConfig.bases, self.alpha_per_rank, self.init), None), TASKS[name]
         problem = task.make(data, seed)
         trainee = Trainee(problem, method, task.ranks[1], task, 0, seed, self.warmup, factor=1.0)
         return outcome(trainee, task)

@@ -82,7 +82,7 @@ def observed(model: nn.Module, adapter_name: str = "default") -> dict[str, Tenso
 
 
 def config(**settings: object) -> RandLoRAConfig:
-    """Rank 3 on the three linear layers, unless told otherwise."""
+    """Rank 3 and uniform bases on the three linear layers, unless told otherwise."""
     return RandLoRAConfig(
         **{
             "rank": 3,

@@ -247,7 +247,10 @@ def test_backward_keeps_what_full_fine_tuning_keeps_and_no_matrix(bases: str, ki
     x = torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         # Full fine-tuning's low-precision copies of its weights sit in autocast's cache, made before this counts.
-        assert kept_bytes(adapted, x) - kept_bytes(full, x) < 2 * WIDTH * WIDTH  # in bfloat16, one
+        more = kept_bytes(adapted, x) - kept_bytes(full, x)
+    if bases == "structured":  # gamma with the signs of A's columns
+        more -= sum(p.nbytes for name, p in adapter_parameters(adapted) if name.endswith(".gamma"))
+    assert more < WIDTH * WIDTH
 
 
 @pytest.mark.parametrize("compute", ["auto", "memory"])
